@@ -1,0 +1,53 @@
+"""Name things in words, get masks with class labels.
+
+>>> from grounded_sam import load
+>>> model = load(detector="grounding_dino", segmenter="sam2")     # doctest: +SKIP
+>>> found = model.segment("street.jpg", ["car", "wheel"])         # doctest: +SKIP
+
+Importing this imports neither torch nor Hydra; `load` does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from grounded_sam.errors import CheckpointError, ConfigError, GroundedSamError, ImageError, VocabularyError
+from grounded_sam.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from grounded_sam.config import load
+    from grounded_sam.frames import Frame, read_image
+    from grounded_sam.pipeline import Pipeline
+    from grounded_sam.select import Select
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "ConfigError",
+    "Frame",
+    "GroundedSamError",
+    "ImageError",
+    "Pipeline",
+    "Select",
+    "Vocabulary",
+    "VocabularyError",
+    "load",
+    "read_image",
+]
+
+_LAZY = {
+    "load": "config",
+    "Frame": "frames",
+    "read_image": "frames",
+    "Pipeline": "pipeline",
+    "Select": "select",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)

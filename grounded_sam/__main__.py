@@ -1,0 +1,3 @@
+from grounded_sam.cli import main
+
+main()

@@ -1,0 +1,79 @@
+"""The command `grounded-sam`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from grounded_sam.config import build, build_sinks, build_source, conf_dir, explain
+from grounded_sam.errors import GroundedSamError
+
+#: Whether the user wants tracebacks.
+DEBUG = os.environ.get("HYDRA_FULL_ERROR") == "1"
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+    from grounded_sam.pipeline import Summary
+
+
+def run(cfg: DictConfig) -> None:
+    """One job: build the stages, take every frame through them, say what was done."""
+    from hydra.core.hydra_config import HydraConfig
+
+    output = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        source = build_source(cfg)
+        pipeline = build(cfg)
+        vocabulary = pipeline.ask()
+        summary = pipeline.run(source, build_sinks(cfg, output, vocabulary), output, vocabulary)
+    except GroundedSamError as error:
+        if DEBUG:
+            raise
+        sys.exit(f"grounded-sam: {error}")
+    report(summary, output)
+    if summary.interrupted:
+        sys.exit(130)
+
+
+def report(summary: Summary, output: Path) -> None:
+    """Say on the terminal what was found, what was skipped, and where it all lies."""
+    from rich.console import Console
+
+    console = Console(stderr=False, highlight=False, soft_wrap=True)
+    found = ", ".join(f"{count} {name}" for name, count in summary.objects.most_common()) or "nothing"
+    begun = "interrupted after" if summary.interrupted else "looked at"
+    console.print(f"{begun} {summary.images} images, {summary.empty} of them without any: found {found}", markup=False)
+    for place in summary.places:
+        console.print(f"  {place}", markup=False)
+    if summary.skipped:
+        console.print(f"skipped {len(summary.skipped)} files (also in {output / 'skipped.json'}):", markup=False)
+        for skipped in summary.skipped:
+            console.print(f"  {skipped.file}: {skipped.reason}", markup=False)
+
+
+def main() -> None:
+    """Entry point: Hydra composes and runs, a user's mistake ends in one line and exit code 1."""
+    import hydra
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come through to here instead of being printed by Hydra
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # a user's own stages, beside their YAML
+    GlobalHydra.instance().clear()  # `import sam2` may have claimed it
+    try:
+        hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(run)()
+    except (GroundedSamError, HydraException, OmegaConfBaseException) as error:
+        if DEBUG:
+            raise
+        sys.exit(f"grounded-sam: {error if isinstance(error, GroundedSamError) else explain(error)}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

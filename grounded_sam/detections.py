@@ -1,0 +1,119 @@
+"""`supervision.Detections` as the interchange type: how it is made here and what holds of it.
+
+xyxy                (n, 4) float32, pixels, 0 <= x1 < x2 <= W and 0 <= y1 < y2 <= H
+confidence          (n,) float32, 0 to 1
+class_id            (n,) int64, index into the vocabulary
+mask                (n, H, W) bool, or None before a segmenter ran
+data["class_name"]  (n,) str
+data["mask_score"]  (n,) float32, the segmenter's own estimate of IoU, where a segmenter ran
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import supervision as sv
+from numpy.typing import NDArray
+
+from grounded_sam.errors import GroundedSamError
+from grounded_sam.vocabulary import Vocabulary
+
+
+def make_detections(
+    xyxy: Any,
+    confidence: Any,
+    class_id: Any,
+    vocabulary: Vocabulary,
+    size_hw: tuple[int, int],
+    mask: NDArray[np.bool_] | None = None,
+    **data: Any,
+) -> sv.Detections:
+    """Detections that keep to the rules of this module.
+
+    Boxes are clipped to the image; those with nothing inside it are dropped.
+
+    Args:
+        xyxy: `(n, 4)` pixels.
+        confidence: `(n,)`, 0 to 1.
+        class_id: `(n,)`, index into `vocabulary.classes`.
+        size_hw: height and width of the image.
+        mask: `(n, H, W) bool`.
+        data: more columns, each `(n, ...)`.
+    """
+    height, width = size_hw
+    boxes = np.array(xyxy, np.float32).reshape(-1, 4)
+    boxes[:, 0::2] = boxes[:, 0::2].clip(0, width)
+    boxes[:, 1::2] = boxes[:, 1::2].clip(0, height)
+    ids = np.asarray(class_id, np.int64).reshape(-1)
+    found = sv.Detections(
+        xyxy=boxes,
+        confidence=np.asarray(confidence, np.float32).reshape(-1),
+        class_id=ids,
+        mask=mask,
+        data={"class_name": np.array(vocabulary.classes, dtype=str)[ids], **data},
+    )
+    sound = np.isfinite(boxes).all(1) & (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    return found if sound.all() else found[sound]  # type: ignore[return-value]
+
+
+def empty(vocabulary: Vocabulary) -> sv.Detections:
+    """No detections, with the columns that some would have."""
+    return make_detections(np.empty((0, 4)), [], [], vocabulary, (1, 1))
+
+
+def check(found: sv.Detections, vocabulary: Vocabulary, size_hw: tuple[int, int], stage: str) -> sv.Detections:
+    """Hand detections through if they keep to the rules; for stages that others wrote.
+
+    Raises:
+        GroundedSamError: naming the stage, the rule, and what came.
+    """
+    n, (height, width) = len(found), size_hw
+
+    def wrong(rule: str, got: object) -> GroundedSamError:
+        return GroundedSamError(f"{stage}: expected {rule}, got {got}")
+
+    if found.confidence is None or found.confidence.shape != (n,):
+        raise wrong(f"confidence of shape ({n},)", None if found.confidence is None else found.confidence.shape)
+    if found.class_id is None or found.class_id.shape != (n,):
+        raise wrong(f"class_id of shape ({n},)", None if found.class_id is None else found.class_id.shape)
+    if n and not (found.class_id.min() >= 0 and found.class_id.max() < len(vocabulary)):
+        raise wrong(f"class_id from 0 to {len(vocabulary) - 1}", sorted(set(found.class_id.tolist())))
+    if found.mask is not None and found.mask.shape != (n, height, width):
+        raise wrong(f"masks of shape {(n, height, width)}", found.mask.shape)
+    inside = (found.xyxy >= 0) & (found.xyxy <= np.array([width, height, width, height]))
+    if not inside.all():
+        raise wrong(f"boxes inside the {width}x{height} px image", found.xyxy[~inside.all(1)][0].tolist())
+    if "class_name" not in found.data:
+        found.data["class_name"] = np.array(vocabulary.classes, dtype=str)[found.class_id]
+    return found
+
+
+def with_masks(found: sv.Detections, mask: NDArray[np.bool_], mask_score: NDArray[np.float32]) -> sv.Detections:
+    """The same detections, in the same order, with masks and their scores."""
+    return sv.Detections(
+        xyxy=found.xyxy,
+        mask=mask,
+        confidence=found.confidence,
+        class_id=found.class_id,
+        tracker_id=found.tracker_id,
+        data={**found.data, "mask_score": mask_score},
+        metadata=found.metadata,
+    )
+
+
+def mask_boxes(masks: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Boxes around masks `(n, H, W)`, `(n, 4) float32`, right and bottom exclusive; zeros where empty."""
+    boxes = np.zeros((len(masks), 4), np.float32)
+    for box, mask in zip(boxes, masks, strict=True):
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        if len(rows):
+            box[:] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    return boxes
+
+
+def merge(parts: Sequence[sv.Detections], vocabulary: Vocabulary) -> sv.Detections:
+    """All detections of several parts; the columns of an empty result are there too."""
+    filled = [part for part in parts if len(part)]
+    return sv.Detections.merge(filled) if filled else empty(vocabulary)

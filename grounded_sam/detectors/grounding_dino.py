@@ -1,0 +1,241 @@
+"""Grounding DINO (Liu et al. 2023) and MM-Grounding-DINO: words to boxes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import supervision as sv
+
+from grounded_sam.checkpoints import cached_or_fetched, find_folder, pick_device
+from grounded_sam.detections import make_detections, merge
+from grounded_sam.errors import CheckpointError, ConfigError, VocabularyError
+from grounded_sam.frames import Frame
+from grounded_sam.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One text for the model, and where in it each phrase lies.
+
+    Attributes:
+        ids: `[CLS] phrase . phrase . [SEP]` as token ids.
+        spans: for each phrase, (class index or -1 for a negative, first token, token after its last).
+    """
+
+    ids: list[int]
+    spans: list[tuple[int, int, int]]
+
+
+def write_prompts(
+    vocabulary: Vocabulary, tokenize: Callable[[str], list[int]], ids: dict[str, int], limit: int
+) -> list[Prompt]:
+    """Put a vocabulary into as few prompts as hold it; never cut a phrase, repeat the negatives in each.
+
+    Args:
+        vocabulary: what to ask for.
+        tokenize: phrase to token ids, without special tokens.
+        ids: the ids of `cls`, `sep`, `stop` (the full stop that parts phrases) and `ends`, see below.
+        limit: the most tokens of a prompt.
+
+    Full stops and question marks end a phrase for the model, wherever they stand, so inside a phrase
+    they are left out: `U.S. flag` is asked as `u s flag`.
+
+    Raises:
+        VocabularyError: if one phrase, or the negatives with it, exceed `limit`.
+    """
+
+    def tokens(phrase: str) -> list[int]:
+        found = [i for i in tokenize(re.sub(r"[.?]+", " ", phrase)) if i not in (ids["cls"], ids["sep"], ids["stop"])]
+        if not found:
+            raise VocabularyError(f"the detector's tokenizer finds no word in the phrase {phrase!r}")
+        if len(found) + 3 > limit:
+            raise VocabularyError(
+                f"the phrase {phrase!r} has {len(found)} tokens; the detector takes at most {limit - 3}"
+            )
+        return found
+
+    negatives = [(-1, tokens(phrase)) for phrase in vocabulary.negatives]
+    wanted = [(i, tokens(phrase)) for i, phrases in enumerate(vocabulary.phrases) for phrase in phrases]
+    spent = 2 + sum(len(found) + 1 for _, found in negatives)
+    longest = max(len(found) + 1 for _, found in wanted)
+    if spent + longest > limit:
+        raise VocabularyError(
+            f"the negatives take {spent - 2} tokens and leave no room for the phrases: "
+            f"the detector takes {limit} in all"
+        )
+    chunks: list[list[tuple[int, list[int]]]] = [[]]
+    used = spent
+    for item in wanted:
+        if used + len(item[1]) + 1 > limit:
+            chunks.append([])
+            used = spent
+        chunks[-1].append(item)
+        used += len(item[1]) + 1
+    prompts = []
+    for chunk in chunks:
+        line, spans = [ids["cls"]], []
+        for owner, found in [*chunk, *negatives]:
+            spans.append((owner, len(line), len(line) + len(found)))
+            line += [*found, ids["stop"]]
+        prompts.append(Prompt([*line, ids["sep"]], spans))
+    return prompts
+
+
+def phrase_scores(probability: Tensor, spans: Sequence[tuple[int, int, int]], by: str) -> Tensor:
+    """Score of every phrase from its own tokens: token probabilities `(q, T)` to `(q, phrases)`."""
+    import torch
+
+    reduce = torch.mean if by == "mean" else torch.amax
+    return torch.stack([reduce(probability[:, start:stop], 1) for _, start, stop in spans], 1)
+
+
+@contextmanager
+def backbone_once(model: Any) -> Iterator[None]:
+    """While it lasts, the image backbone runs on the first call only: all prompts see one image."""
+    backbone = model.model.backbone
+    features: list[Any] = []
+
+    def once(pixel_values: Tensor, pixel_mask: Tensor) -> tuple[list[Any], list[Any]]:
+        if not features:
+            features.append(type(backbone).forward(backbone, pixel_values, pixel_mask))
+        maps, positions = features[0]
+        return list(maps), list(positions)  # the model appends to the second
+
+    backbone.forward = once
+    try:
+        yield
+    finally:
+        del backbone.forward
+
+
+class GroundingDino:
+    """Words to boxes with any Grounding DINO or MM-Grounding-DINO checkpoint of transformers.
+
+    Every query of the model gives one detection: its box, and the class whose best phrase scores
+    highest. A phrase is scored over its own tokens only, so a label is always a class that the user
+    named. Queries that a negative phrase wins are dropped.
+
+    Args:
+        checkpoint: a hub id (LLMDet's load too), a local folder, or `builtin:NAME`.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`...
+        dtype: weights and computation: `float32`, `bfloat16` or `float16`.
+        phrase_score: how token probabilities make a phrase's score: `mean` (the protocol of
+            Grounding DINO's and MMDetection's evaluation, where each word has to fit) or `max`
+            (transformers' post-processing, where one fitting word is enough).
+        batch_size: images per forward pass; by default 4 on CUDA and 1 elsewhere, since a batch was
+            measured to gain nothing on CPU.
+
+    Raises:
+        CheckpointError: if the checkpoint cannot be had or is of another family.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str,
+        device: str = "auto",
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        phrase_score: Literal["mean", "max"] = "mean",
+        batch_size: int | None = None,
+    ) -> None:
+        if phrase_score not in ("mean", "max"):
+            raise ConfigError(f"detector.phrase_score must be mean or max, got {phrase_score!r}")
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise ConfigError(f"detector.dtype must be float32, bfloat16 or float16, got {dtype!r}")
+        folder = find_folder(checkpoint, "detector")
+        import torch
+        from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()  # a bar for the milliseconds of reading a file
+
+        self.device = pick_device(device)
+        self.dtype = getattr(torch, dtype)
+        self.phrase_score = phrase_score
+        self.batch_size = batch_size or (4 if self.device.startswith("cuda") else 1)
+
+        def load(local_files_only: bool) -> tuple[Any, Any]:
+            return (
+                AutoProcessor.from_pretrained(folder, local_files_only=local_files_only),
+                AutoModelForZeroShotObjectDetection.from_pretrained(
+                    folder, dtype=self.dtype, local_files_only=local_files_only
+                ),
+            )
+
+        try:
+            processor, model = load(True) if Path(folder).is_dir() else cached_or_fetched(folder, load)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot load {checkpoint}: {' '.join(str(error).split())[:300]}") from error
+        if model.config.model_type not in ("grounding-dino", "mm-grounding-dino"):
+            raise CheckpointError(
+                f"{checkpoint} is a {model.config.model_type} checkpoint; expected grounding-dino or mm-grounding-dino"
+            )
+        self.model = model.to(self.device).eval()
+        self.images, self.words = processor.image_processor, processor.tokenizer
+        self._prompts: dict[Vocabulary, list[Prompt]] = {}
+
+    def prompts(self, vocabulary: Vocabulary) -> list[Prompt]:
+        """The prompts that ask for a vocabulary; written once and kept."""
+        if vocabulary not in self._prompts:
+            ids = {
+                "cls": self.words.cls_token_id,
+                "sep": self.words.sep_token_id,
+                "stop": self.words.convert_tokens_to_ids("."),
+            }
+
+            def tokenize(phrase: str) -> list[int]:
+                return self.words(phrase.lower(), add_special_tokens=False)["input_ids"]
+
+            limit = self.model.config.max_text_len
+            self._prompts[vocabulary] = write_prompts(vocabulary, tokenize, ids, limit)
+        return self._prompts[vocabulary]
+
+    def forward(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> Iterator[tuple[Prompt, Any]]:
+        """The model's own output for each prompt; the image backbone runs once for all of them."""
+        import torch
+
+        pixels = self.images([frame.image for frame in frames], return_tensors="pt").to(self.device)
+        with torch.inference_mode(), backbone_once(self.model):
+            for prompt in self.prompts(vocabulary):
+                text = torch.tensor([prompt.ids] * len(frames), device=self.device)
+                yield (
+                    prompt,
+                    self.model(
+                        pixel_values=pixels["pixel_values"].to(self.dtype),
+                        pixel_mask=pixels["pixel_mask"],
+                        input_ids=text,
+                        attention_mask=torch.ones_like(text),
+                        token_type_ids=torch.zeros_like(text),
+                    ),
+                )
+
+    def detect(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
+        """One detection per query and prompt, minus those that a negative phrase won; no threshold."""
+        parts: list[list[sv.Detections]] = [[] for _ in frames]
+        for prompt, out in self.forward(frames, vocabulary):
+            for frame, logits, boxes, part in zip(frames, out.logits, out.pred_boxes, parts, strict=True):
+                scores = phrase_scores(logits.float().sigmoid(), prompt.spans, self.phrase_score)
+                best, phrase = scores.max(1)  # of all phrases, so also of all classes
+                owner = np.array([span[0] for span in prompt.spans])[phrase.cpu().numpy()]
+                centres = boxes.float().cpu().numpy()
+                corners = np.concatenate([centres[:, :2] - centres[:, 2:] / 2, centres[:, :2] + centres[:, 2:] / 2], 1)
+                height, width = frame.size_hw
+                named = owner >= 0
+                part.append(
+                    make_detections(
+                        (corners * np.array([width, height, width, height]))[named],
+                        best.cpu().numpy()[named],
+                        owner[named],
+                        vocabulary,
+                        frame.size_hw,
+                    )
+                )
+        return [merge(part, vocabulary) for part in parts]

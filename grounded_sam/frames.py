@@ -1,0 +1,132 @@
+"""Pictures in: one way to read a file, an array or a PIL image into upright 8-bit RGB."""
+
+from __future__ import annotations
+
+import os
+import struct
+import warnings
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from grounded_sam.errors import ImageError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+#: Pixels of the largest picture that is decoded unless a source says otherwise (450 MB as RGB).
+MAX_PIXELS = 150_000_000
+
+Picture = "str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Frame"
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One picture on its way through the pipeline.
+
+    Attributes:
+        image: RGB, upright, `(H, W, 3) uint8`.
+        index: its place in the source, from 0.
+        name: its path relative to the input, with `/`; unique within a source.
+        time_s: seconds from the start of a video, else None.
+    """
+
+    image: NDArray[np.uint8]
+    index: int = 0
+    name: str = "image"
+    time_s: float | None = None
+
+    @property
+    def size_hw(self) -> tuple[int, int]:
+        return self.image.shape[0], self.image.shape[1]
+
+
+def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """Read a picture file as upright RGB, `(H, W, 3) uint8`.
+
+    EXIF orientation is applied. Transparency is laid over white. Of animations and multi-picture
+    files the first picture is taken. Gray of more than 8 bits is scaled by the smallest of 10, 12,
+    14 or 16 bits that holds its brightest pixel.
+
+    Raises:
+        ImageError: if the file is missing, empty, truncated, no picture, or would decode to more than
+            `max_pixels`; the size is judged by the header, before anything is decoded.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    path = Path(path)
+    try:
+        if path.stat().st_size == 0:
+            raise ImageError(f"{path}: the file is empty")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow warns of large pictures; the limit here decides
+            with Image.open(path) as picture:
+                width, height = picture.size
+                if width < 1 or height < 1:
+                    raise ImageError(f"{path}: the picture is {width}x{height} px")
+                if width * height > max_pixels:
+                    raise ImageError(
+                        f"{path}: {width}x{height} px is more than the {max_pixels:,} pixels allowed "
+                        "(source.max_pixels)"
+                    )
+                return to_rgb(ImageOps.exif_transpose(picture))
+    except ImageError:
+        raise
+    except FileNotFoundError as error:
+        raise ImageError(f"{path}: no such file") from error
+    except UnidentifiedImageError as error:
+        raise ImageError(f"{path}: not a picture that Pillow can read") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{path}: {error}") from error
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
+        raise ImageError(f"{path}: damaged picture ({' '.join(str(error).split())})") from error
+
+
+def to_rgb(picture: Image.Image) -> NDArray[np.uint8]:
+    """A PIL image of any mode as RGB, `(H, W, 3) uint8`; see `read_image` for the rules."""
+    from PIL import Image
+
+    if picture.mode.startswith(("I", "F")):
+        values = np.asarray(picture).astype(np.float64)
+        if picture.mode != "F" and values.max(initial=0) > 255:
+            bits = next((b for b in (10, 12, 14, 16) if values.max() < 2**b), 32)
+            values *= 255 / (2**bits - 1)
+        gray = np.clip(np.round(values), 0, 255).astype(np.uint8)
+        return np.ascontiguousarray(np.repeat(gray[..., None], 3, axis=2))
+    if picture.has_transparency_data:
+        rgba = picture.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
+        picture = Image.alpha_composite(white, rgba)
+    return np.array(picture.convert("RGB"))
+
+
+def to_frame(picture: Any, index: int = 0) -> Frame:
+    """Whatever a caller may hold as a picture, as a frame.
+
+    Args:
+        picture: a path, a PIL image, or an array: RGB `(H, W, 3) uint8` or gray `(H, W) uint8`.
+
+    Raises:
+        ImageError: for anything else, naming what came.
+    """
+    if isinstance(picture, Frame):
+        return picture
+    if isinstance(picture, str | os.PathLike):
+        return Frame(read_image(picture), index, Path(picture).name)
+    if isinstance(picture, np.ndarray):
+        if picture.dtype != np.uint8 or picture.size == 0:
+            raise ImageError(f"expected an RGB array of uint8, got {picture.dtype} of shape {picture.shape}")
+        if picture.ndim == 2:
+            picture = np.repeat(picture[..., None], 3, axis=2)
+        if picture.ndim != 3 or picture.shape[2] != 3:
+            raise ImageError(f"expected an RGB array of shape (H, W, 3), got {picture.shape}")
+        return Frame(np.ascontiguousarray(picture), index, f"image-{index}")
+    from PIL import Image, ImageOps
+
+    if isinstance(picture, Image.Image):
+        return Frame(to_rgb(ImageOps.exif_transpose(picture)), index, f"image-{index}")
+    raise ImageError(f"expected a path, a PIL image or an RGB array, got {type(picture).__name__}")

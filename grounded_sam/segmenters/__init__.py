@@ -1,0 +1,1 @@
+"""Boxes, clicks and masks to masks; one class a file."""

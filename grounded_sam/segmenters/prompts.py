@@ -1,0 +1,130 @@
+"""What SAM and SAM 2 have in common: prompts read from detections, decoded in chunks, cleaned, scored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import supervision as sv
+from numpy.typing import NDArray
+
+from grounded_sam.detections import mask_boxes, with_masks
+from grounded_sam.errors import ConfigError
+
+#: Bytes that the logits of one chunk of masks may take at image size.
+CHUNK_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Prompts of like shape for n objects, in pixels of the image; None where none was given."""
+
+    rows: NDArray[np.int64]  # (n,) which detections
+    boxes: NDArray[np.float32] | None  # (n, 4)
+    points: NDArray[np.float32] | None  # (n, p, 2)
+    labels: NDArray[np.int64] | None  # (n, p) 1 on the object, 0 beside it
+    masks: NDArray[np.bool_] | None  # (n, H, W)
+
+
+def group_prompts(found: sv.Detections, chunk: int) -> Iterator[Prompts]:
+    """Split detections into chunks of like prompts.
+
+    Without clicks every detection is prompted with its box. Clicks come as columns that the `clicks`
+    detector makes: `data["points"]`, `data["labels"]`, `data["prompt_mask"]` (objects, None where
+    not given) and `data["prompt_box"]` (bool).
+    """
+    n = len(found)
+    nothing = np.full(n, None, dtype=object)
+    points, labels = found.data.get("points", nothing), found.data.get("labels", nothing)
+    masks = found.data.get("prompt_mask", nothing)
+    with_box = np.asarray(found.data.get("prompt_box", np.ones(n, bool)), bool)
+    groups: dict[tuple[bool, int, bool], list[int]] = {}
+    for i in range(n):
+        count = 0 if points[i] is None else len(points[i])
+        groups.setdefault((bool(with_box[i]), count, masks[i] is not None), []).append(i)
+    for (box, count, mask), members in groups.items():
+        for start in range(0, len(members), chunk):
+            rows = np.array(members[start : start + chunk])
+            yield Prompts(
+                rows=rows,
+                boxes=found.xyxy[rows].astype(np.float32) if box else None,
+                points=np.stack([points[i] for i in rows]).astype(np.float32) if count else None,
+                labels=np.stack([labels[i] for i in rows]).astype(np.int64) if count else None,
+                masks=np.stack([masks[i] for i in rows]) if mask else None,
+            )
+
+
+class PromptedSegmenter:
+    """How SAM and SAM 2 segment: encode the image once, decode the prompts in chunks, keep the best masks.
+
+    A subclass says how its predictor encodes, decodes and forgets.
+
+    Args:
+        multimask: decode three masks per prompt and keep the best; pays for single clicks.
+        chunk: prompts decoded at once; fewer if their masks at image size exceed `CHUNK_BYTES`.
+        fill_holes: pixels of the largest hole in a mask to fill; 0 fills none.
+        drop_specks: pixels of the largest separate speck to drop; 0 drops none.
+    """
+
+    def __init__(self, multimask: bool, chunk: int, fill_holes: int, drop_specks: int) -> None:
+        if chunk < 1:
+            raise ConfigError(f"segmenter.chunk must be at least 1, got {chunk!r}")
+        self.multimask, self.chunk = multimask, chunk
+        self.fill_holes, self.drop_specks = fill_holes, drop_specks
+
+    def _encode(self, image: NDArray[np.uint8]) -> None:
+        raise TypeError("a segmenter has to say how it encodes an image")
+
+    def _decode(self, prompts: Prompts) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
+        """A chunk of n prompts to masks `(n, k, H, W) bool` and predicted IoU `(n, k)`."""
+        raise TypeError("a segmenter has to say how it decodes prompts")
+
+    def _forget(self) -> None:
+        raise TypeError("a segmenter has to say how it lets go of an image")
+
+    def segment(self, image: NDArray[np.uint8], detections: sv.Detections) -> sv.Detections:
+        """Fill in `mask (n, H, W) bool` and `data["mask_score"] (n,)`; same number, same order.
+
+        Clicked objects without a box get that of their mask. Nothing runs if there are no detections.
+        """
+        n, (height, width) = len(detections), image.shape[:2]
+        masks = np.zeros((n, height, width), bool)
+        scores = np.zeros(n, np.float32)
+        if n:
+            pixels = height * width * (3 if self.multimask else 1)
+            self._encode(image)
+            try:
+                for prompts in group_prompts(detections, max(1, min(self.chunk, CHUNK_BYTES // (4 * pixels)))):
+                    several, predicted = self._decode(prompts)
+                    best = predicted.argmax(1)
+                    masks[prompts.rows] = several[np.arange(len(best)), best]
+                    scores[prompts.rows] = predicted[np.arange(len(best)), best]
+            finally:
+                self._forget()
+        for mask in masks if self.fill_holes or self.drop_specks else ():
+            clean(mask, self.fill_holes, self.drop_specks)
+        out = with_masks(detections, masks, scores)
+        if "prompt_box" in detections.data:
+            loose = ~np.asarray(detections.data["prompt_box"], bool) & masks.any((1, 2))
+            out.xyxy = np.where(loose[:, None], mask_boxes(masks), out.xyxy)
+        return out
+
+
+def clean(mask: NDArray[np.bool_], fill_holes: int, drop_specks: int) -> None:
+    """Fill holes and drop specks of a mask `(H, W) bool` in place, by area in pixels (8-connected).
+
+    As `remove_small_regions` of SAM's `amg.py`: if all pieces are specks, the largest stays.
+    """
+    import cv2
+
+    for on, limit in ((False, fill_holes), (True, drop_specks)):
+        if limit <= 0:
+            continue
+        count, regions, stats, _ = cv2.connectedComponentsWithStats((mask == on).astype(np.uint8), 8)
+        sizes = stats[1:, cv2.CC_STAT_AREA]
+        small = np.flatnonzero(sizes < limit) + 1
+        if on and len(small) == count - 1 > 0:
+            small = small[small != sizes.argmax() + 1]
+        if len(small):
+            mask[np.isin(regions, small)] = not on

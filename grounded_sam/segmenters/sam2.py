@@ -1,0 +1,131 @@
+"""Segment Anything 2 (Ravi et al. 2024), over its authors' package."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from grounded_sam.checkpoints import BUILTIN, fill, find_file, pick_device
+from grounded_sam.config import undisturbed_hydra
+from grounded_sam.errors import ConfigError
+from grounded_sam.segmenters.prompts import PromptedSegmenter, Prompts
+
+#: Hub repository, file in it, and config in the sam2 package, of each size of SAM 2.1.
+SIZES = {
+    "tiny": ("facebook/sam2.1-hiera-tiny", "sam2.1_hiera_tiny.pt", "sam2.1_hiera_t.yaml"),
+    "small": ("facebook/sam2.1-hiera-small", "sam2.1_hiera_small.pt", "sam2.1_hiera_s.yaml"),
+    "base_plus": ("facebook/sam2.1-hiera-base-plus", "sam2.1_hiera_base_plus.pt", "sam2.1_hiera_b+.yaml"),
+    "large": ("facebook/sam2.1-hiera-large", "sam2.1_hiera_large.pt", "sam2.1_hiera_l.yaml"),
+}
+
+
+def build_model(architecture: Path, path: Path, what: str) -> Any:
+    """A `SAM2Base` from its YAML, with the post-processing that `sam2.build_sam.build_sam2` adds."""
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    cfg = OmegaConf.load(architecture)
+    extra = {
+        "dynamic_multimask_via_stability": True,
+        "dynamic_multimask_stability_delta": 0.05,
+        "dynamic_multimask_stability_thresh": 0.98,
+    }
+    OmegaConf.update(cfg, "model.sam_mask_decoder_extra_args", extra, force_add=True)
+    model = instantiate(cfg.model)
+    fill(model, path, what)
+    return model.eval()
+
+
+def fit_predictor(predictor: Any, model: Any) -> Any:
+    """Tell a `SAM2ImagePredictor` the feature sizes of a model that is not 1024 px: it has them fixed."""
+    predictor._bb_feat_sizes = [(model.image_size // s, model.image_size // s) for s in (4, 8, 16)]
+    return predictor
+
+
+class Sam2(PromptedSegmenter):
+    """Boxes, clicks and masks to masks with SAM 2.1.
+
+    The image is encoded once, all prompts are decoded in chunks. With one mask per prompt these are
+    `SAM2ImagePredictor`'s masks; with several, the one of highest predicted IoU is kept.
+
+    Args:
+        checkpoint: a hub id, a local file, a folder with one, or `builtin:NAME`; by default the
+            official file of `size` on the hub.
+        size: `tiny`, `small`, `base_plus` or `large`; `builtin:` models have a size of their own.
+        device: `auto`, `cpu`, `cuda`...
+        multimask: decode three masks per prompt and keep the best; pays for single clicks.
+        chunk: prompts decoded at once, fewer on large images.
+        fill_holes: pixels of the largest hole in a mask to fill; 0 fills none.
+        drop_specks: pixels of the largest separate speck to drop; 0 drops none.
+        sha256: checksum that the file must have.
+
+    Raises:
+        CheckpointError: if the weights cannot be had, are damaged, or are of another model.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str | None = None,
+        size: Literal["tiny", "small", "base_plus", "large"] = "tiny",
+        device: str = "auto",
+        multimask: bool = False,
+        chunk: int = 64,
+        fill_holes: int = 0,
+        drop_specks: int = 0,
+        sha256: str | None = None,
+    ) -> None:
+        super().__init__(multimask, chunk, fill_holes, drop_specks)
+        if size not in SIZES:
+            raise ConfigError(f"segmenter.size must be one of {', '.join(SIZES)}, got {size!r}")
+        repo, hub_file, config = SIZES[size]
+        path = find_file(checkpoint or repo, "sam2", hub_file, sha256)
+        with undisturbed_hydra():
+            import sam2
+            from sam2.sam2_image_predictor import SAM2ImagePredictor
+
+            architecture = Path(sam2.__file__).parent / "configs" / "sam2.1" / config
+            if path.is_relative_to(BUILTIN):
+                architecture = BUILTIN.parent / "sam2.yaml"
+            self.model = build_model(architecture, path, f"SAM 2.1 {size}").to(pick_device(device))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # upstream scripts its transforms; torch has deprecated that
+            self.predictor = fit_predictor(SAM2ImagePredictor(self.model), self.model)
+
+    def _encode(self, image: NDArray[np.uint8]) -> None:
+        self.predictor.set_image(image)
+
+    def _forget(self) -> None:
+        self.predictor.reset_predictor()
+
+    def _decode(self, prompts: Prompts) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
+        import torch
+
+        masks = None
+        if prompts.masks is not None:
+            side = self.model.sam_prompt_encoder.mask_input_size
+            given = torch.from_numpy(prompts.masks)[:, None].float()
+            masks = torch.nn.functional.interpolate(given, side, mode="area") * 20 - 10
+        n, count = len(prompts.rows), 3 if self.multimask else 1
+        out, predicted, _ = self.predictor.predict(
+            point_coords=prompts.points,
+            point_labels=prompts.labels,
+            box=prompts.boxes,
+            mask_input=masks,
+            multimask_output=self.multimask,
+        )
+        return out.reshape(n, count, *out.shape[-2:]) > 0, predicted.reshape(n, count)
+
+    def mask_generator(self, **settings: Any) -> Any:
+        """The authors' `SAM2AutomaticMaskGenerator` over this model."""
+        with undisturbed_hydra():
+            from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            generator = SAM2AutomaticMaskGenerator(self.model, **settings)
+        fit_predictor(generator.predictor, self.model)
+        return generator

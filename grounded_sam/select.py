@@ -1,0 +1,107 @@
+"""Which detections stay: thresholds, duplicates, sizes, numbers. No model code, so sweeping it is free."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+import supervision as sv
+
+from grounded_sam.errors import ConfigError
+from grounded_sam.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class Select:
+    """The settings of `select`, as they stand under `select.` in the config.
+
+    Attributes:
+        score: the least confidence, 0 to 1.
+        class_score: least confidence of single classes, by name; others keep `score`.
+        nms: IoU above which the less confident of two detections is dropped; None keeps all.
+        nms_by: whether that IoU is of boxes or of masks.
+        nms_across: whether detections of different classes are duplicates too.
+        top_k: the most detections to keep per image; None keeps all.
+        min_area: least area in pixels: of the mask where there is one, else of the box.
+        max_area: largest area in pixels, likewise; None for no limit.
+
+    Raises:
+        ConfigError: for a value out of its range, naming the key.
+    """
+
+    score: float = 0.3
+    class_score: Mapping[str, float] = field(default_factory=dict)
+    nms: float | None = 0.7
+    nms_by: Literal["box", "mask"] = "box"
+    nms_across: bool = False
+    top_k: int | None = None
+    min_area: float = 1.0
+    max_area: float | None = None
+
+    def __post_init__(self) -> None:
+        ranges = {"score": self.score, "nms": self.nms}
+        ranges |= {f"class_score.{name}": value for name, value in self.class_score.items()}
+        for key, value in ranges.items():
+            if value is not None and not (isinstance(value, int | float) and 0 <= value <= 1):
+                raise ConfigError(f"select.{key} must be a number from 0 to 1, got {value!r}")
+        if self.nms_by not in ("box", "mask"):
+            raise ConfigError(f"select.nms_by must be box or mask, got {self.nms_by!r}")
+        if self.top_k is not None and self.top_k < 0:
+            raise ConfigError(f"select.top_k must be null or at least 0, got {self.top_k!r}")
+
+    def before_masks(self) -> Select:
+        """What of it can be settled on boxes alone, so that fewer boxes need a mask."""
+        by_mask = self.nms_by == "mask"
+        later = by_mask or self.min_area > 1 or self.max_area is not None
+        return replace(
+            self,
+            nms=None if by_mask else self.nms,
+            top_k=None if later else self.top_k,
+            min_area=0.0,
+            max_area=None,
+        )
+
+
+def select(found: sv.Detections, settings: Select, vocabulary: Vocabulary) -> sv.Detections:
+    """Keep the detections that `settings` ask for, most confident first.
+
+    In this order: scores, duplicates (greedy NMS), areas, number. Applying it twice is applying it once.
+
+    Raises:
+        ConfigError: if `class_score` names a class that the vocabulary has not, or `nms_by` is `mask`
+            and the detections have no masks.
+    """
+    unknown = sorted(set(settings.class_score) - set(vocabulary.classes))
+    if unknown:
+        raise ConfigError(
+            f"select.class_score names {', '.join(map(repr, unknown))}; "
+            f"the classes are {', '.join(map(repr, vocabulary.classes))}"
+        )
+    if not len(found):
+        return found
+    assert found.confidence is not None and found.class_id is not None
+    least = np.array([settings.class_score.get(name, settings.score) for name in vocabulary.classes])
+    order = np.argsort(-found.confidence, kind="stable")
+    order = order[found.confidence[order] >= least[found.class_id[order]].astype(np.float32)]
+    kept: sv.Detections = found[order]  # type: ignore[assignment]
+    if settings.nms is not None and len(kept) > 1:
+        kept = kept[_unique(kept, settings)]  # type: ignore[assignment]
+    if len(kept) and (settings.min_area > 0 or settings.max_area is not None):
+        area = np.asarray(kept.mask).sum((1, 2)) if kept.mask is not None else np.asarray(kept.box_area)
+        most = np.inf if settings.max_area is None else settings.max_area
+        fits = np.flatnonzero((area >= settings.min_area) & (area <= most))
+        kept = kept[fits]  # type: ignore[assignment]
+    return kept if settings.top_k is None else kept[: settings.top_k]  # type: ignore[return-value]
+
+
+def _unique(found: sv.Detections, settings: Select) -> np.ndarray:
+    assert found.confidence is not None and found.class_id is not None and settings.nms is not None
+    groups = np.zeros(len(found)) if settings.nms_across else found.class_id.astype(float)
+    rows = np.column_stack([found.xyxy, found.confidence, groups])
+    if settings.nms_by == "box":
+        return sv.box_non_max_suppression(rows, iou_threshold=settings.nms)
+    if found.mask is None:
+        raise ConfigError("select.nms_by=mask needs masks; choose a segmenter, or select.nms_by=box")
+    return sv.mask_non_max_suppression(rows, found.mask, iou_threshold=settings.nms)

@@ -1,0 +1,151 @@
+"""Pictures from a file, a folder, a glob or a list of paths."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from grounded_sam.errors import ConfigError, ImageError
+from grounded_sam.frames import MAX_PIXELS, Frame, read_image
+from grounded_sam.stages import Skipped
+
+_VIDEO = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ts"}
+_EXAMPLES = Path(__file__).parents[1] / "shapes" / "examples"
+
+
+def natural(text: str) -> list[tuple[int, int | str]]:
+    """Sort key that puts `frame2` before `frame10`."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", text)]
+
+
+def _suffixes() -> set[str]:
+    from PIL import Image
+
+    Image.init()
+    readable = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
+    return (readable | {".avif"}) - {".pdf", ".eps", ".ps", ".wmf", ".emf"} - _VIDEO
+
+
+def _is_picture(path: Path) -> bool:
+    """Whether the first bytes of a file without a suffix look like a picture."""
+    from PIL import Image
+
+    try:
+        with Image.open(path):
+            return True
+    except Exception:  # Pillow's plugins raise all sorts; any means "does not look like one"
+        return False
+
+
+class Images:
+    """Pictures, decoded one at a time in natural order of their paths.
+
+    In a folder (searched recursively, hidden files left out) every file with a picture's suffix
+    counts, and files without a suffix that are pictures. Videos in it are listed as skipped. A file
+    that cannot be read is put into `skipped` and the rest goes on.
+
+    Args:
+        input: a picture, a folder, a glob (`photos/**/*.jpg`), a `.txt` file with one path a line
+            (relative ones are relative to it), or `builtin:demo`.
+        max_pixels: larger pictures are refused before they are decoded.
+
+    Raises:
+        ConfigError: if the input is missing or holds no picture.
+        ImageError: while iterating, if the input is one single file and that cannot be read.
+    """
+
+    def __init__(self, input: str | os.PathLike[str] | None, max_pixels: int = MAX_PIXELS) -> None:
+        if input is None or not str(input):
+            raise ConfigError(
+                "input is missing: give a picture, a folder, a glob or a .txt file of paths, e.g. input=photos/"
+            )
+        self.max_pixels = max_pixels
+        self.skipped: list[Skipped] = []
+        self.files, self.root = self._find(str(input))
+        self.single = len(self.files) == 1 and Path(str(input)) == self.files[0]
+        if not self.files:
+            raise ConfigError(f"no picture in {input}")
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __iter__(self) -> Iterator[Frame]:
+        index = 0
+        for path in self.files:
+            try:
+                image = read_image(path, self.max_pixels)
+            except ImageError as error:
+                if self.single:
+                    raise
+                reason = str(error).removeprefix(f"{path}: ")
+                self.skipped.append(Skipped(self.name(path), reason))
+                continue
+            yield Frame(image, index, self.name(path))
+            index += 1
+
+    def name(self, path: Path) -> str:
+        """The path relative to the input, with `/`."""
+        return path.relative_to(self.root).as_posix()
+
+    def _find(self, given: str) -> tuple[list[Path], Path]:
+        if given.startswith("builtin:"):
+            folder = _EXAMPLES / given.removeprefix("builtin:")
+            if not folder.is_dir():
+                names = ", ".join(f"builtin:{p.name}" for p in sorted(_EXAMPLES.iterdir()) if p.is_dir())
+                raise ConfigError(f"input={given} does not ship with the package; it ships {names}")
+            return self._folder(folder), folder
+        path = Path(given).expanduser()
+        if path.is_dir():
+            return self._folder(path), path
+        if path.is_file() and path.suffix.lower() == ".txt":
+            return self._listed(path)
+        if path.is_file():
+            if path.suffix.lower() in _VIDEO:
+                raise ConfigError(f"{path} is a video; source=images reads pictures")
+            return [path], path.parent
+        if glob.has_magic(given):
+            hits = sorted(
+                (Path(hit) for hit in glob.glob(os.path.expanduser(given), recursive=True)),
+                key=lambda p: natural(str(p)),
+            )
+            files = [hit for hit in hits if hit.is_file()]
+            if not files:
+                raise ConfigError(f"no file matches {given}")
+            return self._sift(files, _common(files)), _common(files)
+        raise ConfigError(f"no such file or folder: {given}")
+
+    def _folder(self, folder: Path) -> list[Path]:
+        files = []
+        for place, folders, names in os.walk(folder):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            files += [Path(place) / name for name in names if not name.startswith(".")]
+        return self._sift(sorted(files, key=lambda p: natural(p.as_posix())), folder)
+
+    def _sift(self, files: list[Path], root: Path) -> list[Path]:
+        suffixes, kept = _suffixes(), []
+        for path in files:
+            suffix = path.suffix.lower()
+            if suffix in _VIDEO:
+                self.skipped.append(Skipped(path.relative_to(root).as_posix(), "a video; source=images reads pictures"))
+            elif suffix in suffixes or (not suffix and _is_picture(path)):
+                kept.append(path)
+        return kept
+
+    def _listed(self, listing: Path) -> tuple[list[Path], Path]:
+        lines = [line.strip() for line in listing.read_text(encoding="utf-8").splitlines()]
+        files = [listing.parent / Path(line).expanduser() for line in lines if line and not line.startswith("#")]
+        files = [Path(os.path.abspath(path)) for path in dict.fromkeys(files)]
+        if not files:
+            raise ConfigError(f"{listing} lists no path")
+        return files, _common(files)
+
+
+def _common(files: list[Path]) -> Path:
+    """The deepest folder that holds all files."""
+    try:
+        return Path(os.path.commonpath([path.parent for path in files]))
+    except ValueError:  # different drives
+        return Path(files[0].anchor)

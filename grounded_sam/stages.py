@@ -1,0 +1,82 @@
+"""What a stage has to be. An own class needs to import nothing from here: having the methods is enough."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import supervision as sv
+from numpy.typing import NDArray
+
+from grounded_sam.frames import Frame
+from grounded_sam.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True)
+class FrameResult:
+    """A frame and what was found in it."""
+
+    frame: Frame
+    detections: sv.Detections
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file that could not be used, and why."""
+
+    file: str
+    reason: str
+
+
+@runtime_checkable
+class Source(Protocol):
+    """Where frames come from: decoded lazily, one at a time.
+
+    Bad files are put into `skipped` and passed over. `len()` is how many frames there are at most.
+    """
+
+    skipped: list[Skipped]
+
+    def __iter__(self) -> Iterator[Frame]: ...
+    def __len__(self) -> int: ...
+
+
+@runtime_checkable
+class Detector(Protocol):
+    """Frames and words to boxes.
+
+    Returns one `Detections` per frame: `xyxy (n, 4)` in pixels of the frame, `confidence (n,)` 0 to 1,
+    `class_id (n,)` into `vocabulary.classes`. No threshold is applied here: `select` does that. With
+    `mask (n, H, W) bool` filled, no segmenter is needed.
+
+    Two attributes are looked at if they are there: `batch_size`, frames per call (1 if absent), and
+    `vocabulary`, the classes of a detector that brings its own, so that `text` may be left out.
+    """
+
+    def detect(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]: ...
+
+
+@runtime_checkable
+class Segmenter(Protocol):
+    """Boxes to masks.
+
+    Takes an image `(H, W, 3) uint8` and its detections; returns as many in the same order, with
+    `mask (n, H, W) bool` and `data["mask_score"] (n,) float32`.
+    """
+
+    def segment(self, image: NDArray[np.uint8], detections: sv.Detections) -> sv.Detections: ...
+
+
+@runtime_checkable
+class Sink(AbstractContextManager[Any], Protocol):
+    """Where results go. Built with `output` (a folder) and `vocabulary` beside its own settings.
+
+    Opens files at the first `write`, renames them into place when whole, and leaves what was written
+    so far usable when the run is interrupted. `summary()` is a line for the end of the run.
+    """
+
+    def write(self, result: FrameResult) -> None: ...
+    def summary(self) -> str: ...

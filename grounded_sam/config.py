@@ -27,7 +27,11 @@ def conf_dir() -> Path:
 
 @contextmanager
 def undisturbed_hydra() -> Iterator[None]:
-    """Leave Hydra's global state as it was: importing `sam2` seizes it, composing needs it free."""
+    """Leave Hydra's global state as it was: importing `sam2` seizes it, composing needs it free.
+
+    So a Hydra app may follow on `load`. Who wants `sam2.build_sam.build_sam2` after `load`, which
+    counts on the state that the import leaves, says `hydra.initialize_config_module("sam2")` first.
+    """
     from hydra.core.global_hydra import GlobalHydra
 
     held = GlobalHydra.instance().hydra

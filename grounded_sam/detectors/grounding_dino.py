@@ -202,7 +202,8 @@ class GroundingDino:
         """The model's own output for each prompt; the image backbone runs once for all of them."""
         import torch
 
-        pixels = self.images([frame.image for frame in frames], return_tensors="pt").to(self.device)
+        images = [frame.image for frame in frames]
+        pixels = self.images(images, input_data_format="channels_last", return_tensors="pt").to(self.device)
         with torch.inference_mode(), backbone_once(self.model):
             for prompt in self.prompts(vocabulary):
                 text = torch.tensor([prompt.ids] * len(frames), device=self.device)

@@ -111,8 +111,8 @@ def cover(thing: Thing, height: int, width: int) -> tuple[slice, slice, NDArray[
     cos, sin = math.cos(thing.angle), math.sin(thing.angle)
     polygons = []
     for points in outline(thing.shape, thing.inner):
-        turned = radius * points @ np.array([[cos, sin], [-sin, cos]])
-        placed = ([*turned, thing.x - left, thing.y - top]) * fine - 0.5
+        turned = radius * (points @ np.array([[cos, sin], [-sin, cos]]))
+        placed = fine * np.add(turned, (thing.x - left, thing.y - top)) - 0.5
         polygons.append(np.round(placed * 16).astype(np.int32))
     cv2.fillPoly(patch, polygons, 255, shift=4)
     small = cv2.resize(patch, (right - left, bottom - top), interpolation=cv2.INTER_AREA)
@@ -306,3 +306,57 @@ def make_scene(
         things.append(thing)
     noise = int(rng.integers(0, 9))
     return draw(background, things, rng, noise=noise, smooth=rng.random() < 0.8)
+
+
+def make_clip(
+    rng: np.random.Generator,
+    frames: int,
+    pairs: Sequence[tuple[str, str]] = PAIRS,
+    count: int | None = None,
+    size_hw: tuple[int, int] | None = None,
+    photos: Sequence[NDArray[np.uint8]] = (),
+    speed: float = 0.02,
+) -> list[Scene]:
+    """A clip: things that move, turn, grow and shrink, pass over each other, leave and come back.
+
+    Args:
+        rng: where everything is drawn from.
+        frames: how many.
+        pairs, size_hw, photos: see `make_scene`.
+        count: how many objects, 1 to 5 by chance if not given.
+        speed: typical way of an object from frame to frame, share of the canvas's shorter side.
+
+    Returns:
+        One scene a frame; `ids` says which object of the clip each is. An object that is hidden or
+        outside in a frame is not in that scene.
+    """
+    if size_hw is None:
+        long = int(rng.integers(128, 385))
+        short = int(rng.integers(max(96, -(-long // 2)), long + 1))
+        size_hw = (short, long) if rng.random() < 0.7 else (long, short)
+    height, width = size_hw
+    side = min(size_hw)
+    count = int(rng.integers(1, 6)) if count is None else count
+    background = make_background(rng, height, width, photos)
+    things = [make_thing(rng, pairs[int(rng.integers(len(pairs)))], height, width, (0.15, 0.45)) for _ in range(count)]
+    drift = rng.normal(0, speed * side, (count, 2))
+    sway = rng.uniform(0, 0.12 * side, (count, 2))
+    phase, pace = rng.uniform(0, 2 * math.pi, (2, count, 2))
+    turn = rng.normal(0, 0.05, count)
+    swell, swell_pace = rng.uniform(0, 0.25, count), rng.uniform(0.02, 0.15, count)
+    # An object goes out by a margin and comes back from where it left.
+    low, high = np.array([-0.3 * side, -0.3 * side]), np.array([width + 0.3 * side, height + 0.3 * side])
+    noise, smooth = int(rng.integers(0, 9)), bool(rng.random() < 0.8)
+    clip = []
+    for t in range(frames):
+        now = []
+        for i, thing in enumerate(things):
+            place = np.array([thing.x, thing.y]) + drift[i] * t
+            place += sway[i] * (np.sin(phase[i] + 0.05 * pace[i] * t) - np.sin(phase[i]))
+            span = high - low
+            folded = np.abs((place - low) % (2 * span) - span)  # there and back again
+            x, y = high - folded
+            size = thing.diameter * (1 + swell[i] * math.sin(swell_pace[i] * t))
+            now.append(replace(thing, x=float(x), y=float(y), diameter=size, angle=thing.angle + turn[i] * t))
+        clip.append(draw(background, now, rng, noise=noise, smooth=smooth))
+    return clip

@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from grounded_sam import ConfigError, load
+from grounded_sam.detectors.clicks import Clicks
+from grounded_sam.frames import Frame
+
+FRAME = Frame(np.zeros((100, 120, 3), np.uint8), 0, "sub/cup.jpg")
+
+
+def test_points_boxes_and_names_become_detections():
+    detector = Clicks(
+        [
+            {"class": "cup", "points": [[30, 40], [50, 60]], "labels": [1, 0]},
+            {"class": "spoon", "box": [5, 6, 70, 80]},
+            {"class": "cup", "points": [10, 10]},
+        ]
+    )
+    assert detector.vocabulary.classes == ("cup", "spoon")
+    found = detector.detect([FRAME], detector.vocabulary)[0]
+    assert found.class_id.tolist() == [0, 1, 0]
+    assert found.confidence.tolist() == [1, 1, 1]
+    assert found.xyxy.tolist() == [[30, 40, 31, 41], [5, 6, 70, 80], [10, 10, 11, 11]]
+    assert found.data["prompt_box"].tolist() == [False, True, False]
+
+
+def test_a_file_with_entries_for_single_images(tmp_path):
+    path = tmp_path / "clicks.json"
+    entries = [
+        {"class": "cup", "points": [[3, 4]], "image": "cup.jpg"},
+        {"class": "jug", "points": [[3, 4]], "image": "jug.jpg"},
+    ]
+    path.write_text(json.dumps(entries))
+    detector = Clicks(str(path))
+    assert detector.detect([FRAME], detector.vocabulary)[0].data["class_name"].tolist() == ["cup"]
+    other = Frame(FRAME.image, 0, "x.jpg")
+    assert len(detector.detect([other], detector.vocabulary)[0]) == 0
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ({"points": [[1, 2]]}, "class is missing"),
+        ({"class": "a"}, "give points, a box or a mask"),
+        ({"class": "a", "point": [[1, 2]]}, "unknown key 'point'; the keys are box, class"),
+        ({"class": "a", "points": [[1, 2, 3]]}, r"points must be \[\[x, y\], ...\]"),
+        ({"class": "a", "points": "here"}, "points must be numbers"),
+        ({"class": "a", "points": [[1, 2]], "labels": [1, 0]}, "labels must be one of 1"),
+        ({"class": "a", "points": [[1, 2]], "labels": [3]}, "labels must be one of 1"),
+        ({"class": "a", "box": [9, 9, 1, 1]}, "x1 < x2"),
+        ({"class": "a", "box": [1, 2, 3]}, "box must be"),
+        ("cup", "expected a mapping"),
+    ],
+)
+def test_wrong_entries_are_named(entry, says):
+    with pytest.raises(ConfigError, match=rf"detector.prompts\[1\]: .*{says}"):
+        Clicks([{"class": "ok", "points": [[1, 1]]}, entry])
+
+
+def test_missing_and_broken_files(tmp_path):
+    with pytest.raises(ConfigError, match=r"detector.prompts is missing"):
+        Clicks(None)
+    with pytest.raises(ConfigError, match="cannot read"):
+        Clicks(str(tmp_path / "no.json"))
+    (tmp_path / "bad.json").write_text("{")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        Clicks(str(tmp_path / "bad.json"))
+
+
+def test_points_outside_the_image_and_unknown_classes_are_refused():
+    detector = Clicks([{"class": "cup", "points": [[300, 4]]}])
+    with pytest.raises(ConfigError, match=r"outside sub/cup.jpg, which is 120x100 px"):
+        detector.detect([FRAME], detector.vocabulary)
+    from grounded_sam import Vocabulary
+
+    with pytest.raises(ConfigError, match="'cup', which text has not"):
+        detector.detect([FRAME], Vocabulary.parse(["dog"]))
+
+
+def test_a_click_on_a_shape_gives_its_mask(scenes):
+    scene = scenes[0]
+    rows, columns = np.nonzero(scene.masks[-1])
+    middle = [float(columns.mean()), float(rows.mean())]
+    if not scene.masks[-1][int(middle[1]), int(middle[0])]:
+        middle = [float(columns[0]), float(rows[0])]
+    prompts = f"detector.prompts=[{{class: it, points: [{middle}]}}]"
+    model = load(prompts, "segmenter.multimask=true", preset="shapes", detector="clicks")
+    found = model.segment(scene.image)
+    assert found.data["class_name"].tolist() == ["it"]
+    truth = scene.masks[-1]
+    assert (found.mask[0] & truth).sum() / (found.mask[0] | truth).sum() > 0.5

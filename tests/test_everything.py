@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from grounded_sam import ConfigError, load
+from grounded_sam.shapes.scenes import make_scene
+
+FEW = ["detector.points_per_side=12", "detector.pred_iou_thresh=0.6", "detector.stability_score_thresh=0.6"]
+
+
+@pytest.mark.parametrize("segmenter", ["sam", "sam2"])
+def test_a_mask_for_everything(segmenter):
+    scene = make_scene(np.random.default_rng(12), count=3, size_hw=(220, 220))
+    model = load(*FEW, preset="shapes", detector="everything", segmenter=segmenter)
+    found = model.segment(scene.image)
+    assert set(found.data["class_name"]) <= {"object"}
+    hits = [max(((m & truth).sum() / (m | truth).sum() for m in found.mask), default=0) for truth in scene.masks]
+    assert np.mean(np.array(hits) > 0.6) >= 0.6
+    assert found.mask.shape[1:] == (220, 220)
+    for box, mask in zip(found.xyxy, found.mask, strict=True):
+        ys, xs = np.nonzero(mask)
+        assert box.tolist() == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+
+
+def test_thresholds_reach_the_generator():
+    model = load("detector.pred_iou_thresh=0.99", "detector.points_per_side=4", preset="shapes", detector="everything")
+    assert model.detector.generator.pred_iou_thresh == 0.99
+    assert len(model.detector.generator.point_grids[0]) == 16
+
+
+def test_text_may_name_the_one_class():
+    model = load(*FEW, "detector.points_per_side=3", preset="shapes", detector="everything", text="thing")
+    found = model.segment(np.zeros((64, 64, 3), np.uint8))
+    assert set(found.data["class_name"]) <= {"thing"}
+    with pytest.raises(ConfigError, match="gives one class"):
+        model.segment(np.zeros((64, 64, 3), np.uint8), ["a", "b"])
+
+
+def test_it_needs_a_segmenter_with_a_generator():
+    with pytest.raises(ConfigError, match="needs segmenter=sam or segmenter=sam2"):
+        load(detector="everything", segmenter="none")

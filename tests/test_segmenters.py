@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import sam, sam2
+from fakes import CLASSES, boxes
+from safetensors.torch import save_file
+
+from grounded_sam import CheckpointError, load
+from grounded_sam.detections import make_detections
+from grounded_sam.detectors.clicks import Clicks
+from grounded_sam.frames import Frame
+from grounded_sam.segmenters.prompts import clean, group_prompts
+from grounded_sam.segmenters.sam import Sam
+from grounded_sam.segmenters.sam2 import Sam2, fit_predictor
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    """Both segmenters with the weights that ship with the package."""
+    return {"sam": Sam("builtin:shapes", device="cpu"), "sam2": Sam2("builtin:shapes", device="cpu")}
+
+
+def truth_boxes(scene):
+    n = len(scene.xyxy)
+    return make_detections(scene.xyxy, np.ones(n), np.zeros(n), CLASSES, scene.image.shape[:2])
+
+
+def by_hand(segmenter, image, multimask, **prompt):
+    """One prompt through the authors' predictor."""
+    if isinstance(segmenter, Sam):
+        from segment_anything import SamPredictor
+
+        predictor = SamPredictor(segmenter.model)
+    else:
+        from sam2.sam2_image_predictor import SAM2ImagePredictor
+
+        predictor = fit_predictor(SAM2ImagePredictor(segmenter.model), segmenter.model)
+    predictor.set_image(image)
+    masks, scores, _ = predictor.predict(multimask_output=multimask, **prompt)
+    return masks[scores.argmax()] > 0, scores.max()
+
+
+@pytest.mark.parametrize("name", ["sam", "sam2"])
+@pytest.mark.parametrize("multimask", [False, True])
+def test_masks_equal_those_of_the_authors_predictor(embedded, scenes, name, multimask):
+    segmenter = embedded[name]
+    segmenter.multimask = multimask
+    try:
+        for scene in scenes:
+            found = segmenter.segment(scene.image, truth_boxes(scene))
+            for box, mask, score in zip(found.xyxy, found.mask, found.data["mask_score"], strict=True):
+                expected, expected_score = by_hand(segmenter, scene.image, multimask, box=box)
+                assert np.array_equal(mask, expected)
+                assert score == pytest.approx(expected_score, abs=1e-4)
+    finally:
+        segmenter.multimask = False
+
+
+@pytest.mark.parametrize("name", ["sam", "sam2"])
+def test_clicks_equal_those_of_the_authors_predictor(embedded, scenes, name):
+    scene = scenes[0]
+    rows, columns = np.nonzero(scene.masks[-1])
+    points = [[int(columns[len(columns) // 2]), int(rows[len(rows) // 2])], [2, 2]]
+    box = [float(v) for v in scene.xyxy[-1]]
+    entries = [
+        {"class": "a", "points": points, "labels": [1, 0]},
+        {"class": "b", "points": points[:1], "box": box},
+        {"class": "c", "box": box},
+    ]
+    detector = Clicks(entries)
+    found = detector.detect([Frame(scene.image)], detector.vocabulary)[0]
+    out = embedded[name].segment(scene.image, found)
+    prompts = [
+        {"point_coords": np.array(points), "point_labels": np.array([1, 0])},
+        {"point_coords": np.array(points[:1]), "point_labels": np.array([1]), "box": np.array(box)},
+        {"box": np.array(box)},
+    ]
+    for mask, prompt in zip(out.mask, prompts, strict=True):
+        assert np.array_equal(mask, by_hand(embedded[name], scene.image, False, **prompt)[0])
+    ys, xs = np.nonzero(out.mask[0])
+    assert out.xyxy[0].tolist() == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+    assert out.xyxy[1].tolist() == pytest.approx(box)
+
+
+@pytest.mark.parametrize("name", ["sam", "sam2"])
+def test_mask_prompts_are_followed(embedded, scenes, tmp_path, name):
+    from PIL import Image
+
+    scene = scenes[0]
+    Image.fromarray(scene.masks[-1].astype(np.uint8) * 255).save(tmp_path / "m.png")
+    x1, y1, x2, y2 = (float(v) for v in scene.xyxy[-1])
+    detector = Clicks([{"class": "a", "mask": str(tmp_path / "m.png"), "box": [x1, y1, x2, y2]}])
+    found = embedded[name].segment(scene.image, detector.detect([Frame(scene.image)], detector.vocabulary)[0])
+    truth = scene.masks[-1]
+    assert (found.mask[0] & truth).sum() / (found.mask[0] | truth).sum() > 0.7
+
+
+@pytest.mark.parametrize("name", ["sam", "sam2"])
+def test_chunks_change_nothing_and_the_image_is_encoded_once(embedded, scenes, name, monkeypatch):
+    segmenter, scene = embedded[name], scenes[1]
+    whole = segmenter.segment(scene.image, truth_boxes(scene))
+    encoder = segmenter.model.image_encoder
+    calls: list[int] = []
+    handle = encoder.register_forward_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr(segmenter, "chunk", 1)
+    parts = segmenter.segment(scene.image, truth_boxes(scene))
+    handle.remove()
+    assert len(calls) == 1
+    assert np.array_equal(whole.mask, parts.mask)
+
+
+@pytest.mark.parametrize("name", ["sam", "sam2"])
+def test_nothing_to_segment_runs_nothing(embedded, name):
+    image = np.zeros((40, 50, 3), np.uint8)
+    found = embedded[name].segment(image, boxes(size_hw=(40, 50)))
+    assert found.mask.shape == (0, 40, 50)
+    assert found.data["mask_score"].shape == (0,)
+
+
+@pytest.mark.parametrize("name", ["sam", "sam2"])
+def test_masks_of_true_boxes_are_good(embedded, name):
+    from grounded_sam.shapes.scenes import make_scene
+
+    overlaps = []
+    for i in range(25):
+        scene = make_scene(np.random.default_rng([77, i]), count=4)
+        found = embedded[name].segment(scene.image, truth_boxes(scene))
+        overlaps += ((found.mask & scene.masks).sum((1, 2)) / (found.mask | scene.masks).sum((1, 2))).tolist()
+    assert np.mean(overlaps) > 0.85
+
+
+def test_prompts_of_like_shape_go_together():
+    found = boxes(*[(0, 0, 10, 10, 0.9, 0)] * 5)
+    points = np.full(5, None, object)
+    labels = np.full(5, None, object)
+    points[1], labels[1] = np.ones((2, 2)), np.ones(2)
+    points[3], labels[3] = np.ones((2, 2)), np.ones(2)
+    found.data |= {"points": points, "labels": labels}
+    groups = list(group_prompts(found, chunk=2))
+    assert [g.rows.tolist() for g in groups] == [[0, 2], [4], [1, 3]]
+    assert [g.points is None for g in groups] == [True, True, False]
+
+
+def test_holes_are_filled_and_specks_dropped():
+    mask = np.zeros((40, 40), bool)
+    mask[5:30, 5:30] = True
+    mask[10:12, 10:12] = False  # a hole of 4
+    mask[15:25, 15:25] = False  # a hole of 100
+    mask[35:37, 35:37] = True  # a speck of 4
+    clean(mask, fill_holes=20, drop_specks=20)
+    assert mask[10, 10] and not mask[20, 20] and not mask[35, 35]
+    only = np.zeros((20, 20), bool)
+    only[:2, :2] = only[10:13, 10:13] = True
+    clean(only, 0, 50)
+    assert only.sum() == 9
+
+
+def test_options_reach_the_masks(scenes):
+    model = load("segmenter.fill_holes=100000", "segmenter.drop_specks=10", preset="shapes")
+    ring = next(s for s in scenes if any(shape == "ring" for _, shape in s.pairs))
+    found = model.segmenter.segment(ring.image, truth_boxes(ring))
+    i = next(i for i, (_, shape) in enumerate(ring.pairs) if shape == "ring")
+    assert found.mask[i].sum() > 1.15 * ring.masks[i].sum()
+
+
+def test_a_wrong_checksum_is_an_error(tmp_path):
+    path = tmp_path / "w.safetensors"
+    save_file({"a": torch.zeros(1)}, path)
+    right = hashlib.sha256(path.read_bytes()).hexdigest()
+    with pytest.raises(CheckpointError, match=f"expected SHA-256 {'0' * 64}, got {right}"):
+        Sam(str(path), sha256="0" * 64)
+    with pytest.raises(CheckpointError, match="does not fit SAM vit_b"):
+        Sam(str(path), sha256=right)
+
+
+@pytest.mark.parametrize("kind", [Sam, Sam2])
+def test_weights_that_are_missing_or_hold_code_are_refused(tmp_path, kind):
+    class Evil:
+        def __reduce__(self):
+            return (print, ("code ran",))
+
+    torch.save({"model": Evil()}, tmp_path / "evil.pt")
+    with pytest.raises(CheckpointError, match="cannot load"):
+        kind(str(tmp_path / "evil.pt"))
+    (tmp_path / "text.pth").write_text("no weights")
+    with pytest.raises(CheckpointError, match="cannot load"):
+        kind(str(tmp_path / "text.pth"))
+    with pytest.raises(CheckpointError, match="no weights at"):
+        kind(str(tmp_path / "nowhere.pt"))
+    with pytest.raises(CheckpointError, match="found 2"):
+        kind(str(tmp_path))
+
+
+def test_sam_of_real_size_masks_a_photo_as_its_predictor_does(tmp_path, photos):
+    from grounded_sam import read_image
+
+    segmenter = Sam(str(sam(tmp_path / "sam_vit_b.pth")), size="vit_b", device="cpu")
+    check_real_size(segmenter, read_image(photos / "truck.jpg"))
+
+
+def test_sam2_of_real_size_masks_a_photo_as_its_predictor_does(tmp_path, photos):
+    from grounded_sam import read_image
+
+    segmenter = Sam2(str(sam2(tmp_path / "sam2.1_hiera_tiny.pt").parent), size="tiny", device="cpu")
+    check_real_size(segmenter, read_image(photos / "truck.jpg"))
+
+
+def check_real_size(segmenter, image):
+    found = boxes((100, 200, 900, 800, 0.9, 0), (1000, 100, 1700, 1100, 0.8, 1), size_hw=image.shape[:2])
+    out = segmenter.segment(image, found)
+    assert out.mask.shape == (2, *image.shape[:2])
+    for box, mask in zip(found.xyxy, out.mask, strict=True):
+        assert np.array_equal(mask, by_hand(segmenter, image, False, box=box)[0])

@@ -1,0 +1,174 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fakes import CLASSES, boxes
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+from grounded_sam import ConfigError, Vocabulary
+from grounded_sam.detections import empty, with_masks
+from grounded_sam.frames import Frame
+from grounded_sam.sinks.coco import Coco
+from grounded_sam.sinks.files import Names
+from grounded_sam.sinks.masks import Masks
+from grounded_sam.sinks.overlay import Overlay, draw
+from grounded_sam.stages import FrameResult
+
+
+def result(name: str = "a.png", masks: bool = True, seed: int = 0) -> FrameResult:
+    """A frame of 60 x 80 px with two objects that overlap; the mask of the second has a hole."""
+    found = boxes((5, 5, 40, 40, 0.9, 0), (30, 20, 70, 55, 0.6, 2), size_hw=(60, 80))
+    stack = np.zeros((2, 60, 80), bool)
+    stack[0, 5:40, 5:40] = True
+    stack[1, 20:55, 30:70] = True
+    stack[1, 30:40, 45:55] = False
+    if masks:
+        found = with_masks(found, stack, np.array([0.8, 0.7], np.float32))
+    image = np.random.default_rng(seed).integers(0, 255, (60, 80, 3), dtype=np.uint8)
+    return FrameResult(Frame(image, 0, name), found)
+
+
+NOTHING = FrameResult(Frame(np.zeros((30, 20, 3), np.uint8), 1, "leer/名前 (1).jpg"), empty(CLASSES))
+
+
+def test_coco_is_read_back_by_pycocotools(tmp_path):
+    with Coco(tmp_path, CLASSES) as sink:
+        first = result()
+        sink.write(first)
+        sink.write(NOTHING)
+    coco = COCO(tmp_path / "annotations.json")
+    assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == ["a", "b", "c"]
+    assert coco.imgs[2] == {"id": 2, "file_name": "leer/名前 (1).jpg", "width": 20, "height": 30}
+    annotations = coco.loadAnns(coco.getAnnIds(imgIds=1))
+    assert [a["category_id"] for a in annotations] == [1, 3]
+    assert [a["score"] for a in annotations] == pytest.approx([0.9, 0.6])
+    for annotation, mask in zip(annotations, first.detections.mask, strict=True):
+        assert np.array_equal(coco.annToMask(annotation), mask)
+        assert annotation["area"] == mask.sum() == coco_mask.area(annotation["segmentation"])
+    assert annotations[0]["bbox"] == [5, 5, 35, 35]
+
+
+def test_coco_polygons_keep_the_shape_but_for_holes(tmp_path):
+    with Coco(tmp_path, CLASSES, segmentation="polygon") as sink:
+        first = result()
+        sink.write(first)
+    coco = COCO(tmp_path / "annotations.json")
+    solid = coco.annToMask(coco.anns[1]).astype(bool)
+    assert (solid & first.detections.mask[0]).sum() / (solid | first.detections.mask[0]).sum() > 0.9
+    assert coco.annToMask(coco.anns[2])[35, 50] == 1
+
+
+def test_coco_without_masks_still_has_boxes(tmp_path):
+    with Coco(tmp_path, CLASSES) as sink:
+        sink.write(result(masks=False))
+    coco = COCO(tmp_path / "annotations.json")
+    assert "segmentation" not in coco.anns[1]
+    assert coco.anns[1]["area"] == 35 * 35
+
+
+def test_an_interrupted_run_leaves_a_whole_coco_file(tmp_path):
+    with pytest.raises(KeyboardInterrupt), Coco(tmp_path, CLASSES) as sink:
+        sink.write(result())
+        raise KeyboardInterrupt
+    assert len(COCO(tmp_path / "annotations.json").anns) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["annotations.json"]
+
+
+def test_coco_of_nothing_is_valid(tmp_path):
+    with Coco(tmp_path, CLASSES):
+        pass
+    assert json.loads((tmp_path / "annotations.json").read_text())["images"] == []
+
+
+def test_overlay_has_the_size_of_the_frame_and_changes_where_objects_are(tmp_path):
+    first = result()
+    with Overlay(tmp_path, CLASSES, format="png", boxes=False, labels=False) as sink:
+        sink.write(first)
+        sink.write(NOTHING)
+    drawn = np.asarray(Image.open(tmp_path / "overlay" / "a.png"))
+    assert drawn.shape == (60, 80, 3)
+    changed = (drawn != first.frame.image).any(2)
+    assert changed[first.detections.mask[0]].mean() > 0.95
+    assert not changed[58, :].any()
+    assert Image.open(tmp_path / "overlay" / "leer" / "名前 (1).jpg.png").size == (20, 30)
+
+
+def test_labels_of_other_scripts_are_drawn():
+    first = result()
+    words = first.detections
+    plain = draw(first.frame.image, words)
+    words.data["class_name"] = np.array(["Straßenschild", "знак"])
+    assert (draw(first.frame.image, words) != plain).any()
+
+
+def test_masks_one_by_one(tmp_path):
+    first = result("sub/a.png")
+    with Masks(tmp_path, CLASSES) as sink:
+        sink.write(first)
+    files = sorted((tmp_path / "masks" / "sub" / "a.png").iterdir())
+    assert [f.name for f in files] == ["000_a.png", "001_c.png"]
+    for file, mask in zip(files, first.detections.mask, strict=True):
+        assert np.array_equal(np.asarray(Image.open(file)) > 0, mask)
+
+
+def test_label_maps_have_a_legend_and_the_surer_object_on_top(tmp_path):
+    with Masks(tmp_path, CLASSES, mode="labels") as sink:
+        sink.write(result())
+        sink.write(NOTHING)
+    values = np.asarray(Image.open(tmp_path / "masks" / "a.png"))
+    assert values[30, 35] == 1  # both objects are here, a (0.9) is surer than c (0.6)
+    assert values[45, 65] == 3
+    assert values[0, 0] == 0
+    legend = json.loads((tmp_path / "masks" / "legend.json").read_text())
+    assert legend == {"0": "background", "1": "a", "2": "b", "3": "c"}
+
+
+def test_more_than_255_classes_need_sixteen_bits(tmp_path):
+    many = Vocabulary.parse([f"class {i}" for i in range(300)])
+    first = result()
+    first.detections.class_id[:] = 299
+    with Masks(tmp_path, many, mode="labels") as sink:
+        sink.write(first)
+    assert np.asarray(Image.open(tmp_path / "masks" / "a.png")).max() == 300
+
+
+def test_masks_without_a_segmenter_are_refused(tmp_path):
+    with Masks(tmp_path, CLASSES) as sink, pytest.raises(ConfigError, match="needs masks"):
+        sink.write(result(masks=False))
+
+
+@pytest.mark.parametrize(
+    ("sink", "key"), [(Overlay, "format"), (Overlay, "colour_by"), (Coco, "segmentation"), (Masks, "mode")]
+)
+def test_wrong_settings_name_their_key(tmp_path, sink, key):
+    with pytest.raises(ConfigError, match=key):
+        sink(tmp_path, CLASSES, **{key: "nonsense"})
+
+
+@given(st.lists(st.text(min_size=1, max_size=30), max_size=12))
+def test_output_names_never_collide_nor_leave_their_folder(names):
+    give = Names()
+    paths = [give(name, ".png") for name in names]
+    assert len({str(p).casefold() for p in paths}) == len(paths)
+    for path in paths:
+        assert not path.is_absolute()
+        assert Path("/x", path).resolve().is_relative_to("/x")
+        assert path.suffix.lower() == ".png"
+
+
+def test_duplicate_stems_stay_apart():
+    give = Names()
+    assert [str(give(n, ".png")) for n in ("a.png", "a.jpg", "A.PNG", "../a.png", "/etc/a")] == [
+        "a.png",
+        "a.jpg.png",
+        "A-2.PNG".replace(".PNG", ".png"),
+        "a-3.png",
+        "etc/a.png",
+    ]

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from grounded_sam import ConfigError, ImageError
+from grounded_sam.sources.images import Images
+
+
+def picture(path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.full((8, 10, 3), 90, np.uint8)).save(path)
+    return path
+
+
+@pytest.fixture
+def tree(tmp_path):
+    for name in ("b/10.png", "b/2.png", "a.jpg", "b/.hidden.png", ".cache/x.png", "b/UPPER.JPG"):
+        picture(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no picture")
+    (tmp_path / "clip.mp4").write_bytes(b"x")
+    (tmp_path / "b" / "broken.png").write_bytes(b"")
+    return tmp_path
+
+
+def test_a_folder_is_searched_in_natural_order(tree):
+    source = Images(tree)
+    assert [frame.name for frame in source] == ["a.jpg", "b/2.png", "b/10.png", "b/UPPER.JPG"]
+    assert [frame.index for frame in source] == [0, 1, 2, 3]
+
+
+def test_bad_files_and_videos_are_listed_and_the_rest_goes_on(tree):
+    source = Images(tree)
+    assert len(list(source)) == 4
+    assert {s.file: s.reason for s in source.skipped} == {
+        "clip.mp4": "a video; source=images reads pictures",
+        "b/broken.png": "the file is empty",
+    }
+
+
+def test_one_file_a_glob_and_a_listing(tree, tmp_path, monkeypatch):
+    assert [f.name for f in Images(tree / "a.jpg")] == ["a.jpg"]
+    assert [f.name for f in Images(f"{tree}/**/*.png") if "broken" not in f.name] == ["2.png", "10.png"]
+    listing = tmp_path / "list.txt"
+    listing.write_text("a.jpg\n\n# none\nb/10.png\n", encoding="utf-8")
+    assert [f.name for f in Images(listing)] == ["a.jpg", "b/10.png"]
+    monkeypatch.chdir(tree)
+    assert [f.name for f in Images("*.jpg")] == ["a.jpg"]
+
+
+def test_names_stay_apart_when_files_come_from_several_folders(tmp_path):
+    one, two = picture(tmp_path / "x" / "same.png"), picture(tmp_path / "y" / "same.png")
+    listing = tmp_path / "list.txt"
+    listing.write_text(f"{one}\n{two}\n")
+    assert [f.name for f in Images(listing)] == ["x/same.png", "y/same.png"]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (None, "input is missing"),
+        ("nowhere", "no such file or folder: nowhere"),
+        ("nowhere/*.jpg", "no file matches nowhere"),
+        ("clip.mp4", "is a video"),
+        ("empty", "no picture in empty"),
+        ("builtin:nothing", "it ships builtin:demo"),
+    ],
+)
+def test_an_input_without_pictures_is_refused(tree, monkeypatch, given, says):
+    (tree / "empty").mkdir()
+    monkeypatch.chdir(tree)
+    with pytest.raises(ConfigError, match=says):
+        Images(given)
+
+
+def test_a_single_bad_file_is_an_error(tree):
+    with pytest.raises(ImageError, match="empty"):
+        list(Images(tree / "b" / "broken.png"))
+
+
+def test_pictures_are_decoded_only_when_asked_for(tree):
+    source = iter(Images(tree))
+    (tree / "b" / "10.png").write_bytes(b"")
+    assert [frame.name for frame in source] == ["a.jpg", "b/2.png", "b/UPPER.JPG"]

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from grounded_sam.shapes.scenes import COLOURS, PAIRS, SHAPES
+from grounded_sam.shapes.scenes import COLOURS, EXTRA_COLOURS, PAIRS, SHAPES
 
 if TYPE_CHECKING:
     from transformers import BertTokenizerFast
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 NOUNS = (*SHAPES, "shape", "object")
 ARTICLES = ("a", "an", "the")
 #: Things that no scene holds; a model asked for them has to stay silent.
-OTHERS = ("car", "dog", "person", "wheel", "cup", "tree", "house", "cat", "bird", "chair", "pink", "grey")
+OTHERS = ("car", "dog", "person", "wheel", "cup", "tree", "house", "cat", "bird", "chair", "grey")
 
 
 def plural(noun: str) -> str:
@@ -54,7 +54,7 @@ def ask(
     count = int(rng.integers(1, most + 1))
     kind = rng.choice(["pairs", "shapes", "colours", "mixed"], p=[0.48, 0.22, 0.2, 0.1])
     shapes = [(None, shape) for shape in SHAPES]
-    colours = [(colour, None) for colour in COLOURS]
+    colours = [(colour, None) for colour in dict.fromkeys(colour for colour, _ in pairs)]
     pool: list[tuple[str | None, str | None]]
     if kind == "pairs":
         here = sorted(set(present))
@@ -87,7 +87,7 @@ def tokenizer() -> BertTokenizerFast:
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     words = [*COLOURS, *NOUNS, *ARTICLES, *OTHERS, *letters, "##s", "##es"]
     words += [f"##{letter}" for letter in letters if letter != "s"]
-    words += ["-", "'", ",", "&", "/", "(", ")", "!", ":"]
+    words += ["-", "'", ",", "&", "/", "(", ")", "!", ":", *EXTRA_COLOURS]
     fixed = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103, ".": 1012, "?": 1029}
     vocabulary = dict(fixed)
     for i, word in enumerate(dict.fromkeys(words)):

@@ -28,6 +28,14 @@ COLOURS = {
     "purple": (150, 60, 190),
     "orange": (245, 140, 30),
 }
+#: More colours for training alone: with few pairs a model learns them by heart, and fails on unseen ones.
+EXTRA_COLOURS = {
+    "cyan": (40, 200, 210),
+    "pink": (245, 130, 190),
+    "brown": (125, 80, 45),
+    "white": (240, 240, 240),
+    "black": (25, 25, 25),
+}
 PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 #: Colour and shape pairs that no training scene or phrase holds: the zero-shot test.
 UNSEEN = (("green", "triangle"), ("purple", "cross"), ("red", "ring"), ("blue", "star"))
@@ -237,7 +245,7 @@ def make_thing(
     colour, shape = pair
     size = rng.uniform(*diameter) * min(height, width)
     margin = size / 2
-    rgb = np.array(COLOURS[colour]) * rng.uniform(0.8, 1.12) + rng.uniform(-15, 15, 3)
+    rgb = np.array((COLOURS | EXTRA_COLOURS)[colour]) * rng.uniform(0.8, 1.12) + rng.uniform(-15, 15, 3)
     red, green, blue = np.clip(rgb, 0, 255).tolist()
     return Thing(
         colour=colour,

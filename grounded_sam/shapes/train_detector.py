@@ -31,6 +31,7 @@ from transformers import (
 from grounded_sam.shapes.phrases import ask, matches, tokenizer
 from grounded_sam.shapes.scenes import (
     COLOURS,
+    EXTRA_COLOURS,
     PAIRS,
     SHAPES,
     UNSEEN,
@@ -46,6 +47,7 @@ log = logging.getLogger(__name__)
 
 SHORT, LONG = 160, 320
 SEEN = tuple(pair for pair in PAIRS if pair not in UNSEEN)
+EXTRA = tuple((colour, shape) for colour in EXTRA_COLOURS for shape in SHAPES)
 
 
 def config(vocabulary_size: int) -> GroundingDinoConfig:
@@ -150,8 +152,8 @@ class Scenes:
         for _ in range(self.cfg.batch):
             side = int(rng.integers(96, max(97, int(512 / ratio)) + 1))
             size = (side, round(side * ratio)) if wide else (round(side * ratio), side)
-            scene = make_scene(rng, SEEN, size_hw=size, photos=self.photos)
-            phrases = ask(rng, scene.pairs, SEEN)
+            scene = make_scene(rng, SEEN * 2 + EXTRA, size_hw=size, photos=self.photos)
+            phrases = ask(rng, scene.pairs, SEEN + EXTRA)
             tokens, ranges = spans(self.words, [p[2] for p in phrases])
             target = torch.zeros(len(scene.pairs), 64)
             for row, pair in zip(target, scene.pairs, strict=True):
@@ -173,7 +175,8 @@ class Scenes:
                 cells = F.interpolate(cells, (-(-height // 8), -(-width // 8)), mode="area")[0]
             else:
                 cells = torch.zeros(0, -(-height // 8), -(-width // 8))
-            names = [[SHAPES.index(s), list(COLOURS).index(c)] for c, s in scene.pairs]
+            known = [*COLOURS, *EXTRA_COLOURS]
+            names = [[SHAPES.index(s), known.index(c)] for c, s in scene.pairs]
             dense.append((cells, torch.tensor(names, dtype=torch.long).reshape(-1, 2)))
         length = max(map(len, ids))
         padded = torch.tensor([row + [0] * (length - len(row)) for row in ids])
@@ -237,7 +240,7 @@ class DenseHead(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, 1 + len(SHAPES) + len(COLOURS))
+        self.linear = nn.Linear(width, 1 + len(SHAPES) + len(COLOURS) + len(EXTRA_COLOURS))
 
     def forward(self, features: Tensor, batch: Batch, height: int, width: int) -> Tensor:
         out = self.linear(features[:, : height * width])

@@ -1,0 +1,71 @@
+"""The wheel, installed where nothing of the checkout can be seen."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory) -> Path:
+    """Built from a copy of what git tracks, so that stray files cannot help."""
+    clean, out = tmp_path_factory.mktemp("clean"), tmp_path_factory.mktemp("dist")
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if files.returncode:
+        pytest.skip("not a git checkout")
+    for name in filter(None, files.stdout.split("\0")):
+        if (ROOT / name).is_file():
+            (clean / name).parent.mkdir(parents=True, exist_ok=True)
+            (clean / name).write_bytes((ROOT / name).read_bytes())
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(out), str(clean)]
+    subprocess.run(command, check=True, capture_output=True)
+    return next(out.glob("*.whl"))
+
+
+def test_the_wheel_holds_configs_weights_and_examples(wheel):
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for path in (ROOT / "conf").rglob("*.yaml"):
+        assert f"grounded_sam/conf/{path.relative_to(ROOT / 'conf').as_posix()}" in names
+    for part in ("detector/model.safetensors", "detector/tokenizer.json", "sam.safetensors", "sam2.safetensors"):
+        assert f"grounded_sam/shapes/weights/shapes-{part}" in names
+    assert "grounded_sam/shapes/examples/demo/scene-1.png" in names
+    assert not [n for n in names if n.startswith(("tests/", "conf/"))]
+
+
+def test_weights_are_small(wheel):
+    for entry in zipfile.ZipFile(wheel).infolist():
+        assert entry.file_size <= 15 * 2**20, entry.filename
+
+
+def test_the_installed_command_runs_from_another_folder(wheel, tmp_path):
+    place = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True)
+    python = place / "bin" / "python"
+    site = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, wheel], check=True)
+    # The dependencies of this environment, but not our own editable install, whose finder comes later.
+    Path(site, "others.pth").write_text(sysconfig.get_paths()["purelib"])
+    env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH",)}
+    code = "import grounded_sam; print(grounded_sam.__file__)"
+    where = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env=env)
+    assert where.stdout.startswith(site)
+    main = "from grounded_sam.cli import main; main()"
+    for words in (["--help"], ["preset=demo", "output=o", "sink=coco"]):
+        out = subprocess.run(
+            [python, "-c", main, *words], cwd=tmp_path, capture_output=True, text=True, check=False, env=env
+        )
+        assert out.returncode == 0, out.stderr
+    assert (tmp_path / "o" / "annotations.json").is_file()

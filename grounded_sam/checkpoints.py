@@ -29,7 +29,8 @@ def builtin(name: str, kind: str) -> Path:
     for path in (BUILTIN / f"{name}-{kind}", BUILTIN / f"{name}-{kind}.safetensors"):
         if path.exists():
             return path
-    names = sorted({path.name.rsplit("-", 1)[0] for path in BUILTIN.glob(f"*-{kind}*")})
+    found = [*BUILTIN.glob(f"*-{kind}"), *BUILTIN.glob(f"*-{kind}.safetensors")]
+    names = sorted(path.name.rsplit("-", 1)[0] for path in found)
     raise CheckpointError(
         f"the package ships no {kind} named {name!r}; it ships {', '.join(f'builtin:{n}' for n in names) or 'none'}"
     )

@@ -216,14 +216,11 @@ def test_ctrl_c_leaves_what_was_written(tmp_path, folder):
         "        boxes = np.array([[1.0, 1, 9, 9]])\n"
         "        return [sv.Detections(xyxy=boxes, confidence=np.ones(1), class_id=np.zeros(1, int))]\n"
     )
+    (tmp_path / "conf" / "detector").mkdir(parents=True)
+    (tmp_path / "conf" / "detector" / "slow.yaml").write_text("_target_: slow.Slow\n")
+    words = ["--config-dir", "conf", "detector=slow", "segmenter=none", f"input={folder}", "text=a", "output=out"]
     process = subprocess.Popen(
-        [str(COMMAND), "detector._target_=slow.Slow", "~detector.checkpoint", "~detector.device", "~detector.dtype"]
-        + ["~detector.phrase_score", "~detector.batch_size", "segmenter=none"]
-        + [f"input={folder}", "text=a", "output=out"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        [str(COMMAND), *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 60
     while not (tmp_path / "out" / "overlay").exists() and time.monotonic() < deadline:

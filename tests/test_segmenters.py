@@ -29,8 +29,8 @@ def truth_boxes(scene):
     return make_detections(scene.xyxy, np.ones(n), np.zeros(n), CLASSES, scene.image.shape[:2])
 
 
-def by_hand(segmenter, image, multimask, **prompt):
-    """One prompt through the authors' predictor."""
+def authors_predictor(segmenter, image):
+    """The authors' predictor over the same model, with the image set."""
     if isinstance(segmenter, Sam):
         from segment_anything import SamPredictor
 
@@ -40,6 +40,11 @@ def by_hand(segmenter, image, multimask, **prompt):
 
         predictor = fit_predictor(SAM2ImagePredictor(segmenter.model), segmenter.model)
     predictor.set_image(image)
+    return predictor
+
+
+def by_hand(predictor, multimask, **prompt):
+    """The best mask of one prompt and its score."""
     masks, scores, _ = predictor.predict(multimask_output=multimask, **prompt)
     return masks[scores.argmax()] > 0, scores.max()
 
@@ -52,8 +57,9 @@ def test_masks_equal_those_of_the_authors_predictor(embedded, scenes, name, mult
     try:
         for scene in scenes:
             found = segmenter.segment(scene.image, truth_boxes(scene))
+            predictor = authors_predictor(segmenter, scene.image)
             for box, mask, score in zip(found.xyxy, found.mask, found.data["mask_score"], strict=True):
-                expected, expected_score = by_hand(segmenter, scene.image, multimask, box=box)
+                expected, expected_score = by_hand(predictor, multimask, box=box)
                 assert np.array_equal(mask, expected)
                 assert score == pytest.approx(expected_score, abs=1e-4)
     finally:
@@ -79,8 +85,9 @@ def test_clicks_equal_those_of_the_authors_predictor(embedded, scenes, name):
         {"point_coords": np.array(points[:1]), "point_labels": np.array([1]), "box": np.array(box)},
         {"box": np.array(box)},
     ]
+    predictor = authors_predictor(embedded[name], scene.image)
     for mask, prompt in zip(out.mask, prompts, strict=True):
-        assert np.array_equal(mask, by_hand(embedded[name], scene.image, False, **prompt)[0])
+        assert np.array_equal(mask, by_hand(predictor, False, **prompt)[0])
     ys, xs = np.nonzero(out.mask[0])
     assert out.xyxy[0].tolist() == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
     assert out.xyxy[1].tolist() == pytest.approx(box)
@@ -213,5 +220,6 @@ def check_real_size(segmenter, image):
     found = boxes((100, 200, 900, 800, 0.9, 0), (1000, 100, 1700, 1100, 0.8, 1), size_hw=image.shape[:2])
     out = segmenter.segment(image, found)
     assert out.mask.shape == (2, *image.shape[:2])
+    predictor = authors_predictor(segmenter, image)
     for box, mask in zip(found.xyxy, out.mask, strict=True):
-        assert np.array_equal(mask, by_hand(segmenter, image, False, box=box)[0])
+        assert np.array_equal(mask, by_hand(predictor, False, box=box)[0])

@@ -29,10 +29,10 @@ def run(cfg: DictConfig) -> None:
         pipeline = build(cfg)
         vocabulary = pipeline.ask()
         summary = pipeline.run(source, build_sinks(cfg, output, vocabulary), output, vocabulary)
-    except GroundedSamError as error:
+    except (GroundedSamError, OSError) as error:
         if DEBUG:
             raise
-        sys.exit(f"grounded-sam: {error}")
+        sys.exit(f"grounded-sam: {error}")  # here already, or Hydra would print a line of its own
     report(summary, output)
     if summary.interrupted:
         sys.exit(130)
@@ -67,10 +67,11 @@ def main() -> None:
     GlobalHydra.instance().clear()  # `import sam2` may have claimed it
     try:
         hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(run)()
-    except (GroundedSamError, HydraException, OmegaConfBaseException) as error:
+    except (GroundedSamError, HydraException, OmegaConfBaseException, OSError) as error:
         if DEBUG:
             raise
-        sys.exit(f"grounded-sam: {error if isinstance(error, GroundedSamError) else explain(error)}")
+        ours = isinstance(error, GroundedSamError | OSError)
+        sys.exit(f"grounded-sam: {error if ours else explain(error)}")
     except KeyboardInterrupt:
         sys.exit(130)
 

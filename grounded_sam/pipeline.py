@@ -122,6 +122,7 @@ class Pipeline:
         Raises:
             ImageError: if no frame at all could be read.
         """
+        from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         summary = Summary()
@@ -130,7 +131,9 @@ class Pipeline:
             with ExitStack() as stack:
                 for sink in sinks:
                     stack.enter_context(sink)
-                progress = stack.enter_context(Progress(*columns, transient=True))
+                console = Console(stderr=True)
+                bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+                progress = stack.enter_context(bar)
                 task = progress.add_task("images", total=len(source))
                 for result in self.stream(iter(source), vocabulary):
                     for sink in sinks:

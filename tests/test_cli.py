@@ -120,6 +120,7 @@ def test_clicks_and_everything_go_into_the_same_sinks(tmp_path, folder):
         (["preset=demo", "+detector.colour=red"], "cannot build detector from"),
         (["preset=demo", "device=cuda:7"], "sees no CUDA device"),
         (["preset=demo", "text={a: [car], b: [car]}"], "stands for both"),
+        (["preset=demo", "output=/proc/no/such/place"], "/proc/no"),
     ],
 )
 def test_mistakes_are_answered_with_one_line(tmp_path, words, says):

@@ -135,7 +135,10 @@ class Images:
         return kept
 
     def _listed(self, listing: Path) -> tuple[list[Path], Path]:
-        lines = [line.strip() for line in listing.read_text(encoding="utf-8").splitlines()]
+        try:
+            lines = [line.strip() for line in listing.read_text(encoding="utf-8").splitlines()]
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{listing} is no list of paths: {error}") from error
         files = [listing.parent / Path(line).expanduser() for line in lines if line and not line.startswith("#")]
         files = [Path(os.path.abspath(path)) for path in dict.fromkeys(files)]
         if not files:

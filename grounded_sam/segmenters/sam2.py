@@ -14,12 +14,32 @@ from grounded_sam.config import undisturbed_hydra
 from grounded_sam.errors import ConfigError
 from grounded_sam.segmenters.prompts import PromptedSegmenter, Prompts
 
-#: Hub repository, file in it, and config in the sam2 package, of each size of SAM 2.1.
+#: Hub repository of each size of SAM 2.1, file in it, its SHA-256, and config in the sam2 package.
 SIZES = {
-    "tiny": ("facebook/sam2.1-hiera-tiny", "sam2.1_hiera_tiny.pt", "sam2.1_hiera_t.yaml"),
-    "small": ("facebook/sam2.1-hiera-small", "sam2.1_hiera_small.pt", "sam2.1_hiera_s.yaml"),
-    "base_plus": ("facebook/sam2.1-hiera-base-plus", "sam2.1_hiera_base_plus.pt", "sam2.1_hiera_b+.yaml"),
-    "large": ("facebook/sam2.1-hiera-large", "sam2.1_hiera_large.pt", "sam2.1_hiera_l.yaml"),
+    "tiny": (
+        "facebook/sam2.1-hiera-tiny",
+        "sam2.1_hiera_tiny.pt",
+        "7402e0d864fa82708a20fbd15bc84245c2f26dff0eb43a4b5b93452deb34be69",
+        "sam2.1_hiera_t.yaml",
+    ),
+    "small": (
+        "facebook/sam2.1-hiera-small",
+        "sam2.1_hiera_small.pt",
+        "6d1aa6f30de5c92224f8172114de081d104bbd23dd9dc5c58996f0cad5dc4d38",
+        "sam2.1_hiera_s.yaml",
+    ),
+    "base_plus": (
+        "facebook/sam2.1-hiera-base-plus",
+        "sam2.1_hiera_base_plus.pt",
+        "a2345aede8715ab1d5d31b4a509fb160c5a4af1970f199d9054ccfb746c004c5",
+        "sam2.1_hiera_b+.yaml",
+    ),
+    "large": (
+        "facebook/sam2.1-hiera-large",
+        "sam2.1_hiera_large.pt",
+        "2647878d5dfa5098f2f8649825738a9345572bae2d4350a2468587ece47dd318",
+        "sam2.1_hiera_l.yaml",
+    ),
 }
 
 
@@ -61,7 +81,7 @@ class Sam2(PromptedSegmenter):
         chunk: prompts decoded at once, fewer on large images.
         fill_holes: pixels of the largest hole in a mask to fill; 0 fills none.
         drop_specks: pixels of the largest separate speck to drop; 0 drops none.
-        sha256: checksum that the file must have.
+        sha256: checksum that the file must have; the official files' are known.
 
     Raises:
         CheckpointError: if the weights cannot be had, are damaged, or are of another model.
@@ -81,8 +101,9 @@ class Sam2(PromptedSegmenter):
         super().__init__(multimask, chunk, fill_holes, drop_specks)
         if size not in SIZES:
             raise ConfigError(f"segmenter.size must be one of {', '.join(SIZES)}, got {size!r}")
-        repo, hub_file, config = SIZES[size]
-        path = find_file(checkpoint or repo, "sam2", hub_file, sha256)
+        repo, hub_file, known, config = SIZES[size]
+        official = checkpoint in (None, repo)
+        path = find_file(checkpoint or repo, "sam2", hub_file, sha256 or (known if official else None))
         with undisturbed_hydra():
             import sam2
             from sam2.sam2_image_predictor import SAM2ImagePredictor

@@ -320,6 +320,7 @@ def main() -> None:
         fit(model, scenes, loss_of, cfg, validate, extra=[hints])
     finally:
         path = Path(cfg.out) / f"{cfg.model}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, path)
         log.info("weights in %s", path)
 

@@ -155,6 +155,7 @@ def main() -> None:
         fit(model, lambda step: step, loss_of, cfg, validate)
     finally:
         path = Path(cfg.out) / "sam2.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
         save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, path)
         log.info("weights in %s", path)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from grounded_sam.errors import CheckpointError
+from grounded_sam.errors import CheckpointError, ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,7 +50,7 @@ def find_folder(checkpoint: str, kind: str) -> str:
         if not (path / "config.json").is_file():
             raise CheckpointError(f"{path} holds no config.json, so it is not a transformers checkpoint")
         return str(path)
-    if path.is_absolute() or checkpoint.startswith((".", "~")) or checkpoint.count("/") != 1:
+    if path.exists() or path.is_absolute() or checkpoint.startswith((".", "~")) or checkpoint.count("/") != 1:
         raise CheckpointError(
             f"no checkpoint at {checkpoint!r}: expected a hub id (owner/name), a local folder or builtin:NAME"
         )
@@ -70,10 +70,10 @@ def find_file(checkpoint: str, kind: str, hub_file: str | None = None, sha256: s
         CheckpointError: if there is no such file, it cannot be fetched, or its checksum differs.
     """
     checkpoint = str(checkpoint)
-    if checkpoint.startswith("builtin:"):
-        return builtin(checkpoint.removeprefix("builtin:"), kind)
     path = Path(checkpoint).expanduser()
-    if path.is_dir():
+    if checkpoint.startswith("builtin:"):
+        path = builtin(checkpoint.removeprefix("builtin:"), kind)
+    elif path.is_dir():
         files = sorted(f for f in path.iterdir() if f.suffix in _SUFFIXES)
         if len(files) != 1:
             raise CheckpointError(
@@ -144,10 +144,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: if the file cannot be read, or holds anything but tensors.
     """
-    import pickle
-
     import torch
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
@@ -155,8 +152,8 @@ def load_weights(path: Path) -> dict[str, Tensor]:
             weights: Any = load_file(path)
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # damaged files make both libraries raise all sorts
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"cannot load {path} as weights: {reason}") from error
     if isinstance(weights, dict) and isinstance(weights.get("model"), dict):
         weights = weights["model"]
@@ -189,12 +186,17 @@ def pick_device(device: str) -> str:
     """`auto` to `cuda` where there is one, else `cpu`; anything else as it is.
 
     Raises:
-        CheckpointError: if CUDA is asked for and not there.
+        ConfigError: if torch has no such device, or not as many.
     """
     import torch
 
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if str(device).startswith("cuda") and not torch.cuda.is_available():
-        raise CheckpointError(f"device={device}, but this torch sees no CUDA device; use device=cpu or device=auto")
-    return device
+    try:
+        chosen = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
+    except RuntimeError as error:
+        raise ConfigError(f"device={device} is none that torch knows; use auto, cpu, cuda or cuda:1") from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        seen = torch.cuda.device_count()
+        raise ConfigError(f"device={device}, but torch sees {seen or 'no'} CUDA devices; use device=cpu or device=auto")
+    return str(chosen)

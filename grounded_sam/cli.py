@@ -63,15 +63,15 @@ def main() -> None:
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come through to here instead of being printed by Hydra
     if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # a user's own stages, beside their YAML
+        sys.path.append(str(Path.cwd()))  # a user's own stages, beside their YAML; last, so that none is shadowed
     GlobalHydra.instance().clear()  # `import sam2` may have claimed it
     try:
         hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(run)()
-    except (GroundedSamError, HydraException, OmegaConfBaseException, OSError) as error:
-        if DEBUG:
+    except (GroundedSamError, HydraException, OmegaConfBaseException, OSError, ValueError) as error:
+        composing = isinstance(error, HydraException | OmegaConfBaseException) or "Config group" in str(error)
+        if DEBUG or (isinstance(error, ValueError) and not composing and not isinstance(error, GroundedSamError)):
             raise
-        ours = isinstance(error, GroundedSamError | OSError)
-        sys.exit(f"grounded-sam: {error if ours else explain(error)}")
+        sys.exit(f"grounded-sam: {explain(error, sys.argv[1:]) if composing else error}")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -57,12 +57,17 @@ def compose(overrides: Sequence[str]) -> DictConfig:
         try:
             with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="grounded_sam"):
                 return hydra.compose("config", overrides=list(overrides))
-        except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(explain(error)) from error
+        except (HydraException, OmegaConfBaseException, ValueError) as error:
+            raise ConfigError(explain(error, overrides)) from error
 
 
-def explain(error: BaseException) -> str:
-    """What Hydra or OmegaConf say of a bad config, as one line with what would have been possible."""
+def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
+    """What Hydra or OmegaConf say of a bad config, as one line with what would have been possible.
+
+    Args:
+        error: what was raised.
+        overrides: the words of the command, so that keys are listed for the choices made.
+    """
     text = str(error)
     missing = re.search(
         r"Could not find '([^']+)'.*?Available options in '([^']+)':\s*(.*?)(?:Config search path|$)", text, re.S
@@ -73,28 +78,36 @@ def explain(error: BaseException) -> str:
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown:
         key = unknown.group(1)
-        return f"unknown key {key!r}; {_likely(key)}"
+        return f"unknown key {key!r}; {_likely(key, overrides)}"
+    if "Ambiguous value" in text or "LexerNoViableAlt" in text or "mismatched input" in text or "token recog" in text:
+        word = next((w for w in overrides if w in text or w.partition("=")[2][:12] in text), "input=a b.jpg")
+        key, _, value = word.partition("=")
+        quoted = value.strip("'\"").replace("'", "\\'")
+        return f"cannot read {word!r}: put the value in quotes of its own, \"{key}='{quoted}'\""
+    if "Config group override must be" in text:
+        return "a stage cannot be null; to do without a segmenter or sinks say segmenter=none or sink=none"
     return " ".join(text.split())
 
 
-def _likely(key: str) -> str:
+def _likely(key: str, overrides: Sequence[str]) -> str:
     """A hint at the keys that a misspelt one may have meant."""
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf import DictConfig
 
-    here: Any = compose([])
-    known: list[str] = []
+    choices = [w for w in overrides if re.fullmatch(r"(source|detector|segmenter|sink)=[\w\[\], ]+", w)]
+    try:
+        whole = compose(choices)
+    except ConfigError:  # the choices are wrong as well, or one's own
+        whole = compose([])
+    here: Any = whole
     parent, _, last = key.rpartition(".")
     for part in parent.split(".") if parent else []:
         here = here.get(part) if isinstance(here, DictConfig) and part in here else None
-        if here is None:
-            break
-    prefix = parent
     if not isinstance(here, DictConfig):
-        here, prefix, last = compose([]), "", key.split(".", maxsplit=1)[0]
-    known = [str(k) for k in here if k != "_target_" and not OmegaConf.is_missing(here, k)]
+        here, parent, last = whole, "", key.split(".", maxsplit=1)[0]
+    known = [str(k) for k in here if k != "_target_"]
     close = difflib.get_close_matches(last, known, 1, 0.6)
-    meant = f"did you mean {'.'.join(filter(None, [prefix, close[0]]))!r}? " if close else ""
-    return f"{meant}the keys of {prefix or 'the config'} are {', '.join(sorted(known))}"
+    meant = f"did you mean {'.'.join(filter(None, [parent, close[0]]))!r}? " if close else ""
+    return f"{meant}the keys of {parent or 'the config'} are {', '.join(sorted(known))}"
 
 
 def make(cfg: DictConfig, key: str, **extra: Any) -> Any:
@@ -108,9 +121,9 @@ def make(cfg: DictConfig, key: str, **extra: Any) -> Any:
     from omegaconf import OmegaConf
 
     node = OmegaConf.select(cfg, key)
-    target = node.get("_target_")
+    target = None if node is None else node.get("_target_")
     if target is None:
-        raise ConfigError(f"{key} has no _target_, so there is nothing to build; keys: {', '.join(map(str, node))}")
+        raise ConfigError(f"{key} has no _target_, so there is nothing to build; it is {node}")
     try:
         # Partial, since Hydra would turn `extra` into configs.
         return instantiate(node, _convert_="all", _partial_=True)(**extra)
@@ -126,14 +139,19 @@ def make(cfg: DictConfig, key: str, **extra: Any) -> Any:
         raise ConfigError(f"cannot build {key} from {target}: {' '.join(str(reason).split())}") from error
 
 
-def vocabulary_of(cfg: DictConfig) -> Vocabulary | None:
-    """What `text` and `negative` ask for; None if `text` is not given."""
+def _plain(cfg: DictConfig) -> dict[str, Any]:
     from omegaconf import OmegaConf
-
-    from grounded_sam.vocabulary import Vocabulary
 
     plain = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(plain, dict)
+    return plain  # type: ignore[return-value]
+
+
+def vocabulary_of(cfg: DictConfig) -> Vocabulary | None:
+    """What `text` and `negative` ask for; None if `text` is not given."""
+    from grounded_sam.vocabulary import Vocabulary
+
+    plain = _plain(cfg)
     if plain["text"] is None or plain["text"] == []:
         return None
     return Vocabulary.parse(plain["text"], plain["negative"] or ())
@@ -152,11 +170,13 @@ def build(cfg: DictConfig) -> Pipeline:
     settings = make(cfg, "select")
     if not isinstance(settings, Select):
         raise ConfigError(f"select._target_ must be a grounded_sam.select.Select, got {type(settings).__name__}")
+    # A detector that takes the segmenter into its own hands gives masks itself.
+    masks_itself = "segmenter" in (cfg.detector or {})
+    if cfg.segmenter is None and settings.nms_by == "mask" and not masks_itself:
+        raise ConfigError("select.nms_by=mask needs masks; choose a segmenter, or select.nms_by=box")
     detector = make(cfg, "detector")
-    # A detector that took the segmenter into its own hands gives masks itself.
-    own = cfg.segmenter is None or "segmenter" in cfg.detector
-    segmenter = None if own else make(cfg, "segmenter")
-    return Pipeline(detector, segmenter, settings, vocabulary)
+    segmenter = None if cfg.segmenter is None or masks_itself else make(cfg, "segmenter")
+    return Pipeline(detector, segmenter, settings, vocabulary, _plain(cfg)["negative"] or ())
 
 
 def build_source(cfg: DictConfig) -> Source:
@@ -185,7 +205,14 @@ def load(*overrides: str, **choices: Any) -> Pipeline:
         ConfigError: for an unknown key or choice; CheckpointError: for missing weights.
     """
     text = choices.pop("text", None)
-    words = [f"{key}={_word(value)}" for key, value in choices.items()]
+    groups = ("source", "detector", "segmenter", "sink", "preset")
+    words = []
+    for key, value in choices.items():
+        if key in groups:  # choices are names, not values
+            names = [str(v) for v in value] if isinstance(value, list | tuple) else str(value or "none")
+            words.append(f"{key}=[{','.join(names)}]" if isinstance(names, list) else f"{key}={names}")
+        else:
+            words.append(f"{key}={_word(value)}")
     pipeline = build(compose([*words, *overrides]))
     if text is not None:
         pipeline.vocabulary = pipeline.ask(text)
@@ -193,8 +220,13 @@ def load(*overrides: str, **choices: Any) -> Pipeline:
 
 
 def _word(value: Any) -> str:
+    """A Python value in the grammar of Hydra's overrides."""
     if value is None:
         return "null"
     if isinstance(value, list | tuple):
         return f"[{','.join(_word(v) for v in value)}]"
-    return str(value)
+    if isinstance(value, dict):
+        return f"{{{','.join(f'{_word(k)}:{_word(v)}' for k, v in value.items())}}}"
+    if isinstance(value, bool | int | float):
+        return str(value).lower() if isinstance(value, bool) else str(value)
+    return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'"

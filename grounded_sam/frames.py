@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import struct
 import warnings
-import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 #: Pixels of the largest picture that is decoded unless a source says otherwise (450 MB as RGB).
 MAX_PIXELS = 150_000_000
-
-Picture = "str | os.PathLike[str] | Image.Image | NDArray[np.uint8] | Frame"
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,26 @@ class Frame:
         return self.image.shape[0], self.image.shape[1]
 
 
+def safe_formats() -> list[str]:
+    """Pillow's formats, without those that run another program or hold no pixels of their own."""
+    from PIL import Image
+
+    Image.init()
+    return sorted(set(Image.OPEN) - {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"})
+
+
+@contextmanager
+def no_pillow_limit() -> Iterator[None]:
+    """Lift Pillow's limit on pixels, and its warning; who lifts it judges the size before decoding."""
+    from PIL import Image
+
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+
+
 def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
     """Read a picture file as upright RGB, `(H, W, 3) uint8`.
 
@@ -62,9 +80,9 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> ND
     try:
         if path.stat().st_size == 0:
             raise ImageError(f"{path}: the file is empty")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of large pictures; the limit here decides
-            with Image.open(path) as picture:
+        with warnings.catch_warnings(), no_pillow_limit():
+            warnings.simplefilter("ignore")  # of odd metadata; what matters raises
+            with Image.open(path, formats=safe_formats()) as picture:
                 width, height = picture.size
                 if width < 1 or height < 1:
                     raise ImageError(f"{path}: the picture is {width}x{height} px")
@@ -80,10 +98,11 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> ND
         raise ImageError(f"{path}: no such file") from error
     except UnidentifiedImageError as error:
         raise ImageError(f"{path}: not a picture that Pillow can read") from error
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{path}: {error}") from error
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error) as error:
-        raise ImageError(f"{path}: damaged picture ({' '.join(str(error).split())})") from error
+    except (IsADirectoryError, PermissionError) as error:
+        raise ImageError(f"{path}: {error.strerror}") from error
+    except Exception as error:  # Pillow's plugins raise all sorts on damaged files, and none may end a run
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"{path}: damaged picture ({reason})") from error
 
 
 def to_rgb(picture: Image.Image) -> NDArray[np.uint8]:
@@ -128,5 +147,8 @@ def to_frame(picture: Any, index: int = 0) -> Frame:
     from PIL import Image, ImageOps
 
     if isinstance(picture, Image.Image):
-        return Frame(to_rgb(ImageOps.exif_transpose(picture)), index, f"image-{index}")
+        try:
+            return Frame(to_rgb(ImageOps.exif_transpose(picture)), index, f"image-{index}")
+        except Exception as error:  # as above: a PIL image decodes only now
+            raise ImageError(f"damaged picture ({' '.join(str(error).split())})") from error
     raise ImageError(f"expected a path, a PIL image or an RGB array, got {type(picture).__name__}")

@@ -42,6 +42,7 @@ class Pipeline:
         segmenter: see `stages.Segmenter`; None for boxes alone.
         settings: which detections stay.
         vocabulary: what to ask for when a call names nothing.
+        negatives: phrases that absorb look-alikes, for calls that name their classes.
     """
 
     def __init__(
@@ -50,8 +51,10 @@ class Pipeline:
         segmenter: Segmenter | None = None,
         settings: Select | None = None,
         vocabulary: Vocabulary | None = None,
+        negatives: Sequence[str] = (),
     ) -> None:
         self.detector, self.segmenter = detector, segmenter
+        self.negatives = negatives
         self.settings = settings or Select()
         self.vocabulary = vocabulary
 
@@ -62,18 +65,30 @@ class Pipeline:
             ConfigError: if none of them has one.
         """
         if text is not None:
-            return Vocabulary.parse(text)
+            return Vocabulary.parse(text, self.negatives)
         own = self.vocabulary or getattr(self.detector, "vocabulary", None)
         if own is None:
             raise ConfigError("text is missing: name what to look for, e.g. text=[car, wheel]")
         return own
 
-    def stream(self, frames: Iterator[Frame], vocabulary: Vocabulary, masks: bool = True) -> Iterator[FrameResult]:
-        """Results in the order of the frames, decoded and computed as they are asked for."""
+    def stream(
+        self, frames: Iterator[Frame], vocabulary: Vocabulary, masks: bool = True, skipped: list[Skipped] | None = None
+    ) -> Iterator[FrameResult]:
+        """Results in the order of the frames, decoded and computed as they are asked for.
+
+        Frames that the detector refuses with an `ImageError` go to `skipped`, if that is given.
+        """
         settings = self.settings.before_masks() if masks and self.segmenter else self.settings
         size = getattr(self.detector, "batch_size", 1)
         while group := list(islice(frames, size)):
-            for frame, boxes in zip(group, self.detector.detect(group, vocabulary), strict=True):
+            try:
+                detected = self.detector.detect(group, vocabulary)
+            except ImageError as error:
+                if skipped is None:
+                    raise
+                skipped += [Skipped(frame.name, str(error)) for frame in group]
+                continue
+            for frame, boxes in zip(group, detected, strict=True):
                 found = check(boxes, vocabulary, frame.size_hw, type(self.detector).__name__)
                 if masks and self.segmenter is not None and found.mask is None:
                     found = self.segmenter.segment(frame.image, select(found, settings, vocabulary))
@@ -126,6 +141,7 @@ class Pipeline:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         summary = Summary()
+        passed_over = len(source.skipped)  # files that the source never counted
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
         try:
             with ExitStack() as stack:
@@ -135,14 +151,14 @@ class Pipeline:
                 bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
                 progress = stack.enter_context(bar)
                 task = progress.add_task("images", total=len(source))
-                for result in self.stream(iter(source), vocabulary):
+                for result in self.stream(iter(source), vocabulary, skipped=source.skipped):
                     for sink in sinks:
                         sink.write(result)
                     summary.images += 1
                     names = [str(name) for name in result.detections.data.get("class_name", [])]
                     summary.objects.update(names)
                     summary.empty += not names
-                    progress.update(task, completed=summary.images + len(source.skipped))
+                    progress.update(task, completed=summary.images + len(source.skipped) - passed_over)
         except KeyboardInterrupt:
             summary.interrupted = True
         summary.skipped = list(source.skipped)
@@ -153,7 +169,7 @@ class Pipeline:
         if not summary.images and summary.skipped and not summary.interrupted:
             first = summary.skipped[0]
             raise ImageError(
-                f"none of {len(summary.skipped)} pictures could be read; the first: {first.file}: {first.reason} "
+                f"none of {len(summary.skipped)} pictures could be used; the first: {first.file}: {first.reason} "
                 f"(all in {output / 'skipped.json'})"
             )
         summary.places = [sink.summary() for sink in sinks]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -19,7 +19,7 @@ class Select:
 
     Attributes:
         score: the least confidence, 0 to 1.
-        class_score: least confidence of single classes, by name; others keep `score`.
+        class_score: least confidence of single classes, by name; others keep `score`; None for no such.
         nms: IoU above which the less confident of two detections is dropped; None keeps all.
         nms_by: whether that IoU is of boxes or of masks.
         nms_across: whether detections of different classes are duplicates too.
@@ -32,7 +32,7 @@ class Select:
     """
 
     score: float = 0.3
-    class_score: Mapping[str, float] = field(default_factory=dict)
+    class_score: Mapping[str, float] | None = None
     nms: float | None = 0.7
     nms_by: Literal["box", "mask"] = "box"
     nms_across: bool = False
@@ -41,15 +41,23 @@ class Select:
     max_area: float | None = None
 
     def __post_init__(self) -> None:
-        ranges = {"score": self.score, "nms": self.nms}
-        ranges |= {f"class_score.{name}": value for name, value in self.class_score.items()}
-        for key, value in ranges.items():
-            if value is not None and not (isinstance(value, int | float) and 0 <= value <= 1):
+        if self.class_score is not None and not isinstance(self.class_score, Mapping):
+            raise ConfigError(f"select.class_score must map classes to numbers, got {self.class_score!r}")
+        shares: dict[str, object] = {"score": self.score}
+        shares |= {} if self.nms is None else {"nms": self.nms}
+        shares |= {f"class_score.{name}": value for name, value in (self.class_score or {}).items()}
+        for key, value in shares.items():
+            if not (_number(value) and 0 <= value <= 1):  # type: ignore[operator]
                 raise ConfigError(f"select.{key} must be a number from 0 to 1, got {value!r}")
+        sizes: dict[str, object] = {"min_area": self.min_area}
+        sizes |= {} if self.max_area is None else {"max_area": self.max_area}
+        for key, value in sizes.items():
+            if not (_number(value) and value >= 0):  # type: ignore[operator]
+                raise ConfigError(f"select.{key} must be a number of pixels from 0, got {value!r}")
         if self.nms_by not in ("box", "mask"):
             raise ConfigError(f"select.nms_by must be box or mask, got {self.nms_by!r}")
-        if self.top_k is not None and self.top_k < 0:
-            raise ConfigError(f"select.top_k must be null or at least 0, got {self.top_k!r}")
+        if self.top_k is not None and not (isinstance(self.top_k, int) and self.top_k >= 0):
+            raise ConfigError(f"select.top_k must be null or a whole number from 0, got {self.top_k!r}")
 
     def before_masks(self) -> Select:
         """What of it can be settled on boxes alone, so that fewer boxes need a mask."""
@@ -64,6 +72,10 @@ class Select:
         )
 
 
+def _number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def select(found: sv.Detections, settings: Select, vocabulary: Vocabulary) -> sv.Detections:
     """Keep the detections that `settings` ask for, most confident first.
 
@@ -73,7 +85,8 @@ def select(found: sv.Detections, settings: Select, vocabulary: Vocabulary) -> sv
         ConfigError: if `class_score` names a class that the vocabulary has not, or `nms_by` is `mask`
             and the detections have no masks.
     """
-    unknown = sorted(set(settings.class_score) - set(vocabulary.classes))
+    single = settings.class_score or {}
+    unknown = sorted(set(single) - set(vocabulary.classes))
     if unknown:
         raise ConfigError(
             f"select.class_score names {', '.join(map(repr, unknown))}; "
@@ -82,7 +95,7 @@ def select(found: sv.Detections, settings: Select, vocabulary: Vocabulary) -> sv
     if not len(found):
         return found
     assert found.confidence is not None and found.class_id is not None
-    least = np.array([settings.class_score.get(name, settings.score) for name in vocabulary.classes])
+    least = np.array([single.get(name, settings.score) for name in vocabulary.classes])
     order = np.argsort(-found.confidence, kind="stable")
     order = order[found.confidence[order] >= least[found.class_id[order]].astype(np.float32)]
     kept: sv.Detections = found[order]  # type: ignore[assignment]

@@ -108,7 +108,7 @@ def _phrases(value: Any, where: str) -> list[str]:
 
 
 def _from_string(text: str) -> Any:
-    path = Path(text)
+    path = Path(text).expanduser()
     if path.suffix.lower() in _FILES:
         return _from_file(path)
     parts = re.split(r"[,;\n]", text)
@@ -119,22 +119,21 @@ def _from_string(text: str) -> Any:
 
 def _from_file(path: Path) -> Any:
     try:
-        content = path.read_text(encoding="utf-8")
+        content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise VocabularyError(f"cannot read the classes in {path}: {error}") from error
     if path.suffix.lower() == ".txt":
         return [line for raw in content.splitlines() if (line := raw.split("#")[0].strip())]
+    kind = "JSON" if path.suffix.lower() == ".json" else "YAML"
     try:
-        if path.suffix.lower() == ".json":
+        if kind == "JSON":
             loaded = json.loads(content)
         else:
             import yaml
 
-            loaded = yaml.safe_load(content)
-    except ValueError as error:
-        raise VocabularyError(f"{path} is not valid JSON: {error}") from error
-    except yaml.YAMLError as error:
-        raise VocabularyError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+            loaded = yaml.load(content, Loader=yaml.BaseLoader)  # words stay words: no, 2024-01-01, 1e3
+    except Exception as error:
+        raise VocabularyError(f"{path} is not valid {kind}: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, list | Mapping):
         raise VocabularyError(f"{path} must hold a list of classes or a mapping from class to phrases")
     return loaded

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from grounded_sam import ConfigError, load
+from grounded_sam import ConfigError, ImageError, Pipeline, load
 from grounded_sam.detectors.clicks import Clicks
 from grounded_sam.frames import Frame
 
@@ -53,6 +53,7 @@ def test_a_file_with_entries_for_single_images(tmp_path):
         ({"class": "a", "points": [[1, 2]], "labels": [3]}, "labels must be one of 1"),
         ({"class": "a", "box": [9, 9, 1, 1]}, "x1 < x2"),
         ({"class": "a", "box": [1, 2, 3]}, "box must be"),
+        ({"class": "a", "mask": "nowhere.png"}, "there is no mask nowhere.png"),
         ("cup", "expected a mapping"),
     ],
 )
@@ -73,8 +74,17 @@ def test_missing_and_broken_files(tmp_path):
 
 def test_points_outside_the_image_and_unknown_classes_are_refused():
     detector = Clicks([{"class": "cup", "points": [[300, 4]]}])
-    with pytest.raises(ConfigError, match=r"outside sub/cup.jpg, which is 120x100 px"):
+    with pytest.raises(ImageError, match=r"outside sub/cup.jpg, which is 120x100 px"):
         detector.detect([FRAME], detector.vocabulary)
+    with pytest.raises(ImageError, match="outside"):
+        away = Clicks([{"class": "cup", "box": [200, 10, 300, 20]}])
+        away.detect([FRAME], away.vocabulary)
+    small, large = np.zeros((10, 10, 3), np.uint8), np.zeros((50, 400, 3), np.uint8)
+    skipped: list = []
+    frames = iter([Frame(small, 0, "small"), Frame(large, 1, "large")])
+    results = list(Pipeline(detector).stream(frames, detector.vocabulary, skipped=skipped))
+    assert [r.frame.name for r in results] == ["large"]
+    assert [s.file for s in skipped] == ["small"]
     from grounded_sam import Vocabulary
 
     with pytest.raises(ConfigError, match="'cup', which text has not"):

@@ -61,6 +61,7 @@ def test_every_choice_composes_and_its_keys_fit_its_class(group, choice):
         (["sink=none"], lambda c: not c.sink),
         (["segmenter=none"], lambda c: c.segmenter is None),
         (["text=cat"], lambda c: c.text == "cat"),
+        (["select.class_score={wheel: 0.5}"], lambda c: c.select.class_score.wheel == 0.5),
         (["text=[parking entrance sign, U.S. flag, T-shirt?]"], lambda c: c.text[1:] == ["U.S. flag", "T-shirt?"]),
         (["text={vehicle: [car, truck]}"], lambda c: c.text.vehicle == ["car", "truck"]),
     ],
@@ -77,6 +78,9 @@ def test_choices_and_presets_compose(overrides, check):
         ("detector=yolo", "there is no detector=yolo; the choices are clicks, everything, grounding_dino"),
         ("preset=nothing", "there is no preset=nothing; the choices are demo, shapes"),
         ("detector.checkpoint", "."),
+        ("segmenter=null", "segmenter=none"),
+        ("input=bücher/a.jpg", r"""put the value in quotes of its own, "input='bücher/a.jpg'"""),
+        ("input=a (1).jpg", r"""put the value in quotes"""),
     ],
 )
 def test_wrong_keys_and_choices_are_one_line_with_what_there_is(override, says):
@@ -117,3 +121,47 @@ def test_packages_on_disk_are_the_packages_in_the_wheel():
 def test_yaml_files_are_valid_and_documented_by_their_class():
     for path in conf_dir().rglob("*.yaml"):
         assert yaml.safe_load(path.read_text()) is not None, path
+
+
+def test_keys_are_listed_for_the_choices_made():
+    with pytest.raises(ConfigError, match=r"did you mean 'detector.prompts'\? the keys of detector are prompts"):
+        compose(["detector=clicks", "detector.prompt=x"])
+    with pytest.raises(ConfigError, match=r"did you mean 'sink.masks.mode'"):
+        compose(["sink=[masks]", "sink.masks.modes=labels"])
+
+
+def test_values_from_python_are_quoted():
+    from grounded_sam import load
+
+    model = load(preset="shapes", segmenter=None, text=["Straße (1)", "a, b"], negative=["toy, car"])
+    assert model.vocabulary.classes == ("Straße (1)", "a, b")
+    assert model.vocabulary.negatives == ("toy, car",)
+    assert model.ask("x").negatives == ("toy, car",)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("device=cude", "none that torch knows"),
+        ("device=cuda:99", "CUDA devices"),
+        ("detector.batch_size=-1", "detector.batch_size must be"),
+        ("segmenter.chunk=0", "segmenter.chunk must be"),
+        ("segmenter.fill_holes=many", "segmenter.fill_holes must be"),
+        ("segmenter.size=huge", "segmenter.size must be one of tiny"),
+        ("select.score=null", "select.score must be"),
+        ("select.top_k=1.5", "select.top_k must be"),
+        ("checkpoints.sam2=facebook/sam2.1-hiera-large", "holds segmenter.size=large"),
+    ],
+)
+def test_values_that_cannot_be_name_their_key(override, says):
+    from grounded_sam import GroundedSamError, load
+
+    with pytest.raises(GroundedSamError, match=says):
+        load(override, preset="shapes")
+
+
+def test_masks_are_asked_for_before_any_model_loads():
+    from grounded_sam import load
+
+    with pytest.raises(ConfigError, match="needs masks"):
+        load("select.nms_by=mask", "detector.checkpoint=./nowhere", segmenter="none")

@@ -129,3 +129,27 @@ def test_arrays_and_pil_images_are_frames_too(photos):
 def test_what_is_no_picture_is_refused(what):
     with pytest.raises(ImageError, match="expected"):
         to_frame(what)
+
+
+def test_postscript_is_not_run_whatever_its_name(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
+    with pytest.raises(ImageError, match="not a picture"):
+        read_image(tmp_path / "a.jpg")
+
+
+def test_the_limit_on_pixels_can_be_raised_and_lowered(tmp_path):
+    Image.new("1", (15000, 13000)).save(tmp_path / "a.png")  # more than Pillow's own limit
+    assert read_image(tmp_path / "a.png", max_pixels=200_000_000).shape == (13000, 15000, 3)
+    with pytest.raises(ImageError, match="more than the 1,000 pixels"):
+        read_image(tmp_path / "a.png", max_pixels=1000)
+    assert Image.MAX_IMAGE_PIXELS is not None
+
+
+def test_a_damaged_pil_image_is_an_image_error(data):
+    with pytest.raises(ImageError, match="damaged"), Image.open(data / "malformed" / "truncated_half.jpg") as picture:
+        to_frame(picture)
+
+
+def test_a_folder_is_no_damaged_picture(tmp_path):
+    with pytest.raises(ImageError, match="directory"):
+        read_image(tmp_path)

@@ -221,3 +221,18 @@ def test_wrong_checkpoints_are_refused(tmp_path):
     ).save_pretrained(tmp_path)
     with pytest.raises(CheckpointError):
         GroundingDino(str(tmp_path))
+
+
+def test_damaged_and_incomplete_checkpoints_are_refused(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    folder = grounding_dino(tmp_path)
+    file = folder / "model.safetensors"
+    weights = load_file(file)
+    weights.pop("model.level_embed")
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="lacks 1 weights of its model, such as model.level_embed"):
+        GroundingDino(str(folder))
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match="cannot load"):
+        GroundingDino(str(folder))

@@ -93,7 +93,7 @@ def test_if_every_picture_is_bad_the_run_fails(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(b"x")
     out = tmp_path / "out"
-    with pytest.raises(ImageError, match="none of 3 pictures could be read"):
+    with pytest.raises(ImageError, match="none of 3 pictures could be used"):
         Pipeline(Halves(), None, None, CLASSES).run(Images(tmp_path), [], out, CLASSES)
     assert len(json.loads((out / "skipped.json").read_text())) == 3
 

@@ -107,6 +107,22 @@ def test_mask_prompts_are_followed(embedded, scenes, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["sam", "sam2"])
+def test_several_masks_alone_are_prompts_too(embedded, scenes, tmp_path, name):
+    from PIL import Image
+
+    scene, entries = scenes[0], []
+    for i, mask in enumerate(scene.masks[:2]):
+        Image.fromarray(mask.astype(np.uint8) * 255).save(tmp_path / f"{i}.png")
+        entries.append({"class": "a", "mask": str(tmp_path / f"{i}.png")})
+    detector = Clicks(entries)
+    found = embedded[name].segment(scene.image, detector.detect([Frame(scene.image)], detector.vocabulary)[0])
+    assert found.mask.shape == (2, *scene.image.shape[:2])
+    one = Clicks(entries[1:])
+    alone = embedded[name].segment(scene.image, one.detect([Frame(scene.image)], one.vocabulary)[0])
+    assert np.array_equal(found.mask[1], alone.mask[0])
+
+
+@pytest.mark.parametrize("name", ["sam", "sam2"])
 def test_chunks_change_nothing_and_the_image_is_encoded_once(embedded, scenes, name, monkeypatch):
     segmenter, scene = embedded[name], scenes[1]
     whole = segmenter.segment(scene.image, truth_boxes(scene))
@@ -193,12 +209,15 @@ def test_weights_that_are_missing_or_hold_code_are_refused(tmp_path, kind):
     torch.save({"model": Evil()}, tmp_path / "evil.pt")
     with pytest.raises(CheckpointError, match="cannot load"):
         kind(str(tmp_path / "evil.pt"))
+    (tmp_path / "empty.pt").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="cannot load"):
+        kind(str(tmp_path / "empty.pt"))
     (tmp_path / "text.pth").write_text("no weights")
     with pytest.raises(CheckpointError, match="cannot load"):
         kind(str(tmp_path / "text.pth"))
     with pytest.raises(CheckpointError, match="no weights at"):
         kind(str(tmp_path / "nowhere.pt"))
-    with pytest.raises(CheckpointError, match="found 2"):
+    with pytest.raises(CheckpointError, match="found 3"):
         kind(str(tmp_path))
 
 

@@ -61,7 +61,16 @@ def test_thresholds_of_unknown_classes_are_refused_with_the_known_ones():
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"score": 2}, {"nms": -1}, {"nms_by": "hand"}, {"top_k": -1}, {"class_score": {"a": "x"}}]
+    "wrong",
+    [
+        {"score": 2},
+        {"nms": -1},
+        {"nms_by": "hand"},
+        {"top_k": -1},
+        {"class_score": {"a": "x"}},
+        {"score": None},
+        {"min_area": "abc"},
+    ],
 )
 def test_settings_out_of_range_name_their_key(wrong):
     with pytest.raises(ConfigError, match=f"select.{next(iter(wrong))}"):

@@ -172,3 +172,38 @@ def test_duplicate_stems_stay_apart():
         "a-3.png",
         "etc/a.png",
     ]
+
+
+def test_thin_masks_still_have_polygons(tmp_path):
+    first = result()
+    first.detections.mask[0] = False
+    first.detections.mask[0, 7, 3:30] = True
+    with Coco(tmp_path, CLASSES, segmentation="polygon") as sink:
+        sink.write(first)
+    coco = COCO(tmp_path / "annotations.json")
+    assert coco.annToMask(coco.anns[1]).shape == (60, 80)
+
+
+def test_a_run_that_never_began_leaves_the_file_of_the_last(tmp_path):
+    with Coco(tmp_path, CLASSES) as sink:
+        sink.write(result())
+    with pytest.raises(ValueError), Coco(tmp_path, CLASSES):
+        raise ValueError
+    assert len(COCO(tmp_path / "annotations.json").anns) == 2
+
+
+def test_masks_of_an_earlier_run_do_not_stay(tmp_path):
+    for threshold in (0.0, 0.7):
+        found = result()
+        kept = found.detections[found.detections.confidence > threshold]
+        with Masks(tmp_path, CLASSES) as sink:
+            sink.write(FrameResult(found.frame, kept))
+    assert [p.name for p in (tmp_path / "masks" / "a.png").iterdir()] == ["000_a.png"]
+
+
+def test_very_long_names_and_pictures_fit(tmp_path):
+    wide = FrameResult(Frame(np.zeros((2, 66_000, 3), np.uint8), 0, "名" * 120 + ".png"), empty(CLASSES))
+    with Overlay(tmp_path, CLASSES) as sink:
+        sink.write(wide)
+    (file,) = (tmp_path / "overlay").iterdir()
+    assert Image.open(file).size == (66_000, 2)

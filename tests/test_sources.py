@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -85,3 +86,25 @@ def test_pictures_are_decoded_only_when_asked_for(tree):
     source = iter(Images(tree))
     (tree / "b" / "10.png").write_bytes(b"")
     assert [frame.name for frame in source] == ["a.jpg", "b/2.png", "b/UPPER.JPG"]
+
+
+def test_links_are_followed_but_not_in_circles_and_old_outputs_are_left_out(tree, tmp_path_factory):
+    elsewhere = tmp_path_factory.mktemp("elsewhere")
+    picture(elsewhere / "far.png")
+    (tree / "link").symlink_to(elsewhere)
+    (tree / "b" / "circle").symlink_to(tree)
+    (tree / "run" / ".hydra").mkdir(parents=True)
+    picture(tree / "run" / "overlay" / "a.jpg")
+    assert [f.name for f in Images(tree)] == ["a.jpg", "b/2.png", "b/10.png", "b/UPPER.JPG", "link/far.png"]
+
+
+def test_strange_names_neither_crash_nor_get_lost(tmp_path):
+    picture(tmp_path / "1²3.png")
+    try:
+        (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes((tmp_path / "1²3.png").read_bytes())
+    except OSError:
+        pytest.skip("this file system takes only UTF-8 names")
+    names = {f.name for f in Images(tmp_path)}
+    assert names == {"1²3.png", "caf\\xe9.png"}
+    for name in names:
+        name.encode()

@@ -13,7 +13,7 @@ import supervision as sv
 from numpy.typing import NDArray
 
 from grounded_sam.detections import empty, make_detections, mask_boxes
-from grounded_sam.errors import ConfigError
+from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.frames import Frame, read_image
 from grounded_sam.vocabulary import Vocabulary
 
@@ -80,8 +80,10 @@ def read_click(entry: Any, where: str, folder: Path) -> Click:
     elif labels is not None:
         raise ConfigError(f"{where}: labels without points")
     mask = None if entry.get("mask") is None else folder / Path(str(entry["mask"])).expanduser()
+    if mask is not None and not mask.is_file():
+        raise ConfigError(f"{where}: there is no mask {mask}")
     return Click(
-        name=str(entry["class"]),
+        name=str(entry["class"]).strip(),
         points=points,
         labels=None if points is None or labels is None else labels.astype(np.int64),
         box=box,
@@ -112,12 +114,17 @@ class Clicks:
             )
         folder = Path()
         if isinstance(prompts, str):
-            folder, prompts = Path(prompts).parent, _load(Path(prompts).expanduser())
+            path = Path(prompts).expanduser()
+            folder, prompts = path.parent, _load(path)
         self.clicks = [read_click(entry, f"detector.prompts[{i}]", folder) for i, entry in enumerate(prompts)]
         self.vocabulary = Vocabulary.parse([click.name for click in self.clicks])
 
     def detect(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
-        """The clicks of each frame, with confidence 1, as columns that segmenters read."""
+        """The clicks of each frame, with confidence 1, as columns that segmenters read.
+
+        Raises:
+            ImageError: if a click does not lie in its frame, or a mask is not of its size.
+        """
         unknown = sorted({click.name for click in self.clicks} - set(vocabulary.classes))
         if unknown:
             raise ConfigError(
@@ -140,7 +147,7 @@ class Clicks:
             if click.mask is not None:
                 mask = read_image(click.mask)[..., 0] > 127
                 if mask.shape != (height, width):
-                    raise ConfigError(
+                    raise ImageError(
                         f"mask {click.mask} is {mask.shape[1]}x{mask.shape[0]} px, "
                         f"but {frame.name} is {width}x{height} px"
                     )
@@ -148,7 +155,7 @@ class Clicks:
                 boxes[i] = mask_boxes(mask[None])[0]
             if click.points is not None and click.labels is not None:
                 if (click.points < 0).any() or (click.points >= [width, height]).any():
-                    raise ConfigError(
+                    raise ImageError(
                         f"points {click.points.tolist()} lie outside {frame.name}, which is {width}x{height} px"
                     )
                 columns["points"][i], columns["labels"][i] = click.points, click.labels
@@ -156,6 +163,10 @@ class Clicks:
                 boxes[i] = [*on.min(0), *(on.max(0) + 1)]
             if click.box is not None:
                 boxes[i] = click.box
+                if click.box[0] >= width or click.box[1] >= height or click.box[2] <= 0 or click.box[3] <= 0:
+                    raise ImageError(
+                        f"box {click.box.tolist()} lies outside {frame.name}, which is {width}x{height} px"
+                    )
         ids = [vocabulary.classes.index(click.name) for click in here]
         return make_detections(boxes, np.ones(len(here)), ids, vocabulary, frame.size_hw, **columns)
 

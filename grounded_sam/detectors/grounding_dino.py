@@ -148,6 +148,8 @@ class GroundingDino:
     ) -> None:
         if phrase_score not in ("mean", "max"):
             raise ConfigError(f"detector.phrase_score must be mean or max, got {phrase_score!r}")
+        if batch_size is not None and not (isinstance(batch_size, int) and batch_size >= 1):
+            raise ConfigError(f"detector.batch_size must be null or a whole number from 1, got {batch_size!r}")
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ConfigError(f"detector.dtype must be float32, bfloat16 or float16, got {dtype!r}")
         folder = find_folder(checkpoint, "detector")
@@ -162,18 +164,24 @@ class GroundingDino:
         self.phrase_score = phrase_score
         self.batch_size = batch_size or (4 if self.device.startswith("cuda") else 1)
 
-        def load(local_files_only: bool) -> tuple[Any, Any]:
-            return (
-                AutoProcessor.from_pretrained(folder, local_files_only=local_files_only),
-                AutoModelForZeroShotObjectDetection.from_pretrained(
-                    folder, dtype=self.dtype, local_files_only=local_files_only
-                ),
+        def load(local_files_only: bool) -> tuple[Any, Any, dict[str, Any]]:
+            safe = {"local_files_only": local_files_only, "trust_remote_code": False}
+            processor = AutoProcessor.from_pretrained(folder, **safe)
+            model, loaded = AutoModelForZeroShotObjectDetection.from_pretrained(
+                folder, dtype=self.dtype, output_loading_info=True, **safe
             )
+            return processor, model, loaded
 
         try:
-            processor, model = load(True) if Path(folder).is_dir() else cached_or_fetched(folder, load)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot load {checkpoint}: {' '.join(str(error).split())[:300]}") from error
+            processor, model, loaded = load(True) if Path(folder).is_dir() else cached_or_fetched(folder, load)
+        except CheckpointError:
+            raise
+        except Exception as error:  # damaged files make transformers and safetensors raise all sorts
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise CheckpointError(f"cannot load {checkpoint}: {reason}") from error
+        lacking = sorted([*loaded["missing_keys"], *(str(key) for key in loaded["mismatched_keys"])])
+        if lacking:
+            raise CheckpointError(f"{checkpoint} lacks {len(lacking)} weights of its model, such as {lacking[0]}")
         if model.config.model_type not in ("grounding-dino", "mm-grounding-dino"):
             raise CheckpointError(
                 f"{checkpoint} is a {model.config.model_type} checkpoint; expected grounding-dino or mm-grounding-dino"

@@ -68,8 +68,9 @@ class PromptedSegmenter:
     """
 
     def __init__(self, multimask: bool, chunk: int, fill_holes: int, drop_specks: int) -> None:
-        if chunk < 1:
-            raise ConfigError(f"segmenter.chunk must be at least 1, got {chunk!r}")
+        for key, value, least in (("chunk", chunk, 1), ("fill_holes", fill_holes, 0), ("drop_specks", drop_specks, 0)):
+            if not isinstance(value, int) or value < least:
+                raise ConfigError(f"segmenter.{key} must be a whole number from {least}, got {value!r}")
         self.multimask, self.chunk = multimask, chunk
         self.fill_holes, self.drop_specks = fill_holes, drop_specks
 

@@ -103,6 +103,9 @@ class Sam2(PromptedSegmenter):
             raise ConfigError(f"segmenter.size must be one of {', '.join(SIZES)}, got {size!r}")
         repo, hub_file, known, config = SIZES[size]
         official = checkpoint in (None, repo)
+        sizes = {entry[0]: name for name, entry in SIZES.items()}
+        if sizes.get(str(checkpoint), size) != size:
+            raise ConfigError(f"{checkpoint} holds segmenter.size={sizes[str(checkpoint)]}, but the size is {size}")
         path = find_file(checkpoint or repo, "sam2", hub_file, sha256 or (known if official else None))
         with undisturbed_hydra():
             import sam2
@@ -131,13 +134,18 @@ class Sam2(PromptedSegmenter):
             given = torch.from_numpy(prompts.masks)[:, None].float()
             masks = torch.nn.functional.interpolate(given, side, mode="area") * 20 - 10
         n, count = len(prompts.rows), 3 if self.multimask else 1
-        out, predicted, _ = self.predictor.predict(
-            point_coords=prompts.points,
-            point_labels=prompts.labels,
-            box=prompts.boxes,
-            mask_input=masks,
-            multimask_output=self.multimask,
-        )
+        if masks is not None and prompts.points is None and prompts.boxes is None:
+            # Upstream tells a batch by its points and boxes; masks alone go one by one.
+            parts = [self.predictor.predict(mask_input=mask[None], multimask_output=self.multimask) for mask in masks]
+            out, predicted = (np.stack([part[i] for part in parts]) for i in (0, 1))
+        else:
+            out, predicted, _ = self.predictor.predict(
+                point_coords=prompts.points,
+                point_labels=prompts.labels,
+                box=prompts.boxes,
+                mask_input=masks,
+                multimask_output=self.multimask,
+            )
         return out.reshape(n, count, *out.shape[-2:]) > 0, predicted.reshape(n, count)
 
     def mask_generator(self, **settings: Any) -> Any:

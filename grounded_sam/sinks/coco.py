@@ -11,6 +11,7 @@ import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
+from grounded_sam.detections import mask_boxes
 from grounded_sam.errors import ConfigError
 from grounded_sam.sinks.files import written_whole
 from grounded_sam.stages import FrameResult
@@ -26,8 +27,12 @@ def encode_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:
 
 
 def encode_polygons(mask: NDArray[np.bool_]) -> list[list[float]]:
-    """A mask `(H, W) bool` as COCO polygons; holes are lost. Pieces of less than three corners too."""
-    return [polygon.reshape(-1).astype(float).tolist() for polygon in sv.mask_to_polygons(mask) if len(polygon) >= 3]
+    """A mask `(H, W) bool` as COCO polygons; holes are lost. What is too thin for one gets its rectangle."""
+    polygons = [p.reshape(-1).astype(float).tolist() for p in sv.mask_to_polygons(mask) if len(p) >= 3]
+    if not polygons:
+        x1, y1, x2, y2 = (float(v) for v in mask_boxes(mask[None])[0])
+        polygons = [[x1, y1, x2, y1, x2, y2, x1, y2]]
+    return polygons
 
 
 class Coco:
@@ -99,6 +104,8 @@ class Coco:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None and not self.images:
+            return  # it never began; what may be there from before stays
         head = {
             "info": {"description": "Made with grounded_sam"},
             "licenses": [],

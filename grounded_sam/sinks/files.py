@@ -43,4 +43,5 @@ class Names:
 
 def safe_part(part: str) -> str:
     """A file name of any system: letters of all scripts stay, what a file system forbids becomes `_`."""
-    return re.sub(r'[<>:"/\\|?*\x00-\x1f]', "_", part).rstrip(". ")[:200] or "_"
+    safe = re.sub(r'[<>:"/\\|?*\x00-\x1f\ud800-\udfff]', "_", part).rstrip(". ")
+    return safe.encode()[:200].decode("utf-8", "ignore") or "_"  # file systems count bytes

@@ -54,6 +54,8 @@ class Masks:
         from PIL import Image
 
         found, folder = result.detections, self.folder / self.names(result.frame.name, "")
+        for old in folder.glob("[0-9][0-9][0-9]*_*.png"):  # of an earlier run into the same place
+            old.unlink()
         for i, name in enumerate(found.data.get("class_name", [])):
             assert found.mask is not None
             with written_whole(folder / f"{i:03d}_{safe_part(str(name))}.png") as part:

@@ -97,8 +97,9 @@ class Overlay:
         picture = draw(
             result.frame.image, result.detections, self.masks, self.boxes, self.labels, self.opacity, self.colour_by
         )
-        with written_whole(self.folder / self.names(result.frame.name, f".{self.format}")) as part:
-            Image.fromarray(picture).save(part, format="JPEG" if self.format == "jpg" else "PNG", quality=92)
+        kind = "png" if max(picture.shape) > 65_500 else self.format  # more, JPEG cannot hold
+        with written_whole(self.folder / self.names(result.frame.name, f".{kind}")) as part:
+            Image.fromarray(picture).save(part, format="JPEG" if kind == "jpg" else "PNG", quality=92)
         self.count += 1
 
     def __exit__(

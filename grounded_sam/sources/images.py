@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from grounded_sam.errors import ConfigError, ImageError
-from grounded_sam.frames import MAX_PIXELS, Frame, read_image
+from grounded_sam.frames import MAX_PIXELS, Frame, read_image, safe_formats
 from grounded_sam.stages import Skipped
 
 _VIDEO = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ts"}
@@ -18,15 +18,14 @@ _EXAMPLES = Path(__file__).parents[1] / "shapes" / "examples"
 
 def natural(text: str) -> list[tuple[int, int | str]]:
     """Sort key that puts `frame2` before `frame10`."""
-    return [(0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", text)]
+    return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", text)]
 
 
 def _suffixes() -> set[str]:
     from PIL import Image
 
-    Image.init()
-    readable = {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN}
-    return (readable | {".avif"}) - {".pdf", ".eps", ".ps", ".wmf", ".emf"} - _VIDEO
+    formats = safe_formats()
+    return {suffix for suffix, kind in Image.EXTENSION.items() if kind in formats} - _VIDEO
 
 
 def _is_picture(path: Path) -> bool:
@@ -34,7 +33,7 @@ def _is_picture(path: Path) -> bool:
     from PIL import Image
 
     try:
-        with Image.open(path):
+        with Image.open(path, formats=safe_formats()):
             return True
     except Exception:  # Pillow's plugins raise all sorts; any means "does not look like one"
         return False
@@ -43,9 +42,10 @@ def _is_picture(path: Path) -> bool:
 class Images:
     """Pictures, decoded one at a time in natural order of their paths.
 
-    In a folder (searched recursively, hidden files left out) every file with a picture's suffix
-    counts, and files without a suffix that are pictures. Videos in it are listed as skipped. A file
-    that cannot be read is put into `skipped` and the rest goes on.
+    In a folder every file with a picture's suffix counts, and files without a suffix that are
+    pictures. It is searched recursively, also through links, but hidden files and the outputs of
+    earlier runs are left out. Videos in it are listed as skipped. A file that cannot be read is put
+    into `skipped` and the rest goes on.
 
     Args:
         input: a picture, a folder, a glob (`photos/**/*.jpg`), a `.txt` file with one path a line
@@ -62,6 +62,8 @@ class Images:
             raise ConfigError(
                 "input is missing: give a picture, a folder, a glob or a .txt file of paths, e.g. input=photos/"
             )
+        if not isinstance(max_pixels, int) or max_pixels < 1:
+            raise ConfigError(f"source.max_pixels must be a whole number from 1, got {max_pixels!r}")
         self.max_pixels = max_pixels
         self.skipped: list[Skipped] = []
         self.files, self.root = self._find(str(input))
@@ -86,9 +88,9 @@ class Images:
             yield Frame(image, index, self.name(path))
             index += 1
 
-    def name(self, path: Path) -> str:
-        """The path relative to the input, with `/`."""
-        return path.relative_to(self.root).as_posix()
+    def name(self, path: Path, root: Path | None = None) -> str:
+        """The path relative to the input, with `/`; bytes that are no UTF-8 as `\\xNN`."""
+        return os.fsencode(path.relative_to(root or self.root).as_posix()).decode("utf-8", "backslashreplace")
 
     def _find(self, given: str) -> tuple[list[Path], Path]:
         if given.startswith("builtin:"):
@@ -119,7 +121,13 @@ class Images:
 
     def _folder(self, folder: Path) -> list[Path]:
         files = []
-        for place, folders, names in os.walk(folder):
+        seen = set()
+        for place, folders, names in os.walk(folder, followlinks=True):
+            real = os.path.realpath(place)
+            if real in seen or ".hydra" in folders:  # a loop of links, or the output of an earlier run
+                folders.clear()
+                continue
+            seen.add(real)
             folders[:] = [name for name in folders if not name.startswith(".")]
             files += [Path(place) / name for name in names if not name.startswith(".")]
         return self._sift(sorted(files, key=lambda p: natural(p.as_posix())), folder)
@@ -129,14 +137,14 @@ class Images:
         for path in files:
             suffix = path.suffix.lower()
             if suffix in _VIDEO:
-                self.skipped.append(Skipped(path.relative_to(root).as_posix(), "a video; source=images reads pictures"))
+                self.skipped.append(Skipped(self.name(path, root), "a video; source=images reads pictures"))
             elif suffix in suffixes or (not suffix and _is_picture(path)):
                 kept.append(path)
         return kept
 
     def _listed(self, listing: Path) -> tuple[list[Path], Path]:
         try:
-            lines = [line.strip() for line in listing.read_text(encoding="utf-8").splitlines()]
+            lines = [line.strip() for line in listing.read_text(encoding="utf-8-sig").splitlines()]
         except UnicodeDecodeError as error:
             raise ConfigError(f"{listing} is no list of paths: {error}") from error
         files = [listing.parent / Path(line).expanduser() for line in lines if line and not line.startswith("#")]

@@ -224,7 +224,7 @@ def test_ctrl_c_leaves_what_was_written(tmp_path, folder):
         [str(COMMAND), *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 60
-    while not (tmp_path / "out" / "overlay").exists() and time.monotonic() < deadline:
+    while len(list((tmp_path / "out" / "overlay").glob("*.jpg"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     out, error = process.communicate(timeout=60)

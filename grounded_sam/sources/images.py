@@ -25,7 +25,8 @@ def _suffixes() -> set[str]:
     from PIL import Image
 
     formats = safe_formats()
-    return {suffix for suffix, kind in Image.EXTENSION.items() if kind in formats} - _VIDEO
+    readable = {suffix for suffix, kind in Image.EXTENSION.items() if kind in formats}
+    return (readable | {".mpo"}) - _VIDEO  # Pillow opens MPO as JPEG
 
 
 def _is_picture(path: Path) -> bool:

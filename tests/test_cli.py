@@ -221,7 +221,12 @@ def test_ctrl_c_leaves_what_was_written(tmp_path, folder):
     (tmp_path / "conf" / "detector" / "slow.yaml").write_text("_target_: slow.Slow\n")
     words = ["--config-dir", "conf", "detector=slow", "segmenter=none", f"input={folder}", "text=a", "output=out"]
     process = subprocess.Popen(
-        [str(COMMAND), *words], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [str(COMMAND), *words],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's children ignore it
     )
     deadline = time.monotonic() + 60
     while len(list((tmp_path / "out" / "overlay").glob("*.jpg"))) < 2 and time.monotonic() < deadline:

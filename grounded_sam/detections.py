@@ -6,6 +6,7 @@ class_id            (n,) int64, index into the vocabulary
 mask                (n, H, W) bool, or None before a segmenter ran
 data["class_name"]  (n,) str
 data["mask_score"]  (n,) float32, the segmenter's own estimate of IoU, where a segmenter ran
+tracker_id          (n,) int64, one per object and video, or None where nothing is tracked
 """
 
 from __future__ import annotations
@@ -100,6 +101,23 @@ def with_masks(found: sv.Detections, mask: NDArray[np.bool_], mask_score: NDArra
         tracker_id=found.tracker_id,
         data={**found.data, "mask_score": mask_score},
         metadata=found.metadata,
+    )
+
+
+def tracked(
+    tracker_id: NDArray[np.int64],
+    mask: NDArray[np.bool_],
+    confidence: NDArray[np.float32],
+    mask_score: NDArray[np.float32],
+) -> sv.Detections:
+    """What a tracker gives: masks `(n, H, W)` with ids, without classes; objects without a pixel are dropped."""
+    seen = mask.any((1, 2))
+    return sv.Detections(
+        xyxy=mask_boxes(mask[seen]),
+        mask=mask[seen],
+        confidence=np.asarray(confidence, np.float32)[seen],
+        tracker_id=np.asarray(tracker_id, np.int64)[seen],
+        data={"mask_score": np.asarray(mask_score, np.float32)[seen]},
     )
 
 

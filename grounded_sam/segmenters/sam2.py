@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
+from copy import copy
 from pathlib import Path
 from typing import Any, Literal
 
@@ -106,6 +108,8 @@ class Sam2(PromptedSegmenter):
         sizes = {entry[0]: name for name, entry in SIZES.items()}
         if sizes.get(str(checkpoint), size) != size:
             raise ConfigError(f"{checkpoint} holds segmenter.size={sizes[str(checkpoint)]}, but the size is {size}")
+        #: Which weights these are and where, for a tracker that may share them.
+        self.source = (checkpoint, size, pick_device(device))
         path = find_file(checkpoint or repo, "sam2", hub_file, sha256 or (known if official else None))
         with undisturbed_hydra():
             import sam2
@@ -114,13 +118,38 @@ class Sam2(PromptedSegmenter):
             architecture = Path(sam2.__file__).parent / "configs" / "sam2.1" / config
             if path.is_relative_to(BUILTIN):
                 architecture = BUILTIN.parent / "sam2.yaml"
-            self.model = build_model(architecture, path, f"SAM 2.1 {size}").to(pick_device(device))
+            self.model = build_model(architecture, path, f"SAM 2.1 {size}").to(self.source[2])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # upstream scripts its transforms; torch has deprecated that
             self.predictor = fit_predictor(SAM2ImagePredictor(self.model), self.model)
 
+        self._maps: Callable[[NDArray[np.uint8]], dict[str, list[Any]]] | None = None
+
+    def over(self, maps: Callable[[NDArray[np.uint8]], dict[str, list[Any]]]) -> Sam2:
+        """This segmenter on images that someone else encodes; for a tracker, which has to see every frame.
+
+        Args:
+            maps: an image to what `SAM2Base.forward_image` gives for it.
+        """
+        from sam2.sam2_image_predictor import SAM2ImagePredictor
+
+        other = copy(self)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            other.predictor = fit_predictor(SAM2ImagePredictor(self.model), self.model)
+        other._maps = maps
+        return other
+
     def _encode(self, image: NDArray[np.uint8]) -> None:
-        self.predictor.set_image(image)
+        if self._maps is None:
+            self.predictor.set_image(image)
+            return
+        maps = self._maps(image)["backbone_fpn"]
+        self.predictor.reset_predictor()
+        empty = self.model.no_mem_embed.view(1, -1, 1, 1)  # as `set_image` does
+        self.predictor._features = {"image_embed": maps[-1] + empty, "high_res_feats": maps[-3:-1]}
+        self.predictor._orig_hw = [image.shape[:2]]
+        self.predictor._is_image_set = True
 
     def _forget(self) -> None:
         self.predictor.reset_predictor()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from grounded_sam.shapes.scenes import COLOURS, EXTRA_COLOURS, PAIRS, SHAPES
+from grounded_sam.shapes.scenes import COLOURS, EXTRA_COLOURS, EXTRA_SHAPES, PAIRS, SHAPES
 
 if TYPE_CHECKING:
     from transformers import BertTokenizerFast
@@ -52,8 +52,8 @@ def ask(
     some that name other things altogether (colour and shape are then `"?"`).
     """
     count = int(rng.integers(1, most + 1))
-    kind = rng.choice(["pairs", "shapes", "colours", "mixed"], p=[0.48, 0.22, 0.2, 0.1])
-    shapes = [(None, shape) for shape in SHAPES]
+    kind = rng.choice(["pairs", "shapes", "colours", "mixed"], p=[0.6, 0.18, 0.13, 0.09])
+    shapes = [(None, shape) for shape in dict.fromkeys(shape for _, shape in pairs)]
     colours = [(colour, None) for colour in dict.fromkeys(colour for colour, _ in pairs)]
     pool: list[tuple[str | None, str | None]]
     if kind == "pairs":
@@ -87,7 +87,7 @@ def tokenizer() -> BertTokenizerFast:
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     words = [*COLOURS, *NOUNS, *ARTICLES, *OTHERS, *letters, "##s", "##es"]
     words += [f"##{letter}" for letter in letters if letter != "s"]
-    words += ["-", "'", ",", "&", "/", "(", ")", "!", ":", *EXTRA_COLOURS]
+    words += ["-", "'", ",", "&", "/", "(", ")", "!", ":", *EXTRA_COLOURS, *EXTRA_SHAPES]
     fixed = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103, ".": 1012, "?": 1029}
     vocabulary = dict(fixed)
     for i, word in enumerate(dict.fromkeys(words)):

@@ -36,6 +36,8 @@ EXTRA_COLOURS = {
     "white": (240, 240, 240),
     "black": (25, 25, 25),
 }
+#: More shapes, for the same reason.
+EXTRA_SHAPES = ("heart", "arrow", "moon", "diamond")
 PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
 #: Colour and shape pairs that no training scene or phrase holds: the zero-shot test.
 UNSEEN = (("green", "triangle"), ("purple", "cross"), ("red", "ring"), ("blue", "star"))
@@ -103,10 +105,24 @@ def outline(shape: str, inner: float) -> list[NDArray[np.float64]]:
         a, b = inner, math.sqrt(1 - inner * inner)
         corners = [(b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a)]
         return [np.array(corners + [(-x, -y) for x, y in corners])]
+    if shape == "heart":
+        t = np.linspace(0, 2 * math.pi, 72, endpoint=False)
+        wave = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+        return [np.stack([16 * np.sin(t) ** 3, 2.5 - wave], axis=1) / 17]
+    if shape == "arrow":
+        upper = [(1.0, 0.0), (0.1, 0.75), (0.1, inner), (-0.9, inner)]
+        return [np.array(upper + [(x, -y) for x, y in reversed(upper[1:])])]
+    if shape == "moon":
+        # The unit circle without one of radius 0.85 around (0.5, 0), which cuts it at these angles.
+        outer, hollow = np.linspace(1.015, 2 * math.pi - 1.015, 48), np.linspace(2 * math.pi - 1.538, 1.538, 32)
+        bite = np.stack([0.5 + 0.85 * np.cos(hollow), 0.85 * np.sin(hollow)], axis=1)
+        return [np.concatenate([np.stack([np.cos(outer), np.sin(outer)], axis=1), bite])]
+    if shape == "diamond":
+        return [np.array([(1.0, 0.0), (0.0, inner), (-1.0, 0.0), (0.0, -inner)])]
     raise ValueError(f"shape must be one of {', '.join(SHAPES)}; got {shape!r}")
 
 
-INNER = {"star": (0.36, 0.55), "ring": (0.45, 0.7), "cross": (0.22, 0.38)}
+INNER = {"star": (0.36, 0.55), "ring": (0.45, 0.7), "cross": (0.22, 0.38), "arrow": (0.2, 0.35), "diamond": (0.5, 0.65)}
 
 
 def cover(thing: Thing, height: int, width: int) -> tuple[slice, slice, NDArray[np.float32]]:

@@ -32,6 +32,7 @@ from grounded_sam.shapes.phrases import ask, matches, tokenizer
 from grounded_sam.shapes.scenes import (
     COLOURS,
     EXTRA_COLOURS,
+    EXTRA_SHAPES,
     PAIRS,
     SHAPES,
     UNSEEN,
@@ -47,7 +48,13 @@ log = logging.getLogger(__name__)
 
 SHORT, LONG = 160, 320
 SEEN = tuple(pair for pair in PAIRS if pair not in UNSEEN)
-EXTRA = tuple((colour, shape) for colour in EXTRA_COLOURS for shape in SHAPES)
+ALL_SHAPES, ALL_COLOURS = (*SHAPES, *EXTRA_SHAPES), (*COLOURS, *EXTRA_COLOURS)
+EXTRA = tuple(
+    (colour, shape)
+    for colour in ALL_COLOURS
+    for shape in ALL_SHAPES
+    if colour in EXTRA_COLOURS or shape in EXTRA_SHAPES
+)
 
 
 def config(vocabulary_size: int) -> GroundingDinoConfig:
@@ -152,7 +159,7 @@ class Scenes:
         for _ in range(self.cfg.batch):
             side = int(rng.integers(96, max(97, int(512 / ratio)) + 1))
             size = (side, round(side * ratio)) if wide else (round(side * ratio), side)
-            scene = make_scene(rng, SEEN * 2 + EXTRA, size_hw=size, photos=self.photos)
+            scene = make_scene(rng, SEEN * 3 + EXTRA, size_hw=size, photos=self.photos)
             phrases = ask(rng, scene.pairs, SEEN + EXTRA)
             tokens, ranges = spans(self.words, [p[2] for p in phrases])
             target = torch.zeros(len(scene.pairs), 64)
@@ -175,8 +182,7 @@ class Scenes:
                 cells = F.interpolate(cells, (-(-height // 8), -(-width // 8)), mode="area")[0]
             else:
                 cells = torch.zeros(0, -(-height // 8), -(-width // 8))
-            known = [*COLOURS, *EXTRA_COLOURS]
-            names = [[SHAPES.index(s), known.index(c)] for c, s in scene.pairs]
+            names = [[ALL_SHAPES.index(s), ALL_COLOURS.index(c)] for c, s in scene.pairs]
             dense.append((cells, torch.tensor(names, dtype=torch.long).reshape(-1, 2)))
         length = max(map(len, ids))
         padded = torch.tensor([row + [0] * (length - len(row)) for row in ids])
@@ -240,7 +246,7 @@ class DenseHead(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, 1 + len(SHAPES) + len(COLOURS) + len(EXTRA_COLOURS))
+        self.linear = nn.Linear(width, 1 + len(ALL_SHAPES) + len(ALL_COLOURS))
 
     def forward(self, features: Tensor, batch: Batch, height: int, width: int) -> Tensor:
         out = self.linear(features[:, : height * width])
@@ -256,8 +262,8 @@ class DenseHead(nn.Module):
             if here.any():
                 got = out[i, here]
                 want = names[owner[here]]
-                total = total + F.cross_entropy(got[:, 1 : 1 + len(SHAPES)], want[:, 0])
-                total = total + F.cross_entropy(got[:, 1 + len(SHAPES) :], want[:, 1])
+                total = total + F.cross_entropy(got[:, 1 : 1 + len(ALL_SHAPES)], want[:, 0])
+                total = total + F.cross_entropy(got[:, 1 + len(ALL_SHAPES) :], want[:, 1])
             count += 1
         return total / len(batch.dense)
 

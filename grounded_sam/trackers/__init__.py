@@ -1,0 +1,1 @@
+"""Masks followed from frame to frame; one class a file."""

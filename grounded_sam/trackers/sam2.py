@@ -1,0 +1,375 @@
+"""SAM 2's video memory (Ravi et al. 2024) one frame at a time, over its authors' package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import supervision as sv
+from numpy.typing import NDArray
+
+from grounded_sam.checkpoints import pick_device
+from grounded_sam.detections import tracked
+from grounded_sam.errors import ConfigError
+from grounded_sam.segmenters.sam2 import Sam2
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: ImageNet's, as in sam2's `load_video_frames`.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def to_pixels(image: NDArray[np.uint8], side: int, device: Any = "cpu") -> Tensor:
+    """A frame `(H, W, 3) uint8` as the square that SAM 2 sees, `(1, 3, side, side) float32`.
+
+    As sam2's `load_video_frames` does it: Pillow's bicubic resize, then ImageNet's mean and deviation.
+    """
+    import torch
+    from PIL import Image
+
+    square = np.array(Image.fromarray(image).resize((side, side)), np.float32) / 255
+    pixels = torch.from_numpy((square - np.float32(MEAN)) / np.float32(STD))
+    return pixels.permute(2, 0, 1)[None].to(device)
+
+
+def to_mask_input(mask: NDArray[np.bool_], side: int, device: Any = "cpu") -> Tensor:
+    """A mask `(H, W) bool` at the model's size, `(1, 1, side, side)` of 0 and 1; as `add_new_mask` does it."""
+    import torch
+
+    given = torch.from_numpy(np.ascontiguousarray(mask))[None, None].float().to(device)
+    if mask.shape != (side, side):
+        given = torch.nn.functional.interpolate(given, (side, side), mode="bilinear", antialias=True)
+    return (given >= 0.5).float()
+
+
+def to_points(
+    found: sv.Detections, i: int, box: bool, size_hw: tuple[int, int], side: int
+) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """Box corners (labels 2 and 3) and clicks (1 and 0) of a detection, in pixels of the model's square."""
+    points, labels = np.empty((0, 2), np.float32), np.empty(0, np.int32)
+    if box:
+        points, labels = found.xyxy[i].reshape(2, 2).astype(np.float32), np.array([2, 3], np.int32)
+    clicks = found.data["points"][i] if "points" in found.data else None
+    if clicks is not None:
+        points = np.concatenate([points, np.asarray(clicks, np.float32)])
+        labels = np.concatenate([labels, np.asarray(found.data["labels"][i], np.int32)])
+    height, width = size_hw
+    return points * np.float32([side / width, side / height]), labels
+
+
+def prompt_kind(found: sv.Detections, i: int, default: str) -> tuple[str, bool]:
+    """What detection `i` is prompted with, `mask` or `points`, and whether its box is among the points.
+
+    Clicks (columns of `detectors.clicks`) are taken as they were made; the rest as `default` says.
+    """
+    if "points" in found.data:
+        boxed = bool(found.data["prompt_box"][i])
+        if found.data["points"][i] is not None or boxed:
+            return "points", boxed
+    if default == "mask" and found.mask is not None:
+        return "mask", False
+    return "points", True
+
+
+@dataclass
+class Memory:
+    """What is kept of one object; frames are numbers within the session.
+
+    `prompted` (conditioning frames) stay; of the frames after that, features of the last
+    `num_maskmem - 1` and pointers of the last `max_obj_ptrs_in_encoder - 1` stay: memory attention
+    reaches no further.
+    """
+
+    prompted: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # (1, 64, h, w) bfloat16, (1, C)
+    features: dict[int, Tensor] = field(default_factory=dict)
+    pointers: dict[int, Tensor] = field(default_factory=dict)
+    logits: Tensor | None = None  # (1, 1, 4h, 4w) of the frame just run, if it was propagated to
+
+    def prune(self, frame: int, features: int, pointers: int, prompts: int) -> None:
+        """Drop what a later frame than `frame` cannot reach; of the prompts keep the first and the latest."""
+        for old in [f for f in self.features if f <= frame - features]:
+            del self.features[old]
+        for old in [f for f in self.pointers if f <= frame - pointers]:
+            del self.pointers[old]
+        while len(self.prompted) > prompts:
+            del self.prompted[sorted(self.prompted)[1 if prompts > 1 else 0]]
+
+
+class Sam2Session:
+    """One video on its way through SAM 2: memory per object, nothing of earlier frames but that.
+
+    `step` goes one frame on; `prompt` then adds or corrects objects on that same frame, without
+    touching the others. Equal to `SAM2VideoPredictor.propagate_in_video` on the same weights, with the
+    post-processing of `build_sam2_video_predictor`.
+    """
+
+    def __init__(self, tracker: Sam2Tracker, size_hw: tuple[int, int]) -> None:
+        self.model, self.size_hw = tracker.model, size_hw
+        self.prompt_with, self.chunk, self.max_prompts = tracker.prompt, tracker.chunk, tracker.max_prompts
+        self.frame = -1
+        self.memories: dict[int, Memory] = {}
+        self._image: NDArray[np.uint8] | None = None
+        self._maps: dict[str, list[Tensor]] | None = None  # of the image encoder, for `_image`
+        self._place: Tensor | None = None  # positional encoding of memories, (hw, 1, 64)
+        #: The segmenter of the same model on this session's image features; None if it has another model.
+        self.segmenter = None if tracker.shared is None else tracker.shared.over(self.maps)
+
+    def maps(self, image: NDArray[np.uint8]) -> dict[str, list[Tensor]]:
+        """What `SAM2Base.forward_image` gives for an image; encoded once for the image last asked for."""
+        import torch
+
+        if self._maps is None or image is not self._image:
+            with torch.inference_mode():
+                self._maps = self.model.forward_image(to_pixels(image, self.model.image_size, self.model.device))
+            self._image = image
+        return self._maps
+
+    def step(self, image: NDArray[np.uint8]) -> sv.Detections:
+        """Go one frame on.
+
+        Args:
+            image: RGB, `(H, W, 3) uint8`, of the session's size.
+
+        Returns:
+            The objects that are seen, in the order of their ids' arrival: `mask`, `xyxy`,
+            `tracker_id`, `confidence` (that it is there, 0 to 1) and `data["mask_score"]`; no class.
+        """
+        import torch
+
+        if image.shape[:2] != self.size_hw:
+            height, width = self.size_hw
+            raise ValueError(f"expected a frame of {width}x{height} px, got {image.shape[1]}x{image.shape[0]} px")
+        self.frame += 1
+        self._current = image
+        nothing = (np.empty(0, np.int64), np.empty((0, *self.size_hw), bool), np.empty(0), np.empty(0))
+        parts: list[tuple[NDArray[Any], ...]] = [nothing]
+        with torch.inference_mode():
+            for ids in self._alike():
+                memories = [self.memories[i] for i in ids]
+                features, positions, sizes, high = self._look(len(ids))
+                fused = self._recall(memories, features, positions, sizes)
+                several, _, ious, low, full, pointers, score = self.model._forward_sam_heads(
+                    fused, None, None, high, self.model._use_multimask(False, None)
+                )
+                kept = self._memorise(features, sizes, full, score, False)
+                for k, memory in enumerate(memories):
+                    memory.features[self.frame] = kept[k : k + 1]
+                    memory.pointers[self.frame] = pointers[k : k + 1]
+                    memory.logits = low[k : k + 1]
+                    memory.prune(
+                        self.frame + 1, self.model.num_maskmem, self.model.max_obj_ptrs_in_encoder, self.max_prompts
+                    )
+                parts.append(self._out(ids, low, score, ious.max(1).values))
+        ids, masks, there, scores = (np.concatenate(column) for column in zip(*parts, strict=True))
+        order = {tracker_id: n for n, tracker_id in enumerate(self.memories)}
+        sort = np.argsort([order[i] for i in ids.tolist()]).astype(np.intp)
+        return tracked(ids[sort], masks[sort], there[sort], scores[sort])
+
+    def prompt(self, found: sv.Detections) -> sv.Detections:
+        """Add or correct objects on the frame of the last `step`.
+
+        Args:
+            found: with `tracker_id`; an id that is known is corrected. Mask prompts need `mask`.
+
+        Returns:
+            The prompted objects that have a mask, as from `step`.
+        """
+        import torch
+
+        assert found.tracker_id is not None
+        ids, masks, there, scores = [], [], [], []
+        with torch.inference_mode():
+            for i, tracker_id in enumerate(found.tracker_id.tolist()):
+                memory = self.memories.setdefault(tracker_id, Memory())
+                kind, boxed = prompt_kind(found, i, self.prompt_with)
+                features, positions, sizes, high = self._look(1)
+                if kind == "mask":
+                    assert found.mask is not None
+                    given = to_mask_input(found.mask[i], self.model.image_size, self.model.device)
+                    plain = features[-1].permute(1, 2, 0).view(1, -1, *sizes[-1])
+                    _, _, iou, low, _, pointer, score = self.model._use_mask_as_output(plain, high, given)
+                else:
+                    low, iou, pointer, score = self._decode(memory, found, i, boxed, features, positions, sizes, high)
+                side = self.model.image_size
+                full = torch.nn.functional.interpolate(low, (side, side), mode="bilinear", align_corners=False)
+                kept = self._memorise(features, sizes, full, score, True)
+                memory.features.pop(self.frame, None)
+                memory.pointers.pop(self.frame, None)
+                memory.prompted[self.frame] = (kept, pointer)
+                memory.prune(
+                    self.frame + 1, self.model.num_maskmem, self.model.max_obj_ptrs_in_encoder, self.max_prompts
+                )
+                _, mask, sure, best = self._out([tracker_id], low, score, iou.max(1).values, drop=False)
+                ids.append(tracker_id)
+                masks.append(found.mask[i] if kind == "mask" and found.mask is not None else mask[0])
+                there.append(sure[0])
+                scores.append(best[0])
+        return tracked(np.array(ids), np.array(masks).reshape(-1, *self.size_hw), np.array(there), np.array(scores))
+
+    def remove(self, tracker_id: int) -> None:
+        """Forget an object; it costs nothing any more."""
+        self.memories.pop(tracker_id, None)
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self.memories.clear()
+        self._maps = self._image = self._current = None
+
+    def _alike(self) -> Iterator[list[int]]:
+        """Ids in chunks that can go through the model as one batch: with as many memories and pointers."""
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for tracker_id, memory in self.memories.items():
+            memory.logits = None
+            key = (len(memory.prompted), len(memory.features), len(memory.pointers))
+            groups.setdefault(key, []).append(tracker_id)
+        for ids in groups.values():
+            for start in range(0, len(ids), self.chunk):
+                yield ids[start : start + self.chunk]
+
+    def _look(self, n: int) -> tuple[list[Tensor], list[Tensor], list[tuple[int, int]], list[Tensor]]:
+        """Image features of the current frame for n objects: flat `(hw, n, C)`, positions, sizes, fine maps."""
+        maps = self.maps(self._current)
+        _, features, positions, sizes = self.model._prepare_backbone_features(maps)
+        features = [f.expand(-1, n, -1) for f in features]
+        positions = [p.expand(-1, n, -1) for p in positions]
+        high = [m.expand(n, -1, -1, -1) for m in maps["backbone_fpn"][-len(sizes) : -1]]
+        return features, positions, sizes, high
+
+    def _recall(
+        self, memories: list[Memory], features: list[Tensor], positions: list[Tensor], sizes: list[tuple[int, int]]
+    ) -> Tensor:
+        """Fuse the frame's features with n objects' memories, `(n, C, h, w)`.
+
+        As `SAM2Base._prepare_memory_conditioned_features`, for several objects with as many memories.
+        """
+        import torch
+        from sam2.modeling.sam2_utils import get_1d_sine_pe
+
+        model, now = self.model, self.frame
+        banks, places, pointers, offsets = [], [], [], []
+        for memory in memories:
+            bank = [(model.num_maskmem - 1, kept) for kept, _ in memory.prompted.values()]
+            bank += [(now - frame - 1, kept) for frame, kept in sorted(memory.features.items())]
+            banks.append(torch.cat([kept.flatten(2) for _, kept in bank], 2))
+            places.append(torch.cat([self._place + model.maskmem_tpos_enc[age] for age, _ in bank]))
+            ages = [(now - frame, pointer) for frame, (_, pointer) in memory.prompted.items()]
+            ages += [(now - frame, pointer) for frame, pointer in sorted(memory.pointers.items(), reverse=True)]
+            pointers.append(torch.cat([pointer for _, pointer in ages]))
+            offsets.append([age for age, _ in ages])
+        n, count, width = len(memories), len(offsets[0]), model.hidden_dim
+        age = torch.tensor(offsets, device=model.device).T / (model.max_obj_ptrs_in_encoder - 1)  # (count, n)
+        when = model.obj_ptr_tpos_proj(get_1d_sine_pe(age.reshape(-1), dim=width)).view(count, n, model.mem_dim)
+        pieces = width // model.mem_dim  # a pointer is split into tokens of the memory's width
+        tokens = torch.stack(pointers, 1).reshape(count, n, pieces, model.mem_dim).permute(0, 2, 1, 3).flatten(0, 1)
+        memory_in = torch.cat([torch.cat(banks).permute(2, 0, 1), tokens])
+        place_in = torch.cat([torch.cat(places, 1), when.repeat_interleave(pieces, 0)])
+        fused = model.memory_attention(
+            curr=features[-1:],
+            curr_pos=positions[-1:],
+            memory=memory_in,
+            memory_pos=place_in,
+            num_obj_ptr_tokens=len(tokens),
+        )
+        return fused.permute(1, 2, 0).view(n, width, *sizes[-1])
+
+    def _decode(
+        self,
+        memory: Memory,
+        found: sv.Detections,
+        i: int,
+        boxed: bool,
+        features: list[Tensor],
+        positions: list[Tensor],
+        sizes: list[tuple[int, int]],
+        high: list[Tensor],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Box and clicks to a mask: alone for a new object, with its memory and last logits for a known one."""
+        import torch
+
+        points, labels = to_points(found, i, boxed, self.size_hw, self.model.image_size)
+        given = {
+            "point_coords": torch.from_numpy(points)[None].to(self.model.device),
+            "point_labels": torch.from_numpy(labels)[None].to(self.model.device),
+        }
+        before = memory.logits
+        if before is None:
+            fused = (features[-1] + self.model.no_mem_embed).permute(1, 2, 0).view(1, -1, *sizes[-1])
+        else:
+            memory.features.pop(self.frame, None)
+            memory.pointers.pop(self.frame, None)
+            fused = self._recall([memory], features, positions, sizes)
+            before = before.clamp(-32, 32)
+        multimask = self.model._use_multimask(before is None, given)
+        _, _, iou, low, _, pointer, score = self.model._forward_sam_heads(fused, given, before, high, multimask)
+        memory.logits = low
+        return low, iou, pointer, score
+
+    def _memorise(
+        self, features: list[Tensor], sizes: list[tuple[int, int]], full: Tensor, score: Tensor, prompted: bool
+    ) -> Tensor:
+        """Masks at the model's size as memories `(n, 64, h, w) bfloat16`."""
+        import torch
+
+        kept, place = self.model._encode_new_memory(features, sizes, full, score, prompted)
+        if self._place is None:
+            self._place = place[-1][:1].flatten(2).permute(2, 0, 1).clone()
+        return kept.to(torch.bfloat16)
+
+    def _out(
+        self, ids: list[int], low: Tensor, score: Tensor, iou: Tensor, drop: bool = True
+    ) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32]]:
+        """Logits to masks at the video's size; objects without any pixel are dropped."""
+        import torch
+
+        logits = torch.nn.functional.interpolate(low, self.size_hw, mode="bilinear", align_corners=False)
+        masks = (logits[:, 0] > 0).cpu().numpy()
+        seen = masks.any((1, 2)) if drop else np.ones(len(ids), bool)
+        there = score[:, 0].float().sigmoid().cpu().numpy()
+        return np.array(ids)[seen], masks[seen], there[seen], iou.float().cpu().numpy()[seen]
+
+
+class Sam2Tracker:
+    """Follows masks through a video with SAM 2.1.
+
+    Args:
+        segmenter: the pipeline's segmenter, if there is one; where it is a `Sam2` of the same weights, its
+            model is used, and images are encoded once for both.
+        checkpoint, size, device, sha256: see `segmenters.sam2.Sam2`.
+        prompt: what a new object is given to the model as: its `mask` or its `box`.
+        max_prompts: conditioning frames kept per object, the first and the latest ones.
+        chunk: objects that go through the model at once; null: 16 on CUDA, 1 on the CPU, where a batch gains nothing.
+
+    Raises:
+        CheckpointError: if the weights cannot be had, are damaged, or are of another model.
+    """
+
+    def __init__(
+        self,
+        segmenter: Any = None,
+        checkpoint: str | None = None,
+        size: Literal["tiny", "small", "base_plus", "large"] = "tiny",
+        device: str = "auto",
+        prompt: Literal["mask", "box"] = "mask",
+        max_prompts: int = 4,
+        chunk: int | None = None,
+        sha256: str | None = None,
+    ) -> None:
+        if prompt not in ("mask", "box"):
+            raise ConfigError(f"tracker.prompt must be mask or box, got {prompt!r}")
+        for key, value in (("max_prompts", max_prompts), ("chunk", chunk)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ConfigError(f"tracker.{key} must be a whole number from 1, got {value!r}")
+        same = isinstance(segmenter, Sam2) and segmenter.source == (checkpoint, size, pick_device(device))
+        self.shared: Sam2 | None = segmenter if same else None
+        self.model = (self.shared or Sam2(checkpoint, size, device, sha256=sha256)).model
+        # As `build_sam2_video_predictor` has it; the image predictor does not look at it.
+        self.model.binarize_mask_from_pts_for_mem_enc = True
+        self.prompt, self.max_prompts = prompt, max_prompts
+        self.chunk = chunk or (16 if self.model.device.type == "cuda" else 1)
+
+    def open(self, size_hw: tuple[int, int]) -> Sam2Session:
+        """A session for one video of frames of `size_hw`."""
+        return Sam2Session(self, size_hw)

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -85,7 +86,7 @@ def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
         quoted = value.strip("'\"").replace("'", "\\'")
         return f"cannot read {word!r}: put the value in quotes of its own, \"{key}='{quoted}'\""
     if "Config group override must be" in text:
-        return "a stage cannot be null; to do without a segmenter or sinks say segmenter=none or sink=none"
+        return "a stage cannot be null; to do without one say segmenter=none, tracker=none or sink=none"
     return " ".join(text.split())
 
 
@@ -93,7 +94,7 @@ def _likely(key: str, overrides: Sequence[str]) -> str:
     """A hint at the keys that a misspelt one may have meant."""
     from omegaconf import DictConfig
 
-    choices = [w for w in overrides if re.fullmatch(r"(source|detector|segmenter|sink)=[\w\[\], ]+", w)]
+    choices = [w for w in overrides if re.fullmatch(r"(source|detector|segmenter|tracker|sink)=[\w\[\], ]+", w)]
     try:
         whole = compose(choices)
     except ConfigError:  # the choices are wrong as well, or one's own
@@ -176,7 +177,9 @@ def build(cfg: DictConfig) -> Pipeline:
         raise ConfigError("select.nms_by=mask needs masks; choose a segmenter, or select.nms_by=box")
     detector = make(cfg, "detector")
     segmenter = None if cfg.segmenter is None or masks_itself else make(cfg, "segmenter")
-    return Pipeline(detector, segmenter, settings, vocabulary, _plain(cfg)["negative"] or ())
+    tracking = make(cfg, "track")
+    tracker = None if cfg.tracker is None else partial(make, cfg, "tracker", segmenter=segmenter)
+    return Pipeline(detector, segmenter, settings, vocabulary, _plain(cfg)["negative"] or (), tracker, tracking)
 
 
 def build_source(cfg: DictConfig) -> Source:
@@ -205,7 +208,7 @@ def load(*overrides: str, **choices: Any) -> Pipeline:
         ConfigError: for an unknown key or choice; CheckpointError: for missing weights.
     """
     text = choices.pop("text", None)
-    groups = ("source", "detector", "segmenter", "sink", "preset")
+    groups = ("source", "detector", "segmenter", "tracker", "sink", "preset")
     words = []
     for key, value in choices.items():
         if key in groups:  # choices are names, not values

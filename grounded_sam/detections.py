@@ -121,6 +121,14 @@ def tracked(
     )
 
 
+def replaced(found: sv.Detections, by: sv.Detections, without: Sequence[int] = ()) -> sv.Detections:
+    """Tracked detections with those of `by` instead of their own of the same ids, and without some ids."""
+    assert found.tracker_id is not None and by.tracker_id is not None
+    rest = found[~np.isin(found.tracker_id, [*by.tracker_id.tolist(), *without])]
+    parts = [part for part in (rest, by) if len(part)]
+    return sv.Detections.merge(parts) if parts else found[np.zeros(len(found), bool)]  # type: ignore[return-value]
+
+
 def mask_boxes(masks: NDArray[np.bool_]) -> NDArray[np.float32]:
     """Boxes around masks `(n, H, W)`, `(n, 4) float32`, right and bottom exclusive; zeros where empty."""
     boxes = np.zeros((len(masks), 4), np.float32)

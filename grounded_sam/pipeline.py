@@ -1,24 +1,31 @@
-"""The stages in a row: frames to detector to select to segmenter to select again, and on to the sinks."""
+"""The stages in a row: frames to detector to select to segmenter to select again, and on to the sinks.
+
+In a video this happens at keyframes; from one to the next a tracker carries the masks on.
+"""
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, overload
 
+import numpy as np
 import supervision as sv
 
-from grounded_sam.detections import check
+from grounded_sam.association import Tracking, Tracks
+from grounded_sam.backward import both_ways
+from grounded_sam.detections import check, replaced
+from grounded_sam.detectors.clicks import Clicks
 from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.frames import Frame, to_frame
 from grounded_sam.select import Select, select
 from grounded_sam.sinks.files import written_whole
-from grounded_sam.stages import Detector, FrameResult, Segmenter, Sink, Skipped, Source
+from grounded_sam.stages import Detector, FrameResult, Segmenter, Sink, Skipped, Source, Tracker
 from grounded_sam.vocabulary import Vocabulary
 
 
@@ -43,6 +50,8 @@ class Pipeline:
         settings: which detections stay.
         vocabulary: what to ask for when a call names nothing.
         negatives: phrases that absorb look-alikes, for calls that name their classes.
+        tracker: see `stages.Tracker`, or a function that makes one when a video comes; None for no ids.
+        tracking: how a video is followed.
     """
 
     def __init__(
@@ -52,8 +61,11 @@ class Pipeline:
         settings: Select | None = None,
         vocabulary: Vocabulary | None = None,
         negatives: Sequence[str] = (),
+        tracker: Tracker | Callable[[], Tracker] | None = None,
+        tracking: Tracking | None = None,
     ) -> None:
         self.detector, self.segmenter = detector, segmenter
+        self._tracker, self.tracking = tracker, tracking or Tracking()
         self.negatives = negatives
         self.settings = settings or Select()
         self.vocabulary = vocabulary
@@ -78,7 +90,6 @@ class Pipeline:
 
         Frames that the detector refuses with an `ImageError` go to `skipped`, if that is given.
         """
-        settings = self.settings.before_masks() if masks and self.segmenter else self.settings
         size = getattr(self.detector, "batch_size", 1)
         while group := list(islice(frames, size)):
             try:
@@ -89,11 +100,18 @@ class Pipeline:
                 skipped += [Skipped(frame.name, str(error)) for frame in group]
                 continue
             for frame, boxes in zip(group, detected, strict=True):
-                found = check(boxes, vocabulary, frame.size_hw, type(self.detector).__name__)
-                if masks and self.segmenter is not None and found.mask is None:
-                    found = self.segmenter.segment(frame.image, select(found, settings, vocabulary))
-                    check(found, vocabulary, frame.size_hw, type(self.segmenter).__name__)
-                yield FrameResult(frame, select(found, self.settings, vocabulary))
+                segmenter = self.segmenter if masks else None
+                yield FrameResult(frame, self._finish(frame, boxes, vocabulary, segmenter))
+
+    def _finish(
+        self, frame: Frame, boxes: sv.Detections, vocabulary: Vocabulary, segmenter: Segmenter | None
+    ) -> sv.Detections:
+        """Select boxes, give them masks, select again."""
+        found = check(boxes, vocabulary, frame.size_hw, type(self.detector).__name__)
+        if segmenter is not None and found.mask is None:
+            found = segmenter.segment(frame.image, select(found, self.settings.before_masks(), vocabulary))
+            check(found, vocabulary, frame.size_hw, type(segmenter).__name__)
+        return select(found, self.settings, vocabulary)
 
     @overload
     def detect(self, images: list[Any], text: Any = None) -> list[sv.Detections]: ...
@@ -128,6 +146,125 @@ class Pipeline:
         frames = (to_frame(image, i) for i, image in enumerate(images if several else [images]))
         found = [result.detections for result in self.stream(frames, self.ask(text), masks)]
         return found if several else found[0]
+
+    @property
+    def tracker(self) -> Tracker | None:
+        """The tracker, built when it is first asked for."""
+        if self._tracker is not None and not hasattr(self._tracker, "open"):
+            self._tracker = self._tracker()
+        return self._tracker  # type: ignore[return-value]
+
+    def track(self, video: Any, text: Any = None, clicks: Any = None) -> Generator[FrameResult]:
+        """Follow things through a video, one frame at a time.
+
+        >>> for result in model.track("clip.mp4", ["person"]):                # doctest: +SKIP
+        ...     print(result.frame.time_s, result.detections.tracker_id)
+
+        Args:
+            video: a video file, a folder of frames, a glob, a camera index, a URL, a `sources.video.Video`,
+                or any iterable of pictures (paths, PIL images, RGB arrays) of one size.
+            text: as for `segment`; may be left out if there are clicks.
+            clicks: points, boxes or masks by hand, a JSON file or entries; see `detectors.clicks.Clicks`.
+
+        Returns:
+            A generator of results whose detections have `tracker_id`. Nothing of the video but the
+            frame at hand is held; closing the generator ends the decoding.
+
+        Raises:
+            ConfigError: without a tracker; ImageError: if the video cannot be read.
+        """
+        from grounded_sam.sources.video import Video
+
+        if isinstance(video, str | int) or hasattr(video, "__fspath__"):
+            video = Video(video)
+        asked, by_hand, whole = self.ask_video(text, clicks)
+        frames = (to_frame(picture, i) for i, picture in enumerate(video))
+        return self.follow(frames, asked, by_hand, whole)
+
+    def ask_video(
+        self, text: Any = None, clicks: Any = None
+    ) -> tuple[Vocabulary | None, Clicks | None, Vocabulary]:
+        """What the detector is asked for in a video, what is clicked, and the classes of both.
+
+        Raises:
+            ConfigError: if there is neither.
+        """
+        given = clicks if clicks is not None else self.tracking.clicks
+        by_hand = None if given is None else Clicks(given)
+        if by_hand is None and isinstance(self.detector, Clicks):
+            by_hand = self.detector
+        if isinstance(self.detector, Clicks) or (text is None and self.vocabulary is None and by_hand is not None):
+            assert by_hand is not None
+            whole = Vocabulary.parse(text) if text is not None else self.vocabulary or by_hand.vocabulary
+            return None, by_hand, whole
+        asked = self.ask(text)
+        more = [] if by_hand is None else [c for c in by_hand.vocabulary.classes if c not in asked.classes]
+        whole = Vocabulary((*asked.classes, *more), (*asked.phrases, *((c,) for c in more)), asked.negatives)
+        return asked, by_hand, whole
+
+    def follow(
+        self, frames: Iterator[Frame], asked: Vocabulary | None, clicks: Clicks | None, vocabulary: Vocabulary
+    ) -> Generator[FrameResult]:
+        """`track` for frames that are open already and a vocabulary that `ask_video` made."""
+        tracker = self.tracker
+        if tracker is None:
+            raise ConfigError("to follow things through a video choose a tracker, e.g. tracker=sam2")
+        tracks = Tracks(self.tracking, clicks.ids if clicks is not None else ())
+        steps = self._steps(frames, tracker, tracks, asked, clicks, vocabulary)
+        if self.tracking.direction == "both":
+            results = both_ways(steps, tracker, self.tracking, vocabulary)
+        else:
+            results = (result for result, _ in steps)
+        with closing(steps), closing(results):
+            yield from results
+
+    def _steps(
+        self,
+        frames: Iterator[Frame],
+        tracker: Tracker,
+        tracks: Tracks,
+        asked: Vocabulary | None,
+        clicks: Clicks | None,
+        vocabulary: Vocabulary,
+    ) -> Generator[tuple[FrameResult, sv.Detections]]:
+        """Results frame by frame, each with the objects that begin in it."""
+        session = None
+        try:
+            for number, frame in enumerate(frames):
+                if session is None:
+                    session = tracker.open(frame.size_hw)
+                seen = session.step(frame.image)
+                ended = tracks.look(seen)
+                begun = seen[np.zeros(len(seen), bool)]
+                if asked is not None and number % self.tracking.redetect_every == 0:
+                    segmenter = getattr(session, "segmenter", None) or self.segmenter
+                    boxes = self.detector.detect([frame], asked)[0]
+                    change = tracks.match(seen, self._finish(frame, boxes, asked, segmenter))
+                    ended += change.merged
+                    seen = replaced(seen, begun, change.merged)
+                    if len(change.new):
+                        begun = session.prompt(change.new)
+                        seen = replaced(seen, begun)
+                    if len(change.corrected):
+                        seen = replaced(seen, session.prompt(change.corrected))
+                for tracker_id in ended:
+                    session.remove(tracker_id)
+                if clicks is not None and (here := clicks.on(frame, number)):
+                    by_hand = clicks.prompts(here, frame, vocabulary)
+                    ids = [tracks.fresh_id() if click.object is None else click.object for click in here]
+                    by_hand.tracker_id = np.array(ids, np.int64)
+                    new = np.array([tracker_id not in tracks.live for tracker_id in ids])
+                    for tracker_id, class_id in zip(ids, by_hand.class_id, strict=True):
+                        tracks.begin(tracker_id, int(class_id), 1.0)
+                    drawn = session.prompt(by_hand)
+                    seen = replaced(seen, drawn)
+                    begun = replaced(begun, drawn[np.isin(drawn.tracker_id, np.array(ids)[new])])
+                yield FrameResult(frame, tracks.label(seen, vocabulary)), tracks.label(begun, vocabulary)
+        finally:
+            if session is not None:
+                session.close()
+            if hasattr(frames, "close"):
+                frames.close()
 
     def run(self, source: Source, sinks: Sequence[Sink], output: Path, vocabulary: Vocabulary) -> Summary:
         """Take every frame of a source to every sink, with a progress bar; write `skipped.json`.

@@ -71,6 +71,31 @@ class Segmenter(Protocol):
 
 
 @runtime_checkable
+class TrackSession(Protocol):
+    """One video on its way through a tracker. Ids are the caller's.
+
+    `step(image)` goes one frame on and returns the objects seen there: `mask (n, H, W) bool`, `xyxy`,
+    `tracker_id`, `confidence` (of presence) and `data["mask_score"]`, no class. `prompt(found)` adds or
+    corrects the objects that `found.tracker_id` names on that same frame, from `found.mask` (or boxes or
+    clicks), and returns them likewise, without touching the others. What a session holds does not grow
+    with the number of frames. If it has an attribute `segmenter` that is not None, this replaces the
+    pipeline's: it works on the features that the tracker has of the frame already.
+    """
+
+    def step(self, image: NDArray[np.uint8]) -> sv.Detections: ...
+    def prompt(self, found: sv.Detections) -> sv.Detections: ...
+    def remove(self, tracker_id: int) -> None: ...
+    def close(self) -> None: ...
+
+
+@runtime_checkable
+class Tracker(Protocol):
+    """Opens a session per video; built with `segmenter`, the pipeline's, so that both may share a model."""
+
+    def open(self, size_hw: tuple[int, int]) -> TrackSession: ...
+
+
+@runtime_checkable
 class Sink(AbstractContextManager[Any], Protocol):
     """Where results go. Built with `output` (a folder) and `vocabulary` beside its own settings.
 

@@ -135,6 +135,75 @@ def scene(
     return np.clip(np.asarray(picture, np.int16) + grain, 0, 255).astype(np.uint8), truths
 
 
+@dataclass
+class Moving:
+    """One object of a clip."""
+
+    colour: str
+    shape: str
+    masks: list[np.ndarray | None]  # per frame, (H, W) bool of what can be seen; None where nothing can
+
+
+def clip(
+    rng: np.random.Generator, photos: list[Path], frames: int = 60, count: int | None = None
+) -> tuple[list[np.ndarray], list[Moving]]:
+    """RGB frames and their 2 to 6 objects, which move, turn, cross, come in later, leave and return."""
+    long = int(rng.integers(200, 361))
+    short = int(rng.integers(math.ceil(long / 2), long + 1))
+    width, height = (long, short) if rng.random() < 0.7 else (short, long)
+    ground = backdrop(rng, (width, height), photos)
+    count = int(rng.integers(2, 7)) if count is None else count
+    actors = []
+    for n in range(count):
+        diameter = rng.uniform(0.18, 0.4) * short
+        spot = np.array([rng.uniform(diameter / 2, width - diameter / 2), rng.uniform(diameter / 2, height - diameter / 2)])
+        heading = rng.uniform(0, 2 * math.pi)
+        pace = rng.uniform(0.2, 1.6) * np.array([math.cos(heading), math.sin(heading)]) * short / 200
+        outside = (np.array([-0.8 * diameter, spot[1]]), np.array([width + 0.8 * diameter, spot[1]]))[rng.integers(2)]
+        role = ["stay", "stay", "enter", "leave and return"][rng.integers(4)] if n else "stay"
+        paint = np.clip(np.array(list(COLOURS.values())[k := int(rng.integers(6))]) * rng.uniform(0.85, 1.1), 0, 255)
+        actors.append(
+            dict(
+                colour=list(COLOURS)[k],
+                shape=SHAPES[rng.integers(6)],
+                diameter=diameter,
+                spot=spot,
+                pace=pace,
+                outside=outside,
+                role=role,
+                paint=tuple(int(v) for v in paint),
+                turn=rng.uniform(-4, 4),
+                degrees=rng.uniform(0, 360),
+                breathe=rng.uniform(0, 0.12),
+            )
+        )
+    pictures_, moving = [], [Moving(a["colour"], a["shape"], []) for a in actors]
+    noise = int(rng.integers(0, 9))
+    for t in range(frames):
+        picture, seen = ground.copy(), []
+        for actor in actors:
+            spot = actor["spot"] + actor["pace"] * t
+            room = np.array([width, height]) - actor["diameter"]  # bounces off the edges
+            spot = actor["diameter"] / 2 + room - np.abs((spot - actor["diameter"] / 2) % (2 * room) - room)
+            away = {
+                "stay": 0.0,
+                "enter": np.clip(1 - (t - 18) / 14, 0, 1),
+                "leave and return": np.clip(min((t - 14) / 12, (50 - t) / 12), 0, 1),
+            }[actor["role"]]
+            spot = spot * (1 - away) + actor["outside"] * away
+            size = actor["diameter"] * (1 + actor["breathe"] * math.sin(t / 6))
+            degrees = actor["degrees"] + actor["turn"] * t
+            alpha = stencil(actor["shape"], (width, height), tuple(spot), size, degrees)
+            mask = np.asarray(alpha) > 127
+            picture.paste(actor["paint"], (0, 0), alpha)
+            seen = [m & ~mask for m in seen] + [mask]
+        for thing, mask in zip(moving, seen, strict=True):
+            thing.masks.append(mask if mask.sum() >= 12 else None)
+        grain = rng.integers(-noise, noise + 1, (height, width, 3))
+        pictures_.append(np.clip(np.asarray(picture, np.int16) + grain, 0, 255).astype(np.uint8))
+    return pictures_, moving
+
+
 def pictures(folder: Path) -> list[Path]:
     """Photos to take backgrounds from."""
     return [p for p in sorted(folder.glob("*")) if p.suffix in {".jpg", ".png"} and p.stat().st_size > 50_000]

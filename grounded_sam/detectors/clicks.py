@@ -17,7 +17,7 @@ from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.frames import Frame, read_image
 from grounded_sam.vocabulary import Vocabulary
 
-_KEYS = {"class", "points", "labels", "box", "mask", "image"}
+_KEYS = {"class", "points", "labels", "box", "mask", "image", "frame", "object"}
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,10 @@ class Click:
     points: NDArray[np.float32] | None  # (p, 2)
     labels: NDArray[np.int64] | None  # (p,)
     box: NDArray[np.float32] | None  # (4,)
-    mask: Path | None
+    mask: Path | NDArray[np.bool_] | None
     image: str | None
+    frame: int | None = None
+    object: int | None = None
 
 
 def read_click(entry: Any, where: str, folder: Path) -> Click:
@@ -79,9 +81,18 @@ def read_click(entry: Any, where: str, folder: Path) -> Click:
             )
     elif labels is not None:
         raise ConfigError(f"{where}: labels without points")
-    mask = None if entry.get("mask") is None else folder / Path(str(entry["mask"])).expanduser()
-    if mask is not None and not mask.is_file():
-        raise ConfigError(f"{where}: there is no mask {mask}")
+    mask: Any = entry.get("mask")
+    if isinstance(mask, np.ndarray):
+        if mask.ndim != 2 or mask.dtype != bool:
+            raise ConfigError(f"{where}: mask must be an array (H, W) of bool, got {mask.dtype} of shape {mask.shape}")
+    elif mask is not None:
+        mask = folder / Path(str(mask)).expanduser()
+        if not mask.is_file():
+            raise ConfigError(f"{where}: there is no mask {mask}")
+    for key, least in (("frame", 0), ("object", 1)):
+        value = entry.get(key)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+            raise ConfigError(f"{where}: {key} must be a whole number from {least}, got {value!r}")
     return Click(
         name=str(entry["class"]).strip(),
         points=points,
@@ -89,6 +100,8 @@ def read_click(entry: Any, where: str, folder: Path) -> Click:
         box=box,
         mask=mask,
         image=None if entry.get("image") is None else str(entry["image"]),
+        frame=entry.get("frame"),
+        object=entry.get("object"),
     )
 
 
@@ -99,8 +112,11 @@ class Clicks:
         prompts: a list of entries, or a JSON file of one. An entry has `class` (a name), one or more
             of `points` (`[[x, y], ...]` in pixels, with `labels` 1 on the object or 0 beside it, all 1
             if left out), `box` (`[x1, y1, x2, y2]`) and `mask` (a picture of the image's size, white
-            on the object; a relative path is relative to the JSON file), and may have `image` (a name
-            as in the output, or its end); without it the entry holds for every picture.
+            on the object, or in Python an array `(H, W) bool`; a relative path is relative to the JSON
+            file), and may have `image` (a name as in the output, or its end); without it the entry holds
+            for every picture. In a video an entry holds for its `frame` (number in the video, from 0) or
+            its `image`, without either for the first frame; `object` is the id that it begins or, on a
+            later frame, corrects, by default a new one.
 
     Raises:
         ConfigError: if the file cannot be read or an entry is wrong, naming the entry.
@@ -118,6 +134,7 @@ class Clicks:
             folder, prompts = path.parent, _load(path)
         self.clicks = [read_click(entry, f"detector.prompts[{i}]", folder) for i, entry in enumerate(prompts)]
         self.vocabulary = Vocabulary.parse([click.name for click in self.clicks])
+        self.ids = sorted({click.object for click in self.clicks if click.object is not None})
 
     def detect(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
         """The clicks of each frame, with confidence 1, as columns that segmenters read.
@@ -125,16 +142,31 @@ class Clicks:
         Raises:
             ImageError: if a click does not lie in its frame, or a mask is not of its size.
         """
+        return [self.prompts(self._named(frame), frame, vocabulary) for frame in frames]
+
+    def _named(self, frame: Frame) -> list[Click]:
+        return [c for c in self.clicks if c.image is None or f"/{frame.name}".endswith(f"/{c.image}")]
+
+    def on(self, frame: Frame, number: int) -> list[Click]:
+        """The clicks that hold for a frame of a video, which is the `number`th that is looked at."""
+        return [
+            click
+            for click in self._named(frame)
+            if (number == 0 if click.frame is None and click.image is None else click.frame in (None, frame.index))
+        ]
+
+    def prompts(self, here: Sequence[Click], frame: Frame, vocabulary: Vocabulary) -> sv.Detections:
+        """Some of the clicks as detections of a frame, with confidence 1, as columns that models read.
+
+        Raises:
+            ConfigError: if one names a class that the vocabulary has not; ImageError: see `detect`.
+        """
         unknown = sorted({click.name for click in self.clicks} - set(vocabulary.classes))
         if unknown:
             raise ConfigError(
                 f"clicks name the classes {', '.join(map(repr, unknown))}, which text has not; "
                 f"it has {', '.join(map(repr, vocabulary.classes))}"
             )
-        return [self._in(frame, vocabulary) for frame in frames]
-
-    def _in(self, frame: Frame, vocabulary: Vocabulary) -> sv.Detections:
-        here = [c for c in self.clicks if c.image is None or f"/{frame.name}".endswith(f"/{c.image}")]
         if not here:
             return empty(vocabulary)
         height, width = frame.size_hw
@@ -145,10 +177,11 @@ class Clicks:
         boxes = np.zeros((len(here), 4), np.float32)
         for i, click in enumerate(here):
             if click.mask is not None:
-                mask = read_image(click.mask)[..., 0] > 127
+                given = click.mask
+                mask = given if isinstance(given, np.ndarray) else read_image(given)[..., 0] > 127
                 if mask.shape != (height, width):
                     raise ImageError(
-                        f"mask {click.mask} is {mask.shape[1]}x{mask.shape[0]} px, "
+                        f"mask {'' if isinstance(given, np.ndarray) else given} is {mask.shape[1]}x{mask.shape[0]} px, "
                         f"but {frame.name} is {width}x{height} px"
                     )
                 columns["prompt_mask"][i] = mask

@@ -46,11 +46,11 @@ def to_mask_input(mask: NDArray[np.bool_], side: int, device: Any = "cpu") -> Te
 
 
 def to_points(
-    found: sv.Detections, i: int, box: bool, size_hw: tuple[int, int], side: int
+    found: sv.Detections, i: int, size_hw: tuple[int, int], side: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
     """Box corners (labels 2 and 3) and clicks (1 and 0) of a detection, in pixels of the model's square."""
     points, labels = np.empty((0, 2), np.float32), np.empty(0, np.int32)
-    if box:
+    if "prompt_box" not in found.data or found.data["prompt_box"][i]:
         points, labels = found.xyxy[i].reshape(2, 2).astype(np.float32), np.array([2, 3], np.int32)
     clicks = found.data["points"][i] if "points" in found.data else None
     if clicks is not None:
@@ -60,18 +60,14 @@ def to_points(
     return points * np.float32([side / width, side / height]), labels
 
 
-def prompt_kind(found: sv.Detections, i: int, default: str) -> tuple[str, bool]:
-    """What detection `i` is prompted with, `mask` or `points`, and whether its box is among the points.
+def mask_prompt(found: sv.Detections, i: int, default: str) -> NDArray[np.bool_] | None:
+    """The mask `(H, W)` that detection `i` is prompted with; None if it is its box or its clicks.
 
     Clicks (columns of `detectors.clicks`) are taken as they were made; the rest as `default` says.
     """
     if "points" in found.data:
-        boxed = bool(found.data["prompt_box"][i])
-        if found.data["points"][i] is not None or boxed:
-            return "points", boxed
-    if default == "mask" and found.mask is not None:
-        return "mask", False
-    return "points", True
+        return found.data["prompt_mask"][i]  # type: ignore[no-any-return]
+    return None if found.mask is None or default == "box" else np.asarray(found.mask[i], bool)
 
 
 @dataclass
@@ -180,19 +176,18 @@ class Sam2Session:
         import torch
 
         assert found.tracker_id is not None
-        ids, masks, there, scores = [], [], [], []
+        masks, there, scores = [], [], []
         with torch.inference_mode():
             for i, tracker_id in enumerate(found.tracker_id.tolist()):
                 memory = self.memories.setdefault(tracker_id, Memory())
-                kind, boxed = prompt_kind(found, i, self.prompt_with)
+                mask = mask_prompt(found, i, self.prompt_with)
                 features, positions, sizes, high = self._look(1)
-                if kind == "mask":
-                    assert found.mask is not None
-                    given = to_mask_input(found.mask[i], self.model.image_size, self.model.device)
+                if mask is not None:
+                    given = to_mask_input(mask, self.model.image_size, self.model.device)
                     plain = features[-1].permute(1, 2, 0).view(1, -1, *sizes[-1])
                     _, _, iou, low, _, pointer, score = self.model._use_mask_as_output(plain, high, given)
                 else:
-                    low, iou, pointer, score = self._decode(memory, found, i, boxed, features, positions, sizes, high)
+                    low, iou, pointer, score = self._decode(memory, found, i, features, positions, sizes, high)
                 side = self.model.image_size
                 full = torch.nn.functional.interpolate(low, (side, side), mode="bilinear", align_corners=False)
                 kept = self._memorise(features, sizes, full, score, True)
@@ -202,12 +197,12 @@ class Sam2Session:
                 memory.prune(
                     self.frame + 1, self.model.num_maskmem, self.model.max_obj_ptrs_in_encoder, self.max_prompts
                 )
-                _, mask, sure, best = self._out([tracker_id], low, score, iou.max(1).values, drop=False)
-                ids.append(tracker_id)
-                masks.append(found.mask[i] if kind == "mask" and found.mask is not None else mask[0])
+                _, drawn, sure, best = self._out([tracker_id], low, score, iou.max(1).values)
+                masks.append(drawn[0] if mask is None else mask)
                 there.append(sure[0])
                 scores.append(best[0])
-        return tracked(np.array(ids), np.array(masks).reshape(-1, *self.size_hw), np.array(there), np.array(scores))
+        masks_out = np.array(masks, bool).reshape(-1, *self.size_hw)
+        return tracked(found.tracker_id, masks_out, np.array(there), np.array(scores))
 
     def remove(self, tracker_id: int) -> None:
         """Forget an object; it costs nothing any more."""
@@ -280,7 +275,6 @@ class Sam2Session:
         memory: Memory,
         found: sv.Detections,
         i: int,
-        boxed: bool,
         features: list[Tensor],
         positions: list[Tensor],
         sizes: list[tuple[int, int]],
@@ -289,7 +283,7 @@ class Sam2Session:
         """Box and clicks to a mask: alone for a new object, with its memory and last logits for a known one."""
         import torch
 
-        points, labels = to_points(found, i, boxed, self.size_hw, self.model.image_size)
+        points, labels = to_points(found, i, self.size_hw, self.model.image_size)
         given = {
             "point_coords": torch.from_numpy(points)[None].to(self.model.device),
             "point_labels": torch.from_numpy(labels)[None].to(self.model.device),
@@ -319,16 +313,15 @@ class Sam2Session:
         return kept.to(torch.bfloat16)
 
     def _out(
-        self, ids: list[int], low: Tensor, score: Tensor, iou: Tensor, drop: bool = True
+        self, ids: list[int], low: Tensor, score: Tensor, iou: Tensor
     ) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32]]:
-        """Logits to masks at the video's size; objects without any pixel are dropped."""
+        """Ids, masks at the video's size, confidence of presence, predicted IoU."""
         import torch
 
         logits = torch.nn.functional.interpolate(low, self.size_hw, mode="bilinear", align_corners=False)
         masks = (logits[:, 0] > 0).cpu().numpy()
-        seen = masks.any((1, 2)) if drop else np.ones(len(ids), bool)
         there = score[:, 0].float().sigmoid().cpu().numpy()
-        return np.array(ids)[seen], masks[seen], there[seen], iou.float().cpu().numpy()[seen]
+        return np.array(ids, np.int64), masks, there, iou.float().cpu().numpy()
 
 
 class Sam2Tracker:

@@ -28,15 +28,17 @@ class Frame:
 
     Attributes:
         image: RGB, upright, `(H, W, 3) uint8`.
-        index: its place in the source, from 0.
+        index: its place in the source, from 0; of a video, the number of the frame in it.
         name: its path relative to the input, with `/`; unique within a source.
         time_s: seconds from the start of a video, else None.
+        video: name of the video that it belongs to, else None.
     """
 
     image: NDArray[np.uint8]
     index: int = 0
     name: str = "image"
     time_s: float | None = None
+    video: str | None = None
 
     @property
     def size_hw(self) -> tuple[int, int]:

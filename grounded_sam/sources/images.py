@@ -5,14 +5,14 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.frames import MAX_PIXELS, Frame, read_image, safe_formats
 from grounded_sam.stages import Skipped
 
-_VIDEO = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ts"}
+VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ts"}
 _EXAMPLES = Path(__file__).parents[1] / "shapes" / "examples"
 
 
@@ -26,7 +26,7 @@ def _suffixes() -> set[str]:
 
     formats = safe_formats()
     readable = {suffix for suffix, kind in Image.EXTENSION.items() if kind in formats}
-    return (readable | {".mpo"}) - _VIDEO  # Pillow opens MPO as JPEG
+    return (readable | {".mpo"}) - VIDEO_SUFFIXES  # Pillow opens MPO as JPEG
 
 
 def _is_picture(path: Path) -> bool:
@@ -38,6 +38,12 @@ def _is_picture(path: Path) -> bool:
             return True
     except Exception:  # Pillow's plugins raise all sorts; any means "does not look like one"
         return False
+
+
+def picture_files(files: Iterable[Path]) -> list[Path]:
+    """Those files that have a picture's suffix, or none and are pictures."""
+    suffixes = _suffixes()
+    return [p for p in files if p.suffix.lower() in suffixes or (not p.suffix and _is_picture(p))]
 
 
 class Images:
@@ -106,8 +112,8 @@ class Images:
         if path.is_file() and path.suffix.lower() == ".txt":
             return self._listed(path)
         if path.is_file():
-            if path.suffix.lower() in _VIDEO:
-                raise ConfigError(f"{path} is a video; source=images reads pictures")
+            if path.suffix.lower() in VIDEO_SUFFIXES:
+                raise ConfigError(f"{path} is a video; source=images reads pictures, source=video or source=auto videos")
             return [path], path.parent
         if glob.has_magic(given):
             hits = sorted(
@@ -117,7 +123,7 @@ class Images:
             files = [hit for hit in hits if hit.is_file()]
             if not files:
                 raise ConfigError(f"no file matches {given}")
-            return self._sift(files, _common(files)), _common(files)
+            return self._sift(files, common_folder(files)), common_folder(files)
         raise ConfigError(f"no such file or folder: {given}")
 
     def _folder(self, folder: Path) -> list[Path]:
@@ -134,14 +140,10 @@ class Images:
         return self._sift(sorted(files, key=lambda p: natural(p.as_posix())), folder)
 
     def _sift(self, files: list[Path], root: Path) -> list[Path]:
-        suffixes, kept = _suffixes(), []
         for path in files:
-            suffix = path.suffix.lower()
-            if suffix in _VIDEO:
-                self.skipped.append(Skipped(self.name(path, root), "a video; source=images reads pictures"))
-            elif suffix in suffixes or (not suffix and _is_picture(path)):
-                kept.append(path)
-        return kept
+            if path.suffix.lower() in VIDEO_SUFFIXES:
+                self.skipped.append(Skipped(self.name(path, root), "a video among pictures; give it as the input"))
+        return picture_files(files)
 
     def _listed(self, listing: Path) -> tuple[list[Path], Path]:
         try:
@@ -152,10 +154,10 @@ class Images:
         files = [Path(os.path.abspath(path)) for path in dict.fromkeys(files)]
         if not files:
             raise ConfigError(f"{listing} lists no path")
-        return files, _common(files)
+        return files, common_folder(files)
 
 
-def _common(files: list[Path]) -> Path:
+def common_folder(files: list[Path]) -> Path:
     """The deepest folder that holds all files."""
     try:
         return Path(os.path.commonpath([path.parent for path in files]))

@@ -27,8 +27,12 @@ def run(cfg: DictConfig) -> None:
     try:
         source = build_source(cfg)
         pipeline = build(cfg)
-        vocabulary = pipeline.ask()
-        summary = pipeline.run(source, build_sinks(cfg, output, vocabulary), output, vocabulary)
+        if getattr(source, "video", False) and cfg.tracker is not None:
+            asked, clicks, vocabulary = pipeline.ask_video()
+        else:
+            asked, clicks, vocabulary = None, None, pipeline.ask()
+        sinks = build_sinks(cfg, output, vocabulary)
+        summary = pipeline.run(source, sinks, output, vocabulary, asked, clicks)
     except (GroundedSamError, OSError) as error:
         if DEBUG:
             raise
@@ -45,7 +49,8 @@ def report(summary: Summary, output: Path) -> None:
     console = Console(stderr=False, highlight=False, soft_wrap=True)
     found = ", ".join(f"{count} {name}" for name, count in summary.objects.most_common()) or "nothing"
     begun = "interrupted after" if summary.interrupted else "looked at"
-    console.print(f"{begun} {summary.images} images, {summary.empty} of them without any: found {found}", markup=False)
+    what = "frames" if summary.tracks else "images"
+    console.print(f"{begun} {summary.images} {what}, {summary.empty} of them without any: found {found}", markup=False)
     for place in summary.places:
         console.print(f"  {place}", markup=False)
     if summary.skipped:

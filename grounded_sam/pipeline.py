@@ -35,7 +35,8 @@ class Summary:
 
     images: int = 0
     empty: int = 0
-    objects: Counter[str] = field(default_factory=Counter)
+    objects: Counter[str] = field(default_factory=Counter)  # in a video, tracks
+    tracks: dict[int, str] = field(default_factory=dict)  # id to class name
     skipped: list[Skipped] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
     interrupted: bool = False
@@ -266,8 +267,23 @@ class Pipeline:
             if hasattr(frames, "close"):
                 frames.close()
 
-    def run(self, source: Source, sinks: Sequence[Sink], output: Path, vocabulary: Vocabulary) -> Summary:
+    def run(
+        self,
+        source: Source,
+        sinks: Sequence[Sink],
+        output: Path,
+        vocabulary: Vocabulary,
+        asked: Vocabulary | None = None,
+        clicks: Clicks | None = None,
+    ) -> Summary:
         """Take every frame of a source to every sink, with a progress bar; write `skipped.json`.
+
+        Args:
+            source: pictures; or, with `video` true, frames of a video, which the tracker follows if there is one.
+            sinks: where results go.
+            output: folder for `skipped.json`.
+            vocabulary: the classes of the sinks.
+            asked, clicks: for videos, what `ask_video` says.
 
         An interruption (Ctrl-C) ends the run early; what was written until then stays usable.
 
@@ -287,17 +303,29 @@ class Pipeline:
                 console = Console(stderr=True)
                 bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
                 progress = stack.enter_context(bar)
-                task = progress.add_task("images", total=len(source))
-                for result in self.stream(iter(source), vocabulary, skipped=source.skipped):
+                video = getattr(source, "video", False)
+                task = progress.add_task("frames" if video else "images", total=_length(source))
+                if video and self.tracker is not None:
+                    results: Iterator[FrameResult] = self.follow(iter(source), asked, clicks, vocabulary)
+                else:
+                    results = self.stream(iter(source), vocabulary, skipped=source.skipped)
+                for result in stack.enter_context(closing(results)):
                     for sink in sinks:
                         sink.write(result)
                     summary.images += 1
                     names = [str(name) for name in result.detections.data.get("class_name", [])]
-                    summary.objects.update(names)
+                    ids = result.detections.tracker_id
+                    if ids is None:
+                        summary.objects.update(names)
+                    else:
+                        summary.tracks |= dict(zip(ids.tolist(), names, strict=True))
                     summary.empty += not names
-                    progress.update(task, completed=summary.images + len(source.skipped) - passed_over)
+                    progress.update(
+                        task, completed=summary.images + (0 if video else len(source.skipped) - passed_over)
+                    )
         except KeyboardInterrupt:
             summary.interrupted = True
+        summary.objects.update(summary.tracks.values())
         summary.skipped = list(source.skipped)
         with written_whole(output / "skipped.json") as part:
             part.write_text(
@@ -311,3 +339,10 @@ class Pipeline:
             )
         summary.places = [sink.summary() for sink in sinks]
         return summary
+
+
+def _length(source: Source) -> int | None:
+    try:
+        return len(source)
+    except TypeError:  # a camera does not know
+        return None

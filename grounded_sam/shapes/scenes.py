@@ -340,6 +340,7 @@ def make_clip(
     size_hw: tuple[int, int] | None = None,
     photos: Sequence[NDArray[np.uint8]] = (),
     speed: float = 0.02,
+    away: float = 0.0,
 ) -> list[Scene]:
     """A clip: things that move, turn, grow and shrink, pass over each other, leave and come back.
 
@@ -349,6 +350,8 @@ def make_clip(
         pairs, size_hw, photos: see `make_scene`.
         count: how many objects, 1 to 5 by chance if not given.
         speed: typical way of an object from frame to frame, share of the canvas's shorter side.
+        away: chance of an object to be out of the picture for a stretch of frames, not at the first one,
+            and to come back somewhere else, or of one to come in later.
 
     Returns:
         One scene a frame; `ids` says which object of the clip each is. An object that is hidden or
@@ -371,6 +374,12 @@ def make_clip(
     # An object goes out by a margin and comes back from where it left.
     low, high = np.array([-0.3 * side, -0.3 * side]), np.array([width + 0.3 * side, height + 0.3 * side])
     noise, smooth = int(rng.integers(0, 9)), bool(rng.random() < 0.8)
+    gone = np.zeros((count, 2), int)  # first frame away, first one back
+    if away and frames > 2:
+        start = np.where(rng.random(count) < 0.7, rng.integers(1, frames - 1, count), 0)
+        stop = start + rng.integers(1, max(2, frames - 1), count)
+        gone = np.where((rng.random(count) < away)[:, None], np.stack([start, stop], 1), 0)
+    back = rng.uniform(0.15, 0.85, (count, 2)) * (width, height) - [(thing.x, thing.y) for thing in things]
     clip = []
     for t in range(frames):
         now = []
@@ -380,6 +389,10 @@ def make_clip(
             span = high - low
             folded = np.abs((place - low) % (2 * span) - span)  # there and back again
             x, y = high - folded
+            if gone[i, 0] <= t < gone[i, 1]:
+                x = -2.0 * thing.diameter
+            elif 0 < gone[i, 1] <= t:
+                x, y = np.clip((x, y) + back[i], 0, (width, height))
             size = thing.diameter * (1 + swell[i] * math.sin(swell_pace[i] * t))
             now.append(replace(thing, x=float(x), y=float(y), diameter=size, angle=thing.angle + turn[i] * t))
         clip.append(draw(background, now, rng, noise=noise, smooth=smooth))

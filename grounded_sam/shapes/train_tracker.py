@@ -32,7 +32,12 @@ class Clips(Scenes):
         low, high = self.cfg.frames
         while True:
             frames = int(rng.integers(low, high + 1))
-            scenes = make_clip(rng, frames, SEEN, photos=self.photos, speed=float(rng.uniform(0.005, 0.06)))
+            speed = float(rng.uniform(0.004, 0.05)) * min(1.0, 8 / frames)
+            pairs = SEEN
+            if rng.random() < 0.5:  # look-alikes, which share a colour or a shape
+                colour, shape = SEEN[rng.integers(len(SEEN))]
+                pairs = tuple(p for p in SEEN if p[0] == colour or p[1] == shape)
+            scenes = make_clip(rng, frames, pairs, photos=self.photos, speed=speed, away=self.cfg.away)
             placed = [fit_frame(scene, self.size, self.squeeze) for scene in scenes]
             seen = [i for i, mask in zip(scenes[0].ids, placed[0][1], strict=True) if mask.sum() > 100]
             if seen:
@@ -75,11 +80,13 @@ def follow(model: Any, pixels: Tensor, masks: Tensor, prompt: str, rng: np.rando
                 "point_coords": torch.from_numpy(np.stack(coords)).float(),
                 "point_labels": torch.tensor(labels, dtype=torch.int32),
             }
-        current, heads, _, _ = model._track_step(
-            t, t == 0, features, positions, sizes, point_inputs, mask_inputs, memory, frames, False, None
-        )
-        current["obj_ptr"] = heads[5]
-        model._encode_memory_in_output(features, sizes, point_inputs, True, heads[4], heads[6], current)
+        # Only the last frames are learnt from; the ones before fill the memory.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (t == 0 or t >= frames - scenes.cfg.learnt)):
+            current, heads, _, _ = model._track_step(
+                t, t == 0, features, positions, sizes, point_inputs, mask_inputs, memory, 16, False, None
+            )
+            current["obj_ptr"] = heads[5]
+            model._encode_memory_in_output(features, sizes, point_inputs, True, heads[4], heads[6], current)
         memory["cond_frame_outputs" if t == 0 else "non_cond_frame_outputs"][t] = current
         outputs.append(heads)
     return outputs

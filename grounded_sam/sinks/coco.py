@@ -39,7 +39,8 @@ class Coco:
     """All frames in one `annotations.json`: category ids are class ids plus 1, image and annotation ids from 1.
 
     Lines go to hidden files as they come and are put together at the end, also after an interruption;
-    no mask is held. Annotations carry `score` (confidence) and, if a segmenter ran, `mask_score`.
+    no mask is held. Annotations carry `score` (confidence) and, if a segmenter ran, `mask_score`; in a
+    video also `track_id`, and images `video`, `frame` (number) and `time_s`.
 
     Args:
         output: folder of the run.
@@ -77,7 +78,10 @@ class Coco:
         self.images += 1
         height, width = result.frame.size_hw
         name = result.frame.name
-        self._line("images", {"id": self.images, "file_name": name, "width": width, "height": height})
+        image: dict[str, Any] = {"id": self.images, "file_name": name, "width": width, "height": height}
+        if result.frame.video is not None:
+            image |= {"video": result.frame.video, "frame": result.frame.index, "time_s": result.frame.time_s}
+        self._line("images", image)
         found = result.detections
         for i in range(len(found)):
             self.annotations += 1
@@ -97,6 +101,8 @@ class Coco:
             mask = np.asarray(found.mask[i], bool)
             entry["area"] = int(mask.sum())
             entry["segmentation"] = encode_mask(mask) if self.segmentation == "rle" else encode_polygons(mask)
+        if found.tracker_id is not None:
+            entry["track_id"] = int(found.tracker_id[i])
         if "mask_score" in found.data:
             entry["mask_score"] = round(float(found.data["mask_score"][i]), 6)
         return entry

@@ -1,4 +1,4 @@
-"""Masks as PNG files: one per object, or one map of classes per image."""
+"""Masks as PNG files: one per object, or one map of classes or of tracks per image."""
 
 from __future__ import annotations
 
@@ -16,6 +16,16 @@ from grounded_sam.stages import FrameResult
 from grounded_sam.vocabulary import Vocabulary
 
 
+def davis_palette() -> list[int]:
+    """The 256 colours of DAVIS and PASCAL VOC: the bits of an id, spread over red, green and blue."""
+    colours = []
+    for number in range(256):
+        for channel in range(3):
+            bits = [(number >> (3 * place + channel)) & 1 for place in range(8)]
+            colours.append(sum(bit << (7 - place) for place, bit in enumerate(bits)) & 255)
+    return colours
+
+
 class Masks:
     """PNG masks under `masks/`.
 
@@ -23,17 +33,21 @@ class Masks:
     the object; numbers follow confidence. With `mode: labels` one picture per frame whose pixels are
     class id plus 1, 0 for background, the more confident object on top where two overlap; in colours
     (a palette) up to 255 classes, as 16-bit gray beyond; and one `legend.json` that maps values to
-    class names.
+    class names. Of tracked videos, `mode: davis` gives a map of track ids per frame in DAVIS's palette
+    (16-bit gray from id 256 on) and `mode: mots` the 16-bit maps of MOTS, 1000 times class id plus 1,
+    plus track id (below 1000).
 
     Args:
         output: folder of the run.
         vocabulary: of the run.
-        mode: `objects` or `labels`.
+        mode: `objects`, `labels`, `davis` or `mots`.
     """
 
-    def __init__(self, output: Path, vocabulary: Vocabulary, mode: Literal["objects", "labels"] = "objects") -> None:
-        if mode not in ("objects", "labels"):
-            raise ConfigError(f"sink.masks.mode must be objects or labels, got {mode!r}")
+    def __init__(
+        self, output: Path, vocabulary: Vocabulary, mode: Literal["objects", "labels", "davis", "mots"] = "objects"
+    ) -> None:
+        if mode not in ("objects", "labels", "davis", "mots"):
+            raise ConfigError(f"sink.masks.mode must be objects, labels, davis or mots, got {mode!r}")
         self.folder = Path(output) / "masks"
         self.vocabulary, self.mode = vocabulary, mode
         self.names, self.count = Names(), 0
@@ -47,8 +61,10 @@ class Masks:
             raise ConfigError("sink=masks needs masks; choose a segmenter other than none")
         if self.mode == "objects":
             self._objects(result)
-        else:
+        elif self.mode == "labels":
             self._labels(result)
+        else:
+            self._tracks(result)
 
     def _objects(self, result: FrameResult) -> None:
         from PIL import Image
@@ -83,11 +99,37 @@ class Masks:
             picture.save(part, format="PNG")
         self.count += 1
 
+    def _tracks(self, result: FrameResult) -> None:
+        from PIL import Image
+
+        found = result.detections
+        if found.tracker_id is None:
+            raise ConfigError(
+                f"sink.masks.mode={self.mode} needs tracks: a video as input, and a tracker other than none"
+            )
+        values = np.zeros(result.frame.size_hw, np.uint16)
+        assert found.confidence is not None and found.class_id is not None
+        for i in np.argsort(found.confidence, kind="stable"):
+            assert found.mask is not None
+            number = int(found.tracker_id[i])
+            if self.mode == "mots" and number > 999:
+                raise ConfigError(f"sink.masks.mode=mots holds track ids up to 999, but there is track {number}")
+            ahead = 1000 * (int(found.class_id[i]) + 1) if self.mode == "mots" else 0
+            values[np.asarray(found.mask[i], bool)] = ahead + number
+        few = self.mode == "davis" and values.max(initial=0) <= 255
+        picture = Image.fromarray(values.astype(np.uint8) if few else values)
+        if few:
+            picture.putpalette(davis_palette())
+        with written_whole(self.folder / self.names(Path(result.frame.name).with_suffix("").as_posix(), ".png")) as part:
+            picture.save(part, format="PNG")
+        self.count += 1
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         return None
 
     def summary(self) -> str:
-        what = "masks" if self.mode == "objects" else "label maps (legend.json says what the values mean)"
+        maps = {"objects": "masks", "labels": "label maps (legend.json says what the values mean)"}
+        what = maps.get(self.mode, "maps of tracks")
         return f"{self.count} {what} in {self.folder}"

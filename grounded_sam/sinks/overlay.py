@@ -1,7 +1,8 @@
-"""Pictures with masks, boxes and labels drawn on them."""
+"""Pictures and videos with masks, boxes and labels drawn on them."""
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from grounded_sam.errors import ConfigError
 from grounded_sam.sinks.files import Names, written_whole
+from grounded_sam.sinks.mp4 import Mp4
 from grounded_sam.stages import FrameResult
 from grounded_sam.vocabulary import Vocabulary
 
@@ -32,13 +34,19 @@ def draw(
     boxes: bool = True,
     labels: bool = True,
     opacity: float = 0.5,
-    colour_by: Literal["class", "object"] = "class",
+    colour_by: Literal["class", "object"] | None = None,
 ) -> NDArray[np.uint8]:
-    """Detections drawn over an RGB image `(H, W, 3) uint8`; returns a new one of the same size."""
+    """Detections drawn over an RGB image `(H, W, 3) uint8`; returns a new one of the same size.
+
+    Without `colour_by`, tracked objects have colours of their own and others that of their class.
+    """
     scene = image[..., ::-1].copy()  # supervision draws in BGR
     if not len(found):
         return scene[..., ::-1]
-    lookup = sv.ColorLookup.CLASS if colour_by == "class" else sv.ColorLookup.INDEX
+    tracked = found.tracker_id is not None
+    lookup = sv.ColorLookup.TRACK if tracked else sv.ColorLookup.INDEX
+    if colour_by == "class" or (colour_by is None and not tracked):
+        lookup = sv.ColorLookup.CLASS
     size_wh = (image.shape[1], image.shape[0])
     thickness = sv.calculate_optimal_line_thickness(size_wh)
     if masks and found.mask is not None:
@@ -49,6 +57,8 @@ def draw(
     if labels:
         assert found.confidence is not None
         texts = [f"{name} {score:.2f}" for name, score in zip(found.data["class_name"], found.confidence, strict=True)]
+        if found.tracker_id is not None:
+            texts = [f"#{i} {text}" for i, text in zip(found.tracker_id.tolist(), texts, strict=True)]
         size = int(np.clip(min(size_wh) / 32, 9, 72))
         scene = sv.RichLabelAnnotator(
             font_path=font(), font_size=size, text_padding=max(2, size // 5), color_lookup=lookup, smart_position=True
@@ -57,15 +67,18 @@ def draw(
 
 
 class Overlay:
-    """One picture per frame under `overlay/`, at its original size.
+    """Under `overlay/` one picture per picture and one MP4 per video, at their original size.
 
     Args:
         output: folder of the run.
         vocabulary: of the run.
-        format: `jpg` or `png`.
+        format: of pictures, `jpg` or `png`.
         masks, boxes, labels: what to draw.
         opacity: of the masks, 0 to 1.
-        colour_by: `class`, or `object` to tell objects of one class apart.
+        colour_by: `class`, or `object` to tell objects of one class apart; None: `object` where there are
+            tracks, else `class`.
+        sound_from: a video file whose sound an annotated video gets; anything else gives none.
+        crf: quality of videos, 0 (lossless) to 51.
     """
 
     def __init__(
@@ -77,16 +90,23 @@ class Overlay:
         boxes: bool = True,
         labels: bool = True,
         opacity: float = 0.5,
-        colour_by: Literal["class", "object"] = "class",
+        colour_by: Literal["class", "object"] | None = None,
+        sound_from: str | int | None = None,
+        crf: int = 20,
     ) -> None:
         if format not in ("jpg", "png"):
             raise ConfigError(f"sink.overlay.format must be jpg or png, got {format!r}")
-        if colour_by not in ("class", "object"):
-            raise ConfigError(f"sink.overlay.colour_by must be class or object, got {colour_by!r}")
+        if colour_by not in ("class", "object", None):
+            raise ConfigError(f"sink.overlay.colour_by must be class, object or null, got {colour_by!r}")
+        if isinstance(crf, bool) or not isinstance(crf, int) or not 0 <= crf <= 51:
+            raise ConfigError(f"sink.overlay.crf must be a whole number from 0 to 51, got {crf!r}")
         self.folder = Path(output) / "overlay"
         self.format, self.masks, self.boxes, self.labels = format, masks, boxes, labels
         self.opacity, self.colour_by = opacity, colour_by
+        self.sound_from = None if sound_from is None else os.path.expanduser(str(sound_from))
+        self.crf = crf
         self.names, self.count = Names(), 0
+        self.videos: dict[str, Mp4] = {}
 
     def __enter__(self) -> Overlay:
         return self
@@ -97,6 +117,13 @@ class Overlay:
         picture = draw(
             result.frame.image, result.detections, self.masks, self.boxes, self.labels, self.opacity, self.colour_by
         )
+        frame = result.frame
+        if frame.video is not None:
+            if frame.video not in self.videos:
+                path = self.folder / self.names(frame.video, ".mp4")
+                self.videos[frame.video] = Mp4(path, self.sound_from, self.crf)
+            self.videos[frame.video].write(picture, frame.time_s or 0.0)
+            return
         kind = "png" if max(picture.shape) > 65_500 else self.format  # more, JPEG cannot hold
         with written_whole(self.folder / self.names(result.frame.name, f".{kind}")) as part:
             Image.fromarray(picture).save(part, format="JPEG" if kind == "jpg" else "PNG", quality=92)
@@ -105,7 +132,9 @@ class Overlay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        return None
+        for video in self.videos.values():
+            video.close()
 
     def summary(self) -> str:
-        return f"{self.count} pictures in {self.folder}"
+        videos = ", ".join(str(video.path) for video in self.videos.values())
+        return videos if videos and not self.count else f"{self.count} pictures in {self.folder}"

@@ -14,6 +14,7 @@ import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
+from grounded_sam.detections import pick
 from grounded_sam.errors import ConfigError
 from grounded_sam.vocabulary import Vocabulary
 
@@ -159,17 +160,11 @@ class Tracks:
         rules = self.settings
         assert found.class_id is not None and found.confidence is not None
         merged = self._merge(seen)
-        ids = [i for i in _ids(seen).tolist() if i not in merged]
-        masks = seen.mask if seen.mask is not None else np.zeros((0, 1, 1), bool)
-        masks = masks[[i not in merged for i in _ids(seen).tolist()]] if len(masks) else masks
-        overlap = np.zeros((len(found), len(ids)))
-        if len(found) and len(ids) and found.mask is not None:
-            overlap = mask_iou(np.asarray(found.mask, bool), np.asarray(masks, bool))
-            if not rules.match_across:
-                classes = np.array([self.live[i].class_id for i in ids])
-                overlap = np.where(found.class_id[:, None] == classes[None], overlap, 0.0)
-        corrected, taken = [], set()
-        corrected_ids = []
+        here = pick(seen, [i not in merged for i in _ids(seen).tolist()] if len(seen) else [])
+        ids = _ids(here).tolist()
+        overlap = self._overlap(found, here)
+        taken: set[int] = set()
+        corrected, corrected_ids = [], []
         for row, column in zip(*linear_sum_assignment(overlap, maximize=True), strict=True):
             if overlap[row, column] < rules.match_iou:
                 continue
@@ -195,6 +190,20 @@ class Tracks:
             begun.append(row)
             begun_ids.append(tracker_id)
         return Keyframe(_with_ids(found, begun, begun_ids), _with_ids(found, corrected, corrected_ids), merged)
+
+    def _overlap(self, found: sv.Detections, here: sv.Detections) -> NDArray[np.float64]:
+        """IoU of detections and tracks, `(n, m)`: of masks, or of boxes where the detections have no masks."""
+        if not len(found) or not len(here):
+            return np.zeros((len(found), len(here)))
+        if found.mask is None or here.mask is None:
+            overlap = np.asarray(sv.box_iou_batch(found.xyxy, here.xyxy), np.float64)
+        else:
+            overlap = mask_iou(np.asarray(found.mask, bool), np.asarray(here.mask, bool))
+        if self.settings.match_across:
+            return overlap
+        classes = np.array([self.live[i].class_id for i in _ids(here).tolist()])
+        assert found.class_id is not None
+        return np.where(found.class_id[:, None] == classes[None], overlap, 0.0)
 
     def _merge(self, seen: sv.Detections) -> list[int]:
         """End the younger of two tracks that lie on one object; returns their ids."""
@@ -238,6 +247,6 @@ def _ids(found: sv.Detections) -> NDArray[np.int64]:
 
 def _with_ids(found: sv.Detections, rows: list[int], ids: list[int]) -> sv.Detections:
     """Some of the detections, with ids."""
-    chosen: Any = found[np.array(rows, np.intp)]
+    chosen = pick(found, np.array(rows, np.intp))
     chosen.tracker_id = np.array(ids, np.int64)
     return chosen

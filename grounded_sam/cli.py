@@ -27,10 +27,7 @@ def run(cfg: DictConfig) -> None:
     try:
         source = build_source(cfg)
         pipeline = build(cfg)
-        if getattr(source, "video", False) and cfg.tracker is not None:
-            asked, clicks, vocabulary = pipeline.ask_video()
-        else:
-            asked, clicks, vocabulary = None, None, pipeline.ask()
+        asked, clicks, vocabulary = pipeline.ask_video()
         sinks = build_sinks(cfg, output, vocabulary)
         summary = pipeline.run(source, sinks, output, vocabulary, asked, clicks)
     except (GroundedSamError, OSError) as error:

@@ -105,10 +105,7 @@ def with_masks(found: sv.Detections, mask: NDArray[np.bool_], mask_score: NDArra
 
 
 def tracked(
-    tracker_id: NDArray[np.int64],
-    mask: NDArray[np.bool_],
-    confidence: NDArray[np.float32],
-    mask_score: NDArray[np.float32],
+    tracker_id: NDArray[Any], mask: NDArray[np.bool_], confidence: NDArray[Any], mask_score: NDArray[Any]
 ) -> sv.Detections:
     """What a tracker gives: masks `(n, H, W)` with ids, without classes; objects without a pixel are dropped."""
     seen = mask.any((1, 2))
@@ -121,12 +118,17 @@ def tracked(
     )
 
 
+def pick(found: sv.Detections, rows: Any) -> sv.Detections:
+    """Some of the detections, by numbers or by a boolean mask, in that order."""
+    return found[np.asarray(rows) if len(rows) else np.empty(0, np.intp)]  # type: ignore[return-value]
+
+
 def replaced(found: sv.Detections, by: sv.Detections, without: Sequence[int] = ()) -> sv.Detections:
     """Tracked detections with those of `by` instead of their own of the same ids, and without some ids."""
     assert found.tracker_id is not None and by.tracker_id is not None
-    rest = found[~np.isin(found.tracker_id, [*by.tracker_id.tolist(), *without])]
+    rest = pick(found, ~np.isin(found.tracker_id, [*by.tracker_id.tolist(), *without]))
     parts = [part for part in (rest, by) if len(part)]
-    return sv.Detections.merge(parts) if parts else found[np.zeros(len(found), bool)]  # type: ignore[return-value]
+    return sv.Detections.merge(parts) if parts else rest
 
 
 def mask_boxes(masks: NDArray[np.bool_]) -> NDArray[np.float32]:

@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
-from itertools import islice
+from functools import partial
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, overload
 
@@ -19,7 +20,7 @@ import supervision as sv
 
 from grounded_sam.association import Tracking, Tracks
 from grounded_sam.backward import both_ways
-from grounded_sam.detections import check, replaced
+from grounded_sam.detections import check, pick, replaced
 from grounded_sam.detectors.clicks import Clicks
 from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.frames import Frame, to_frame
@@ -36,7 +37,7 @@ class Summary:
     images: int = 0
     empty: int = 0
     objects: Counter[str] = field(default_factory=Counter)  # in a video, tracks
-    tracks: dict[int, str] = field(default_factory=dict)  # id to class name
+    tracks: dict[tuple[str | None, int], str] = field(default_factory=dict)  # video and id to class name
     skipped: list[Skipped] = field(default_factory=list)
     places: list[str] = field(default_factory=list)
     interrupted: bool = False
@@ -85,20 +86,25 @@ class Pipeline:
         return own
 
     def stream(
-        self, frames: Iterator[Frame], vocabulary: Vocabulary, masks: bool = True, skipped: list[Skipped] | None = None
+        self,
+        frames: Iterator[Frame],
+        vocabulary: Vocabulary,
+        masks: bool = True,
+        skip: Callable[[Skipped], None] | None = None,
     ) -> Iterator[FrameResult]:
         """Results in the order of the frames, decoded and computed as they are asked for.
 
-        Frames that the detector refuses with an `ImageError` go to `skipped`, if that is given.
+        Frames that the detector refuses with an `ImageError` are handed to `skip`, if that is given.
         """
         size = getattr(self.detector, "batch_size", 1)
         while group := list(islice(frames, size)):
             try:
                 detected = self.detector.detect(group, vocabulary)
             except ImageError as error:
-                if skipped is None:
+                if skip is None:
                     raise
-                skipped += [Skipped(frame.name, str(error)) for frame in group]
+                for frame in group:
+                    skip(Skipped(frame.name, str(error)))
                 continue
             for frame, boxes in zip(group, detected, strict=True):
                 segmenter = self.segmenter if masks else None
@@ -182,9 +188,7 @@ class Pipeline:
         frames = (to_frame(picture, i) for i, picture in enumerate(video))
         return self.follow(frames, asked, by_hand, whole)
 
-    def ask_video(
-        self, text: Any = None, clicks: Any = None
-    ) -> tuple[Vocabulary | None, Clicks | None, Vocabulary]:
+    def ask_video(self, text: Any = None, clicks: Any = None) -> tuple[Vocabulary | None, Clicks | None, Vocabulary]:
         """What the detector is asked for in a video, what is clicked, and the classes of both.
 
         Raises:
@@ -236,7 +240,7 @@ class Pipeline:
                     session = tracker.open(frame.size_hw)
                 seen = session.step(frame.image)
                 ended = tracks.look(seen)
-                begun = seen[np.zeros(len(seen), bool)]
+                begun = pick(seen, np.zeros(len(seen), bool))
                 if asked is not None and number % self.tracking.redetect_every == 0:
                     segmenter = getattr(session, "segmenter", None) or self.segmenter
                     boxes = self.detector.detect([frame], asked)[0]
@@ -255,17 +259,34 @@ class Pipeline:
                     ids = [tracks.fresh_id() if click.object is None else click.object for click in here]
                     by_hand.tracker_id = np.array(ids, np.int64)
                     new = np.array([tracker_id not in tracks.live for tracker_id in ids])
-                    for tracker_id, class_id in zip(ids, by_hand.class_id, strict=True):
-                        tracks.begin(tracker_id, int(class_id), 1.0)
+                    for tracker_id, class_id in zip(ids, by_hand.class_id.tolist(), strict=True):  # type: ignore[union-attr]
+                        tracks.begin(tracker_id, class_id, 1.0)
                     drawn = session.prompt(by_hand)
                     seen = replaced(seen, drawn)
-                    begun = replaced(begun, drawn[np.isin(drawn.tracker_id, np.array(ids)[new])])
+                    begun = replaced(begun, pick(drawn, np.isin(drawn.tracker_id, np.array(ids)[new])))  # type: ignore[arg-type]
                 yield FrameResult(frame, tracks.label(seen, vocabulary)), tracks.label(begun, vocabulary)
         finally:
             if session is not None:
                 session.close()
             if hasattr(frames, "close"):
                 frames.close()
+
+    def _results(
+        self,
+        frames: Iterator[Frame],
+        source: Source,
+        vocabulary: Vocabulary,
+        asked: Vocabulary | None,
+        clicks: Clicks | None,
+    ) -> Generator[FrameResult]:
+        """Pictures one by one, the frames of each video together."""
+        with closing(frames):  # type: ignore[type-var]
+            for video, group in groupby(frames, key=lambda frame: frame.video):
+                if video is None or self._tracker is None:
+                    yield from self.stream(group, vocabulary, skip=partial(_note, source))
+                else:
+                    with closing(self.follow(group, asked, clicks, vocabulary)) as results:
+                        yield from results
 
     def run(
         self,
@@ -279,7 +300,7 @@ class Pipeline:
         """Take every frame of a source to every sink, with a progress bar; write `skipped.json`.
 
         Args:
-            source: pictures; or, with `video` true, frames of a video, which the tracker follows if there is one.
+            source: pictures and frames of videos; those of one video are followed if there is a tracker.
             sinks: where results go.
             output: folder for `skipped.json`.
             vocabulary: the classes of the sinks.
@@ -303,12 +324,8 @@ class Pipeline:
                 console = Console(stderr=True)
                 bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
                 progress = stack.enter_context(bar)
-                video = getattr(source, "video", False)
-                task = progress.add_task("frames" if video else "images", total=_length(source))
-                if video and self.tracker is not None:
-                    results: Iterator[FrameResult] = self.follow(iter(source), asked, clicks, vocabulary)
-                else:
-                    results = self.stream(iter(source), vocabulary, skipped=source.skipped)
+                task = progress.add_task("images", total=_length(source))
+                results = self._results(iter(source), source, vocabulary, asked, clicks)
                 for result in stack.enter_context(closing(results)):
                     for sink in sinks:
                         sink.write(result)
@@ -318,11 +335,10 @@ class Pipeline:
                     if ids is None:
                         summary.objects.update(names)
                     else:
-                        summary.tracks |= dict(zip(ids.tolist(), names, strict=True))
+                        named = zip(ids.tolist(), names, strict=True)
+                        summary.tracks |= {(result.frame.video, i): name for i, name in named}
                     summary.empty += not names
-                    progress.update(
-                        task, completed=summary.images + (0 if video else len(source.skipped) - passed_over)
-                    )
+                    progress.update(task, completed=summary.images + len(source.skipped) - passed_over)
         except KeyboardInterrupt:
             summary.interrupted = True
         summary.objects.update(summary.tracks.values())
@@ -339,6 +355,12 @@ class Pipeline:
             )
         summary.places = [sink.summary() for sink in sinks]
         return summary
+
+
+def _note(source: Source, skipped: Skipped) -> None:
+    """Tell a source of a frame that could not be used."""
+    note = getattr(source, "skip", source.skipped.append)
+    note(skipped)
 
 
 def _length(source: Source) -> int | None:

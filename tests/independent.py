@@ -156,26 +156,28 @@ def clip(
     actors = []
     for n in range(count):
         diameter = rng.uniform(0.18, 0.4) * short
-        spot = np.array([rng.uniform(diameter / 2, width - diameter / 2), rng.uniform(diameter / 2, height - diameter / 2)])
+        spot = np.array(
+            [rng.uniform(diameter / 2, width - diameter / 2), rng.uniform(diameter / 2, height - diameter / 2)]
+        )
         heading = rng.uniform(0, 2 * math.pi)
         pace = rng.uniform(0.2, 1.6) * np.array([math.cos(heading), math.sin(heading)]) * short / 200
         outside = (np.array([-0.8 * diameter, spot[1]]), np.array([width + 0.8 * diameter, spot[1]]))[rng.integers(2)]
         role = ["stay", "stay", "enter", "leave and return"][rng.integers(4)] if n else "stay"
         paint = np.clip(np.array(list(COLOURS.values())[k := int(rng.integers(6))]) * rng.uniform(0.85, 1.1), 0, 255)
         actors.append(
-            dict(
-                colour=list(COLOURS)[k],
-                shape=SHAPES[rng.integers(6)],
-                diameter=diameter,
-                spot=spot,
-                pace=pace,
-                outside=outside,
-                role=role,
-                paint=tuple(int(v) for v in paint),
-                turn=rng.uniform(-4, 4),
-                degrees=rng.uniform(0, 360),
-                breathe=rng.uniform(0, 0.12),
-            )
+            {
+                "colour": list(COLOURS)[k],
+                "shape": SHAPES[rng.integers(6)],
+                "diameter": diameter,
+                "spot": spot,
+                "pace": pace,
+                "outside": outside,
+                "role": role,
+                "paint": tuple(int(v) for v in paint),
+                "turn": rng.uniform(-4, 4),
+                "degrees": rng.uniform(0, 360),
+                "breathe": rng.uniform(0, 0.12),
+            }
         )
     pictures_, moving = [], [Moving(a["colour"], a["shape"], []) for a in actors]
     noise = int(rng.integers(0, 9))

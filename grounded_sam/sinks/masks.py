@@ -120,7 +120,9 @@ class Masks:
         picture = Image.fromarray(values.astype(np.uint8) if few else values)
         if few:
             picture.putpalette(davis_palette())
-        with written_whole(self.folder / self.names(Path(result.frame.name).with_suffix("").as_posix(), ".png")) as part:
+        with written_whole(
+            self.folder / self.names(Path(result.frame.name).with_suffix("").as_posix(), ".png")
+        ) as part:
             picture.save(part, format="PNG")
         self.count += 1
 

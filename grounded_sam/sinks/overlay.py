@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from grounded_sam.errors import ConfigError
 from grounded_sam.sinks.files import Names, written_whole
 from grounded_sam.sinks.mp4 import Mp4
+from grounded_sam.sources.images import VIDEO_SUFFIXES
 from grounded_sam.stages import FrameResult
 from grounded_sam.vocabulary import Vocabulary
 
@@ -77,7 +79,7 @@ class Overlay:
         opacity: of the masks, 0 to 1.
         colour_by: `class`, or `object` to tell objects of one class apart; None: `object` where there are
             tracks, else `class`.
-        sound_from: a video file whose sound an annotated video gets; anything else gives none.
+        sound_from: a video file, or a folder of them, whose sound annotated videos get; None for none.
         crf: quality of videos, 0 (lossless) to 51.
     """
 
@@ -121,13 +123,21 @@ class Overlay:
         if frame.video is not None:
             if frame.video not in self.videos:
                 path = self.folder / self.names(frame.video, ".mp4")
-                self.videos[frame.video] = Mp4(path, self.sound_from, self.crf)
+                self.videos[frame.video] = Mp4(path, self._sound(frame.video), self.crf)
             self.videos[frame.video].write(picture, frame.time_s or 0.0)
             return
         kind = "png" if max(picture.shape) > 65_500 else self.format  # more, JPEG cannot hold
         with written_whole(self.folder / self.names(result.frame.name, f".{kind}")) as part:
             Image.fromarray(picture).save(part, format="JPEG" if kind == "jpg" else "PNG", quality=92)
         self.count += 1
+
+    def _sound(self, video: str) -> str | None:
+        """The file that a video came from: `sound_from` itself, or the one of that name in it."""
+        if self.sound_from is None or not os.path.isdir(self.sound_from):
+            return self.sound_from
+        place = Path(self.sound_from) / video
+        beside = sorted(place.parent.glob(f"{glob.escape(place.name)}.*"))
+        return next((str(path) for path in beside if path.suffix.lower() in VIDEO_SUFFIXES), None)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

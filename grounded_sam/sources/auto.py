@@ -1,25 +1,34 @@
-"""Pictures or a video, whichever the input is."""
+"""Pictures and videos, whatever the input holds."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import closing
+from typing import Any
 
+from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.frames import MAX_PIXELS, Frame
-from grounded_sam.sources.images import Images
-from grounded_sam.sources.video import Video, is_video
+from grounded_sam.sources.images import Images, find_files, name_of
+from grounded_sam.sources.video import Video, is_stream
 from grounded_sam.stages import Skipped
 
 
 class Auto:
-    """A `Video` if the input is a video file, a camera's number or a URL, else `Images`.
+    """Pictures as `Images` reads them, then every video, one after the other, as `Video` does.
 
-    A folder or glob of pictures is one of photos here; `source=video` takes it as frames of a video.
+    The input is a picture, a video, a folder of both, a glob or a list of paths of both, a camera's number
+    or a URL. Pictures of a folder are photos, each by itself; `source=video` takes them as frames. A file
+    that cannot be read is put into `skipped` and the rest goes on.
 
     Args:
         input: see `Images` and `Video`.
-        start, stop, stride, max_side: of a video; see `Video`.
+        start, stop, stride, max_side: of videos; see `Video`.
         max_pixels: larger pictures are refused before they are decoded.
+
+    Raises:
+        ConfigError: if the input is missing or holds neither.
+        ImageError: while iterating, if the input is one single file and that cannot be read.
     """
 
     def __init__(
@@ -31,19 +40,47 @@ class Auto:
         max_side: int | None = None,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        self.chosen: Video | Images
-        if input is not None and is_video(input):
-            self.chosen = Video(input, start, stop, stride, max_side, max_pixels=max_pixels)
-        else:
-            self.chosen = Images(None if input is None else str(input), max_pixels)
-        self.video = isinstance(self.chosen, Video)
+        def video(path: Any, name: str | None = None) -> Video:
+            return Video(path, start, stop, stride, max_side, max_pixels=max_pixels, name=name)
+
+        self.images: Images | None = None
+        self.videos: list[Video] = []
+        self._passed: list[Skipped] = []
+        if input is not None and is_stream(input):
+            self.videos, self.single = [video(input)], True
+            return
+        pictures, clips, root = find_files(str(input)) if input is not None and str(input) else ([], [], None)
+        self.single = len(pictures) + len(clips) == 1
+        if pictures or root is None:
+            self.images = Images(None if input is None else str(input), max_pixels)
+            self.images.skipped.clear()  # the videos
+        elif not clips:
+            raise ConfigError(f"no picture and no video in {input}")
+        assert root is not None
+        self.videos = [video(clip, os.path.splitext(name_of(clip, root))[0]) for clip in clips]
 
     @property
     def skipped(self) -> list[Skipped]:
-        return self.chosen.skipped
+        """Files that could not be used, or not to their end."""
+        parts = [self.images.skipped if self.images else [], *(video.skipped for video in self.videos)]
+        return [skipped for part in [*parts, self._passed] for skipped in part]
+
+    def skip(self, skipped: Skipped) -> None:
+        """Note a frame that a later stage could not use."""
+        self._passed.append(skipped)
 
     def __iter__(self) -> Iterator[Frame]:
-        return iter(self.chosen)
+        if self.images is not None:
+            yield from self.images
+        for video in self.videos:
+            try:
+                with closing(iter(video)) as frames:  # type: ignore[type-var]
+                    yield from frames
+            except ImageError as error:
+                if self.single:
+                    raise
+                video.skipped.clear()  # it says the same
+                self._passed.append(Skipped(video.name, str(error).removeprefix(f"{video.input}: ")))
 
     def __len__(self) -> int:
-        return len(self.chosen)
+        return (len(self.images) if self.images is not None else 0) + sum(len(video) for video in self.videos)

@@ -73,10 +73,13 @@ class Images:
             raise ConfigError(f"source.max_pixels must be a whole number from 1, got {max_pixels!r}")
         self.max_pixels = max_pixels
         self.skipped: list[Skipped] = []
-        self.files, self.root = self._find(str(input))
+        self.files, videos, self.root = find_files(str(input))
         self.single = len(self.files) == 1 and Path(str(input)) == self.files[0]
         if not self.files:
+            if videos:
+                raise ConfigError(f"no picture in {input}, only videos; source=auto or source=video takes those")
             raise ConfigError(f"no picture in {input}")
+        self.skipped += [Skipped(self.name(path), "a video; source=images reads pictures") for path in videos]
 
     def __len__(self) -> int:
         return len(self.files)
@@ -95,66 +98,76 @@ class Images:
             yield Frame(image, index, self.name(path))
             index += 1
 
-    def name(self, path: Path, root: Path | None = None) -> str:
+    def name(self, path: Path) -> str:
         """The path relative to the input, with `/`; bytes that are no UTF-8 as `\\xNN`."""
-        return os.fsencode(path.relative_to(root or self.root).as_posix()).decode("utf-8", "backslashreplace")
+        return name_of(path, self.root)
 
-    def _find(self, given: str) -> tuple[list[Path], Path]:
-        if given.startswith("builtin:"):
-            folder = _EXAMPLES / given.removeprefix("builtin:")
-            if not folder.is_dir():
-                names = ", ".join(f"builtin:{p.name}" for p in sorted(_EXAMPLES.iterdir()) if p.is_dir())
-                raise ConfigError(f"input={given} does not ship with the package; it ships {names}")
-            return self._folder(folder), folder
-        path = Path(given).expanduser()
-        if path.is_dir():
-            return self._folder(path), path
-        if path.is_file() and path.suffix.lower() == ".txt":
-            return self._listed(path)
-        if path.is_file():
-            if path.suffix.lower() in VIDEO_SUFFIXES:
-                raise ConfigError(f"{path} is a video; source=images reads pictures, source=video or source=auto videos")
-            return [path], path.parent
-        if glob.has_magic(given):
-            hits = sorted(
-                (Path(hit) for hit in glob.glob(os.path.expanduser(given), recursive=True)),
-                key=lambda p: natural(str(p)),
-            )
-            files = [hit for hit in hits if hit.is_file()]
-            if not files:
-                raise ConfigError(f"no file matches {given}")
-            return self._sift(files, common_folder(files)), common_folder(files)
-        raise ConfigError(f"no such file or folder: {given}")
 
-    def _folder(self, folder: Path) -> list[Path]:
-        files = []
-        seen = set()
-        for place, folders, names in os.walk(folder, followlinks=True):
-            real = os.path.realpath(place)
-            if real in seen or ".hydra" in folders:  # a loop of links, or the output of an earlier run
-                folders.clear()
-                continue
-            seen.add(real)
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            files += [Path(place) / name for name in names if not name.startswith(".")]
-        return self._sift(sorted(files, key=lambda p: natural(p.as_posix())), folder)
+def name_of(path: Path, root: Path) -> str:
+    """A path relative to a folder above it, with `/`; bytes that are no UTF-8 as `\\xNN`."""
+    return os.fsencode(path.relative_to(root).as_posix()).decode("utf-8", "backslashreplace")
 
-    def _sift(self, files: list[Path], root: Path) -> list[Path]:
-        for path in files:
-            if path.suffix.lower() in VIDEO_SUFFIXES:
-                self.skipped.append(Skipped(self.name(path, root), "a video among pictures; give it as the input"))
-        return picture_files(files)
 
-    def _listed(self, listing: Path) -> tuple[list[Path], Path]:
-        try:
-            lines = [line.strip() for line in listing.read_text(encoding="utf-8-sig").splitlines()]
-        except UnicodeDecodeError as error:
-            raise ConfigError(f"{listing} is no list of paths: {error}") from error
-        files = [listing.parent / Path(line).expanduser() for line in lines if line and not line.startswith("#")]
-        files = [Path(os.path.abspath(path)) for path in dict.fromkeys(files)]
+def find_files(given: str) -> tuple[list[Path], list[Path], Path]:
+    """Pictures and videos that an input names, and the folder that they are named relative to.
+
+    Raises:
+        ConfigError: if there is no such input, or nothing that a glob matches.
+    """
+    if given.startswith("builtin:"):
+        folder = _EXAMPLES / given.removeprefix("builtin:")
+        if not folder.is_dir():
+            names = ", ".join(f"builtin:{p.name}" for p in sorted(_EXAMPLES.iterdir()) if p.is_dir())
+            raise ConfigError(f"input={given} does not ship with the package; it ships {names}")
+        return *_sift(_walk(folder)), folder
+    path = Path(given).expanduser()
+    if path.is_dir():
+        return *_sift(_walk(path)), path
+    if path.is_file() and path.suffix.lower() == ".txt":
+        files = _listed(path)
+        videos = [file for file in files if file.suffix.lower() in VIDEO_SUFFIXES]
+        return [file for file in files if file not in videos], videos, common_folder(files)
+    if path.is_file():
+        return ([], [path], path.parent) if path.suffix.lower() in VIDEO_SUFFIXES else ([path], [], path.parent)
+    if glob.has_magic(given):
+        hits = (Path(hit) for hit in glob.glob(os.path.expanduser(given), recursive=True))
+        files = sorted((hit for hit in hits if hit.is_file()), key=lambda p: natural(str(p)))
         if not files:
-            raise ConfigError(f"{listing} lists no path")
-        return files, common_folder(files)
+            raise ConfigError(f"no file matches {given}")
+        return *_sift(files), common_folder(files)
+    raise ConfigError(f"no such file or folder: {given}")
+
+
+def _walk(folder: Path) -> list[Path]:
+    """Files of a folder and those in it, in natural order; no hidden ones, no outputs of earlier runs."""
+    files = []
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(place)
+        if real in seen or ".hydra" in folders:  # a loop of links, or the output of an earlier run
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(place) / name for name in names if not name.startswith(".")]
+    return sorted(files, key=lambda p: natural(p.as_posix()))
+
+
+def _sift(files: list[Path]) -> tuple[list[Path], list[Path]]:
+    """Pictures and videos among files."""
+    return picture_files(files), [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
+
+
+def _listed(listing: Path) -> list[Path]:
+    try:
+        lines = [line.strip() for line in listing.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{listing} is no list of paths: {error}") from error
+    files = [listing.parent / Path(line).expanduser() for line in lines if line and not line.startswith("#")]
+    files = [Path(os.path.abspath(path)) for path in dict.fromkeys(files)]
+    if not files:
+        raise ConfigError(f"{listing} lists no path")
+    return files
 
 
 def common_folder(files: list[Path]) -> Path:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.frames import MAX_PIXELS, Frame, read_image
-from grounded_sam.sources.images import VIDEO_SUFFIXES, common_folder, natural, picture_files
+from grounded_sam.sources.images import common_folder, natural, picture_files
 from grounded_sam.stages import Skipped
 
 T = TypeVar("T")
@@ -25,10 +25,9 @@ T = TypeVar("T")
 SCHEMES = {"http", "https", "rtsp", "rtsps", "rtmp", "rtmps", "srt", "udp"}
 
 
-def is_video(input: Any) -> bool:
-    """Whether an input is a video by its name: a camera's number, a stream's URL or a video file's suffix."""
-    text = str(input)
-    return text.isdecimal() or urlsplit(text).scheme in SCHEMES or Path(text).suffix.lower() in VIDEO_SUFFIXES
+def is_stream(input: Any) -> bool:
+    """Whether an input is a camera's number or a URL."""
+    return str(input).isdecimal() or "://" in str(input)
 
 
 def ahead(items: Iterable[T], size: int) -> Generator[T]:
@@ -87,14 +86,12 @@ class Video:
         fps: frames per second of a folder or glob, which has no times of its own.
         ahead: frames decoded ahead.
         max_pixels: larger frames are refused before they are decoded.
+        name: what outputs call the video; by default after the file or folder.
 
     Raises:
         ConfigError: if there is no such input, or a number is out of range.
         ImageError: while iterating, if not a single frame can be read.
     """
-
-    #: Frames belong together, so a tracker may follow things through them.
-    video = True
 
     def __init__(
         self,
@@ -106,6 +103,7 @@ class Video:
         fps: float = 24.0,
         ahead: int = 4,
         max_pixels: int = MAX_PIXELS,
+        name: str | None = None,
     ) -> None:
         if input is None or not str(input):
             raise ConfigError("input is missing: give a video, a folder of frames, a camera's number or a URL")
@@ -146,6 +144,7 @@ class Video:
             self.input, self.name, self._open = str(path), path.stem, self._container
         else:
             raise ConfigError(f"no such video, folder or camera: {self.input}")
+        self.name = name or self.name
         self._total: int | None = len(self.files) or None
 
     def _find(self, path: Path) -> list[Path]:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 #: ImageNet's, as in sam2's `load_video_frames`.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+MEAN, STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
 
 
 def to_pixels(image: NDArray[np.uint8], side: int, device: Any = "cpu") -> Tensor:
@@ -31,7 +31,7 @@ def to_pixels(image: NDArray[np.uint8], side: int, device: Any = "cpu") -> Tenso
     from PIL import Image
 
     square = np.array(Image.fromarray(image).resize((side, side)), np.float32) / 255
-    pixels = torch.from_numpy((square - np.float32(MEAN)) / np.float32(STD))
+    pixels = torch.from_numpy((square - MEAN) / STD)
     return pixels.permute(2, 0, 1)[None].to(device)
 
 
@@ -57,7 +57,7 @@ def to_points(
         points = np.concatenate([points, np.asarray(clicks, np.float32)])
         labels = np.concatenate([labels, np.asarray(found.data["labels"][i], np.int32)])
     height, width = size_hw
-    return points * np.float32([side / width, side / height]), labels
+    return points * np.array([side / width, side / height], np.float32), labels
 
 
 def mask_prompt(found: sv.Detections, i: int, default: str) -> NDArray[np.bool_] | None:
@@ -107,6 +107,7 @@ class Sam2Session:
         self.prompt_with, self.chunk, self.max_prompts = tracker.prompt, tracker.chunk, tracker.max_prompts
         self.frame = -1
         self.memories: dict[int, Memory] = {}
+        self._current: NDArray[np.uint8] | None = None
         self._image: NDArray[np.uint8] | None = None
         self._maps: dict[str, list[Tensor]] | None = None  # of the image encoder, for `_image`
         self._place: Tensor | None = None  # positional encoding of memories, (hw, 1, 64)
@@ -147,7 +148,7 @@ class Sam2Session:
                 memories = [self.memories[i] for i in ids]
                 features, positions, sizes, high = self._look(len(ids))
                 fused = self._recall(memories, features, positions, sizes)
-                several, _, ious, low, full, pointers, score = self.model._forward_sam_heads(
+                _, _, ious, low, full, pointers, score = self.model._forward_sam_heads(
                     fused, None, None, high, self.model._use_multimask(False, None)
                 )
                 kept = self._memorise(features, sizes, full, score, False)
@@ -159,10 +160,10 @@ class Sam2Session:
                         self.frame + 1, self.model.num_maskmem, self.model.max_obj_ptrs_in_encoder, self.max_prompts
                     )
                 parts.append(self._out(ids, low, score, ious.max(1).values))
-        ids, masks, there, scores = (np.concatenate(column) for column in zip(*parts, strict=True))
+        numbers, masks, there, scores = (np.concatenate(column) for column in zip(*parts, strict=True))
         order = {tracker_id: n for n, tracker_id in enumerate(self.memories)}
-        sort = np.argsort([order[i] for i in ids.tolist()]).astype(np.intp)
-        return tracked(ids[sort], masks[sort], there[sort], scores[sort])
+        sort = np.argsort([order[i] for i in numbers.tolist()]).astype(np.intp)
+        return tracked(numbers[sort], masks[sort], there[sort], scores[sort])
 
     def prompt(self, found: sv.Detections) -> sv.Detections:
         """Add or correct objects on the frame of the last `step`.
@@ -226,6 +227,7 @@ class Sam2Session:
 
     def _look(self, n: int) -> tuple[list[Tensor], list[Tensor], list[tuple[int, int]], list[Tensor]]:
         """Image features of the current frame for n objects: flat `(hw, n, C)`, positions, sizes, fine maps."""
+        assert self._current is not None, "prompt comes after step"
         maps = self.maps(self._current)
         _, features, positions, sizes = self.model._prepare_backbone_features(maps)
         features = [f.expand(-1, n, -1) for f in features]

@@ -75,13 +75,16 @@ def rename(weights: dict[str, Tensor]) -> dict[str, Tensor]:
         down = re.fullmatch(r"memory_encoder\.mask_downsampler\.encoder\.(\d+)\.(weight|bias)", name)
         if down:  # conv, norm, activation; and again; and one last conv
             place, part = int(down[1]), down[2]
-            last = max(int(k.split(".")[3]) for k in weights if k.startswith("memory_encoder.mask_downsampler.encoder."))
+            last = max(
+                int(k.split(".")[3]) for k in weights if k.startswith("memory_encoder.mask_downsampler.encoder.")
+            )
             layer = f"layers.{place // 3}.{('conv', 'layer_norm')[place % 3]}" if place < last else "final_conv"
             out[f"memory_encoder.mask_downsampler.{layer}.{part}"] = value
             continue
+        new = name
         for pattern, by in RENAMES:
-            name = re.sub(pattern, by, name)
-        out[name] = value
+            new = re.sub(pattern, by, new)
+        out[new] = value
     out["prompt_encoder.point_embed.weight"] = torch.cat([points[i] for i in sorted(points)])
     out["shared_image_embedding.positional_embedding"] = out["prompt_encoder.shared_embedding.positional_embedding"]
     return out
@@ -235,7 +238,10 @@ class Sam2HfSession:
             for i, tracker_id in enumerate(found.tracker_id.tolist()):
                 if tracker_id not in self.ids:
                     self.ids.append(tracker_id)
-                    self.state.output_dict_per_obj[tracker_id] = {"cond_frame_outputs": {}, "non_cond_frame_outputs": {}}
+                    self.state.output_dict_per_obj[tracker_id] = {
+                        "cond_frame_outputs": {},
+                        "non_cond_frame_outputs": {},
+                    }
                 self.state.output_dict_per_obj[tracker_id]["non_cond_frame_outputs"].pop(self.frame, None)
                 mask = mask_prompt(found, i, self.prompt_with)
                 if mask is not None:

@@ -39,6 +39,7 @@ class Mp4:
         self._waiting: tuple[NDArray[np.uint8], int] | None = None  # its duration is known with the next
         self._begin: float | None = None
         self._step = TICKS // 24
+        self._durations: dict[int, int] = {}  # by time, of frames that are in the encoder
         self._sound: Any = None
         self._packets: Iterator[Any] = iter(())
         self._next: Any = None
@@ -87,10 +88,16 @@ class Mp4:
             self._video.pix_fmt = "yuv420p"
             self._video.codec_context.time_base = Fraction(1, TICKS)
         frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-        frame.pts, frame.duration, frame.time_base = ticks, duration, Fraction(1, TICKS)
-        for packet in self._video.encode(frame):
-            self._out.mux(packet)
+        frame.pts, frame.time_base = ticks, Fraction(1, TICKS)
+        self._durations[ticks] = duration
+        self._mux(frame)
         self._copy_sound((ticks + duration) / TICKS)
+
+    def _mux(self, frame: Any) -> None:
+        """Encode a frame, or with None what the encoder still holds."""
+        for packet in self._video.encode(frame):
+            packet.duration = self._durations.pop(packet.pts, packet.duration)
+            self._out.mux(packet)
 
     def _copy_sound(self, until: float) -> None:
         """Sound up to a time of the new video."""
@@ -114,8 +121,7 @@ class Mp4:
             self._encode(*self._waiting, self._step)
             self._waiting = None
         if self._video is not None:
-            for packet in self._video.encode():
-                self._out.mux(packet)
+            self._mux(None)
         self._out.close()
         if self._sound is not None:
             self._sound.close()

@@ -182,7 +182,7 @@ class Video:
                 rate = stream.average_rate
                 seconds = container.duration / av.time_base if container.duration else None
                 return int(seconds * rate) + 1 if seconds and rate else None
-        except (OSError, ValueError):
+        except av.FFmpegError:
             return None
 
     def __iter__(self) -> Iterator[Frame]:
@@ -223,7 +223,7 @@ class Video:
         options = {"rtsp_transport": "tcp"} if self.input.startswith("rtsp") else {}
         try:
             container = av.open(self.input, options=options, timeout=20.0 if "://" in self.input else None)
-        except (OSError, ValueError) as error:
+        except av.FFmpegError as error:
             raise ImageError(f"{self.input}: not a video that can be opened ({_reason(error)})") from error
         with container:
             stream = _video_stream(container)
@@ -241,7 +241,7 @@ class Video:
                     decoded = packet.decode()
                 except StopIteration:
                     break
-                except (OSError, ValueError) as error:
+                except av.FFmpegError as error:
                     damaged, reason = damaged + 1, _reason(error)
                     if damaged > 1000:
                         break

@@ -66,7 +66,11 @@ def test_numbers_out_of_range_name_their_key(clip, keys, says):
 
 
 def test_an_input_that_is_none_is_refused(tmp_path):
-    for given, says in (("nowhere.mp4", "no such video"), ("file:///etc/passwd", "a URL must begin with"), (None, "missing")):
+    for given, says in (
+        ("nowhere.mp4", "no such video"),
+        ("file:///etc/passwd", "a URL must begin with"),
+        (None, "missing"),
+    ):
         with pytest.raises(ConfigError, match=says):
             Video(given)
     with pytest.raises(ConfigError, match="no frame in"):
@@ -253,7 +257,7 @@ def test_sound_is_kept_from_the_first_frame_to_the_last(loud, tmp_path):
         sound = np.concatenate([f.to_ndarray()[0] for f in container.decode(audio=0)])
     assert len(sound) / 48000 == pytest.approx(2.0, abs=0.1)
     peaks = [np.abs(sound[int(a * 48000) : int(b * 48000)]).max() for a, b in ((0.2, 0.8), (1.2, 1.8))]
-    assert peaks == pytest.approx([0.5, 0.75], abs=0.08)
+    assert peaks[1] / peaks[0] == pytest.approx(0.75 / 0.5, abs=0.15)  # the tone of the second and third second
 
 
 def test_the_annotated_video_of_a_run_has_the_length_and_sound_of_its_source(loud, tmp_path):

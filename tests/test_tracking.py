@@ -1,0 +1,193 @@
+"""The video loop: keyframes, ids, ends, the way back, clicks; on fakes that cannot err by themselves."""
+
+from __future__ import annotations
+
+import gc
+import json
+import threading
+
+import numpy as np
+import pytest
+from fakes import ByLevel, Levels
+from PIL import Image
+
+from grounded_sam import ConfigError, ImageError, Pipeline, Vocabulary
+from grounded_sam.association import Tracking
+from grounded_sam.detectors.clicks import Clicks
+from grounded_sam.sources.video import Video
+
+TEXT = ["small", "middle", "large"]
+
+
+def film(frames: int, *things: tuple[int, range, int]) -> list[np.ndarray]:
+    """Frames of 30x80 px; a thing is (gray level, frames it is seen in, where it begins), and moves right."""
+    out = []
+    for t in range(frames):
+        image = np.zeros((30, 80, 3), np.uint8)
+        for level, when, x in things:
+            if t in when:
+                image[8:18, x + t : x + t + 8] = level
+        out.append(image)
+    return out
+
+
+def run(frames, detector=None, text=TEXT, clicks=None, **rules):
+    tracker = ByLevel()
+    model = Pipeline(detector or Levels(), tracker=tracker, tracking=Tracking(**rules))
+    return list(model.track(frames, text, clicks)), tracker.sessions[0] if tracker.sessions else None
+
+
+def ids(results):
+    return [result.detections.tracker_id.tolist() for result in results]
+
+
+def test_ids_last_and_new_things_get_new_ones_at_keyframes():
+    results, _ = run(film(12, (50, range(12), 2), (150, range(5, 12), 40)), redetect_every=4)
+    assert ids(results) == [[1]] * 8 + [[1, 2]] * 4
+    last = results[-1].detections
+    assert last.data["class_name"].tolist() == ["small", "middle"]
+    assert last.xyxy.tolist() == [[13, 8, 21, 18], [51, 8, 59, 18]]
+    assert last.confidence.tolist() == pytest.approx([0.9, 0.9])
+    assert last.mask.sum() == 160
+
+
+def test_the_detector_looks_at_keyframes_only():
+    detector = Levels()
+    run(film(10, (50, range(10), 2)), detector, redetect_every=4)
+    assert detector.looked == [0, 4, 8]
+
+
+def test_nothing_at_first_and_nothing_ever():
+    results, _ = run(film(9, (50, range(3, 9), 2)), redetect_every=3)
+    assert ids(results) == [[]] * 3 + [[1]] * 6
+    results, _ = run(film(7), redetect_every=3)
+    assert ids(results) == [[]] * 7
+    assert all(r.detections.mask.shape == (0, 30, 80) and r.detections.class_id.shape == (0,) for r in results)
+
+
+def test_who_leaves_and_returns_keeps_the_id_within_patience_only():
+    away = film(16, (50, range(4), 2), (150, range(16), 40))
+    back = film(16, (50, range(10, 16), 2))
+    frames = [np.maximum(a, b) for a, b in zip(away, back, strict=True)]
+    results, _ = run(frames, redetect_every=4, lost_patience=6)
+    assert ids(results)[0] == [1, 2] and ids(results)[5] == [2] and ids(results)[11] == [1, 2]
+    results, session = run(frames, redetect_every=4, lost_patience=5)
+    assert ids(results)[-1] == [2, 3]
+    assert sorted(session.levels) == [2, 3]  # who is gone costs nothing
+
+
+def test_a_missed_keyframe_loses_nobody():
+    results, _ = run(film(10, (50, range(10), 2)), Levels(hidden=[4]), redetect_every=2)
+    assert ids(results) == [[1]] * 10
+
+
+def test_the_way_back_finds_who_was_there_before_the_keyframe():
+    frames = film(12, (50, range(12), 2), (150, range(2, 12), 40))
+    results, _ = run(frames, redetect_every=5, direction="both", backward_window=8)
+    assert ids(results) == [[1]] * 2 + [[1, 2]] * 10
+    for result, frame in zip(results, frames, strict=True):
+        np.testing.assert_array_equal(result.frame.image, frame)
+        found = result.detections
+        for tracker_id, mask in zip(found.tracker_id.tolist(), found.mask, strict=True):
+            np.testing.assert_array_equal(mask, frame[..., 0] == {1: 50, 2: 150}[tracker_id])
+    assert [r.frame.index for r in results] == list(range(12))
+
+
+def test_the_way_back_is_bounded_and_leaves_no_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    frames = film(12, (50, range(12), 2), (150, range(12), 40))
+    detector = Levels(hidden=[0])
+    results, _ = run(frames, detector, redetect_every=6, direction="both", backward_window=4)
+    assert ids(results) == [[]] * 2 + [[1, 2]] * 10
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_results_come_frame_by_frame_and_closing_frees_everything():
+    decoded = []
+
+    def frames():
+        for i, image in enumerate(film(1000, (50, range(1000), 2))[:40]):
+            decoded.append(i)
+            yield image
+
+    tracker = ByLevel()
+    results = Pipeline(Levels(), tracker=tracker).track(frames(), TEXT)
+    assert next(results).detections.tracker_id.tolist() == [1]
+    assert decoded == [0]
+    next(results)
+    results.close()
+    assert decoded == [0, 1] and tracker.sessions[0].closed
+
+
+def test_a_video_file_leaves_no_thread_behind(tmp_path):
+    for i, image in enumerate(film(30, (50, range(30), 2))):
+        Image.fromarray(image).save(tmp_path / f"{i}.png")
+    results = Pipeline(Levels(), tracker=ByLevel()).track(Video(tmp_path), TEXT)
+    next(results)
+    results.close()
+    gc.collect()
+    assert not [thread for thread in threading.enumerate() if thread.name == "decode"]
+
+
+def test_clicks_on_any_frame_for_any_id_beside_text():
+    frames = film(8, (50, range(8), 2), (250, range(8), 40))
+
+    class Small(Levels):
+        def detect(self, frames, vocabulary):
+            assert vocabulary.classes == ("small",)  # the clicked class is not asked for
+            return [found[found.class_id == 0] for found in super().detect(frames, Vocabulary.parse(TEXT))]
+
+    clicks = [{"class": "thing", "points": [[46, 12]], "frame": 3, "object": 7}]
+    results, _ = run(frames, Small(), ["small"], clicks)
+    assert ids(results) == [[1]] * 3 + [[1, 7]] * 5
+    last = results[-1].detections
+    assert last.data["class_name"].tolist() == ["small", "thing"]
+    assert last.xyxy[1].tolist() == [47, 8, 55, 18]
+
+
+def test_clicks_alone_from_a_file_and_a_correction(tmp_path):
+    frames = film(8, (50, range(8), 2), (250, range(8), 40))
+    mask = frames[0][..., 0] == 50
+    entries = [
+        {"class": "thing", "mask": mask, "object": 2},
+        {"class": "thing", "points": [44, 12], "frame": 4, "object": 2},
+    ]
+    results, _ = run(frames, text=None, clicks=entries)
+    assert ids(results) == [[2]] * 8
+    assert results[3].detections.xyxy[0, 0] == 5 and results[4].detections.xyxy[0, 0] == 44
+    (tmp_path / "c.json").write_text(json.dumps([{"class": "thing", "points": [[4, 12]]}]))
+    model = Pipeline(Clicks(str(tmp_path / "c.json")), tracker=ByLevel())
+    assert ids(model.track(frames)) == [[1]] * 8
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ({"class": "a", "points": [[1, 1]], "frame": -1}, "frame must be a whole number from 0"),
+        ({"class": "a", "points": [[1, 1]], "object": 0}, "object must be a whole number from 1"),
+        ({"class": "a", "mask": np.zeros((3, 3))}, "mask must be an array"),
+    ],
+)
+def test_wrong_clicks_name_their_entry(entry, says):
+    with pytest.raises(ConfigError, match=says):
+        Clicks([entry])
+
+
+def test_without_tracker_or_words_it_says_so():
+    with pytest.raises(ConfigError, match="choose a tracker"):
+        next(Pipeline(Levels()).track(film(2), TEXT))
+    with pytest.raises(ConfigError, match="text is missing"):
+        Pipeline(Levels(), tracker=ByLevel()).track(film(2))
+    with pytest.raises(ConfigError, match="no such video"):
+        Pipeline(Levels(), tracker=ByLevel()).track("nowhere.mp4", TEXT)
+    with pytest.raises(ImageError):
+        next(Pipeline(Levels(), tracker=ByLevel()).track(["nowhere.png"], TEXT))
+
+
+def test_a_tracker_is_built_only_when_a_video_comes():
+    built = []
+    model = Pipeline(Levels(), tracker=lambda: built.append(1) or ByLevel())
+    model.segment(film(1, (50, range(1), 2))[0], TEXT)
+    assert not built
+    list(model.track(film(2), TEXT))
+    assert built == [1]

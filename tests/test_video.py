@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import http.server
+import itertools
 import threading
 
 import av
@@ -100,7 +101,7 @@ def test_every_codec_and_damage(data, name):
     assert says is not None or len(frames) == least
     assert {frame.size_hw for frame in frames} == {size}
     times = [frame.time_s for frame in frames]
-    assert times[0] == 0 and all(a < b for a, b in zip(times, times[1:], strict=False))
+    assert times[0] == 0 and all(a < b for a, b in itertools.pairwise(times))
     assert (says is None) == (not video.skipped)
     if says:
         assert says in video.skipped[0].reason
@@ -262,6 +263,7 @@ def test_sound_is_kept_from_the_first_frame_to_the_last(loud, tmp_path):
 
 def test_the_annotated_video_of_a_run_has_the_length_and_sound_of_its_source(loud, tmp_path):
     from fakes import Halves
+
     from grounded_sam import Pipeline, Vocabulary
     from grounded_sam.sinks.overlay import Overlay
 

@@ -85,7 +85,7 @@ class Memory:
     logits: Tensor | None = None  # (1, 1, 4h, 4w) of the frame just run, if it was propagated to
 
     def prune(self, frame: int, features: int, pointers: int, prompts: int) -> None:
-        """Drop what a later frame than `frame` cannot reach; of the prompts keep the first and the latest."""
+        """Drop what `frame` and later ones cannot reach; of the prompts keep the first and the latest."""
         for old in [f for f in self.features if f <= frame - features]:
             del self.features[old]
         for old in [f for f in self.pointers if f <= frame - pointers]:
@@ -156,9 +156,6 @@ class Sam2Session:
                     memory.features[self.frame] = kept[k : k + 1]
                     memory.pointers[self.frame] = pointers[k : k + 1]
                     memory.logits = low[k : k + 1]
-                    memory.prune(
-                        self.frame + 1, self.model.num_maskmem, self.model.max_obj_ptrs_in_encoder, self.max_prompts
-                    )
                 parts.append(self._out(ids, low, score, ious.max(1).values))
         numbers, masks, there, scores = (np.concatenate(column) for column in zip(*parts, strict=True))
         order = {tracker_id: n for n, tracker_id in enumerate(self.memories)}
@@ -195,9 +192,6 @@ class Sam2Session:
                 memory.features.pop(self.frame, None)
                 memory.pointers.pop(self.frame, None)
                 memory.prompted[self.frame] = (kept, pointer)
-                memory.prune(
-                    self.frame + 1, self.model.num_maskmem, self.model.max_obj_ptrs_in_encoder, self.max_prompts
-                )
                 _, drawn, sure, best = self._out([tracker_id], low, score, iou.max(1).values)
                 masks.append(drawn[0] if mask is None else mask)
                 there.append(sure[0])
@@ -212,13 +206,14 @@ class Sam2Session:
     def close(self) -> None:
         """Let go of everything."""
         self.memories.clear()
-        self._maps = self._image = self._current = None
+        self._maps = self._image = self._current = self._place = None
 
     def _alike(self) -> Iterator[list[int]]:
         """Ids in chunks that can go through the model as one batch: with as many memories and pointers."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for tracker_id, memory in self.memories.items():
             memory.logits = None
+            memory.prune(self.frame, self.model.num_maskmem, self.model.max_obj_ptrs_in_encoder, self.max_prompts)
             key = (len(memory.prompted), len(memory.features), len(memory.pointers))
             groups.setdefault(key, []).append(tracker_id)
         for ids in groups.values():

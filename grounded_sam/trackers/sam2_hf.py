@@ -161,7 +161,7 @@ def load_model(checkpoint: str) -> Any:
         )
 
     model = cached_or_fetched(folder, fetch)
-    if not hasattr(model, "_batch_encode_memories"):
+    if not hasattr(model, "_encode_new_memory"):
         raise CheckpointError(
             f"{checkpoint} is a {type(model).__name__}, which does not track; expected SAM 2 or EdgeTAM for video"
         )
@@ -218,11 +218,12 @@ class Sam2HfSession:
         outs, scores = {}, []
         with torch.inference_mode():
             for tracker_id in self.ids:
+                self._prune(tracker_id)
                 outs[tracker_id] = self._run(tracker_id, is_init_cond_frame=False)
                 self._logits[tracker_id] = outs[tracker_id]["pred_masks"]
                 scores.append(float(self._iou.max()))
             for tracker_id, out in outs.items():
-                self._memorise(tracker_id, out, out["high_res_masks"], prompted=False)
+                self._memorise(tracker_id, out, prompted=False)
             masks, there = self._out(list(outs.values()))
         return tracked(np.array(self.ids, np.int64), masks, there, np.array(scores))
 
@@ -231,8 +232,7 @@ class Sam2HfSession:
         import torch
 
         assert found.tracker_id is not None
-        side = self.model.image_size
-        side = side if isinstance(side, int) else side[0]
+        side = self._side()
         outs, scores, given = [], [], []
         with torch.inference_mode():
             for i, tracker_id in enumerate(found.tracker_id.tolist()):
@@ -264,9 +264,7 @@ class Sam2HfSession:
                     )
                     self._logits[tracker_id] = out["pred_masks"]
                     score = float(self._iou.max())
-                # As upstream: the memory of a prompt is made from the mask at low resolution.
-                full = torch.nn.functional.interpolate(out["pred_masks"], (side, side), mode="bilinear")
-                self._memorise(tracker_id, out, full, prompted=True)
+                self._memorise(tracker_id, out, prompted=True)
                 outs.append(out)
                 scores.append(score)
                 given.append(mask)
@@ -289,16 +287,20 @@ class Sam2HfSession:
         self.state.reset_inference_session()
         self.state.processed_frames = {}
         self._logits.clear()
-        self._image = None
+        self._image = self._place = self._iou = None
+
+    def _side(self) -> int:
+        side = self.model.image_size
+        return int(side if isinstance(side, int) else side[0])
 
     def _run(self, tracker_id: int, is_init_cond_frame: bool, **prompts: Any) -> dict[str, Tensor]:
         """One object through the current frame, whose image is encoded the first time only."""
         if self.frame not in self.state.processed_frames:
             assert self._image is not None
-            side = self.model.image_size
-            pixels = to_pixels(self._image, side if isinstance(side, int) else side[0], self.model.device)
-            self.state.add_new_frame(pixels, self.frame)
+            self.state.add_new_frame(to_pixels(self._image, self._side(), self.model.device), self.frame)
         arguments: dict[str, Any] = {"point_inputs": None, "mask_inputs": None, **prompts}
+        if hasattr(self.model, "spatial_perceiver"):  # EdgeTAM would encode the memory itself
+            arguments["run_mem_encoder"] = False
         out: dict[str, Tensor] = self.model._run_single_frame_inference(
             inference_session=self.state,
             obj_idx=tracker_id,
@@ -324,31 +326,32 @@ class Sam2HfSession:
         finally:
             del self.model._single_frame_forward
 
-    def _memorise(self, tracker_id: int, out: dict[str, Tensor], full: Tensor, prompted: bool) -> None:
-        """Store the frame's memory of one object, and drop what a later frame cannot reach."""
-        kept = {"object_pointer": out["object_pointer"]}
-        self.state.store_output(tracker_id, self.frame, output_value=kept, is_conditioning_frame=prompted)
-        # One object a call: transformers binarises all masks of a call if one of them was prompted.
-        self.model._batch_encode_memories(
-            inference_session=self.state,
-            frame_idx=self.frame,
-            objects_needing_memory_encoding=[tracker_id],
-            high_res_masks_for_memory=[full],
-            object_score_logits_for_memory=[out["object_score_logits"]],
-            is_mask_from_pts_per_obj=[prompted],
+    def _memorise(self, tracker_id: int, out: dict[str, Tensor], prompted: bool) -> None:
+        """Store the frame's memory of one object, made from its mask at low resolution as sam2 does it."""
+        import torch
+
+        side = self._side()
+        full = torch.nn.functional.interpolate(out["pred_masks"], (side, side), mode="bilinear")
+        features, place = self.model._encode_new_memory(
+            current_vision_feats=self.state.cache.get_vision_features(self.frame)["vision_feats"][-1],
+            pred_masks_high_res=full,
+            object_score_logits=out["object_score_logits"],
+            is_mask_from_pts=prompted,
         )
+        if self._place is None or hasattr(self.model, "spatial_perceiver"):
+            self._place = place  # without a perceiver it is the same for all frames
+        kept = {"object_pointer": out["object_pointer"], "maskmem_features": features, "maskmem_pos_enc": self._place}
+        self.state.store_output(tracker_id, self.frame, output_value=kept, is_conditioning_frame=prompted)
+
+    def _prune(self, tracker_id: int) -> None:
+        """Drop what this frame and later ones cannot reach; of the prompts keep the first and the latest."""
         memory = self.state.output_dict_per_obj[tracker_id]
-        stored = memory["cond_frame_outputs" if prompted else "non_cond_frame_outputs"][self.frame]
-        if self._place is None:
-            self._place = stored["maskmem_pos_enc"]
-        stored["maskmem_pos_enc"] = self._place  # the same for all frames
-        now, recent = self.frame + 1, memory["non_cond_frame_outputs"]
+        recent, prompts = memory["non_cond_frame_outputs"], memory["cond_frame_outputs"]
         for frame in list(recent):
-            if frame <= now - self.model.config.max_object_pointers_in_encoder:
+            if frame <= self.frame - self.model.config.max_object_pointers_in_encoder:
                 del recent[frame]
-            elif frame <= now - self.model.num_maskmem:
+            elif frame <= self.frame - self.model.num_maskmem:
                 recent[frame].pop("maskmem_features", None)
-        prompts = memory["cond_frame_outputs"]
         while len(prompts) > self.max_prompts:
             del prompts[sorted(prompts)[1 if self.max_prompts > 1 else 0]]
 

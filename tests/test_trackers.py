@@ -1,0 +1,296 @@
+"""SAM 2's session against its authors' `SAM2VideoPredictor`, on the embedded weights and a real video."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import numpy as np
+import pytest
+import supervision as sv
+import torch
+from PIL import Image
+
+from grounded_sam import CheckpointError, ConfigError, load
+from grounded_sam.detections import mask_boxes
+from grounded_sam.segmenters.sam2 import Sam2
+from grounded_sam.shapes.scenes import make_clip
+from grounded_sam.trackers.sam2 import Sam2Tracker
+from grounded_sam.trackers.sam2_hf import Sam2HfTracker
+
+KINDS = [Sam2Tracker, Sam2HfTracker]
+
+
+@pytest.fixture(scope="module")
+def trackers():
+    return {kind: kind(checkpoint="builtin:shapes", device="cpu") for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    """40 frames with three objects as a folder of JPEGs, which sam2 reads, and their masks in frame 0."""
+    folder = tmp_path_factory.mktemp("frames")
+    for seed in range(100):
+        scenes = make_clip(np.random.default_rng([5, seed]), 40, count=4, size_hw=(180, 260))
+        if len(scenes[0].ids) >= 3 and min(m.sum() for m in scenes[0].masks[:3]) > 400:
+            break
+    frames = []
+    for t, scene in enumerate(scenes):
+        Image.fromarray(scene.image).save(folder / f"{t:05d}.jpg", quality=95)
+        frames.append(np.asarray(Image.open(folder / f"{t:05d}.jpg")))
+    return folder, frames, list(scenes[0].masks[:3])
+
+
+def upstream(model, folder, prompts, **flags):
+    """Masks `{frame: {id: mask}}` of sam2's own predictor; `prompts` are calls on it in order of frames."""
+    from sam2.sam2_video_predictor import SAM2VideoPredictor
+
+    predictor = copy.copy(model)
+    predictor.__class__ = SAM2VideoPredictor
+    defaults = {"fill_hole_area": 0, "non_overlap_masks": False, "clear_non_cond_mem_around_input": False}
+    for name, value in (defaults | {"add_all_frames_to_correct_as_cond": True} | flags).items():
+        setattr(predictor, name, value)
+    out = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        state = predictor.init_state(str(folder))
+        steps = sorted({frame for frame, _, _ in prompts})
+        for begin, end in zip(steps, [*steps[1:], None], strict=True):
+            for frame, method, arguments in prompts:
+                if frame == begin:
+                    getattr(predictor, method)(state, frame_idx=frame, **arguments)
+            count = None if end is None else end - begin
+            for frame, ids, logits in predictor.propagate_in_video(state, begin, count):
+                out[frame] = {i: (logits[k, 0] > 0).numpy() for k, i in enumerate(ids)}
+    return out
+
+
+def masked(masks, ids=None) -> sv.Detections:
+    masks = np.array(masks)
+    ids = range(1, len(masks) + 1) if ids is None else ids
+    return sv.Detections(xyxy=mask_boxes(masks), mask=masks, tracker_id=np.array(list(ids)))
+
+
+def clicked(tracker_id, points, labels=None, box=None) -> sv.Detections:
+    """A click or box as the `clicks` detector gives it."""
+    column = {key: np.full(1, None, object) for key in ("points", "labels", "prompt_mask")}
+    if points is not None:
+        column["points"][0], column["labels"][0] = np.array(points, np.float32), np.array(labels)
+    given = [0, 0, 1, 1] if box is None else box
+    data = {**column, "prompt_box": np.array([box is not None])}
+    return sv.Detections(xyxy=np.array([given], float), tracker_id=np.array([tracker_id]), data=data)
+
+
+def follow(tracker, frames, prompts):
+    """Our masks `{frame: {id: mask}}`; `prompts` is `{frame: detections}`."""
+    session = tracker.open(frames[0].shape[:2])
+    out = {}
+    for t, frame in enumerate(frames):
+        seen = session.step(frame)
+        out[t] = dict(zip(seen.tracker_id.tolist(), seen.mask, strict=True))
+        if t in prompts:
+            new = session.prompt(prompts[t])
+            out[t] |= dict(zip(new.tracker_id.tolist(), new.mask, strict=True))
+    session.close()
+    return out
+
+
+def overlap(ours, theirs, frames):
+    """IoU of each frame and id, where one has a mask."""
+    values = []
+    for t in frames:
+        for i, want in theirs[t].items():
+            got = ours[t].get(i, np.zeros_like(want))
+            union = (got | want).sum()
+            values.append((got & want).sum() / union if union else 1.0)
+    return np.array(values)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_to_the_authors_predictor_on_a_real_video(trackers, data, kind):
+    folder = data / "vos" / "JPEGImages" / "480p" / "blackswan"
+    frames = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.glob("*.jpg"))]
+    swan = np.asarray(Image.open(data / "vos" / "Annotations" / "480p" / "blackswan" / "00000.png")) > 127
+    theirs = upstream(trackers[Sam2Tracker].model, folder, [(0, "add_new_mask", {"obj_id": 1, "mask": swan})])
+    ours = follow(trackers[kind], frames, {0: masked([swan])})
+    values = overlap(ours, theirs, range(50))
+    assert len(values) == 50 and sum(mask[1].any() for mask in theirs.values()) > 10
+    assert values.mean() >= 0.999
+    assert values[1:].min() >= 0.999  # on frame 0 ours is the mask that was given
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_with_several_objects_boxes_clicks_and_corrections(trackers, clip, kind):
+    folder, frames, masks = clip
+    box = mask_boxes(np.array(masks))[1]
+    rows, columns = np.nonzero(masks[2])
+    middle = [int(columns.mean()), int(rows.mean())]
+    beside = [5, 5]
+    prompts = [
+        (0, "add_new_mask", {"obj_id": 1, "mask": masks[0]}),
+        (0, "add_new_points_or_box", {"obj_id": 2, "box": box}),
+        (0, "add_new_points_or_box", {"obj_id": 3, "points": [middle, beside], "labels": [1, 0]}),
+        (12, "add_new_points_or_box", {"obj_id": 3, "points": [middle], "labels": [1]}),
+    ]
+    theirs = upstream(trackers[Sam2Tracker].model, folder, prompts)
+    session = trackers[kind].open(frames[0].shape[:2])
+    ours = {}
+    for t, frame in enumerate(frames):
+        seen = session.step(frame)
+        ours[t] = dict(zip(seen.tracker_id.tolist(), seen.mask, strict=True))
+        given = {
+            0: [masked(masks[:1]), clicked(2, None, box=box), clicked(3, [middle, beside], [1, 0])],
+            12: [clicked(3, [middle], [1])],
+        }.get(t, [])
+        for prompt in given:
+            new = session.prompt(prompt)
+            ours[t] |= dict(zip(new.tracker_id.tolist(), new.mask, strict=True))
+    assert overlap(ours, theirs, range(1, 40)).min() >= 0.999
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_adding_and_removing_objects_touches_no_other(trackers, clip, kind):
+    _, frames, masks = clip
+    alone = follow(trackers[kind], frames, {0: masked(masks[:2])})
+    session = trackers[kind].open(frames[0].shape[:2])
+    worst = 1.0
+    for t, frame in enumerate(frames):
+        seen = session.step(frame)
+        if t == 0:
+            session.prompt(masked(masks[:2]))
+            continue
+        if t == 30:
+            session.prompt(masked([masks[2]], [9]))
+        if t == 35:
+            session.remove(1)
+        ids = seen.tracker_id.tolist()
+        assert (9 in ids) <= (t > 30) and (1 in ids) <= (t <= 35)
+        for i, mask in zip(ids, seen.mask, strict=True):
+            if i != 9:
+                want = alone[t][i]
+                worst = min(worst, (mask & want).sum() / (mask | want).sum())
+    assert worst > 0.999
+
+
+def held(session) -> int:
+    """Bytes of tensors that a session holds."""
+    seen = {}
+
+    def walk(thing, depth=0):
+        if isinstance(thing, torch.Tensor):
+            seen[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+        elif isinstance(thing, dict):
+            for value in thing.values():
+                walk(value, depth)
+        elif isinstance(thing, list | tuple):
+            for value in thing:
+                walk(value, depth)
+        elif hasattr(thing, "__dict__") and depth < 3 and not isinstance(thing, torch.nn.Module):
+            walk(vars(thing), depth + 1)
+
+    walk({key: value for key, value in vars(session).items() if key not in ("model", "segmenter", "_hook")})
+    return sum(seen.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_session_holds_does_not_grow(trackers, clip, kind):
+    _, frames, masks = clip
+    session = trackers[kind].open(frames[0].shape[:2])
+    sizes = []
+    for t in range(60):
+        session.step(frames[t % 40])
+        if t % 10 == 0:  # prompted again and again
+            session.prompt(masked(masks))
+        sizes.append(held(session))
+    assert sizes[55] > 0 and sizes[59] <= 1.02 * sizes[49] and sizes[49] <= 1.02 * sizes[39]
+    session.close()
+    assert held(session) == 0
+
+
+def test_a_batch_of_objects_gives_what_one_at_a_time_gives(trackers, clip):
+    """CUDA takes objects in batches; here the same code runs on the CPU."""
+    _, frames, masks = clip
+    one = follow(trackers[Sam2Tracker], frames[:25], {0: masked(masks[:2]), 6: masked([masks[2]], [3])})
+    batched = copy.copy(trackers[Sam2Tracker])
+    batched.chunk = 2
+    many = follow(batched, frames[:25], {0: masked(masks[:2]), 6: masked([masks[2]], [3])})
+    assert overlap(many, one, range(25)).min() > 0.999
+
+
+def test_the_image_encoder_runs_once_a_frame_shared_by_segmenter_and_tracker(clip):
+    _, frames, _ = clip
+    model = load("select.score=0.2", "track.redetect_every=3", preset="shapes")
+    passes = []
+    hook = model.segmenter.model.image_encoder.register_forward_hook(lambda *_: passes.append(1))
+    assert model.tracker.model is model.segmenter.model
+    names = ["red shape", "green shape", "blue shape", "yellow shape", "purple shape", "orange shape"]
+    found = [len(result.detections) for result in model.track(frames[:10], names)]
+    hook.remove()
+    assert sum(found) and len(passes) == 10
+    empty = list(model.track([np.full((90, 90, 3), 128, np.uint8)] * 5, ["green star"]))
+    assert not sum(len(result.detections) for result in empty)
+
+
+def test_masks_of_a_keyframe_are_the_segmenters(clip):
+    """On shared features, which differ from those of a still by the way frames are scaled."""
+    _, frames, masks = clip
+    segmenter = Sam2("builtin:shapes", device="cpu")
+    session = Sam2Tracker(segmenter, "builtin:shapes", device="cpu").open(frames[0].shape[:2])
+    boxes = sv.Detections(xyxy=mask_boxes(np.array(masks)), confidence=np.ones(3), class_id=np.zeros(3, int))
+    shared, own = session.segmenter.segment(frames[0], boxes), segmenter.segment(frames[0], boxes)
+    for a, b in zip(shared.mask, own.mask, strict=True):
+        assert (a & b).sum() / (a | b).sum() > 0.95
+
+
+def test_another_model_is_not_shared():
+    segmenter = Sam2("builtin:shapes", device="cpu")
+    assert Sam2Tracker(segmenter, "builtin:shapes", device="cpu").model is segmenter.model
+    assert Sam2Tracker(None, "builtin:shapes", device="cpu").shared is None
+
+
+def test_box_prompts_on_request(trackers, clip):
+    _, frames, masks = clip
+    tracker = copy.copy(trackers[Sam2Tracker])
+    tracker.prompt = "box"
+    session = tracker.open(frames[0].shape[:2])
+    session.step(frames[0])
+    drawn = session.prompt(masked(masks[:1])).mask[0]
+    assert 0.5 < (drawn & masks[0]).sum() / (drawn | masks[0]).sum() < 1
+
+
+def test_edgetam_runs_with_the_same_bounded_session(tmp_path, clip):
+    """A random EdgeTAM: its memories are of another kind, the session is the same."""
+    from transformers import EdgeTamVideoConfig, EdgeTamVideoModel
+
+    torch.manual_seed(0)
+    EdgeTamVideoModel(EdgeTamVideoConfig()).save_pretrained(tmp_path)
+    _, frames, masks = clip
+    session = Sam2HfTracker(checkpoint=str(tmp_path), device="cpu").open(frames[0].shape[:2])
+    session.step(frames[0])
+    assert session.prompt(masked(masks[:1])).tracker_id.tolist() == [1]
+    sizes = []
+    for t in range(1, 4):
+        session.step(frames[t])
+        sizes.append(held(session))
+    assert len(session.state.output_dict_per_obj[1]["non_cond_frame_outputs"]) == 3
+
+
+def test_what_does_not_track_is_refused(tmp_path):
+    from transformers import BertConfig, BertModel
+
+    BertModel(
+        BertConfig(hidden_size=12, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    ).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="does not track"):
+        Sam2HfTracker(checkpoint=str(tmp_path))
+    for keys, says in (({"prompt": "word"}, "tracker.prompt"), ({"max_prompts": 0}, "tracker.max_prompts")):
+        for kind in KINDS:
+            with pytest.raises(ConfigError, match=says):
+                kind(checkpoint="builtin:shapes", **keys)
+
+
+def test_a_frame_of_another_size_is_an_error(trackers, clip):
+    _, frames, _ = clip
+    for tracker in trackers.values():
+        with pytest.raises(ValueError, match="expected a frame of 260x180"):
+            tracker.open((180, 260)).step(frames[0][:90])

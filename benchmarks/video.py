@@ -1,0 +1,232 @@
+"""Tracking through this package's session, sam2's `propagate_in_video` and transformers' streaming session.
+
+    python benchmarks/video.py speed  --weights random --objects 1 4 8    seconds a frame and peak memory
+    python benchmarks/video.py memory --weights shapes --frames 2000      resident memory as frames go by
+
+All three run on the same weights and frames, each in a process of its own, in turns. `--weights random` is
+SAM 2.1 hiera-tiny at real size, `shapes` the small model of the package. `speed` fills the memory bank
+first, and then times `--timed` frames. `memory` gives what is resident after 200 and after `--frames`
+frames for the package's session, and after 200 and 400 for the others, which keep every frame.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SIZE_HW = (480, 854)
+
+
+def frames(count: int) -> Iterator[np.ndarray]:
+    """A loop of 60 frames of moving shapes at DAVIS's size."""
+    from grounded_sam.shapes.scenes import make_clip
+
+    clip = [s.image for s in make_clip(np.random.default_rng(1), 60, count=4, size_hw=SIZE_HW)]
+    for t in range(count):
+        yield clip[min(t % 118, 118 - t % 118)]
+
+
+def prompts(objects: int) -> np.ndarray:
+    """Masks of the objects on the first frame: squares side by side."""
+    masks = np.zeros((objects, *SIZE_HW), bool)
+    for i, mask in enumerate(masks):
+        mask[60 + 200 * (i % 2) : 200 + 200 * (i % 2), 20 + 100 * i : 110 + 100 * i] = True
+    return masks
+
+
+def model_of(weights: str) -> tuple[Any, Path]:
+    """A `SAM2Base` and the YAML of its architecture."""
+    import sam2
+    import torch
+    from omegaconf import OmegaConf
+
+    from grounded_sam.checkpoints import BUILTIN
+    from grounded_sam.segmenters.sam2 import Sam2
+    from grounded_sam.trackers.sam2 import Sam2Tracker
+
+    if weights == "shapes":
+        return Sam2Tracker(checkpoint="builtin:shapes", device="cpu").model, BUILTIN.parent / "sam2.yaml"
+    architecture = Path(sam2.__file__).parent / "configs" / "sam2.1" / "sam2.1_hiera_t.yaml"
+    path = Path(tempfile.gettempdir()) / "grounded_sam-random-hiera-tiny.pt"
+    if not path.exists():
+        from hydra.utils import instantiate
+
+        torch.manual_seed(0)
+        torch.save(instantiate(OmegaConf.load(architecture).model).state_dict(), path)
+    model = Sam2(str(path), device="cpu").model
+    model.binarize_mask_from_pts_for_mem_enc = True
+    return model, architecture
+
+
+def resident() -> float:
+    """MiB of this process that are in memory."""
+    import os
+
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+
+def ours(weights: str, objects: int, count: int) -> Iterator[None]:
+    import supervision as sv
+
+    from grounded_sam.detections import mask_boxes
+    from grounded_sam.trackers.sam2 import Sam2Session, Sam2Tracker
+
+    tracker = Sam2Tracker.__new__(Sam2Tracker)
+    tracker.model, _ = model_of(weights)
+    tracker.shared, tracker.prompt, tracker.chunk, tracker.max_prompts = None, "mask", 1, 4
+    session = Sam2Session(tracker, SIZE_HW)
+    masks = prompts(objects)
+    for t, image in enumerate(frames(count)):
+        session.step(image)
+        if t == 0:
+            ids = np.arange(1, objects + 1)
+            session.prompt(sv.Detections(xyxy=mask_boxes(masks), mask=masks, tracker_id=ids))
+        yield
+
+
+def sam2(weights: str, objects: int, count: int) -> Iterator[None]:
+    from PIL import Image
+    from sam2.sam2_video_predictor import SAM2VideoPredictor
+
+    predictor, _ = model_of(weights)
+    predictor.__class__ = SAM2VideoPredictor
+    predictor.fill_hole_area, predictor.non_overlap_masks = 0, False
+    predictor.clear_non_cond_mem_around_input = predictor.add_all_frames_to_correct_as_cond = False
+    with tempfile.TemporaryDirectory() as folder:
+        for t, image in enumerate(frames(count)):
+            Image.fromarray(image).save(f"{folder}/{t:05d}.jpg", quality=95)
+        state = predictor.init_state(folder)
+    for i, mask in enumerate(prompts(objects)):
+        predictor.add_new_mask(state, 0, i + 1, mask)
+    for _, _, logits in predictor.propagate_in_video(state):
+        (logits > 0).numpy()
+        yield
+
+
+def transformers(weights: str, objects: int, count: int) -> Iterator[None]:
+    import torch
+    from transformers import Sam2VideoModel, Sam2VideoProcessor, Sam2VideoVideoProcessor
+    from transformers.models.sam2 import Sam2ImageProcessor
+
+    from grounded_sam.trackers.sam2_hf import config_of, rename
+
+    base, architecture = model_of(weights)
+    model = Sam2VideoModel(config_of(architecture))
+    model.load_state_dict(rename(base.state_dict()))
+    model.eval()
+    del base
+    side = model.config.image_size
+    size, low = {"height": side, "width": side}, {"height": side // 4, "width": side // 4}
+    processor = Sam2VideoProcessor(
+        Sam2ImageProcessor(size=size, mask_size=low), Sam2VideoVideoProcessor(size=size), target_size=side
+    )
+    session = processor.init_video_session(inference_device="cpu", dtype=torch.float32)
+    with torch.inference_mode():
+        for t, image in enumerate(frames(count)):
+            inputs = processor(images=image, return_tensors="pt")
+            if t == 0:
+                processor.add_inputs_to_inference_session(
+                    inference_session=session,
+                    frame_idx=0,
+                    obj_ids=list(range(1, objects + 1)),
+                    input_masks=list(prompts(objects)),
+                    original_size=SIZE_HW,
+                )
+            out = model(inference_session=session, frame=inputs.pixel_values[0])
+            (processor.post_process_masks([out.pred_masks], [SIZE_HW], binarize=False)[0] > 0).numpy()
+            yield
+
+
+def work(args: argparse.Namespace) -> None:
+    """One implementation in this process; a line of JSON at the end."""
+    import resource
+
+    import torch
+
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(args.threads)
+    run = {"ours": ours, "sam2": sam2, "transformers": transformers}[args.work]
+    at: dict[int, float] = {}
+    times = []
+    begin = time.perf_counter()
+    for t, _ in enumerate(run(args.weights, args.objects[0], args.frames)):
+        now = time.perf_counter()
+        times.append(now - begin)
+        begin = now
+        if t + 1 in (200, 400, args.frames):
+            at[t + 1] = resident()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps({"s": float(np.median(times[-args.timed :])), "peak": peak, "at": at}))
+
+
+def child(name: str, args: argparse.Namespace, objects: int, count: int) -> dict[str, Any]:
+    words = [args.mode, "--work", name, "--weights", args.weights, "--objects", str(objects), "--frames", str(count)]
+    words += ["--timed", str(args.timed), "--threads", str(args.threads)]
+    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(done.stderr)
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def speed(args: argparse.Namespace) -> None:
+    for objects in args.objects:
+        rows: dict[str, list[dict[str, Any]]] = {}
+        for _ in range(args.rounds):
+            for name in ("ours", "sam2", "transformers"):
+                rows.setdefault(name, []).append(child(name, args, objects, args.fill + args.timed))
+        base = min(row["s"] for row in rows["ours"])
+        for name, results in rows.items():
+            seconds, peak = min(row["s"] for row in results), max(row["peak"] for row in results)
+            line = f"{objects} objects  {name:12} {seconds:7.3f} s a frame  x{seconds / base:.2f} of ours"
+            print(f"{line}  peak {peak:,.0f} MiB", flush=True)
+
+
+def memory(args: argparse.Namespace) -> None:
+    for name, count in (
+        ("ours", args.frames),
+        ("sam2", 200),
+        ("sam2", 400),
+        ("transformers", 200),
+        ("transformers", 400),
+    ):
+        result = child(name, args, args.objects[0], count)
+        text = ", ".join(f"{mib:,.0f} MiB after {frame} frames" for frame, mib in result["at"].items())
+        values = list(result["at"].values())
+        grown = f"  ({100 * (values[-1] / values[0] - 1):+.1f}% from the first to the last)" if name == "ours" else ""
+        print(
+            f"{name:12} {count:5} frames, {args.objects[0]} objects: {text}{grown}; peak {result['peak']:,.0f} MiB",
+            flush=True,
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mode", choices=["speed", "memory"])
+    parser.add_argument("--weights", choices=["random", "shapes"], default="random")
+    parser.add_argument("--objects", type=int, nargs="+", default=[3])
+    parser.add_argument("--frames", type=int, default=2000, help="of `memory`, for the package's session")
+    parser.add_argument("--fill", type=int, default=17, help="frames of `speed` before the timed ones")
+    parser.add_argument("--timed", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--work", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work:
+        work(args)
+    else:
+        {"speed": speed, "memory": memory}[args.mode](args)
+
+
+if __name__ == "__main__":
+    main()

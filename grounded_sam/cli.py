@@ -46,7 +46,7 @@ def report(summary: Summary, output: Path) -> None:
     console = Console(stderr=False, highlight=False, soft_wrap=True)
     found = ", ".join(f"{count} {name}" for name, count in summary.objects.most_common()) or "nothing"
     begun = "interrupted after" if summary.interrupted else "looked at"
-    what = "frames" if summary.tracks else "images"
+    what = "images" if not summary.frames else "frames" if summary.frames == summary.images else "pictures and frames"
     console.print(f"{begun} {summary.images} {what}, {summary.empty} of them without any: found {found}", markup=False)
     for place in summary.places:
         console.print(f"  {place}", markup=False)

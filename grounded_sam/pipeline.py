@@ -35,6 +35,7 @@ class Summary:
     """What a run did."""
 
     images: int = 0
+    frames: int = 0  # of the images, those of videos
     empty: int = 0
     objects: Counter[str] = field(default_factory=Counter)  # in a video, tracks
     tracks: dict[tuple[str | None, int], str] = field(default_factory=dict)  # video and id to class name
@@ -330,6 +331,7 @@ class Pipeline:
                     for sink in sinks:
                         sink.write(result)
                     summary.images += 1
+                    summary.frames += result.frame.video is not None
                     names = [str(name) for name in result.detections.data.get("class_name", [])]
                     ids = result.detections.tracker_id
                     if ids is None:

@@ -11,6 +11,8 @@ import textwrap
 import time
 from pathlib import Path
 
+import av
+import numpy as np
 import pytest
 from checkpoints import grounding_dino
 from pycocotools.coco import COCO
@@ -54,12 +56,23 @@ def test_help_teaches(tmp_path):
 
 def test_the_demo_runs_from_anywhere(tmp_path):
     out = run("preset=demo", "output=here", cwd=tmp_path)
-    pictures = sorted((tmp_path / "here" / "overlay").iterdir())
-    assert len(pictures) == 4
+    assert len(list((tmp_path / "here" / "overlay").glob("*.jpg"))) == 4
     coco = COCO(tmp_path / "here" / "annotations.json")
-    assert len(coco.imgs) == 4
-    assert len(coco.anns) >= 9
-    assert "looked at 4 images" in out.stdout
+    stills = [i for i, image in coco.imgs.items() if "video" not in image]
+    assert len(stills) == 4
+    assert len(coco.getAnnIds(imgIds=stills)) >= 9
+    assert "looked at 100 pictures and frames" in out.stdout
+    with av.open(str(tmp_path / "here" / "overlay" / "clip.mp4")) as video:
+        assert sum(1 for _ in video.decode(video=0)) == 96
+        assert video.duration / 1e6 == pytest.approx(4.0, abs=0.1)
+    tracks = {}
+    for annotation in coco.anns.values():
+        if "track_id" in annotation:
+            tracks.setdefault(annotation["category_id"], {}).setdefault(annotation["track_id"], []).append(annotation)
+    names = {c["id"]: c["name"] for c in coco.dataset["categories"]}
+    # Each of the five shapes of the clip has one id for most of the frames it is in.
+    lasting = {names[c] for c, ids in tracks.items() if max(map(len, ids.values())) >= 40}
+    assert lasting >= {"red circle", "yellow triangle", "blue square", "green star", "orange ring"}
     assert str(tmp_path / "here" / "overlay") in out.stdout.replace("\n", "")
 
 
@@ -110,7 +123,11 @@ def test_clicks_and_everything_go_into_the_same_sinks(tmp_path, folder):
         (["detector=yolo"], "there is no detector=yolo; the choices are clicks, everything, grounding_dino"),
         (["text=[a]"], "input is missing"),
         (["input=nowhere.jpg", "text=[a]"], "no such file or folder: nowhere.jpg"),
-        (["input=.", "text=[a]"], "no picture in ."),
+        (["input=nowhere.mp4", "text=[a]"], "no such file or folder: nowhere.mp4"),
+        (["preset=demo", "track.redetect_every=0"], "track.redetect_every must be a whole number from 1"),
+        (["preset=demo", "tracker.prompt=word"], "tracker.prompt must be mask or box"),
+        (["preset=demo", "tracker=sort"], "there is no tracker=sort; the choices are none, sam2, sam2_hf"),
+        (["input=.", "text=[a]"], "no picture and no video in ."),
         (["input=builtin:demo", "preset=shapes"], "text is missing"),
         (["input=builtin:demo", "preset=shapes", "text=[?]"], "without letters"),
         (["input=builtin:demo", "text=[a]"], "cannot get the weights 'IDEA-Research/grounding-dino-tiny'"),
@@ -252,19 +269,28 @@ def test_all_odd_and_malformed_files_in_one_run(tmp_path, data):
         "truncated_half.jpg", "truncated_header.jpg", "zero_bytes.jpg", "text_renamed.jpg", "html_error.png",
         "png_bad_crc.png", "png_truncated.png", "bomb_header_60000x60000.png", "bomb_real_20000x15000.png",
         "zero_dim_0x10.png", "frames_mixed/14.jpg",
+        "audio_only.mp4", "random_bytes.mp4", "truncated_moov_last.mp4", "zero_bytes.mp4",
     }  # fmt: skip
-    pictures = {name for name, reason in skipped.items() if "a video" not in reason}
-    assert pictures == {f"malformed/{name}" for name in refused}
-    videos = {
-        p.relative_to(data).as_posix() for p in (data / "malformed").iterdir() if p.suffix in {".mp4", ".avi", ".webm"}
-    }
-    assert set(skipped) - pictures == videos
+    cut = {name for name, reason in skipped.items() if "cut or damaged" in reason}
+    assert cut == {"malformed/corrupt_middle.mp4", "malformed/truncated_moov_first.mp4"}
+    assert set(skipped) - cut == {f"malformed/{name}" for name in refused}
     coco = COCO(tmp_path / "out" / "annotations.json")
     names = {i["file_name"] for i in coco.imgs.values()}
     assert {"photos/truck ütf8 名前 (1).jpg", "photos/tiny_1x1.png", "malformed/jpeg_no_extension"} <= names
     wanted = {p.relative_to(data).as_posix() for p in (data / "photos").rglob("*") if p.is_file()}
     assert wanted <= names
-    assert len([f for f in (tmp_path / "out" / "overlay").rglob("*") if f.is_file()]) == len(names)
+    stills = [image for image in coco.imgs.values() if "video" not in image]
+    drawn = [f for f in (tmp_path / "out" / "overlay").rglob("*") if f.is_file()]
+    assert len([f for f in drawn if f.suffix != ".mp4"]) == len(stills)
+    seconds = {
+        "corrupt_middle.mp4": None, "hevc_10bit.mp4": 1.0, "mjpeg_6fps.avi.mp4": 1.0, "odd_427x239_yuv444.mp4": 1.0,
+        "one_frame.mp4": None, "rotation_90.mp4": 2.0, "truncated_moov_first.mp4": 27 / 24, "vfr.mp4": 1.8,
+        "vp9.webm.mp4": 1.0,
+    }  # fmt: skip
+    assert {f.name for f in drawn if f.suffix == ".mp4"} == set(seconds)
+    for name, length in seconds.items():
+        with av.open(str(tmp_path / "out" / "overlay" / "malformed" / name)) as video:
+            assert length is None or video.duration / 1e6 == pytest.approx(length, abs=0.1), name
     for annotation in coco.anns.values():
         image = coco.imgs[annotation["image_id"]]
         assert coco.annToMask(annotation).shape == (image["height"], image["width"])
@@ -291,3 +317,76 @@ def test_random_weights_of_real_size_name_only_the_classes_asked_for(tmp_path, p
     assert 0 < len(coco.anns) <= 20
     assert [c["name"] for c in coco.loadCats(coco.getCatIds())] == classes
     assert all("segmentation" in a and "mask_score" in a for a in coco.anns.values())
+
+
+def test_a_folder_of_frames_as_a_video_in_every_format(tmp_path, data):
+    """Read back by the tools of the formats: pycocotools, Pillow, and plain JSON."""
+    from PIL import Image
+
+    frames = data / "vos" / "JPEGImages" / "480p" / "blackswan"
+    run(
+        "preset=shapes",
+        "source=video",
+        f"input={frames}",
+        "source.stop=12",
+        "source.max_side=320",
+        "text=[black shape, red shape]",
+        "select.score=0.05",
+        "track.max_objects=3",
+        "sink=[coco,jsonl,youtube_vis,masks]",
+        "sink.masks.mode=davis",
+        "output=out",
+        cwd=tmp_path,
+    )
+    coco = COCO(tmp_path / "out" / "annotations.json")
+    assert [image["file_name"] for image in coco.imgs.values()] == [f"{i:05d}.jpg" for i in range(12)]
+    assert {image["video"] for image in coco.imgs.values()} == {"blackswan"}
+    lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
+    assert [line["frame"] for line in lines] == list(range(12))
+    vis = json.loads((tmp_path / "out" / "youtube_vis.json").read_text())
+    assert vis["videos"][0]["length"] == 12 and len(vis["videos"][0]["file_names"]) == 12
+    assert coco.anns and {a["track_id"] for a in coco.anns.values()} == {a["track_id"] for a in vis["annotations"]}
+    for i, image in coco.imgs.items():
+        annotations = coco.loadAnns(coco.getAnnIds(imgIds=i))
+        ids = Image.open(tmp_path / "out" / "masks" / f"{i - 1:05d}.png")
+        assert ids.mode == "P" and ids.size == (image["width"], image["height"]) == (320, 180)
+        values = np.asarray(ids)
+        assert set(np.unique(values)) - {0} <= {a["track_id"] for a in annotations}
+        for annotation in annotations:
+            mask = coco.annToMask(annotation).astype(bool)
+            assert not (values[~mask] == annotation["track_id"]).any()
+            track = next(a for a in vis["annotations"] if a["track_id"] == annotation["track_id"])
+            assert track["segmentations"][i - 1] == annotation["segmentation"]
+            assert track["bboxes"][i - 1] == pytest.approx(annotation["bbox"])
+            assert track["category_id"] == annotation["category_id"]
+        assert [(o["track_id"], o["segmentation"]) for o in lines[i - 1]["objects"]] == [
+            (a["track_id"], a["segmentation"]) for a in annotations
+        ]
+
+
+def test_trackers_and_clicks_from_the_command_line(tmp_path):
+    entry = "{class: thing, points: [[60, 75]], object: 5}"
+    run(
+        "preset=[demo]", "detector=clicks", f"detector.prompts=[{entry}]", "text=null", "tracker=sam2_hf",
+        "input=clip.mp4", "source.stop=4", "output=out", "sink=coco",
+        cwd=example(tmp_path),
+    )  # fmt: skip
+    coco = COCO(tmp_path / "out" / "annotations.json")
+    assert [a["track_id"] for a in coco.anns.values()] == [5] * 4
+    run(
+        "preset=demo", "tracker=none", "input=clip.mp4", "source.stop=2", "output=none", "sink=coco",
+        cwd=example(tmp_path),
+    )  # fmt: skip
+    assert not any("track_id" in a for a in COCO(tmp_path / "none" / "annotations.json").anns.values())
+    said = complaint(
+        "preset=demo", "tracker=none", "input=clip.mp4", "source.stop=2", "output=y", "sink=youtube_vis", cwd=tmp_path
+    )
+    assert "sink=youtube_vis needs tracks" in said
+
+
+def example(folder: Path) -> Path:
+    """A folder with the clip of the demo in it."""
+    from grounded_sam.checkpoints import BUILTIN
+
+    (folder / "clip.mp4").write_bytes((BUILTIN.parent / "examples" / "demo" / "clip.mp4").read_bytes())
+    return folder

@@ -65,7 +65,7 @@ def test_names_stay_apart_when_files_come_from_several_folders(tmp_path):
         (None, "input is missing"),
         ("nowhere", "no such file or folder: nowhere"),
         ("nowhere/*.jpg", "no file matches nowhere"),
-        ("clip.mp4", "is a video"),
+        ("clip.mp4", "only videos; source=auto or source=video"),
         ("empty", "no picture in empty"),
         ("builtin:nothing", "it ships builtin:demo"),
     ],

@@ -39,8 +39,8 @@ def test_frames_come_in_order_with_numbers_times_and_names(clip):
     assert len(video) == len(frames) == 20
     assert grays(frames) == [frame.index for frame in frames] == list(range(20))
     assert [frame.time_s for frame in frames] == pytest.approx([i / 10 for i in range(20)])
-    assert frames[3].name == "clip/000003"
-    assert {frame.video for frame in frames} == {"clip"}
+    assert frames[3].name == "clip.mp4/000003"
+    assert {frame.video for frame in frames} == {"clip.mp4"}
 
 
 def test_start_stop_stride_and_size(clip):
@@ -201,11 +201,11 @@ def test_pictures_and_videos_of_one_folder(clip, tmp_path):
     assert len(Auto(clip)) == 20
     assert [(frame.name, frame.video) for frame in source] == [
         ("a.png", None),
-        ("sub/b/000000", "sub/b"),
-        ("sub/b/000001", "sub/b"),
-        ("sub/b/000002", "sub/b"),
+        ("sub/b.mp4/000000", "sub/b.mp4"),
+        ("sub/b.mp4/000001", "sub/b.mp4"),
+        ("sub/b.mp4/000002", "sub/b.mp4"),
     ]
-    assert [(s.file, "not a video" in s.reason) for s in source.skipped] == [("bad", True)]
+    assert [(s.file, "not a video" in s.reason) for s in source.skipped] == [("bad.mp4", True)]
     with pytest.raises(ImageError, match="not a video"):
         list(Auto(tmp_path / "bad.mp4"))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import glob
 import os
 from functools import cache
 from pathlib import Path
@@ -16,7 +15,6 @@ from numpy.typing import NDArray
 from grounded_sam.errors import ConfigError
 from grounded_sam.sinks.files import Names, written_whole
 from grounded_sam.sinks.mp4 import Mp4
-from grounded_sam.sources.images import VIDEO_SUFFIXES
 from grounded_sam.stages import FrameResult
 from grounded_sam.vocabulary import Vocabulary
 
@@ -135,9 +133,7 @@ class Overlay:
         """The file that a video came from: `sound_from` itself, or the one of that name in it."""
         if self.sound_from is None or not os.path.isdir(self.sound_from):
             return self.sound_from
-        place = Path(self.sound_from) / video
-        beside = sorted(place.parent.glob(f"{glob.escape(place.name)}.*"))
-        return next((str(path) for path in beside if path.suffix.lower() in VIDEO_SUFFIXES), None)
+        return os.path.join(self.sound_from, video)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -57,7 +57,7 @@ class Auto:
         elif not clips:
             raise ConfigError(f"no picture and no video in {input}")
         assert root is not None
-        self.videos = [video(clip, os.path.splitext(name_of(clip, root))[0]) for clip in clips]
+        self.videos = [video(clip, name_of(clip, root)) for clip in clips]
 
     @property
     def skipped(self) -> list[Skipped]:

@@ -136,12 +136,12 @@ class Video:
         elif "://" in self.input:
             if scheme not in SCHEMES:
                 raise ConfigError(f"cannot open {self.input}: a URL must begin with {', '.join(sorted(SCHEMES))}")
-            self.name, self._open = Path(urlsplit(self.input).path).stem or "stream", self._container
+            self.name, self._open = Path(urlsplit(self.input).path).name or "stream", self._container
         elif path.is_dir() or (glob.has_magic(self.input) and not path.exists()):
             self.files = self._find(path)
             self.name, self._open = path.name if path.is_dir() else common_folder(self.files).name, self._pictures
         elif path.is_file():
-            self.input, self.name, self._open = str(path), path.stem, self._container
+            self.input, self.name, self._open = str(path), path.name, self._container
         else:
             raise ConfigError(f"no such video, folder or camera: {self.input}")
         self.name = name or self.name
@@ -262,11 +262,11 @@ class Video:
                     index += 1
             promised = int(stream.frames or 0)
             if not index:
-                self.skipped.append(Skipped(self.input, f"{self.input}: no frame can be decoded ({reason or 'empty'})"))
+                self.skipped.append(Skipped(self.name, f"{self.input}: no frame can be decoded ({reason or 'empty'})"))
             elif damaged or index < promised:
                 said = f" of the {promised} it should hold" if promised > index else ""
                 why = f" ({reason})" if reason else ""
-                self.skipped.append(Skipped(self.input, f"cut or damaged{why}; {index} frames{said} could be read"))
+                self.skipped.append(Skipped(self.name, f"cut or damaged{why}; {index} frames{said} could be read"))
 
     def _pictures(self) -> Generator[tuple[int, float, Any, str]]:
         """Frames of a folder or glob."""

@@ -331,7 +331,7 @@ def test_a_folder_of_frames_as_a_video_in_every_format(tmp_path, data):
         "source.stop=12",
         "source.max_side=320",
         "text=[black shape, red shape]",
-        "select.score=0.05",
+        "select.score=0.002",
         "track.max_objects=3",
         "sink=[coco,jsonl,youtube_vis,masks]",
         "sink.masks.mode=davis",

@@ -28,9 +28,11 @@ class Tracking:
         match_iou: least mask IoU at which a detection and a track are the same object.
         match_across: also match a detection with a track of another class; the class is then voted on.
         new_track_score: least confidence of a detection to begin a track; null takes all that `select` leaves.
-        merge_iou: mask IoU from which two tracks, of one class unless `match_across`, are the same object;
-            the younger one ends.
+        merge_iou: mask IoU from which two tracks, of one class unless `match_across`, lie on the same thing;
+            the younger one is then out of sight.
         lost_patience: frames that a track may be out of sight before it ends for good.
+        reach: how far from where it was last seen a track out of sight may be found again by a detection of its
+            class, in lengths of its own (diagonals of its box), where the tracker's memory does not find it.
         max_objects: tracks at one time; the most confident detections come first; null for any number.
         correct: prompt a track again with a matched detection that is more confident than the track and
             overlaps it by less than `correct_iou`.
@@ -49,6 +51,7 @@ class Tracking:
     new_track_score: float | None = None
     merge_iou: float = 0.7
     lost_patience: int = 30
+    reach: float = 1.0
     max_objects: int | None = None
     correct: bool = False
     correct_iou: float = 0.8
@@ -63,6 +66,8 @@ class Tracking:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise ConfigError(f"track.{key} must be a number from 0 to 1, got {value!r}")
+        if isinstance(self.reach, bool) or not isinstance(self.reach, int | float) or self.reach < 0:
+            raise ConfigError(f"track.reach must be a number from 0, got {self.reach!r}")
         for key, least in (("redetect_every", 1), ("lost_patience", 0), ("max_objects", 1), ("backward_window", 1)):
             value = getattr(self, key)
             if key == "max_objects" and value is None:
@@ -81,6 +86,9 @@ class Track:
     votes: dict[int, list[float]] = field(default_factory=dict)  # class id to confidences
     lost: int = 0
     class_id: int = -1
+    hidden: bool = False  # found to lie on something else; not shown until a detection confirms it
+    box: NDArray[np.float32] | None = None  # where it was last seen, (4,)
+    beside: set[int] = field(default_factory=set)  # tracks that lay on the same thing when it was last confirmed
 
     def vote(self, class_id: int, confidence: float) -> None:
         """Count a keyframe's word; a class holds until another one has more confidence behind it in all."""
@@ -96,11 +104,11 @@ class Track:
 
 @dataclass(frozen=True)
 class Keyframe:
-    """What a keyframe changes: objects to begin, objects to prompt again, ids that end as duplicates."""
+    """What a keyframe changes: objects to begin, objects to prompt again, and ids that lie on something else."""
 
     new: sv.Detections
     corrected: sv.Detections
-    merged: list[int]
+    hidden: list[int]
 
 
 def mask_iou(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> NDArray[np.float64]:
@@ -137,9 +145,15 @@ class Tracks:
         """A track with its first vote; one more vote if it is live."""
         self.live.setdefault(tracker_id, Track(tracker_id)).vote(class_id, confidence)
 
-    def look(self, seen: sv.Detections) -> list[int]:
-        """Count who is out of sight in this frame; ends, and returns, those for whom patience is over."""
-        here = set(_ids(seen).tolist())
+    def look(self, seen: sv.Detections) -> tuple[sv.Detections, list[int]]:
+        """Count who is out of sight in this frame, and end those for whom patience is over.
+
+        Returns:
+            What is to be shown of `seen`, and the ids that ended.
+        """
+        shown = pick(seen, [not self.live[i].hidden for i in _ids(seen).tolist()])
+        here = set(_ids(shown).tolist())
+        self._place(shown)
         over = []
         for tracker_id, track in self.live.items():
             track.lost = 0 if tracker_id in here else track.lost + 1
@@ -147,81 +161,149 @@ class Tracks:
                 over.append(tracker_id)
         for tracker_id in over:
             del self.live[tracker_id]
-        return over
+        return shown, over
 
-    def match(self, seen: sv.Detections, found: sv.Detections) -> Keyframe:
-        """Tell a keyframe's detections from the tracks seen in it, both with masks.
+    def match(self, shown: sv.Detections, found: sv.Detections, guessed: sv.Detections | None = None) -> Keyframe:
+        """Tell a keyframe's detections from the tracks, both with masks.
 
-        The Hungarian method on mask IoU pairs them. What is left over begins a track if it is confident
-        enough and lies on no track of its class.
+        Of two tracks on one thing the younger is hidden. The Hungarian method on mask IoU pairs detections
+        with tracks in sight, and those left over with tracks out of sight, where the tracker guesses them:
+        these are found again. A track without a detection that lies on one of another class has gone astray
+        and is hidden, unless the two belong together, which is so if they did when it was last confirmed.
+        A detection that is on no track of its class then begins one, if it is confident enough.
+
+        Args:
+            shown: tracks in sight.
+            found: detections.
+            guessed: where tracks out of sight would be.
         """
-        from scipy.optimize import linear_sum_assignment
-
         rules = self.settings
         assert found.class_id is not None and found.confidence is not None
-        merged = self._merge(seen)
-        here = pick(seen, [i not in merged for i in _ids(seen).tolist()] if len(seen) else [])
-        ids = _ids(here).tolist()
-        overlap = self._overlap(found, here)
-        taken: set[int] = set()
+        hidden = self._doubles(shown)
+        shown = pick(shown, [i not in hidden for i in _ids(shown).tolist()])
+        ids = _ids(shown).tolist()
+        overlap = self._overlap(found, shown)
+        owners: dict[int, int] = {}  # detection to track
         corrected, corrected_ids = [], []
-        for row, column in zip(*linear_sum_assignment(overlap, maximize=True), strict=True):
-            if overlap[row, column] < rules.match_iou:
-                continue
-            track = self.live[ids[column]]
-            confidence = float(found.confidence[row])
-            drifted = rules.correct and overlap[row, column] < rules.correct_iou and confidence > track.confidence
-            track.vote(int(found.class_id[row]), confidence)
-            taken.add(row)
-            if drifted:
+        for row, column in self._pairs(overlap, found, shown):
+            track, confidence = self.live[ids[column]], float(found.confidence[row])
+            if rules.correct and overlap[row, column] < rules.correct_iou and confidence > track.confidence:
                 corrected.append(row)
                 corrected_ids.append(track.tracker_id)
-        free = overlap.max(1, initial=0.0) < rules.match_iou
+            owners[row] = track.tracker_id
+        if guessed is not None and len(guessed):
+            rest = np.array([row for row in range(len(found)) if row not in owners], np.intp)
+            left, waiting = pick(found, rest), _ids(guessed).tolist()
+            for row, column in self._pairs(self._overlap(left, guessed), left, guessed):
+                owners[int(rest[row])] = waiting[column]
+                corrected.append(int(rest[row]))
+                corrected_ids.append(waiting[column])
+        away = [i for i in self.live if i not in owners.values() and (i not in ids or i in hidden)]
+        for row, tracker_id in self._near(found, [row for row in range(len(found)) if row not in owners], away):
+            owners[row] = tracker_id
+            corrected.append(row)
+            corrected_ids.append(tracker_id)
+        for row, tracker_id in owners.items():
+            track = self.live[tracker_id]
+            track.box = found.xyxy[row]
+            track.vote(int(found.class_id[row]), float(found.confidence[row]))
+            track.hidden, track.lost = False, 0
+        hidden = [i for i in hidden if i not in owners.values()] + self._astray(overlap, found, ids, owners)
+        free = self._alike(overlap, found, ids).max(1, initial=0.0) < rules.match_iou
         least = -1.0 if rules.new_track_score is None else rules.new_track_score
         begun, begun_ids = [], []
         for row in np.argsort(-found.confidence, kind="stable").tolist():
             if rules.max_objects is not None and len(self.live) >= rules.max_objects:
                 break
             has_mask = found.mask is None or bool(np.asarray(found.mask[row]).any())
-            if row in taken or not free[row] or not has_mask or found.confidence[row] < least:
+            if row in owners or not free[row] or not has_mask or found.confidence[row] < least:
                 continue
             tracker_id = self.fresh_id()
             self.begin(tracker_id, int(found.class_id[row]), float(found.confidence[row]))
+            self.live[tracker_id].box = found.xyxy[row]
             begun.append(row)
             begun_ids.append(tracker_id)
-        return Keyframe(_with_ids(found, begun, begun_ids), _with_ids(found, corrected, corrected_ids), merged)
+        for tracker_id in hidden:
+            self.live[tracker_id].hidden = True
+        return Keyframe(_with_ids(found, begun, begun_ids), _with_ids(found, corrected, corrected_ids), hidden)
 
-    def _overlap(self, found: sv.Detections, here: sv.Detections) -> NDArray[np.float64]:
-        """IoU of detections and tracks, `(n, m)`: of masks, or of boxes where the detections have no masks."""
-        if not len(found) or not len(here):
-            return np.zeros((len(found), len(here)))
-        if found.mask is None or here.mask is None:
-            overlap = np.asarray(sv.box_iou_batch(found.xyxy, here.xyxy), np.float64)
-        else:
-            overlap = mask_iou(np.asarray(found.mask, bool), np.asarray(here.mask, bool))
-        if self.settings.match_across:
+    def _pairs(
+        self, overlap: NDArray[np.float64], found: sv.Detections, tracks: sv.Detections
+    ) -> list[tuple[int, int]]:
+        """Detections and tracks that are the same object, as rows and columns of `overlap`."""
+        from scipy.optimize import linear_sum_assignment
+
+        alike = self._alike(overlap, found, _ids(tracks).tolist())
+        rows, columns = linear_sum_assignment(alike, maximize=True)
+        return [(int(r), int(c)) for r, c in zip(rows, columns, strict=True) if alike[r, c] >= self.settings.match_iou]
+
+    def _alike(self, overlap: NDArray[np.float64], found: sv.Detections, ids: list[int]) -> NDArray[np.float64]:
+        """IoU where detection and track may be the same by class, else 0."""
+        if self.settings.match_across or not overlap.size:
             return overlap
-        classes = np.array([self.live[i].class_id for i in _ids(here).tolist()])
+        classes = np.array([self.live[i].class_id for i in ids])
         assert found.class_id is not None
         return np.where(found.class_id[:, None] == classes[None], overlap, 0.0)
 
-    def _merge(self, seen: sv.Detections) -> list[int]:
-        """End the younger of two tracks that lie on one object; returns their ids."""
-        ids = _ids(seen).tolist()
-        if len(ids) < 2 or seen.mask is None:
+    def _place(self, shown: sv.Detections) -> None:
+        """Note where tracks are seen."""
+        for tracker_id, box in zip(_ids(shown).tolist(), shown.xyxy, strict=True):
+            self.live[tracker_id].box = box
+
+    def _near(self, found: sv.Detections, rows: list[int], away: list[int]) -> list[tuple[int, int]]:
+        """Detections and tracks out of sight that were last seen near them, nearest pairs of all."""
+        from scipy.optimize import linear_sum_assignment
+
+        far = np.full((len(rows), len(away)), 1e6)
+        for column, tracker_id in enumerate(away):
+            track = self.live[tracker_id]
+            for n, row in enumerate(rows):
+                assert found.class_id is not None
+                if track.box is None or not (self.settings.match_across or found.class_id[row] == track.class_id):
+                    continue
+                middles = [(box[:2] + box[2:]) / 2 for box in (found.xyxy[row], track.box)]
+                length = float(np.hypot(*(track.box[2:] - track.box[:2])))
+                far[n, column] = float(np.hypot(*(middles[0] - middles[1]))) / max(length, 1.0)
+        pairs = zip(*linear_sum_assignment(far), strict=True)
+        return [(rows[n], away[column]) for n, column in pairs if far[n, column] <= self.settings.reach]
+
+    def _astray(
+        self, overlap: NDArray[np.float64], found: sv.Detections, ids: list[int], owners: dict[int, int]
+    ) -> list[int]:
+        """Unconfirmed tracks that lie on a detection of another class; notes who belongs together."""
+        assert found.class_id is not None
+        confirmed, astray = set(owners.values()), []
+        for column, tracker_id in enumerate(ids):
+            track = self.live[tracker_id]
+            on = [row for row in range(len(found)) if overlap[row, column] >= self.settings.match_iou]
+            others = {owners.get(row, -1) for row in on if int(found.class_id[row]) != track.class_id}
+            if tracker_id in confirmed:
+                track.beside = others - {-1}
+            elif not self.settings.match_across and others - track.beside:
+                astray.append(tracker_id)
+        return astray
+
+    def _overlap(self, found: sv.Detections, tracks: sv.Detections) -> NDArray[np.float64]:
+        """IoU of detections and tracks, `(n, m)`: of masks, or of boxes where the detections have no masks."""
+        if not len(found) or not len(tracks):
+            return np.zeros((len(found), len(tracks)))
+        if found.mask is None or tracks.mask is None:
+            return np.asarray(sv.box_iou_batch(found.xyxy, tracks.xyxy), np.float64)
+        return mask_iou(np.asarray(found.mask, bool), np.asarray(tracks.mask, bool))
+
+    def _doubles(self, shown: sv.Detections) -> list[int]:
+        """The younger one of every two tracks that lie on one thing."""
+        ids = _ids(shown).tolist()
+        if len(ids) < 2 or shown.mask is None:
             return []
-        overlap = mask_iou(np.asarray(seen.mask, bool), np.asarray(seen.mask, bool))
-        ended: list[int] = []
+        overlap = mask_iou(np.asarray(shown.mask, bool), np.asarray(shown.mask, bool))
+        doubles: list[int] = []
         age = {tracker_id: n for n, tracker_id in enumerate(self.live)}
         for a, b in zip(*np.nonzero(np.triu(overlap >= self.settings.merge_iou, 1)), strict=True):
-            if ids[a] in ended or ids[b] in ended:
-                continue
             alike = self.live[ids[a]].class_id == self.live[ids[b]].class_id
-            if alike or self.settings.match_across:
-                ended.append(max(ids[a], ids[b], key=age.__getitem__))
-        for tracker_id in ended:
-            del self.live[tracker_id]
-        return ended
+            if (alike or self.settings.match_across) and not {ids[a], ids[b]} & set(doubles):
+                doubles.append(max(ids[a], ids[b], key=age.__getitem__))
+        return doubles
 
     def label(self, seen: sv.Detections, vocabulary: Vocabulary) -> sv.Detections:
         """Tracked masks with class, class name and confidence of their tracks, oldest track first."""

@@ -239,33 +239,38 @@ class Pipeline:
             for number, frame in enumerate(frames):
                 if session is None:
                     session = tracker.open(frame.size_hw)
-                seen = session.step(frame.image)
-                ended = tracks.look(seen)
-                begun = pick(seen, np.zeros(len(seen), bool))
+                shown, ended = tracks.look(session.step(frame.image))
+                begun = pick(shown, np.zeros(len(shown), bool))
+                for tracker_id in ended:
+                    session.remove(tracker_id)
                 if asked is not None and number % self.tracking.redetect_every == 0:
                     segmenter = getattr(session, "segmenter", None) or self.segmenter
                     boxes = self.detector.detect([frame], asked)[0]
-                    change = tracks.match(seen, self._finish(frame, boxes, asked, segmenter))
-                    ended += change.merged
-                    seen = replaced(seen, begun, change.merged)
+                    found = self._finish(frame, boxes, asked, segmenter)
+                    here = [] if shown.tracker_id is None else shown.tracker_id.tolist()
+                    away = [i for i in tracks.live if i not in here]
+                    guessed = session.guess(away) if away and hasattr(session, "guess") else None
+                    change = tracks.match(shown, found, guessed)
+                    for tracker_id in change.hidden:
+                        if hasattr(session, "forget"):
+                            session.forget(tracker_id)
+                    shown = replaced(shown, begun, change.hidden)
                     if len(change.new):
                         begun = session.prompt(change.new)
-                        seen = replaced(seen, begun)
+                        shown = replaced(shown, begun)
                     if len(change.corrected):
-                        seen = replaced(seen, session.prompt(change.corrected))
-                for tracker_id in ended:
-                    session.remove(tracker_id)
-                if clicks is not None and (here := clicks.on(frame, number)):
-                    by_hand = clicks.prompts(here, frame, vocabulary)
-                    ids = [tracks.fresh_id() if click.object is None else click.object for click in here]
+                        shown = replaced(shown, session.prompt(change.corrected))
+                if clicks is not None and (clicked := clicks.on(frame, number)):
+                    by_hand = clicks.prompts(clicked, frame, vocabulary)
+                    ids = [tracks.fresh_id() if click.object is None else click.object for click in clicked]
                     by_hand.tracker_id = np.array(ids, np.int64)
                     new = np.array([tracker_id not in tracks.live for tracker_id in ids])
                     for tracker_id, class_id in zip(ids, by_hand.class_id.tolist(), strict=True):  # type: ignore[union-attr]
                         tracks.begin(tracker_id, class_id, 1.0)
                     drawn = session.prompt(by_hand)
-                    seen = replaced(seen, drawn)
+                    shown = replaced(shown, drawn)
                     begun = replaced(begun, pick(drawn, np.isin(drawn.tracker_id, np.array(ids)[new])))  # type: ignore[arg-type]
-                yield FrameResult(frame, tracks.label(seen, vocabulary)), tracks.label(begun, vocabulary)
+                yield FrameResult(frame, tracks.label(shown, vocabulary)), tracks.label(begun, vocabulary)
         finally:
             if session is not None:
                 session.close()

@@ -78,8 +78,12 @@ class TrackSession(Protocol):
     `tracker_id`, `confidence` (of presence) and `data["mask_score"]`, no class. `prompt(found)` adds or
     corrects the objects that `found.tracker_id` names on that same frame, from `found.mask` (or boxes or
     clicks), and returns them likewise, without touching the others. What a session holds does not grow
-    with the number of frames. If it has an attribute `segmenter` that is not None, this replaces the
-    pipeline's: it works on the features that the tracker has of the frame already.
+    with the number of frames.
+
+    Three more are used if they are there. `guess(ids)` returns where objects that `step` did not see would
+    be if they were there, so that a detection can find them again. `forget(tracker_id)` drops what an object
+    left in memory since its prompts, after it was found to lie on something else. An attribute `segmenter`
+    that is not None replaces the pipeline's: it works on the features that the tracker has of the frame.
     """
 
     def step(self, image: NDArray[np.uint8]) -> sv.Detections: ...

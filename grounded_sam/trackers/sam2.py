@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -83,6 +83,7 @@ class Memory:
     features: dict[int, Tensor] = field(default_factory=dict)
     pointers: dict[int, Tensor] = field(default_factory=dict)
     logits: Tensor | None = None  # (1, 1, 4h, 4w) of the frame just run, if it was propagated to
+    guess: Tensor | None = None  # the same, also if the model holds the object to be absent
 
     def prune(self, frame: int, features: int, pointers: int, prompts: int) -> None:
         """Drop what `frame` and later ones cannot reach; of the prompts keep the first and the latest."""
@@ -111,8 +112,14 @@ class Sam2Session:
         self._image: NDArray[np.uint8] | None = None
         self._maps: dict[str, list[Tensor]] | None = None  # of the image encoder, for `_image`
         self._place: Tensor | None = None  # positional encoding of memories, (hw, 1, 64)
+        self._decoded: Any = None
+        self._hook = self.model.sam_mask_decoder.register_forward_hook(self._catch)
         #: The segmenter of the same model on this session's image features; None if it has another model.
         self.segmenter = None if tracker.shared is None else tracker.shared.over(self.maps)
+
+    def _catch(self, _module: Any, _inputs: Any, out: Any) -> None:
+        """Keep what the mask decoder gives before absent objects are blanked."""
+        self._decoded = out
 
     def maps(self, image: NDArray[np.uint8]) -> dict[str, list[Tensor]]:
         """What `SAM2Base.forward_image` gives for an image; encoded once for the image last asked for."""
@@ -156,6 +163,7 @@ class Sam2Session:
                     memory.features[self.frame] = kept[k : k + 1]
                     memory.pointers[self.frame] = pointers[k : k + 1]
                     memory.logits = low[k : k + 1]
+                    memory.guess = self._decoded[0][k : k + 1, ious[k].argmax()][:, None]
                 parts.append(self._out(ids, low, score, ious.max(1).values))
         numbers, masks, there, scores = (np.concatenate(column) for column in zip(*parts, strict=True))
         order = {tracker_id: n for n, tracker_id in enumerate(self.memories)}
@@ -199,20 +207,42 @@ class Sam2Session:
         masks_out = np.array(masks, bool).reshape(-1, *self.size_hw)
         return tracked(found.tracker_id, masks_out, np.array(there), np.array(scores))
 
+    def guess(self, ids: Sequence[int]) -> sv.Detections:
+        """Where objects that the last `step` did not see would be, if the model is wrong about their absence."""
+        import torch
+
+        known = [i for i in ids if i in self.memories and self.memories[i].guess is not None]
+        masks = np.zeros((len(known), *self.size_hw), bool)
+        for mask, tracker_id in zip(masks, known, strict=True):
+            logits = self.memories[tracker_id].guess
+            assert logits is not None
+            sized = torch.nn.functional.interpolate(logits, self.size_hw, mode="bilinear", align_corners=False)
+            mask[:] = (sized[0, 0] > 0).cpu().numpy()
+        return tracked(np.array(known, np.int64), masks, np.zeros(len(known)), np.zeros(len(known)))
+
+    def forget(self, tracker_id: int) -> None:
+        """Drop what an object left in memory since its prompts."""
+        memory = self.memories[tracker_id]
+        memory.features.clear()
+        memory.pointers.clear()
+        memory.logits = None
+
     def remove(self, tracker_id: int) -> None:
-        """Forget an object; it costs nothing any more."""
+        """Forget an object altogether; it costs nothing any more."""
         self.memories.pop(tracker_id, None)
 
     def close(self) -> None:
         """Let go of everything."""
+        self._hook.remove()
         self.memories.clear()
+        self._decoded = None
         self._maps = self._image = self._current = self._place = None
 
     def _alike(self) -> Iterator[list[int]]:
         """Ids in chunks that can go through the model as one batch: with as many memories and pointers."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for tracker_id, memory in self.memories.items():
-            memory.logits = None
+            memory.logits = memory.guess = None
             memory.prune(self.frame, self.model.num_maskmem, self.model.max_obj_ptrs_in_encoder, self.max_prompts)
             key = (len(memory.prompted), len(memory.features), len(memory.pointers))
             groups.setdefault(key, []).append(tracker_id)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -197,11 +197,12 @@ class Sam2HfSession:
         self.frame = -1
         self._logits: dict[int, Tensor] = {}  # of the current frame, of objects propagated to it
         self._place: Any = None
-        self._iou: Any = None
+        self._guesses: dict[int, Tensor] = {}  # the same, also of objects held to be absent
+        self._decoded: Any = None
         self._hook = self.model.mask_decoder.register_forward_hook(self._catch)
 
     def _catch(self, _module: Any, _inputs: Any, out: Any) -> None:
-        self._iou = out[1]
+        self._decoded = out
 
     def step(self, image: NDArray[np.uint8]) -> sv.Detections:
         """Go one frame on; see `Sam2Session.step`."""
@@ -215,13 +216,16 @@ class Sam2HfSession:
         self.state.processed_frames = {}
         self.state.cache.clear_all()
         self._logits.clear()
+        self._guesses.clear()
         outs, scores = {}, []
         with torch.inference_mode():
             for tracker_id in self.ids:
                 self._prune(tracker_id)
                 outs[tracker_id] = self._run(tracker_id, is_init_cond_frame=False)
                 self._logits[tracker_id] = outs[tracker_id]["pred_masks"]
-                scores.append(float(self._iou.max()))
+                masks_, ious = self._decoded[0], self._decoded[1]  # (1, 1, k, h, w), (1, 1, k)
+                self._guesses[tracker_id] = masks_[:, 0, ious.argmax()][:, None]
+                scores.append(float(ious.max()))
             for tracker_id, out in outs.items():
                 self._memorise(tracker_id, out, prompted=False)
             masks, there = self._out(list(outs.values()))
@@ -263,7 +267,7 @@ class Sam2HfSession:
                         prev_sam_mask_logits=None if before is None else before.clamp(-32, 32),
                     )
                     self._logits[tracker_id] = out["pred_masks"]
-                    score = float(self._iou.max())
+                    score = float(self._decoded[1].max())
                 self._memorise(tracker_id, out, prompted=True)
                 outs.append(out)
                 scores.append(score)
@@ -274,8 +278,21 @@ class Sam2HfSession:
                 masks[i] = mask
         return tracked(found.tracker_id, masks, there, np.array(scores))
 
+    def guess(self, ids: Sequence[int]) -> sv.Detections:
+        """Where objects that the last `step` did not see would be; see `Sam2Session.guess`."""
+        known = [i for i in ids if i in self._guesses]
+        masks = np.zeros((len(known), *self.size_hw), bool)
+        for mask, tracker_id in zip(masks, known, strict=True):
+            mask[:] = self._sized(self._guesses[tracker_id])
+        return tracked(np.array(known, np.int64), masks, np.zeros(len(known)), np.zeros(len(known)))
+
+    def forget(self, tracker_id: int) -> None:
+        """Drop what an object left in memory since its prompts."""
+        self.state.output_dict_per_obj[tracker_id]["non_cond_frame_outputs"].clear()
+        self._logits.pop(tracker_id, None)
+
     def remove(self, tracker_id: int) -> None:
-        """Forget an object; it costs nothing any more."""
+        """Forget an object altogether; it costs nothing any more."""
         if tracker_id in self.ids:
             self.ids.remove(tracker_id)
             del self.state.output_dict_per_obj[tracker_id]
@@ -287,7 +304,8 @@ class Sam2HfSession:
         self.state.reset_inference_session()
         self.state.processed_frames = {}
         self._logits.clear()
-        self._image = self._place = self._iou = None
+        self._guesses.clear()
+        self._image = self._place = self._decoded = None
 
     def _side(self) -> int:
         side = self.model.image_size
@@ -357,13 +375,17 @@ class Sam2HfSession:
 
     def _out(self, outs: list[dict[str, Tensor]]) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
         """Masks at the video's size and confidence of presence, one object at a time."""
-        import torch
-
         masks = np.zeros((len(outs), *self.size_hw), bool)
         for mask, out in zip(masks, outs, strict=True):
-            logits = torch.nn.functional.interpolate(out["pred_masks"], self.size_hw, mode="bilinear")
-            mask[:] = (logits[0, 0] > 0).cpu().numpy()
+            mask[:] = self._sized(out["pred_masks"])
         return masks, np.array([float(out["object_score_logits"].sigmoid()) for out in outs], np.float32)
+
+    def _sized(self, logits: Tensor) -> NDArray[np.bool_]:
+        """Logits `(1, 1, h, w)` as a mask at the video's size."""
+        import torch
+
+        sized = torch.nn.functional.interpolate(logits, self.size_hw, mode="bilinear")
+        return (sized[0, 0] > 0).cpu().numpy()  # type: ignore[no-any-return]
 
 
 class Sam2HfTracker:

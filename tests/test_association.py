@@ -122,7 +122,7 @@ def test_a_drifting_track_is_corrected_by_a_surer_detection_only_on_request():
 
 
 def test_a_detection_finds_a_lost_track_again_where_the_tracker_guesses_it():
-    tracks = Tracks(Tracking())
+    tracks = Tracks(Tracking(reach=0))
     here = begin(tracks, (square(5, 5), 0.6, 0), (square(30, 5), 0.5, 1))
     tracks.look(seen({2: here[2]}))
     back = (square(20, 25), 0.8, 0)
@@ -134,6 +134,16 @@ def test_a_detection_finds_a_lost_track_again_where_the_tracker_guesses_it():
         tracks.look(seen({2: here[2]}))
         change = tracks.match(seen({2: here[2]}), found(thing), seen({1: square(21, 25)}))
         assert not len(change.corrected) and len(change.new) == 1
+
+
+def test_a_detection_near_where_a_track_was_last_seen_finds_it_again():
+    """The square's diagonal is 17 px: 10 px away is within its reach of one length, 25 px is not."""
+    for x, class_id, again in ((15, 0, [1]), (30, 0, []), (15, 1, [])):
+        tracks = Tracks(Tracking(reach=1))
+        begin(tracks, (square(5, 5), 0.6, 0))
+        tracks.look(seen({}))
+        change = tracks.match(seen({}), found((square(x, 5), 0.8, class_id)))
+        assert change.corrected.tracker_id.tolist() == again and len(change.new) == 1 - len(again)
 
 
 def test_a_track_on_a_detection_of_another_class_is_astray_until_it_is_found_again():
@@ -209,6 +219,7 @@ def test_whatever_comes_an_id_is_one_thing_and_is_never_used_again(keyframes, ac
         ({"match_iou": 2}, "track.match_iou"),
         ({"new_track_score": "x"}, "track.new_track_score"),
         ({"lost_patience": -1}, "track.lost_patience"),
+        ({"reach": -1}, "track.reach"),
         ({"max_objects": 0}, "track.max_objects"),
         ({"direction": "back"}, "track.direction"),
     ],

@@ -17,8 +17,10 @@ from grounded_sam.detections import empty, with_masks
 from grounded_sam.frames import Frame
 from grounded_sam.sinks.coco import Coco
 from grounded_sam.sinks.files import Names
+from grounded_sam.sinks.jsonl import JsonLines
 from grounded_sam.sinks.masks import Masks
 from grounded_sam.sinks.overlay import Overlay, draw
+from grounded_sam.sinks.youtube_vis import YoutubeVis
 from grounded_sam.stages import FrameResult
 
 
@@ -207,3 +209,64 @@ def test_very_long_names_and_pictures_fit(tmp_path):
         sink.write(wide)
     (file,) = (tmp_path / "overlay").iterdir()
     assert Image.open(file).size == (66_000, 2)
+
+
+def tracked_result(t: int) -> FrameResult:
+    """Frame `t` of a video, with two tracks that overlap; track 300 leaves after the first frame."""
+    first = result(f"clip.mp4/{t:06d}")
+    found = first.detections
+    found.tracker_id = np.array([7, 300])
+    frame = Frame(first.frame.image, t, first.frame.name, t / 25, "clip.mp4")
+    return FrameResult(frame, found if t == 0 else found[:1])
+
+
+def test_track_ids_go_into_coco_and_json_lines(tmp_path):
+    with Coco(tmp_path, CLASSES) as coco_sink, JsonLines(tmp_path, CLASSES) as lines_sink:
+        for t in range(3):
+            coco_sink.write(tracked_result(t))
+            lines_sink.write(tracked_result(t))
+            lines = (tmp_path / "results.jsonl").read_text().splitlines()
+            assert len(lines) == t + 1  # there at once, for whoever follows the run
+    coco = COCO(tmp_path / "annotations.json")
+    assert [a["track_id"] for a in coco.anns.values()] == [7, 300, 7, 7]
+    assert coco.imgs[2] | {"time_s": 0.04} == coco.imgs[2]
+    first = json.loads(lines[0])
+    assert [o["track_id"] for o in first["objects"]] == [7, 300] and first["frame"] == 0
+    mask = coco_mask.decode(first["objects"][1]["segmentation"]).astype(bool)
+    assert np.array_equal(mask, tracked_result(0).detections.mask[1])
+
+
+def test_youtube_vis_has_an_entry_per_track(tmp_path):
+    with YoutubeVis(tmp_path, CLASSES) as sink:
+        for t in range(3):
+            sink.write(tracked_result(t))
+    made = json.loads((tmp_path / "youtube_vis.json").read_text())
+    assert made["videos"][0]["file_names"] == ["clip.mp4/000000", "clip.mp4/000001", "clip.mp4/000002"]
+    one, two = made["annotations"]
+    assert (one["track_id"], two["track_id"], one["category_id"], two["category_id"]) == (7, 300, 1, 3)
+    assert [s is None for s in two["segmentations"]] == [False, True, True] and two["bboxes"][1] is None
+    assert two["areas"][0] == tracked_result(0).detections.mask[1].sum()
+    assert np.array_equal(coco_mask.decode(one["segmentations"][2]).astype(bool), tracked_result(2).detections.mask[0])
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["youtube_vis.json"]
+
+
+def test_maps_of_tracks_for_davis_and_mots(tmp_path):
+    for mode in ("davis", "mots"):
+        with Masks(tmp_path / mode, CLASSES, mode=mode) as sink:
+            for t in range(2):
+                sink.write(tracked_result(t))
+    found = tracked_result(0).detections
+    davis = np.asarray(Image.open(tmp_path / "davis" / "masks" / "clip.mp4" / "000000.png"))
+    assert davis.dtype == np.uint16 and set(np.unique(davis)) == {0, 7, 300}  # beyond 255 ids no palette
+    small = Image.open(tmp_path / "davis" / "masks" / "clip.mp4" / "000001.png")
+    assert small.mode == "P" and set(np.unique(np.asarray(small))) == {0, 7}
+    assert small.getpalette()[3:9] == [128, 0, 0, 0, 128, 0]  # DAVIS's colours of ids 1 and 2
+    mots = np.asarray(Image.open(tmp_path / "mots" / "masks" / "clip.mp4" / "000000.png"))
+    assert set(np.unique(mots)) == {0, 1007, 3300}
+    assert (mots[found.mask[0]] == 1007).all()  # the more confident on top
+
+
+@pytest.mark.parametrize(("kind", "keys"), [(YoutubeVis, {}), (Masks, {"mode": "davis"}), (Masks, {"mode": "mots"})])
+def test_formats_of_tracks_refuse_what_has_none(tmp_path, kind, keys):
+    with pytest.raises(ConfigError, match="needs tracks"), kind(tmp_path, CLASSES, **keys) as sink:
+        sink.write(result())

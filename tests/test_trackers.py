@@ -294,3 +294,12 @@ def test_a_frame_of_another_size_is_an_error(trackers, clip):
     for tracker in trackers.values():
         with pytest.raises(ValueError, match="expected a frame of 260x180"):
             tracker.open((180, 260)).step(frames[0][:90])
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", KINDS)
+def test_cuda_gives_the_masks_of_the_cpu(trackers, clip, kind):
+    _, frames, masks = clip
+    want = follow(trackers[kind], frames, {0: masked(masks)})
+    got = follow(kind(checkpoint="builtin:shapes", device="cuda"), frames, {0: masked(masks)})
+    assert overlap(got, want, range(40)).mean() > 0.99

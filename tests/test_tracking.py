@@ -76,6 +76,28 @@ def test_who_leaves_and_returns_keeps_the_id_within_patience_only():
     assert sorted(session.levels) == [2, 3]  # who is gone costs nothing
 
 
+def test_a_track_that_the_tracker_lost_is_found_again_by_a_detection_nearby():
+    class Forgetful(ByLevel):
+        def open(self, size_hw):
+            session = super().open(size_hw)
+            step = session.step
+
+            def blind(image):
+                if session.steps == 4:
+                    session.levels = dict.fromkeys(session.levels, 255)
+                return step(image)
+
+            session.step = blind
+            return session
+
+    frames = film(14, (50, range(14), 2))
+    for reach, want in ((1.0, [1]), (0.0, [2])):
+        model = Pipeline(Levels(), tracker=Forgetful(), tracking=Tracking(redetect_every=4, reach=reach))
+        results = list(model.track(frames, TEXT))
+        assert ids(results)[3] == [1] and ids(results)[5:8] == [[]] * 3
+        assert ids(results)[-1] == want
+
+
 def test_a_missed_keyframe_loses_nobody():
     results, _ = run(film(10, (50, range(10), 2)), Levels(hidden=[4]), redetect_every=2)
     assert ids(results) == [[1]] * 10

@@ -83,7 +83,7 @@ def test_a_track_that_the_tracker_lost_is_found_again_by_a_detection_nearby():
             step = session.step
 
             def blind(image):
-                if session.steps == 4:
+                if session.steps == 5:
                     session.levels = dict.fromkeys(session.levels, 255)
                 return step(image)
 

@@ -191,15 +191,18 @@ class Tracks:
                 corrected.append(row)
                 corrected_ids.append(track.tracker_id)
             owners[row] = track.tracker_id
+        # What lies on a track already may neither begin one nor be one that is out of sight.
+        free = self._alike(overlap, found, ids).max(1, initial=0.0) < rules.match_iou
         if guessed is not None and len(guessed):
-            rest = np.array([row for row in range(len(found)) if row not in owners], np.intp)
+            rest = np.array([row for row in range(len(found)) if row not in owners and free[row]], np.intp)
             left, waiting = pick(found, rest), _ids(guessed).tolist()
             for row, column in self._pairs(self._overlap(left, guessed), left, guessed):
                 owners[int(rest[row])] = waiting[column]
                 corrected.append(int(rest[row]))
                 corrected_ids.append(waiting[column])
-        away = [i for i in self.live if i not in owners.values() and (i not in ids or i in hidden)]
-        for row, tracker_id in self._near(found, [row for row in range(len(found)) if row not in owners], away):
+        away = [i for i in self.live if i not in ids and i not in owners.values()]
+        rows = [row for row in range(len(found)) if row not in owners and free[row]]
+        for row, tracker_id in self._near(found, rows, away):
             owners[row] = tracker_id
             corrected.append(row)
             corrected_ids.append(tracker_id)
@@ -209,7 +212,6 @@ class Tracks:
             track.vote(int(found.class_id[row]), float(found.confidence[row]))
             track.hidden, track.lost = False, 0
         hidden = [i for i in hidden if i not in owners.values()] + self._astray(overlap, found, ids, owners)
-        free = self._alike(overlap, found, ids).max(1, initial=0.0) < rules.match_iou
         least = -1.0 if rules.new_track_score is None else rules.new_track_score
         begun, begun_ids = [], []
         for row in np.argsort(-found.confidence, kind="stable").tolist():

@@ -146,6 +146,16 @@ def test_a_detection_near_where_a_track_was_last_seen_finds_it_again():
         assert change.corrected.tracker_id.tolist() == again and len(change.new) == 1 - len(again)
 
 
+def test_a_duplicate_detection_is_no_track_that_was_lost_nearby():
+    tracks = Tracks(Tracking(reach=3))
+    here = begin(tracks, (square(5, 5), 0.6, 0), (square(20, 5), 0.5, 0))
+    tracks.look(seen({1: here[1]}))
+    change = tracks.match(
+        seen({1: here[1]}), found((square(5, 5), 0.8, 0), (square(6, 6), 0.7, 0)), seen({2: square(6, 6)})
+    )
+    assert not len(change.corrected) and not len(change.new)
+
+
 def test_a_track_on_a_detection_of_another_class_is_astray_until_it_is_found_again():
     tracks = Tracks(Tracking())
     here = begin(tracks, (square(5, 5), 0.6, 0))

@@ -33,6 +33,8 @@ class Tracking:
         lost_patience: frames that a track may be out of sight before it ends for good.
         reach: how far from where it was last seen a track out of sight may be found again by a detection of its
             class, in lengths of its own (diagonals of its box), where the tracker's memory does not find it.
+        jump: a track whose mask overlaps its last one by an IoU below this has jumped to something else, and is
+            hidden until a detection confirms it; null where things may move by their own size in a frame.
         max_objects: tracks at one time; the most confident detections come first; null for any number.
         correct: prompt a track again with a matched detection that is more confident than the track and
             overlaps it by less than `correct_iou`.
@@ -52,6 +54,7 @@ class Tracking:
     merge_iou: float = 0.7
     lost_patience: int = 30
     reach: float = 1.0
+    jump: float | None = None
     max_objects: int | None = None
     correct: bool = False
     correct_iou: float = 0.8
@@ -60,9 +63,9 @@ class Tracking:
     clicks: Any = None
 
     def __post_init__(self) -> None:
-        for key in ("match_iou", "merge_iou", "correct_iou", "new_track_score"):
+        for key in ("match_iou", "merge_iou", "correct_iou", "new_track_score", "jump"):
             value = getattr(self, key)
-            if key == "new_track_score" and value is None:
+            if key in ("new_track_score", "jump") and value is None:
                 continue
             if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
                 raise ConfigError(f"track.{key} must be a number from 0 to 1, got {value!r}")
@@ -88,6 +91,7 @@ class Track:
     class_id: int = -1
     hidden: bool = False  # found to lie on something else; not shown until a detection confirms it
     box: NDArray[np.float32] | None = None  # where it was last seen, (4,)
+    mask: NDArray[np.bool_] | None = None  # the same, (H, W), if jumps are looked for
     beside: set[int] = field(default_factory=set)  # tracks that lay on the same thing when it was last confirmed
 
     def vote(self, class_id: int, confidence: float) -> None:
@@ -145,15 +149,18 @@ class Tracks:
         """A track with its first vote; one more vote if it is live."""
         self.live.setdefault(tracker_id, Track(tracker_id)).vote(class_id, confidence)
 
-    def look(self, seen: sv.Detections) -> tuple[sv.Detections, list[int]]:
+    def look(self, seen: sv.Detections) -> tuple[sv.Detections, list[int], list[int]]:
         """Count who is out of sight in this frame, and end those for whom patience is over.
 
         Returns:
-            What is to be shown of `seen`, and the ids that ended.
+            What is to be shown of `seen`, the ids that ended, and those that jumped.
         """
+        jumped = self._jumped(seen)
+        for tracker_id in jumped:
+            self.live[tracker_id].hidden = True
         shown = pick(seen, [not self.live[i].hidden for i in _ids(seen).tolist()])
         here = set(_ids(shown).tolist())
-        self._place(shown)
+        self.note(shown)
         over = []
         for tracker_id, track in self.live.items():
             track.lost = 0 if tracker_id in here else track.lost + 1
@@ -161,7 +168,19 @@ class Tracks:
                 over.append(tracker_id)
         for tracker_id in over:
             del self.live[tracker_id]
-        return shown, over
+        return shown, over, jumped
+
+    def _jumped(self, seen: sv.Detections) -> list[int]:
+        if self.settings.jump is None or seen.mask is None:
+            return []
+        out = []
+        for tracker_id, mask in zip(_ids(seen).tolist(), seen.mask, strict=True):
+            track = self.live[tracker_id]
+            if track.hidden or track.mask is None:
+                continue
+            if mask_iou(track.mask[None], np.asarray(mask, bool)[None])[0, 0] < self.settings.jump:
+                out.append(tracker_id)
+        return out
 
     def match(self, shown: sv.Detections, found: sv.Detections, guessed: sv.Detections | None = None) -> Keyframe:
         """Tell a keyframe's detections from the tracks, both with masks.
@@ -247,10 +266,12 @@ class Tracks:
         assert found.class_id is not None
         return np.where(found.class_id[:, None] == classes[None], overlap, 0.0)
 
-    def _place(self, shown: sv.Detections) -> None:
+    def note(self, shown: sv.Detections) -> None:
         """Note where tracks are seen."""
-        for tracker_id, box in zip(_ids(shown).tolist(), shown.xyxy, strict=True):
-            self.live[tracker_id].box = box
+        for i, tracker_id in enumerate(_ids(shown).tolist()):
+            self.live[tracker_id].box = shown.xyxy[i]
+            if self.settings.jump is not None and shown.mask is not None:
+                self.live[tracker_id].mask = np.asarray(shown.mask[i], bool)
 
     def _near(self, found: sv.Detections, rows: list[int], away: list[int]) -> list[tuple[int, int]]:
         """Detections and tracks out of sight that were last seen near them, nearest pairs of all."""

@@ -239,7 +239,7 @@ class Pipeline:
             for number, frame in enumerate(frames):
                 if session is None:
                     session = tracker.open(frame.size_hw)
-                shown, ended = tracks.look(session.step(frame.image))
+                shown, ended, astray = tracks.look(session.step(frame.image))
                 begun = pick(shown, np.zeros(len(shown), bool))
                 for tracker_id in ended:
                     session.remove(tracker_id)
@@ -251,15 +251,16 @@ class Pipeline:
                     away = [i for i in tracks.live if i not in here]
                     guessed = session.guess(away) if away and hasattr(session, "guess") else None
                     change = tracks.match(shown, found, guessed)
-                    for tracker_id in change.hidden:
-                        if hasattr(session, "forget"):
-                            session.forget(tracker_id)
+                    astray += change.hidden
                     shown = replaced(shown, begun, change.hidden)
                     if len(change.new):
                         begun = session.prompt(change.new)
                         shown = replaced(shown, begun)
                     if len(change.corrected):
                         shown = replaced(shown, session.prompt(change.corrected))
+                for tracker_id in set(astray) - set(ended):
+                    if hasattr(session, "forget") and tracks.live[tracker_id].hidden:
+                        session.forget(tracker_id)
                 if clicks is not None and (clicked := clicks.on(frame, number)):
                     by_hand = clicks.prompts(clicked, frame, vocabulary)
                     ids = [tracks.fresh_id() if click.object is None else click.object for click in clicked]
@@ -270,6 +271,7 @@ class Pipeline:
                     drawn = session.prompt(by_hand)
                     shown = replaced(shown, drawn)
                     begun = replaced(begun, pick(drawn, np.isin(drawn.tracker_id, np.array(ids)[new])))  # type: ignore[arg-type]
+                tracks.note(shown)
                 yield FrameResult(frame, tracks.label(shown, vocabulary)), tracks.label(begun, vocabulary)
         finally:
             if session is not None:

@@ -109,7 +109,7 @@ def test_of_two_tracks_on_one_object_the_older_is_shown():
     drifted = dict.fromkeys(here, square(5, 5))
     assert [tracks.live[i].class_id for i in (1, 2, 3)] == [0, 1, 0]
     assert tracks.match(seen(drifted), found()).hidden == [3]
-    shown, _ = tracks.look(seen(drifted))
+    shown, _, _ = tracks.look(seen(drifted))
     assert shown.tracker_id.tolist() == [1, 2]
 
 
@@ -146,6 +146,18 @@ def test_a_detection_near_where_a_track_was_last_seen_finds_it_again():
         assert change.corrected.tracker_id.tolist() == again and len(change.new) == 1 - len(again)
 
 
+def test_a_track_that_jumps_is_hidden_until_a_detection_confirms_it():
+    tracks = Tracks(Tracking(jump=0.5))
+    here = begin(tracks, (square(5, 5), 0.6, 0))
+    tracks.note(seen(here))
+    assert len(tracks.look(seen({1: square(6, 5)}))[0]) == 1
+    shown, ended, jumped = tracks.look(seen({1: square(40, 20)}))
+    assert not len(shown) and not ended and jumped == [1]
+    assert not len(tracks.look(seen({1: square(41, 20)}))[0])
+    change = tracks.match(shown, found((square(8, 5), 0.7, 0)), seen({1: square(41, 20)}))
+    assert change.corrected.tracker_id.tolist() == [1] and not tracks.live[1].hidden
+
+
 def test_a_duplicate_detection_is_no_track_that_was_lost_nearby():
     tracks = Tracks(Tracking(reach=3))
     here = begin(tracks, (square(5, 5), 0.6, 0), (square(20, 5), 0.5, 0))
@@ -163,7 +175,7 @@ def test_a_track_on_a_detection_of_another_class_is_astray_until_it_is_found_aga
     change = tracks.match(seen(strayed), found((square(30, 20), 0.7, 1)))
     assert change.hidden == [1] and change.new.tracker_id.tolist() == [2]
     both = seen(strayed | {2: square(30, 20)})
-    shown, _ = tracks.look(both)
+    shown, _, _ = tracks.look(both)
     assert shown.tracker_id.tolist() == [2]
     change = tracks.match(shown, found((square(5, 5), 0.6, 0), (square(30, 20), 0.7, 1)), seen(here))
     assert change.corrected.tracker_id.tolist() == [1] and not change.hidden
@@ -203,7 +215,7 @@ def test_whatever_comes_an_id_is_one_thing_and_is_never_used_again(keyframes, ac
     here: dict[int, np.ndarray] = {}
     for things in keyframes:
         here = {i: m for i, m in here.items() if i in tracks.live and data.draw(st.booleans())}
-        shown, ended = tracks.look(seen(here))
+        shown, ended, _ = tracks.look(seen(here))
         here = {i: m for i, m in here.items() if i not in ended}
         before, visible = set(tracks.live), set(shown.tracker_id.tolist())
         away = {i: square(data.draw(st.integers(0, 45)), 10) for i in before - visible}

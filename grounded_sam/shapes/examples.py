@@ -20,7 +20,7 @@ def scene(t: int) -> Scene:
     rng = np.random.default_rng(11)
     background = make_background(rng, height, width)
     u = t / (FRAMES - 1)
-    away = float(np.clip(min((u - 0.25) / 0.12, (0.75 - u) / 0.12), 0, 1))
+    away = float(np.clip(min((u - 0.25) / 0.12, (0.62 - u) / 0.12), 0, 1))
     enters = float(np.clip((u - 0.4) / 0.15, 0, 1))
     places = [
         ("red", "circle", 60 + 240 * u, 75, 62, 0.0),

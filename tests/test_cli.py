@@ -155,7 +155,10 @@ def test_a_single_unreadable_picture_is_one_line(tmp_path):
 
 
 def test_a_multirun_of_presets_and_thresholds(tmp_path):
-    run("-m", "preset=demo", "select.score=0.3,0.9", "segmenter=sam,sam2", "sink=coco", "output=sweep", cwd=tmp_path)
+    run(
+        "-m", "preset=demo", "select.score=0.3,0.9", "segmenter=sam,sam2", "source=images", "sink=coco",
+        "output=sweep", cwd=tmp_path,
+    )  # fmt: skip
     counts = {}
     for job in range(4):
         folder = tmp_path / "sweep" / str(job)

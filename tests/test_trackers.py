@@ -106,8 +106,23 @@ def overlap(ours, theirs, frames):
     return np.array(values)
 
 
+@pytest.fixture
+def never_absent(trackers):
+    """The small models lose a swan within frames; with the head of presence raised they follow what they can."""
+    sam2, hf = (trackers[kind].model for kind in KINDS)
+    biases = [
+        sam2.sam_mask_decoder.pred_obj_score_head.layers[-1].bias,
+        hf.mask_decoder.pred_obj_score_head.proj_out.bias,
+    ]
+    for bias in biases:
+        bias.data += 50
+    yield
+    for bias in biases:
+        bias.data -= 50
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_equal_to_the_authors_predictor_on_a_real_video(trackers, data, kind):
+def test_equal_to_the_authors_predictor_on_a_real_video(trackers, data, kind, never_absent):
     folder = data / "vos" / "JPEGImages" / "480p" / "blackswan"
     frames = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.glob("*.jpg"))]
     swan = np.asarray(Image.open(data / "vos" / "Annotations" / "480p" / "blackswan" / "00000.png")) > 127

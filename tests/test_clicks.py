@@ -82,7 +82,7 @@ def test_points_outside_the_image_and_unknown_classes_are_refused():
     small, large = np.zeros((10, 10, 3), np.uint8), np.zeros((50, 400, 3), np.uint8)
     skipped: list = []
     frames = iter([Frame(small, 0, "small"), Frame(large, 1, "large")])
-    results = list(Pipeline(detector).stream(frames, detector.vocabulary, skipped=skipped))
+    results = list(Pipeline(detector).stream(frames, detector.vocabulary, skip=skipped.append))
     assert [r.frame.name for r in results] == ["large"]
     assert [s.file for s in skipped] == ["small"]
     from grounded_sam import Vocabulary

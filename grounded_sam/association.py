@@ -146,8 +146,10 @@ class Tracks:
         return self._next - 1
 
     def begin(self, tracker_id: int, class_id: int, confidence: float) -> None:
-        """A track with its first vote; one more vote if it is live."""
-        self.live.setdefault(tracker_id, Track(tracker_id)).vote(class_id, confidence)
+        """A track with its first vote; if it is live, one more vote, and it is in sight again."""
+        track = self.live.setdefault(tracker_id, Track(tracker_id))
+        track.vote(class_id, confidence)
+        track.hidden, track.lost = False, 0
 
     def look(self, seen: sv.Detections) -> tuple[sv.Detections, list[int], list[int]]:
         """Count who is out of sight in this frame, and end those for whom patience is over.

@@ -35,7 +35,8 @@ class Skipped:
 class Source(Protocol):
     """Where frames come from: decoded lazily, one at a time.
 
-    Bad files are put into `skipped` and passed over. `len()` is how many frames there are at most.
+    Bad files are put into `skipped` and passed over. `len()` is how many frames there are at most;
+    it raises a TypeError where that is not known.
     """
 
     skipped: list[Skipped]

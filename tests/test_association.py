@@ -158,6 +158,15 @@ def test_a_track_that_jumps_is_hidden_until_a_detection_confirms_it():
     assert change.corrected.tracker_id.tolist() == [1] and not tracks.live[1].hidden
 
 
+def test_a_click_on_a_hidden_track_shows_it_again():
+    tracks = Tracks(Tracking(jump=0.5))
+    tracks.note(seen(begin(tracks, (square(5, 5), 0.6, 0))))
+    assert tracks.look(seen({1: square(40, 20)}))[2] == [1]
+    tracks.begin(1, 0, 1.0)
+    tracks.note(seen({1: square(8, 5)}))
+    assert len(tracks.look(seen({1: square(8, 5)}))[0]) == 1
+
+
 def test_a_duplicate_detection_is_no_track_that_was_lost_nearby():
     tracks = Tracks(Tracking(reach=3))
     here = begin(tracks, (square(5, 5), 0.6, 0), (square(20, 5), 0.5, 0))

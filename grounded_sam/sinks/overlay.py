@@ -142,5 +142,5 @@ class Overlay:
             video.close()
 
     def summary(self) -> str:
-        videos = ", ".join(str(video.path) for video in self.videos.values())
-        return videos if videos and not self.count else f"{self.count} pictures in {self.folder}"
+        counts = [f"{n} {what}" for n, what in ((self.count, "pictures"), (len(self.videos), "videos")) if n]
+        return f"{' and '.join(counts) or 'nothing'} in {self.folder}"

@@ -118,7 +118,7 @@ def transformers(weights: str, objects: int, count: int) -> Iterator[None]:
     from transformers import Sam2VideoModel, Sam2VideoProcessor, Sam2VideoVideoProcessor
     from transformers.models.sam2 import Sam2ImageProcessor
 
-    from grounded_sam.trackers.sam2_hf import config_of, rename
+    from grounded_sam.segmenters.sam2_hf import config_of, rename
 
     base, architecture = model_of(weights)
     model = Sam2VideoModel(config_of(architecture))

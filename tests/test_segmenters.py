@@ -16,12 +16,43 @@ from grounded_sam.frames import Frame
 from grounded_sam.segmenters.prompts import clean, group_prompts
 from grounded_sam.segmenters.sam import Sam
 from grounded_sam.segmenters.sam2 import Sam2, fit_predictor
+from grounded_sam.segmenters.sam2_hf import Sam2Hf
 
 
 @pytest.fixture(scope="module")
 def embedded():
-    """Both segmenters with the weights that ship with the package."""
-    return {"sam": Sam("builtin:shapes", device="cpu"), "sam2": Sam2("builtin:shapes", device="cpu")}
+    """The segmenters with the weights that ship with the package."""
+    kinds = {"sam": Sam, "sam2": Sam2, "sam2_hf": Sam2Hf}
+    return {name: kind("builtin:shapes", device="cpu") for name, kind in kinds.items()}
+
+
+class Transformers:
+    """`Sam2Model` with its processor in the words of the authors' predictor."""
+
+    def __init__(self, segmenter):
+        from transformers import Sam2Config, Sam2Model, Sam2Processor
+
+        config, video = Sam2Config(), segmenter.model.config
+        for part in ("vision_config", "prompt_encoder_config", "mask_decoder_config"):
+            setattr(config, part, getattr(video, part))
+        self.model = Sam2Model(config).eval()
+        missing = self.model.load_state_dict(segmenter.model.state_dict(), strict=False).missing_keys
+        assert not missing
+        self.processor = Sam2Processor(segmenter.processor, target_size=video.image_size)
+
+    def set_image(self, image):
+        self.image = image
+
+    def predict(self, multimask_output, point_coords=None, point_labels=None, box=None):
+        prompts = {} if box is None else {"input_boxes": [[np.asarray(box).tolist()]]}
+        if point_coords is not None:
+            prompts |= {"input_points": [[point_coords.tolist()]], "input_labels": [[point_labels.tolist()]]}
+        inputs = self.processor(images=self.image, return_tensors="pt", **prompts)
+        sizes = inputs.pop("original_sizes")
+        with torch.inference_mode():
+            out = self.model(**inputs, multimask_output=multimask_output)
+        masks = self.processor.post_process_masks(out.pred_masks, sizes)[0][0]
+        return masks.numpy(), out.iou_scores[0, 0].numpy(), None
 
 
 def truth_boxes(scene):
@@ -35,6 +66,8 @@ def authors_predictor(segmenter, image):
         from segment_anything import SamPredictor
 
         predictor = SamPredictor(segmenter.model)
+    elif isinstance(segmenter, Sam2Hf):
+        predictor = Transformers(segmenter)
     else:
         from sam2.sam2_image_predictor import SAM2ImagePredictor
 
@@ -49,7 +82,7 @@ def by_hand(predictor, multimask, **prompt):
     return masks[scores.argmax()] > 0, scores.max()
 
 
-@pytest.mark.parametrize("name", ["sam", "sam2"])
+@pytest.mark.parametrize("name", ["sam", "sam2", "sam2_hf"])
 @pytest.mark.parametrize("multimask", [False, True])
 def test_masks_equal_those_of_the_authors_predictor(embedded, scenes, name, multimask):
     segmenter = embedded[name]
@@ -66,7 +99,7 @@ def test_masks_equal_those_of_the_authors_predictor(embedded, scenes, name, mult
         segmenter.multimask = False
 
 
-@pytest.mark.parametrize("name", ["sam", "sam2"])
+@pytest.mark.parametrize("name", ["sam", "sam2", "sam2_hf"])
 def test_clicks_equal_those_of_the_authors_predictor(embedded, scenes, name):
     scene = scenes[0]
     rows, columns = np.nonzero(scene.masks[-1])
@@ -93,7 +126,7 @@ def test_clicks_equal_those_of_the_authors_predictor(embedded, scenes, name):
     assert out.xyxy[1].tolist() == pytest.approx(box)
 
 
-@pytest.mark.parametrize("name", ["sam", "sam2"])
+@pytest.mark.parametrize("name", ["sam", "sam2", "sam2_hf"])
 def test_mask_prompts_are_followed(embedded, scenes, tmp_path, name):
     from PIL import Image
 
@@ -106,7 +139,7 @@ def test_mask_prompts_are_followed(embedded, scenes, tmp_path, name):
     assert (found.mask[0] & truth).sum() / (found.mask[0] | truth).sum() > 0.7
 
 
-@pytest.mark.parametrize("name", ["sam", "sam2"])
+@pytest.mark.parametrize("name", ["sam", "sam2", "sam2_hf"])
 def test_several_masks_alone_are_prompts_too(embedded, scenes, tmp_path, name):
     from PIL import Image
 
@@ -122,11 +155,11 @@ def test_several_masks_alone_are_prompts_too(embedded, scenes, tmp_path, name):
     assert np.array_equal(found.mask[1], alone.mask[0])
 
 
-@pytest.mark.parametrize("name", ["sam", "sam2"])
+@pytest.mark.parametrize("name", ["sam", "sam2", "sam2_hf"])
 def test_chunks_change_nothing_and_the_image_is_encoded_once(embedded, scenes, name, monkeypatch):
     segmenter, scene = embedded[name], scenes[1]
     whole = segmenter.segment(scene.image, truth_boxes(scene))
-    encoder = segmenter.model.image_encoder
+    encoder = getattr(segmenter.model, "image_encoder", None) or segmenter.model.vision_encoder
     calls: list[int] = []
     handle = encoder.register_forward_hook(lambda *_: calls.append(1))
     monkeypatch.setattr(segmenter, "chunk", 1)
@@ -136,7 +169,7 @@ def test_chunks_change_nothing_and_the_image_is_encoded_once(embedded, scenes, n
     assert np.array_equal(whole.mask, parts.mask)
 
 
-@pytest.mark.parametrize("name", ["sam", "sam2"])
+@pytest.mark.parametrize("name", ["sam", "sam2", "sam2_hf"])
 def test_nothing_to_segment_runs_nothing(embedded, name):
     image = np.zeros((40, 50, 3), np.uint8)
     found = embedded[name].segment(image, boxes(size_hw=(40, 50)))
@@ -144,7 +177,7 @@ def test_nothing_to_segment_runs_nothing(embedded, name):
     assert found.data["mask_score"].shape == (0,)
 
 
-@pytest.mark.parametrize("name", ["sam", "sam2"])
+@pytest.mark.parametrize("name", ["sam", "sam2", "sam2_hf"])
 def test_masks_of_true_boxes_are_good(embedded, name):
     from grounded_sam.shapes.scenes import make_scene
 

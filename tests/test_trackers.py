@@ -14,6 +14,7 @@ from PIL import Image
 from grounded_sam import CheckpointError, ConfigError, load
 from grounded_sam.detections import mask_boxes
 from grounded_sam.segmenters.sam2 import Sam2
+from grounded_sam.segmenters.sam2_hf import Sam2Hf
 from grounded_sam.shapes.scenes import make_clip
 from grounded_sam.trackers.sam2 import Sam2Tracker
 from grounded_sam.trackers.sam2_hf import Sam2HfTracker
@@ -232,11 +233,12 @@ def test_a_batch_of_objects_gives_what_one_at_a_time_gives(trackers, clip):
     assert overlap(many, one, range(25)).min() > 0.999
 
 
-def test_the_image_encoder_runs_once_a_frame_shared_by_segmenter_and_tracker(clip):
+@pytest.mark.parametrize("kind, encoder", [("sam2", "image_encoder"), ("sam2_hf", "vision_encoder")])
+def test_the_image_encoder_runs_once_a_frame_shared_by_segmenter_and_tracker(clip, kind, encoder):
     _, frames, _ = clip
-    model = load("select.score=0.2", "track.redetect_every=3", preset="shapes")
+    model = load("select.score=0.2", "track.redetect_every=3", preset="shapes", segmenter=kind, tracker=kind)
     passes = []
-    hook = model.segmenter.model.image_encoder.register_forward_hook(lambda *_: passes.append(1))
+    hook = getattr(model.segmenter.model, encoder).register_forward_hook(lambda *_: passes.append(1))
     assert model.tracker.model is model.segmenter.model
     names = ["red shape", "green shape", "blue shape", "yellow shape", "purple shape", "orange shape"]
     found = [len(result.detections) for result in model.track(frames[:10], names)]
@@ -246,11 +248,13 @@ def test_the_image_encoder_runs_once_a_frame_shared_by_segmenter_and_tracker(cli
     assert not sum(len(result.detections) for result in empty)
 
 
-def test_masks_of_a_keyframe_are_the_segmenters(clip):
+@pytest.mark.parametrize("segments, tracks", [(Sam2, Sam2Tracker), (Sam2Hf, Sam2HfTracker)])
+def test_masks_of_a_keyframe_are_the_segmenters(clip, segments, tracks):
     """On shared features, which differ from those of a still by the way frames are scaled."""
     _, frames, masks = clip
-    segmenter = Sam2("builtin:shapes", device="cpu")
-    session = Sam2Tracker(segmenter, "builtin:shapes", device="cpu").open(frames[0].shape[:2])
+    segmenter = segments("builtin:shapes", device="cpu")
+    session = tracks(segmenter, "builtin:shapes", device="cpu").open(frames[0].shape[:2])
+    session.step(frames[0])
     boxes = sv.Detections(xyxy=mask_boxes(np.array(masks)), confidence=np.ones(3), class_id=np.zeros(3, int))
     shared, own = session.segmenter.segment(frames[0], boxes), segmenter.segment(frames[0], boxes)
     for a, b in zip(shared.mask, own.mask, strict=True):
@@ -261,6 +265,7 @@ def test_another_model_is_not_shared():
     segmenter = Sam2("builtin:shapes", device="cpu")
     assert Sam2Tracker(segmenter, "builtin:shapes", device="cpu").model is segmenter.model
     assert Sam2Tracker(None, "builtin:shapes", device="cpu").shared is None
+    assert Sam2HfTracker(segmenter, "builtin:shapes", device="cpu").shared is None
 
 
 def test_box_prompts_on_request(trackers, clip):

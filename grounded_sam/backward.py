@@ -36,7 +36,7 @@ class _Waiting:
         """The result, decoded; the file is removed."""
         from pycocotools import mask as coco_mask
 
-        frame = replace(self.frame, image=np.load(self.pixels))
+        frame = replace(self.frame, pixels=np.load(self.pixels))
         self.pixels.unlink()
         masks = np.array([coco_mask.decode(row["rle"]) for row in self.rows], bool).reshape(-1, *self.size_hw)
         classes = np.array([row["class_id"] for row in self.rows], np.int64)
@@ -93,7 +93,7 @@ def both_ways(
                 _go_back(waiting, result, begun, tracker, rules)
             pixels = Path(folder) / f"{number}.npy"
             np.save(pixels, result.frame.image)
-            empty = replace(result.frame, image=result.frame.image[:0])
+            empty = replace(result.frame, pixels=result.frame.image[:0])
             waiting.append(_Waiting(empty, pixels, result.frame.size_hw, _rows(result.detections)))
             if len(waiting) > rules.backward_window:
                 yield waiting.popleft().result(vocabulary)

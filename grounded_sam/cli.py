@@ -27,6 +27,8 @@ def run(cfg: DictConfig) -> None:
     try:
         source = build_source(cfg)
         pipeline = build(cfg)
+        if pipeline.vocabulary is None:
+            pipeline.vocabulary = getattr(source, "vocabulary", None)
         asked, clicks, vocabulary = pipeline.ask_video()
         sinks = build_sinks(cfg, output, vocabulary)
         summary = pipeline.run(source, sinks, output, vocabulary, asked, clicks)
@@ -47,7 +49,9 @@ def report(summary: Summary, output: Path) -> None:
     found = ", ".join(f"{count} {name}" for name, count in summary.objects.most_common()) or "nothing"
     begun = "interrupted after" if summary.interrupted else "looked at"
     what = "images" if not summary.frames else "frames" if summary.frames == summary.images else "pictures and frames"
-    console.print(f"{begun} {summary.images} {what}, {summary.empty} of them without any: found {found}", markup=False)
+    before = f", {summary.stored} of them stored before" if summary.stored else ""
+    line = f"{begun} {summary.images} {what}{before}, {summary.empty} of them without any: found {found}"
+    console.print(line, markup=False)
     for place in summary.places:
         console.print(f"  {place}", markup=False)
     if summary.skipped:

@@ -175,6 +175,10 @@ def build(cfg: DictConfig) -> Pipeline:
     masks_itself = "segmenter" in (cfg.detector or {})
     if cfg.segmenter is None and settings.nms_by == "mask" and not masks_itself:
         raise ConfigError("select.nms_by=mask needs masks; choose a segmenter, or select.nms_by=box")
+    if cfg.segmenter is not None and (cfg.detector or {}).get("masks") is True:
+        raise ConfigError(
+            "the detector gives masks, so a segmenter has nothing to do; to make new ones say detector.masks=false"
+        )
     detector = make(cfg, "detector")
     segmenter = None if cfg.segmenter is None or masks_itself else make(cfg, "segmenter")
     tracking = make(cfg, "track")
@@ -188,8 +192,23 @@ def build_source(cfg: DictConfig) -> Source:
 
 
 def build_sinks(cfg: DictConfig, output: Path, vocabulary: Vocabulary) -> list[Sink]:
-    """The sinks that a config describes, in its order."""
-    return [make(cfg, f"sink.{name}", output=output, vocabulary=vocabulary) for name in cfg.sink or {}]
+    """The sinks that a config describes, in its order, the store first.
+
+    Args:
+        cfg: the config.
+        output: folder of the run. The store of all shards is one, so it is under the `output` of the sweep.
+        vocabulary: of the run.
+    """
+    from omegaconf import OmegaConf
+
+    shards = OmegaConf.select(cfg, "source.num_shards") or 1
+    sinks: dict[str, Sink] = {}
+    for name in sorted(cfg.sink or {}, key=lambda name: name != "store"):
+        place = Path(cfg.output) if name == "store" and shards > 1 else output
+        sinks[name] = make(cfg, f"sink.{name}", output=place, vocabulary=vocabulary)
+        # With resume=extend the store may have classes that this run does not ask for.
+        vocabulary = getattr(sinks[name], "classes", vocabulary) if name == "store" else vocabulary
+    return list(sinks.values())
 
 
 def load(*overrides: str, **choices: Any) -> Pipeline:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,33 +16,51 @@ from numpy.typing import NDArray
 from grounded_sam.errors import ImageError
 
 if TYPE_CHECKING:
+    import supervision as sv
     from PIL import Image
 
 #: Pixels of the largest picture that is decoded unless a source says otherwise (450 MB as RGB).
 MAX_PIXELS = 150_000_000
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Frame:
     """One picture on its way through the pipeline.
 
     Attributes:
-        image: RGB, upright, `(H, W, 3) uint8`.
+        pixels: RGB, upright, `(H, W, 3) uint8`; or a function that makes it when `image` is first asked for.
         index: its place in the source, from 0; of a video, the number of the frame in it.
         name: its path relative to the input, with `/`; unique within a source.
         time_s: seconds from the start of a video, else None.
         video: name of the video that it belongs to, else None.
+        file: the picture or video file that it comes from, if it comes from one.
+        size: height and width, where pixels are made later.
+        found: what an earlier run found in it, for `detector=stored`.
     """
 
-    image: NDArray[np.uint8]
+    pixels: NDArray[np.uint8] | Callable[[], NDArray[np.uint8]]
     index: int = 0
     name: str = "image"
     time_s: float | None = None
     video: str | None = None
+    file: Path | None = None
+    size: tuple[int, int] | None = None
+    found: sv.Detections | None = None
+
+    @property
+    def image(self) -> NDArray[np.uint8]:
+        """RGB, upright, `(H, W, 3) uint8`.
+
+        Raises:
+            ImageError: if it is made only now and cannot be.
+        """
+        if callable(self.pixels):
+            object.__setattr__(self, "pixels", self.pixels())
+        return self.pixels  # type: ignore[return-value]
 
     @property
     def size_hw(self) -> tuple[int, int]:
-        return self.image.shape[0], self.image.shape[1]
+        return self.size or (self.image.shape[0], self.image.shape[1])
 
 
 def safe_formats() -> list[str]:
@@ -137,7 +155,7 @@ def to_frame(picture: Any, index: int = 0) -> Frame:
     if isinstance(picture, Frame):
         return picture
     if isinstance(picture, str | os.PathLike):
-        return Frame(read_image(picture), index, Path(picture).name)
+        return Frame(read_image(picture), index, Path(picture).name, file=Path(picture))
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.size == 0:
             raise ImageError(f"expected an RGB array of uint8, got {picture.dtype} of shape {picture.shape}")

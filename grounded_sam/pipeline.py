@@ -6,8 +6,9 @@ In a video this happens at keyframes; from one to the next a tracker carries the
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -29,6 +30,9 @@ from grounded_sam.sinks.files import written_whole
 from grounded_sam.stages import Detector, FrameResult, Segmenter, Sink, Skipped, Source, Tracker
 from grounded_sam.vocabulary import Vocabulary
 
+#: Results that may wait for the sinks.
+WRITES_AHEAD = 4
+
 
 @dataclass
 class Summary:
@@ -36,6 +40,7 @@ class Summary:
 
     images: int = 0
     frames: int = 0  # of the images, those of videos
+    stored: int = 0  # of the images, those that an earlier run had done
     empty: int = 0
     objects: Counter[str] = field(default_factory=Counter)  # in a video, tracks
     tracks: dict[tuple[str | None, int], str] = field(default_factory=dict)  # video and id to class name
@@ -204,8 +209,7 @@ class Pipeline:
             whole = Vocabulary.parse(text) if text is not None else self.vocabulary or by_hand.vocabulary
             return None, by_hand, whole
         asked = self.ask(text)
-        more = [] if by_hand is None else [c for c in by_hand.vocabulary.classes if c not in asked.classes]
-        whole = Vocabulary((*asked.classes, *more), (*asked.phrases, *((c,) for c in more)), asked.negatives)
+        whole = asked if by_hand is None else asked.with_classes(by_hand.vocabulary.classes)
         return asked, by_hand, whole
 
     def follow(
@@ -281,19 +285,21 @@ class Pipeline:
 
     def _results(
         self,
-        frames: Iterator[Frame],
+        frames: Iterator[Frame | FrameResult],
         source: Source,
         vocabulary: Vocabulary,
         asked: Vocabulary | None,
         clicks: Clicks | None,
     ) -> Generator[FrameResult]:
-        """Pictures one by one, the frames of each video together."""
+        """Pictures one by one, the frames of each video together; what is stored goes through."""
         with closing(frames):  # type: ignore[type-var]
-            for video, group in groupby(frames, key=lambda frame: frame.video):
-                if video is None or self._tracker is None:
-                    yield from self.stream(group, vocabulary, skip=partial(_note, source))
+            for (stored, video), group in groupby(frames, key=_kind):
+                if stored:
+                    yield from group  # type: ignore[misc]
+                elif video is None or self._tracker is None:
+                    yield from self.stream(group, vocabulary, skip=partial(_note, source))  # type: ignore[arg-type]
                 else:
-                    with closing(self.follow(group, asked, clicks, vocabulary)) as results:
+                    with closing(self.follow(group, asked, clicks, vocabulary)) as results:  # type: ignore[arg-type]
                         yield from results
 
     def run(
@@ -324,20 +330,53 @@ class Pipeline:
 
         summary = Summary()
         passed_over = len(source.skipped)  # files that the source never counted
+        told: set[Skipped] = set()
+        store: Any = next((sink for sink in sinks if hasattr(sink, "stored")), None)
+        if store is not None and hasattr(source, "stored"):
+            store.replay = len(sinks) > 1
+            source.stored = store.stored
+
+        def write(result: FrameResult) -> None:
+            """To every sink; on a thread of its own, so that models and files do not wait for each other."""
+            try:
+                for sink in sinks:
+                    sink.write(result)
+            except ImageError as error:  # pixels of an earlier run's picture that are gone
+                _note(source, Skipped(result.frame.name, str(error)))
+            tell()
+
+        def tell() -> None:
+            """Of files that could not be used, to the sinks that want to know."""
+            if len(source.skipped) + len(getattr(store, "noted", ())) <= len(told):
+                return
+            new = [(s, sinks) for s in source.skipped]
+            new += [(s, [sink for sink in sinks if sink is not store]) for s in getattr(store, "noted", ())]
+            for skipped, listeners in new:
+                if skipped not in told:
+                    told.add(skipped)
+                    for sink in listeners:
+                        if hasattr(sink, "skip"):
+                            sink.skip(skipped)
+
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
         try:
             with ExitStack() as stack:
                 for sink in sinks:
                     stack.enter_context(sink)
+                stack.callback(tell)
+                writer = stack.enter_context(ThreadPoolExecutor(1, "write"))
+                pending: deque[Future[None]] = deque()
                 console = Console(stderr=True)
                 bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
                 progress = stack.enter_context(bar)
                 task = progress.add_task("images", total=_length(source))
                 results = self._results(iter(source), source, vocabulary, asked, clicks)
                 for result in stack.enter_context(closing(results)):
-                    for sink in sinks:
-                        sink.write(result)
+                    pending.append(writer.submit(write, result))
+                    while len(pending) > WRITES_AHEAD:
+                        pending.popleft().result()
                     summary.images += 1
+                    summary.stored += result.stored
                     summary.frames += result.frame.video is not None
                     names = [str(name) for name in result.detections.data.get("class_name", [])]
                     ids = result.detections.tracker_id
@@ -347,16 +386,21 @@ class Pipeline:
                         named = zip(ids.tolist(), names, strict=True)
                         summary.tracks |= {(result.frame.video, i): name for i, name in named}
                     summary.empty += not names
-                    progress.update(task, completed=summary.images + len(source.skipped) - passed_over)
+                    done = summary.images + len(source.skipped) - passed_over
+                    done += 0 if store is None or store.replay else store.before  # those never came by
+                    progress.update(task, completed=done)
+                for write_ in pending:
+                    write_.result()
         except KeyboardInterrupt:
             summary.interrupted = True
         summary.objects.update(summary.tracks.values())
-        summary.skipped = list(source.skipped)
+        summary.skipped = [*source.skipped, *getattr(store, "noted", ())]
         with written_whole(output / "skipped.json") as part:
             part.write_text(
                 json.dumps([asdict(s) for s in summary.skipped], ensure_ascii=False, indent=1), encoding="utf-8"
             )
-        if not summary.images and summary.skipped and not summary.interrupted:
+        nothing = not summary.images and not getattr(store, "before", 0)
+        if nothing and summary.skipped and not summary.interrupted:
             first = summary.skipped[0]
             raise ImageError(
                 f"none of {len(summary.skipped)} pictures could be used; the first: {first.file}: {first.reason} "
@@ -364,6 +408,11 @@ class Pipeline:
             )
         summary.places = [sink.summary() for sink in sinks]
         return summary
+
+
+def _kind(item: Frame | FrameResult) -> tuple[bool, str | None]:
+    """Whether it is done already, and the video that it belongs to."""
+    return (True, item.frame.video) if isinstance(item, FrameResult) else (False, item.video)
 
 
 def _note(source: Source, skipped: Skipped) -> None:

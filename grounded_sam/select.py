@@ -19,7 +19,8 @@ class Select:
 
     Attributes:
         score: the least confidence, 0 to 1.
-        class_score: least confidence of single classes, by name; others keep `score`; None for no such.
+        class_score: least confidence of single classes, by name, before what an ontology says; others keep
+            `score`; None for no such.
         nms: IoU above which the less confident of two detections is dropped; None keeps all.
         nms_by: whether that IoU is of boxes or of masks.
         nms_across: whether detections of different classes are duplicates too.
@@ -85,8 +86,7 @@ def select(found: sv.Detections, settings: Select, vocabulary: Vocabulary) -> sv
         ConfigError: if `class_score` names a class that the vocabulary has not, or `nms_by` is `mask`
             and the detections have no masks.
     """
-    single = settings.class_score or {}
-    unknown = sorted(set(single) - set(vocabulary.classes))
+    unknown = sorted(set(settings.class_score or {}) - set(vocabulary.classes))
     if unknown:
         raise ConfigError(
             f"select.class_score names {', '.join(map(repr, unknown))}; "
@@ -95,6 +95,7 @@ def select(found: sv.Detections, settings: Select, vocabulary: Vocabulary) -> sv
     if not len(found):
         return found
     assert found.confidence is not None and found.class_id is not None
+    single = {**vocabulary.class_score, **(settings.class_score or {})}
     least = np.array([single.get(name, settings.score) for name in vocabulary.classes])
     order = np.argsort(-found.confidence, kind="stable")
     order = order[found.confidence[order] >= least[found.class_id[order]].astype(np.float32)]

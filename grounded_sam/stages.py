@@ -17,10 +17,11 @@ from grounded_sam.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class FrameResult:
-    """A frame and what was found in it."""
+    """A frame and what was found in it, now or, if `stored`, by an earlier run into the same output."""
 
     frame: Frame
     detections: sv.Detections
+    stored: bool = False
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,16 @@ class Source(Protocol):
 
     Bad files are put into `skipped` and passed over. `len()` is how many frames there are at most;
     it raises a TypeError where that is not known.
+
+    Two more are used if they are there. `stored` is set to a function by a run that goes on after an
+    earlier one: given the name and the files of a picture or video it returns the results of that run, which
+    the source then gives instead of frames, or None. `vocabulary` are the classes of a source that brings
+    its own, so that `text` may be left out.
     """
 
     skipped: list[Skipped]
 
-    def __iter__(self) -> Iterator[Frame]: ...
+    def __iter__(self) -> Iterator[Frame | FrameResult]: ...
     def __len__(self) -> int: ...
 
 
@@ -106,6 +112,9 @@ class Sink(AbstractContextManager[Any], Protocol):
 
     Opens files at the first `write`, renames them into place when whole, and leaves what was written
     so far usable when the run is interrupted. `summary()` is a line for the end of the run.
+
+    Two more are used if they are there: `skip(skipped)` is told of every file that could not be used, and
+    `stored(name, files)`, of a sink that can read what it wrote before, is handed to the source.
     """
 
     def write(self, result: FrameResult) -> None: ...

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from grounded_sam.errors import VocabularyError
 # A full stop ends a phrase when a space or the end follows, but not after a lone letter ("U.S. flag").
 _STOP = re.compile(r"(?<!\b[^\W\d_])\.(?=\s|$)")
 _FILES = {".yaml", ".yml", ".json", ".txt"}
+#: What an ontology may say of a class, and its shape; editors check files against it too.
+SCHEMA = Path(__file__).with_name("ontology.schema.json")
 
 
 @dataclass(frozen=True)
@@ -24,21 +27,34 @@ class Vocabulary:
         classes: class names, as the user wrote them.
         phrases: for each class the phrases that mean it, at least one.
         negatives: phrases that compete with the classes and whose detections are dropped.
+        ids: for each class its id in the user's own taxonomy, as COCO files carry them; empty for 1, 2, 3...
+        scores: for each class its least confidence, None for `select.score`; or empty.
+        colours: for each class its colour, `#rrggbb` or None; or empty.
+        supercategories: for each class what COCO calls so, or None; or empty.
 
     Raises:
-        VocabularyError: without classes, with an empty phrase, or if one phrase stands for two
-            classes, or for a class and a negative (compared without case and outer punctuation).
+        VocabularyError: without classes, with an empty phrase, with one id for two classes, or if one
+            phrase stands for two classes, or for a class and a negative (compared without case and outer
+            punctuation).
     """
 
     classes: tuple[str, ...]
     phrases: tuple[tuple[str, ...], ...]
     negatives: tuple[str, ...] = ()
+    ids: tuple[int, ...] = ()
+    scores: tuple[float | None, ...] = ()
+    colours: tuple[str | None, ...] = ()
+    supercategories: tuple[str | None, ...] = ()
 
     def __post_init__(self) -> None:
         if not self.classes:
             raise VocabularyError("text names no class; give at least one, e.g. text=[car, wheel]")
         if len(self.classes) != len(self.phrases):
             raise VocabularyError(f"expected phrases for each of {len(self.classes)} classes, got {len(self.phrases)}")
+        taken: dict[int, str] = {}
+        for name, number in zip(self.classes, self.ids, strict=False):
+            if taken.setdefault(number, name) != name:
+                raise VocabularyError(f"classes {taken[number]!r} and {name!r} have the same id {number}")
         owner: dict[str, str] = {}
         named = list(zip(self.classes, self.phrases, strict=True))
         for name, phrases in [*named, *((f"negative {n!r}", (n,)) for n in self.negatives)]:
@@ -54,14 +70,55 @@ class Vocabulary:
     def __len__(self) -> int:
         return len(self.classes)
 
+    @property
+    def category_ids(self) -> tuple[int, ...]:
+        """For each class the id that files of categories give it."""
+        return self.ids or tuple(range(1, len(self.classes) + 1))
+
+    @property
+    def class_score(self) -> dict[str, float]:
+        """Least confidence by class, of those that have one of their own."""
+        return {name: score for name, score in zip(self.classes, self.scores, strict=False) if score is not None}
+
+    def categories(self) -> list[dict[str, Any]]:
+        """The classes as COCO's `categories`."""
+        above = self.supercategories or (None,) * len(self)
+        return [
+            {"id": number, "name": name} | ({} if group is None else {"supercategory": group})
+            for number, name, group in zip(self.category_ids, self.classes, above, strict=True)
+        ]
+
+    def palette(self) -> list[str]:
+        """For each class a colour, `#rrggbb`: its own, or the next of supervision's."""
+        import supervision as sv
+
+        own = self.colours or (None,) * len(self)
+        return [colour or sv.ColorPalette.DEFAULT.by_idx(i).as_hex() for i, colour in enumerate(own)]
+
+    def with_classes(self, names: Sequence[str]) -> Vocabulary:
+        """The same with more classes at the end, each its own phrase; those that are there already stay."""
+        more = tuple(dict.fromkeys(name for name in names if name not in self.classes))
+        if not more:
+            return self
+        free = max(self.ids, default=0) + 1
+        ids = (*self.ids, *range(free, free + len(more))) if self.ids else ()
+        columns = {
+            key: (*value, *(None for _ in more)) if (value := getattr(self, key)) else ()
+            for key in ("scores", "colours", "supercategories")
+        }
+        phrases = (*self.phrases, *((name,) for name in more))
+        return replace(self, classes=(*self.classes, *more), phrases=phrases, ids=ids, **columns)
+
     @classmethod
     def parse(cls, text: Any, negative: Any = ()) -> Vocabulary:
         """Read a vocabulary from whatever a user may write.
 
         Args:
             text: a list of classes; a mapping from class to phrase or phrases; one string, where
-                commas, semicolons, line ends or full stops part the classes; the path of a YAML, JSON
-                or TXT file (one class a line) that holds one of those; or a `Vocabulary`.
+                commas, semicolons, line ends or full stops part the classes; an ontology, which is a
+                mapping with `classes` and maybe `negatives` (see `ontology.schema.json`); the path of a
+                YAML, JSON or TXT file (one class a line) that holds one of those, or of a COCO file,
+                whose categories are taken with their ids; or a `Vocabulary`.
             negative: phrases to absorb look-alikes, in any of the list forms.
 
         Raises:
@@ -69,8 +126,16 @@ class Vocabulary:
         """
         if isinstance(text, Vocabulary):
             return text
+        where = "text"
         if isinstance(text, str | Path):
-            text = _from_string(str(text))
+            where = str(text)
+            text = _from_string(where)
+        if isinstance(text, Mapping) and isinstance(text.get("categories"), Sequence) and "classes" not in text:
+            text = _from_coco(text["categories"], where)
+        if isinstance(text, Mapping) and "classes" in text:
+            ontology = _ontology(text, where)
+            more = cls.parse(["_"], negative).negatives
+            return replace(ontology, negatives=tuple(dict.fromkeys([*ontology.negatives, *more])))
         negatives = tuple(_phrases(_from_string(negative) if isinstance(negative, str) else negative, "negative"))
         if isinstance(text, Mapping):
             classes = [(str(name), _phrases(value, str(name)) or [str(name)]) for name, value in text.items()]
@@ -86,6 +151,100 @@ class Vocabulary:
             phrases=tuple(tuple(dict.fromkeys(phrases)) for _, phrases in classes),
             negatives=tuple(dict.fromkeys(negatives)),
         )
+
+
+@cache
+def _checker() -> Any:
+    from jsonschema import Draft202012Validator
+
+    return Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
+
+
+def _number(value: Any, kind: type) -> Any:
+    """A number that a file gave as a word."""
+    try:
+        return kind(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def _ontology(content: Mapping[str, Any], where: str) -> Vocabulary:
+    """A mapping with `classes`, each with phrases, id, score, colour and supercategory as it likes.
+
+    Raises:
+        VocabularyError: naming the place that does not fit `ontology.schema.json`, and what would.
+    """
+    from jsonschema.exceptions import best_match
+    from PIL import ImageColor
+
+    classes = content["classes"]
+    if isinstance(classes, Sequence) and not isinstance(classes, str):
+        named = [(item.get("name"), item) if isinstance(item, Mapping) else (item, {}) for item in classes]
+        entries = {str(name): {k: v for k, v in entry.items() if k != "name"} for name, entry in named}
+        if len(entries) != len(named) or any(name is None for name, _ in named):
+            raise VocabularyError(f"{where}: each of the classes needs a name of its own")
+    elif isinstance(classes, Mapping):
+        entries = {
+            str(name): dict(entry) if isinstance(entry, Mapping) else {} if entry is None else {"phrases": entry}
+            for name, entry in classes.items()
+        }
+    else:
+        raise VocabularyError(f"{where}: classes must be a mapping or a list, got {classes!r}")
+    if not entries:
+        raise VocabularyError(f"{where} names no class")
+    for entry in entries.values():
+        for key, kind in (("id", int), ("score", float)):
+            if key in entry:
+                entry[key] = _number(entry[key], kind)
+        if isinstance(entry.get("phrases"), str):
+            entry["phrases"] = [entry["phrases"]]
+    negatives = content.get("negatives", [])
+    whole = {**content, "classes": entries, "negatives": [negatives] if isinstance(negatives, str) else negatives}
+    checker = _checker()
+    error = best_match(checker.iter_errors(whole))
+    if error is not None:
+        place = ".".join(str(part) for part in error.absolute_path) or "the ontology"
+        known = error.schema.get("properties") if error.validator == "additionalProperties" else None
+        hint = f"; the keys are {', '.join(sorted(known))}" if known else ""
+        raise VocabularyError(f"{where}: {place}: {error.message}{hint}")
+    ids = [entry.get("id") for entry in entries.values()]
+    if any(number is not None for number in ids) and None in ids:
+        without = ", ".join(repr(name) for name, entry in entries.items() if "id" not in entry)
+        raise VocabularyError(f"{where}: give all classes an id, or none; {without} have none")
+    colours = []
+    for name, entry in entries.items():
+        try:
+            rgb = None if entry.get("colour") is None else ImageColor.getrgb(entry["colour"])[:3]
+        except ValueError as error_:
+            raise VocabularyError(
+                f"{where}: classes.{name}.colour: {entry['colour']!r} is no colour; expected #rrggbb or a name"
+            ) from error_
+        colours.append(None if rgb is None else "#{:02x}{:02x}{:02x}".format(*rgb))
+
+    def column(values: list[Any]) -> tuple[Any, ...]:
+        return tuple(values) if any(value is not None for value in values) else ()
+
+    return Vocabulary(
+        classes=tuple(entries),
+        phrases=tuple(
+            tuple(dict.fromkeys(_phrases(entry.get("phrases"), name))) or (name,) for name, entry in entries.items()
+        ),
+        negatives=tuple(dict.fromkeys(_phrases(whole["negatives"], "negatives"))),
+        ids=column(ids),
+        scores=column([entry.get("score") for entry in entries.values()]),
+        colours=column(colours),
+        supercategories=column([entry.get("supercategory") for entry in entries.values()]),
+    )
+
+
+def _from_coco(categories: Sequence[Any], where: str) -> dict[str, Any]:
+    """The categories of a COCO file as an ontology."""
+    classes = []
+    for item in categories:
+        if not isinstance(item, Mapping) or "name" not in item or "id" not in item:
+            raise VocabularyError(f"{where}: categories must have an id and a name, got {item!r}")
+        classes.append({key: item[key] for key in ("name", "id", "supercategory") if key in item})
+    return {"classes": classes}
 
 
 def _key(phrase: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,16 +16,21 @@ CLASSES = Vocabulary.parse(["a", "b", "c"])
 
 
 class Halves:
-    """A detector that finds the left half of every picture as class 0, the right half as the last."""
+    """A detector that finds the left half of every picture as class 0, the right half as the last.
 
-    def __init__(self, score: float = 0.9, batch_size: int = 1) -> None:
-        self.score, self.batch_size = score, batch_size
+    Args:
+        delay: seconds that a picture takes.
+    """
+
+    def __init__(self, score: float = 0.9, batch_size: int = 1, delay: float = 0.0) -> None:
+        self.score, self.batch_size, self.delay = score, batch_size, delay
         self.calls: list[int] = []
 
     def detect(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
         self.calls.append(len(frames))
         found = []
         for frame in frames:
+            time.sleep(self.delay)
             height, width = frame.size_hw
             boxes = [[0, 0, width / 2, height], [width / 2, 0, width, height]]
             found.append(

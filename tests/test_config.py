@@ -41,7 +41,7 @@ def test_every_choice_composes_and_its_keys_fit_its_class(group, choice):
     for path, node in found.items():
         signature = inspect.signature(get_class(node._target_).__init__)
         names = set(signature.parameters) - {"self"}
-        keys = set(node) - {"_target_"}
+        keys = set(node) - {"_target_", "_recursive_"}
         assert keys <= names, f"{path}: {keys - names} are no arguments of {node._target_}"
         given = keys | {"output", "vocabulary"}
         needed = {n for n, p in signature.parameters.items() if p.default is p.empty} - {"self"}
@@ -76,7 +76,7 @@ def test_choices_and_presets_compose(overrides, check):
         ("selct.score=1", "unknown key 'selct.score'; did you mean 'select'?"),
         ("select.scor=1", "unknown key 'select.scor'; did you mean 'select.score'?"),
         ("detector=yolo", "there is no detector=yolo; the choices are clicks, everything, grounding_dino"),
-        ("preset=nothing", "there is no preset=nothing; the choices are demo, shapes"),
+        ("preset=nothing", "there is no preset=nothing; the choices are demo, label, shapes"),
         ("detector.checkpoint", "."),
         ("segmenter=null", "segmenter=none"),
         ("input=bücher/a.jpg", r"""put the value in quotes of its own, "input='bücher/a.jpg'"""),

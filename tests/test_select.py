@@ -115,3 +115,12 @@ def test_settling_boxes_first_changes_nothing(found, chosen):
     """The pipeline selects once before masks and once after; with masks that fill the boxes, that is one selection."""
     first = select(found, chosen.before_masks(), CLASSES)
     assert select(first, chosen, CLASSES) == select(found, chosen, CLASSES)
+
+
+def test_scores_of_an_ontology_count_unless_the_setting_says_otherwise():
+    from grounded_sam import Vocabulary
+
+    words = Vocabulary.parse({"classes": {"a": {"score": 0.8}, "b": {}, "c": {"score": 0.1}}})
+    found = boxes((0, 0, 9, 9, 0.5, 0), (20, 0, 29, 9, 0.5, 1), (40, 0, 49, 9, 0.2, 2))
+    assert select(found, Select(score=0.3), words).class_id.tolist() == [1, 2]
+    assert select(found, Select(score=0.3, class_score={"a": 0.4}), words).class_id.tolist() == [0, 1, 2]

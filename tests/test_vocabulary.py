@@ -95,3 +95,71 @@ def test_a_list_and_its_joined_string_mean_the_same(names):
 @given(st.lists(words.filter(lambda w: len(w) > 1), min_size=1, max_size=20, unique_by=str.casefold))
 def test_full_stops_part_classes_as_commas_do(names):
     assert Vocabulary.parse(" . ".join(names)) == Vocabulary.parse(names)
+
+
+ONTOLOGY = """
+classes:
+  car: {phrases: [car, taxi], id: 3, score: 0.4, colour: red, supercategory: vehicle}
+  "no": {id: 7}
+  truck: {phrases: lorry, id: 8, colour: "#00ff7f"}
+negatives: [toy car]
+"""
+
+
+def test_an_ontology_says_all_of_a_class(tmp_path):
+    path = tmp_path / "classes.yaml"
+    path.write_text(ONTOLOGY)
+    words = Vocabulary.parse(str(path), ["statue"])
+    assert words.classes == ("car", "no", "truck")
+    assert words.phrases == (("car", "taxi"), ("no",), ("lorry",))
+    assert words.negatives == ("toy car", "statue")
+    assert words.category_ids == (3, 7, 8) and words.class_score == {"car": 0.4}
+    assert words.palette()[0] == "#ff0000" and words.palette()[2] == "#00ff7f"
+    assert words.categories()[0] == {"id": 3, "name": "car", "supercategory": "vehicle"}
+    assert words.categories()[1] == {"id": 7, "name": "no"}
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [["car", "truck"], {"car": None, "truck": None}, [{"name": "car"}, "truck"], {"car": "car", "truck": ["truck"]}],
+)
+def test_an_ontology_in_every_form(classes):
+    words = Vocabulary.parse({"classes": classes})
+    assert words == Vocabulary.parse(["car", "truck"]) and words.category_ids == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"classes": {"car": {"scroe": 0.3}}}, r"classes.car: .*'scroe'.*keys are colour, id, phrases, score"),
+        ({"classes": {"car": {"score": 1.5}}}, r"classes.car.score: 1.5 is greater than the maximum"),
+        ({"classes": {"car": {"score": "high"}}}, r"classes.car.score: 'high' is not of type 'number'"),
+        ({"classes": {"car": {"id": 1.5}}}, r"classes.car.id: 1.5 is not of type 'integer'"),
+        ({"classes": {"car": {"id": 1}, "bus": {}}}, r"give all classes an id, or none; 'bus' have none"),
+        ({"classes": {"car": {"id": 1}, "bus": {"id": 1}}}, r"'car' and 'bus' have the same id 1"),
+        ({"classes": {"car": {"colour": "redish"}}}, r"classes.car.colour: 'redish' is no colour"),
+        ({"classes": {"car": {}}, "negative": ["x"]}, r"'negative' was unexpected.*keys are .*negatives"),
+        ({"classes": []}, r"classes"),
+        ({"classes": "car"}, r"mapping or a list"),
+        ({"classes": [{"phrases": ["x"]}]}, r"needs a name"),
+        ({"classes": ["car", "car"]}, r"a name of its own"),
+        ({"categories": [{"name": "car"}]}, r"must have an id and a name"),
+    ],
+)
+def test_what_is_wrong_in_an_ontology_is_named_with_its_place(content, says):
+    with pytest.raises(VocabularyError, match=says):
+        Vocabulary.parse(content)
+
+
+def test_categories_of_a_coco_file_keep_their_ids(tmp_path):
+    categories = [{"id": 18, "name": "dog", "supercategory": "animal"}, {"id": 1, "name": "person"}]
+    (tmp_path / "instances.json").write_text(json.dumps({"images": [], "annotations": [], "categories": categories}))
+    words = Vocabulary.parse(str(tmp_path / "instances.json"))
+    assert words.classes == ("dog", "person") and words.category_ids == (18, 1)
+    assert words.categories() == categories
+
+
+def test_more_classes_get_free_ids():
+    words = Vocabulary.parse({"classes": {"a": {"id": 5, "score": 0.2}, "b": {"id": 2}}}).with_classes(["b", "c", "d"])
+    assert words.classes == ("a", "b", "c", "d") and words.ids == (5, 2, 6, 7) and words.class_score == {"a": 0.2}
+    assert Vocabulary.parse(["a"]).with_classes(["b"]).category_ids == (1, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal
@@ -11,9 +12,11 @@ import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
-from grounded_sam.detections import mask_boxes
 from grounded_sam.errors import ConfigError
 from grounded_sam.sinks.files import written_whole
+from grounded_sam.sinks.pictures import Handling, Pictures
+from grounded_sam.sinks.polygons import joined, outlines
+from grounded_sam.sinks.splits import Splits
 from grounded_sam.stages import FrameResult
 from grounded_sam.vocabulary import Vocabulary
 
@@ -27,17 +30,17 @@ def encode_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:
 
 
 def encode_polygons(mask: NDArray[np.bool_]) -> list[list[float]]:
-    """A mask `(H, W) bool` as COCO polygons; holes are lost. What is too thin for one gets its rectangle."""
-    polygons = [p.reshape(-1).astype(float).tolist() for p in sv.mask_to_polygons(mask) if len(p) >= 3]
-    if not polygons:
-        x1, y1, x2, y2 = (float(v) for v in mask_boxes(mask[None])[0])
-        polygons = [[x1, y1, x2, y1, x2, y2, x1, y2]]
-    return polygons
+    """A mask `(H, W) bool` as COCO polygons along the edges of its pixels, one a part.
+
+    A hole is tied to its outline by a line there and back. `pycocotools` makes the same mask of them.
+    """
+    return [joined([part]).reshape(-1).tolist() for part in outlines(mask, "edges")]
 
 
 class Coco:
-    """All frames in one `annotations.json`: category ids are class ids plus 1, image and annotation ids from 1.
+    """All frames in `annotations.json`, or with a split in `annotations_<part>.json` each.
 
+    Category ids are those of the ontology, or class ids plus 1; image and annotation ids count from 1.
     Lines go to hidden files as they come and are put together at the end, also after an interruption;
     no mask is held. Annotations carry `score` (confidence) and, if a segmenter ran, `mask_score`; in a
     video also `track_id`, and images `video`, `frame` (number) and `time_s`.
@@ -45,8 +48,12 @@ class Coco:
     Args:
         output: folder of the run.
         vocabulary: of the run.
-        segmentation: `rle` (exact) or `polygon` (for tools that read no RLE; holes are lost).
+        segmentation: `rle` (exact), or `polygon` for tools that read no RLE (exact too where pycocotools
+            reads them).
         file: name of the JSON in the folder.
+        split: parts by share, see `Splits`.
+        seed: of the split.
+        images: `none`, or `link` or `copy` for pictures under `images/`, which `file_name` then names.
     """
 
     def __init__(
@@ -55,6 +62,9 @@ class Coco:
         vocabulary: Vocabulary,
         segmentation: Literal["rle", "polygon"] = "rle",
         file: str = "annotations.json",
+        split: dict[str, float] | None = None,
+        seed: int = 0,
+        images: Handling = "none",
     ) -> None:
         if segmentation not in ("rle", "polygon"):
             raise ConfigError(f"sink.coco.segmentation must be rle or polygon, got {segmentation!r}")
@@ -62,39 +72,49 @@ class Coco:
             raise ConfigError(f"sink.coco.file must be a plain file name, got {file!r}")
         self.path = Path(output) / file
         self.vocabulary, self.segmentation = vocabulary, segmentation
+        self.split, self.pictures = Splits(split, seed), Pictures(images, "sink.coco.images")
         self.images = self.annotations = 0
-        self._lines: dict[str, IO[str]] = {}
+        self._lines: dict[tuple[str | None, str], IO[str]] = {}
 
     def __enter__(self) -> Coco:
         return self
 
-    def _line(self, kind: str, entry: dict[str, Any]) -> None:
-        if kind not in self._lines:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._lines[kind] = (self.path.parent / f".{self.path.name}.{kind}").open("w+", encoding="utf-8")
-        self._lines[kind].write(json.dumps(entry, ensure_ascii=False) + "\n")
+    def _file(self, part: str | None) -> Path:
+        return self.path if part is None else self.path.with_stem(f"{self.path.stem}_{part}")
+
+    def _parts(self) -> Sequence[str | None]:
+        return self.split.names or [None]
+
+    def _line(self, part: str | None, kind: str, entry: dict[str, Any]) -> None:
+        if (part, kind) not in self._lines:
+            path = self._file(part)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._lines[part, kind] = (path.parent / f".{path.name}.{kind}").open("w+", encoding="utf-8")
+        self._lines[part, kind].write(json.dumps(entry, ensure_ascii=False) + "\n")
 
     def write(self, result: FrameResult) -> None:
         self.images += 1
-        height, width = result.frame.size_hw
-        name = result.frame.name
+        frame, found, part = result.frame, result.detections, self.split(result.frame)
+        name, (height, width) = frame.name, frame.size_hw
+        if self.pictures.how != "none":
+            name = self.pictures.put(frame, self.path.parent / "images", self.pictures.stem(frame))
         image: dict[str, Any] = {"id": self.images, "file_name": name, "width": width, "height": height}
-        if result.frame.video is not None:
-            image |= {"video": result.frame.video, "frame": result.frame.index, "time_s": result.frame.time_s}
-        self._line("images", image)
-        found = result.detections
+        if frame.video is not None:
+            image |= {"video": frame.video, "frame": frame.index, "time_s": frame.time_s}
+        self._line(part, "images", image)
         for i in range(len(found)):
             self.annotations += 1
-            self._line("annotations", {"id": self.annotations, "image_id": self.images, **self._entry(found, i)})
+            entry = {"id": self.annotations, "image_id": self.images, **self._entry(found, i)}
+            self._line(part, "annotations", entry)
 
     def _entry(self, found: sv.Detections, i: int) -> dict[str, Any]:
         assert found.class_id is not None and found.confidence is not None
         x1, y1, x2, y2 = (round(float(v), 3) for v in found.xyxy[i])
         entry: dict[str, Any] = {
-            "category_id": int(found.class_id[i]) + 1,
+            "category_id": self.vocabulary.category_ids[int(found.class_id[i])],
             "bbox": [x1, y1, round(x2 - x1, 3), round(y2 - y1, 3)],
             "area": round((x2 - x1) * (y2 - y1), 3),
-            "iscrowd": 0,
+            "iscrowd": int(found.data["iscrowd"][i]) if "iscrowd" in found.data else 0,
             "score": round(float(found.confidence[i]), 6),
         }
         if found.mask is not None:
@@ -115,21 +135,23 @@ class Coco:
         head = {
             "info": {"description": "Made with grounded_sam"},
             "licenses": [],
-            "categories": [{"id": i + 1, "name": name} for i, name in enumerate(self.vocabulary.classes)],
+            "categories": self.vocabulary.categories(),
         }
-        with written_whole(self.path) as part, part.open("w", encoding="utf-8") as out:
-            out.write(json.dumps(head, ensure_ascii=False)[:-1])
-            for key in ("images", "annotations"):
-                out.write(f',\n"{key}": [')
-                if key in self._lines:
-                    self._lines[key].seek(0)
-                    for number, line in enumerate(self._lines[key]):
-                        out.write((",\n" if number else "\n") + line.rstrip("\n"))
-                out.write("\n]")
-            out.write("}\n")
+        for part in self._parts():
+            with written_whole(self._file(part)) as beside, beside.open("w", encoding="utf-8") as out:
+                out.write(json.dumps(head, ensure_ascii=False)[:-1])
+                for key in ("images", "annotations"):
+                    out.write(f',\n"{key}": [')
+                    if (part, key) in self._lines:
+                        self._lines[part, key].seek(0)
+                        for number, line in enumerate(self._lines[part, key]):
+                            out.write((",\n" if number else "\n") + line.rstrip("\n"))
+                    out.write("\n]")
+                out.write("}\n")
         for lines in self._lines.values():
             lines.close()
             Path(lines.name).unlink()
 
     def summary(self) -> str:
-        return f"{self.annotations} objects of {self.images} images in {self.path}"
+        files = ", ".join(str(self._file(part)) for part in self._parts())
+        return f"{self.annotations} objects of {self.images} images in {files}"

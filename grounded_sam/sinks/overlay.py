@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from types import TracebackType
@@ -35,10 +36,12 @@ def draw(
     labels: bool = True,
     opacity: float = 0.5,
     colour_by: Literal["class", "object"] | None = None,
+    palette: Sequence[str] | None = None,
 ) -> NDArray[np.uint8]:
     """Detections drawn over an RGB image `(H, W, 3) uint8`; returns a new one of the same size.
 
-    Without `colour_by`, tracked objects have colours of their own and others that of their class.
+    Without `colour_by`, tracked objects have colours of their own and others that of their class; `palette`
+    has a colour `#rrggbb` for each class, by default supervision's.
     """
     scene = image[..., ::-1].copy()  # supervision draws in BGR
     if not len(found):
@@ -47,13 +50,18 @@ def draw(
     lookup = sv.ColorLookup.TRACK if tracked else sv.ColorLookup.INDEX
     if colour_by == "class" or (colour_by is None and not tracked):
         lookup = sv.ColorLookup.CLASS
+    colours = sv.ColorPalette.DEFAULT
+    if palette is not None and lookup == sv.ColorLookup.CLASS:
+        colours = sv.ColorPalette.from_hex(list(palette))
     size_wh = (image.shape[1], image.shape[0])
     thickness = sv.calculate_optimal_line_thickness(size_wh)
     if masks and found.mask is not None:
-        scene = sv.MaskAnnotator(opacity=opacity, color_lookup=lookup).annotate(scene, found)
-        scene = sv.PolygonAnnotator(thickness=max(1, thickness // 2), color_lookup=lookup).annotate(scene, found)
+        scene = sv.MaskAnnotator(colours, opacity=opacity, color_lookup=lookup).annotate(scene, found)
+        scene = sv.PolygonAnnotator(colours, thickness=max(1, thickness // 2), color_lookup=lookup).annotate(
+            scene, found
+        )
     if boxes:
-        scene = sv.BoxAnnotator(thickness=thickness, color_lookup=lookup).annotate(scene, found)
+        scene = sv.BoxAnnotator(colours, thickness=thickness, color_lookup=lookup).annotate(scene, found)
     if labels:
         assert found.confidence is not None
         texts = [f"{name} {score:.2f}" for name, score in zip(found.data["class_name"], found.confidence, strict=True)]
@@ -61,7 +69,12 @@ def draw(
             texts = [f"#{i} {text}" for i, text in zip(found.tracker_id.tolist(), texts, strict=True)]
         size = int(np.clip(min(size_wh) / 32, 9, 72))
         scene = sv.RichLabelAnnotator(
-            font_path=font(), font_size=size, text_padding=max(2, size // 5), color_lookup=lookup, smart_position=True
+            colours,
+            font_path=font(),
+            font_size=size,
+            text_padding=max(2, size // 5),
+            color_lookup=lookup,
+            smart_position=True,
         ).annotate(scene, found, texts)
     return np.ascontiguousarray(scene[..., ::-1])
 
@@ -105,6 +118,7 @@ class Overlay:
         self.opacity, self.colour_by = opacity, colour_by
         self.sound_from = None if sound_from is None else os.path.expanduser(str(sound_from))
         self.crf = crf
+        self.palette = vocabulary.palette()
         self.names, self.count = Names(), 0
         self.videos: dict[str, Mp4] = {}
 
@@ -114,10 +128,17 @@ class Overlay:
     def write(self, result: FrameResult) -> None:
         from PIL import Image
 
-        picture = draw(
-            result.frame.image, result.detections, self.masks, self.boxes, self.labels, self.opacity, self.colour_by
-        )
         frame = result.frame
+        picture = draw(
+            frame.image,
+            result.detections,
+            self.masks,
+            self.boxes,
+            self.labels,
+            self.opacity,
+            self.colour_by,
+            self.palette,
+        )
         if frame.video is not None:
             if frame.video not in self.videos:
                 path = self.folder / self.names(frame.video, ".mp4")

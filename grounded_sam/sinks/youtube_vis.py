@@ -21,8 +21,8 @@ class YoutubeVis:
     """`youtube_vis.json` as the YouTube-VIS (2019, 2021) and OVIS tools read it.
 
     `videos` list their `file_names`; an annotation is a track, with `segmentations` (COCO RLE or null),
-    `bboxes` and `areas` per frame, `category_id` (class id plus 1), `score` and `track_id`. Masks wait in a
-    hidden file, of which only places are held.
+    `bboxes` and `areas` per frame, `category_id` (of the ontology, or class id plus 1), `score` and `track_id`.
+    Masks wait in a hidden file, of which only places are held.
 
     Args:
         output: folder of the run.
@@ -78,7 +78,7 @@ class YoutubeVis:
             yield {
                 "id": number,
                 "video_id": video["id"],
-                "category_id": track["class_id"] + 1,
+                "category_id": self.vocabulary.category_ids[track["class_id"]],
                 "track_id": tracker_id,
                 "score": round(track["score"], 6),
                 "iscrowd": 0,
@@ -96,7 +96,7 @@ class YoutubeVis:
         head = {
             "info": {"description": "Made with grounded_sam"},
             "licenses": [],
-            "categories": [{"id": i + 1, "name": name} for i, name in enumerate(self.vocabulary.classes)],
+            "categories": self.vocabulary.categories(),
             "videos": list(self.videos.values()),
         }
         with written_whole(self.path) as part, part.open("w", encoding="utf-8") as out:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.frames import MAX_PIXELS, Frame
-from grounded_sam.sources.images import Images, find_files, name_of
+from grounded_sam.sources.images import Images, check_shard, find_files, name_of
 from grounded_sam.sources.video import Video, is_stream
-from grounded_sam.stages import Skipped
+from grounded_sam.stages import FrameResult, Skipped
 
 
 class Auto:
@@ -25,6 +26,8 @@ class Auto:
         input: see `Images` and `Video`.
         start, stop, stride, max_side: of videos; see `Video`.
         max_pixels: larger pictures are refused before they are decoded.
+        shard, num_shards: of the pictures, and of the videos, take only every `num_shards`-th, from number
+            `shard` on.
 
     Raises:
         ConfigError: if the input is missing or holds neither.
@@ -39,25 +42,43 @@ class Auto:
         stride: int = 1,
         max_side: int | None = None,
         max_pixels: int = MAX_PIXELS,
+        shard: int = 0,
+        num_shards: int = 1,
     ) -> None:
+        check_shard(shard, num_shards)
+
         def video(path: Any, name: str | None = None) -> Video:
             return Video(path, start, stop, stride, max_side, max_pixels=max_pixels, name=name)
 
         self.images: Images | None = None
         self.videos: list[Video] = []
         self._passed: list[Skipped] = []
+        self._stored: Callable[[str, list[Path]], Iterable[FrameResult] | None] | None = None
         if input is not None and is_stream(input):
             self.videos, self.single = [video(input)], True
             return
         pictures, clips, root = find_files(str(input)) if input is not None and str(input) else ([], [], None)
         self.single = len(pictures) + len(clips) == 1
         if pictures or root is None:
-            self.images = Images(None if input is None else str(input), max_pixels)
+            self.images = Images(None if input is None else str(input), max_pixels, shard, num_shards)
             self.images.skipped.clear()  # the videos
         elif not clips:
             raise ConfigError(f"no picture and no video in {input}")
         assert root is not None
-        self.videos = [video(clip, name_of(clip, root)) for clip in clips]
+        self.videos = [video(clip, name_of(clip, root)) for clip in clips[shard::num_shards]]
+
+    @property
+    def stored(self) -> Callable[[str, list[Path]], Iterable[FrameResult] | None] | None:
+        """See `stages.Source`; pictures and videos ask for themselves."""
+        return self._stored
+
+    @stored.setter
+    def stored(self, ask: Callable[[str, list[Path]], Iterable[FrameResult] | None] | None) -> None:
+        self._stored = ask
+        if self.images is not None:
+            self.images.stored = ask
+        for video in self.videos:
+            video.stored = ask
 
     @property
     def skipped(self) -> list[Skipped]:
@@ -69,7 +90,7 @@ class Auto:
         """Note a frame that a later stage could not use."""
         self._passed.append(skipped)
 
-    def __iter__(self) -> Iterator[Frame]:
+    def __iter__(self) -> Iterator[Frame | FrameResult]:
         if self.images is not None:
             yield from self.images
         for video in self.videos:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import glob
 import os
+import queue
 import re
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any, TypeVar
 
 from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.frames import MAX_PIXELS, Frame, read_image, safe_formats
-from grounded_sam.stages import Skipped
+from grounded_sam.stages import FrameResult, Skipped
 
+T = TypeVar("T")
 VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ts"}
 _EXAMPLES = Path(__file__).parents[1] / "shapes" / "examples"
 
@@ -58,21 +63,30 @@ class Images:
         input: a picture, a folder, a glob (`photos/**/*.jpg`), a `.txt` file with one path a line
             (relative ones are relative to it), or `builtin:demo`.
         max_pixels: larger pictures are refused before they are decoded.
+        shard, num_shards: of the pictures take only every `num_shards`-th, from number `shard` on.
 
     Raises:
         ConfigError: if the input is missing or holds no picture.
         ImageError: while iterating, if the input is one single file and that cannot be read.
     """
 
-    def __init__(self, input: str | os.PathLike[str] | None, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(
+        self,
+        input: str | os.PathLike[str] | None,
+        max_pixels: int = MAX_PIXELS,
+        shard: int = 0,
+        num_shards: int = 1,
+    ) -> None:
         if input is None or not str(input):
             raise ConfigError(
                 "input is missing: give a picture, a folder, a glob or a .txt file of paths, e.g. input=photos/"
             )
         if not isinstance(max_pixels, int) or max_pixels < 1:
             raise ConfigError(f"source.max_pixels must be a whole number from 1, got {max_pixels!r}")
+        check_shard(shard, num_shards)
         self.max_pixels = max_pixels
         self.skipped: list[Skipped] = []
+        self.stored: Callable[[str, list[Path]], Iterable[FrameResult] | None] | None = None
         self.files, videos, self.root = find_files(str(input))
         self.single = len(self.files) == 1 and Path(str(input)) == self.files[0]
         if not self.files:
@@ -80,13 +94,21 @@ class Images:
                 raise ConfigError(f"no picture in {input}, only videos; source=auto or source=video takes those")
             raise ConfigError(f"no picture in {input}")
         self.skipped += [Skipped(self.name(path), "a video; source=images reads pictures") for path in videos]
+        self.files = self.files[shard::num_shards]
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __iter__(self) -> Iterator[Frame]:
+    def __iter__(self) -> Iterator[Frame | FrameResult]:
+        with closing(ahead(self._decoded(), 2)) as frames:
+            yield from frames
+
+    def _decoded(self) -> Generator[Frame | FrameResult]:
         index = 0
         for path in self.files:
+            if self.stored is not None and (results := self.stored(self.name(path), [path])) is not None:
+                yield from results
+                continue
             try:
                 image = read_image(path, self.max_pixels)
             except ImageError as error:
@@ -95,12 +117,60 @@ class Images:
                 reason = str(error).removeprefix(f"{path}: ")
                 self.skipped.append(Skipped(self.name(path), reason))
                 continue
-            yield Frame(image, index, self.name(path))
+            yield Frame(image, index, self.name(path), file=path)
             index += 1
 
     def name(self, path: Path) -> str:
         """The path relative to the input, with `/`; bytes that are no UTF-8 as `\\xNN`."""
         return name_of(path, self.root)
+
+
+def check_shard(shard: int, num_shards: int) -> None:
+    """Raise a ConfigError unless `shard` is one of `num_shards`."""
+    for key, value, least in (("num_shards", num_shards, 1), ("shard", shard, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"source.{key} must be a whole number from {least}, got {value!r}")
+    if shard >= num_shards:
+        raise ConfigError(f"source.shard must be below source.num_shards={num_shards}, got {shard}")
+
+
+def ahead(items: Iterable[T], size: int) -> Generator[T]:
+    """The same items, made on a thread, at most `size` of them ahead; closing it ends the thread."""
+    made: queue.Queue[tuple[str, Any]] = queue.Queue(size)
+    stop = threading.Event()
+
+    def put(kind: str, value: Any) -> bool:
+        while not stop.is_set():
+            with suppress(queue.Full):
+                made.put((kind, value), timeout=0.1)
+                return True
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put("item", item):
+                    break
+            put("end", None)
+        except BaseException as error:  # raised again where the items are taken
+            put("error", error)
+        finally:
+            if hasattr(items, "close"):
+                items.close()
+
+    thread = threading.Thread(target=work, name="decode", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = made.get()
+            if kind == "error":
+                raise value
+            if kind == "end":
+                return
+            yield value
+    finally:
+        stop.set()
+        thread.join(timeout=10)
 
 
 def name_of(path: Path, root: Path) -> str:

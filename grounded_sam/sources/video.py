@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import glob
 import os
-import queue
-import threading
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import closing, suppress
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -17,10 +15,9 @@ from numpy.typing import NDArray
 
 from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.frames import MAX_PIXELS, Frame, read_image
-from grounded_sam.sources.images import common_folder, natural, picture_files
-from grounded_sam.stages import Skipped
+from grounded_sam.sources.images import ahead, common_folder, natural, picture_files
+from grounded_sam.stages import FrameResult, Skipped
 
-T = TypeVar("T")
 #: What a URL may begin with; ffmpeg knows more protocols, some of which read local files.
 SCHEMES = {"http", "https", "rtsp", "rtsps", "rtmp", "rtmps", "srt", "udp"}
 
@@ -28,45 +25,6 @@ SCHEMES = {"http", "https", "rtsp", "rtsps", "rtmp", "rtmps", "srt", "udp"}
 def is_stream(input: Any) -> bool:
     """Whether an input is a camera's number or a URL."""
     return str(input).isdecimal() or "://" in str(input)
-
-
-def ahead(items: Iterable[T], size: int) -> Generator[T]:
-    """The same items, made on a thread, at most `size` of them ahead; closing it ends the thread."""
-    made: queue.Queue[tuple[str, Any]] = queue.Queue(size)
-    stop = threading.Event()
-
-    def put(kind: str, value: Any) -> bool:
-        while not stop.is_set():
-            with suppress(queue.Full):
-                made.put((kind, value), timeout=0.1)
-                return True
-        return False
-
-    def work() -> None:
-        try:
-            for item in items:
-                if not put("item", item):
-                    break
-            put("end", None)
-        except BaseException as error:  # raised again where the items are taken
-            put("error", error)
-        finally:
-            if hasattr(items, "close"):
-                items.close()
-
-    thread = threading.Thread(target=work, name="decode", daemon=True)
-    thread.start()
-    try:
-        while True:
-            kind, value = made.get()
-            if kind == "error":
-                raise value
-            if kind == "end":
-                return
-            yield value
-    finally:
-        stop.set()
-        thread.join(timeout=10)
 
 
 class Video:
@@ -126,6 +84,7 @@ class Video:
         self.start, self.stop, self.stride, self.max_side = start, stop, stride, max_side
         self.ahead, self.max_pixels = ahead, max_pixels
         self.skipped: list[Skipped] = []
+        self.stored: Callable[[str, list[Path]], Iterable[FrameResult] | None] | None = None
         self.files: list[Path] = []
         self.fps: float | None = float(fps)
         self.input = str(input)
@@ -185,7 +144,11 @@ class Video:
         except av.FFmpegError:
             return None
 
-    def __iter__(self) -> Iterator[Frame]:
+    def __iter__(self) -> Iterator[Frame | FrameResult]:
+        files = self.files or ([Path(self.input)] if not is_stream(self.input) else [])
+        if files and self.stored is not None and (results := self.stored(self.name, files)) is not None:
+            yield from results
+            return
         got = False
         with closing(ahead(self._taken(), self.ahead)) as frames:
             for frame in frames:
@@ -204,7 +167,8 @@ class Video:
                     continue
                 image = make()
                 if image is not None:
-                    yield Frame(image, index, name, time_s, self.name)
+                    file = self.files[index] if self.files else None if is_stream(self.input) else Path(self.input)
+                    yield Frame(image, index, name, time_s, self.name, file)
 
     def _size(self, width: int, height: int) -> tuple[int, int]:
         if width * height > self.max_pixels:

@@ -1,0 +1,213 @@
+"""COCO instances files, read with every entry looked at."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import supervision as sv
+from numpy.typing import NDArray
+
+from grounded_sam.detections import empty, make_detections
+from grounded_sam.errors import ConfigError
+from grounded_sam.stages import Skipped
+from grounded_sam.vocabulary import Vocabulary
+
+
+class CocoFile:
+    """A COCO instances file: images, and for each the annotations that can be used.
+
+    An annotation that is not sound (of no image or category, a box that is not finite, a mask of another
+    size, a polygon of fewer than three points, an id that was there before) is left out and noted; one that
+    reaches outside its image is cut to it and noted.
+
+    Attributes:
+        vocabulary: the categories in the file's order, with their ids.
+        images: the entries of `images`.
+        notes: what was left out or changed, and why.
+
+    Raises:
+        ConfigError: if the file cannot be read, is no JSON, or has no images or categories.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            content = json.loads(path.read_text(encoding="utf-8-sig"))
+        except OSError as error:
+            raise ConfigError(f"{path}: {error.strerror}") from error
+        except ValueError as error:  # of JSON, or of UTF-8
+            raise ConfigError(f"{path} is not valid JSON: {error}") from error
+        if not isinstance(content, Mapping):
+            raise ConfigError(f"{path}: expected an object with images, annotations and categories, got a list")
+        for key in ("images", "annotations", "categories"):
+            if not isinstance(content.get(key), list):
+                raise ConfigError(f"{path}: expected a list under {key!r}, got {type(content.get(key)).__name__}")
+        if not content["images"]:
+            raise ConfigError(f"{path} has no images")
+        self.vocabulary = Vocabulary.parse({"categories": content["categories"]})
+        self._class_id = {number: i for i, number in enumerate(self.vocabulary.category_ids)}
+        self.images: list[dict[str, Any]] = []
+        self._by_image: dict[Any, list[dict[str, Any]]] = {}
+        for image in content["images"]:
+            sound = isinstance(image, Mapping) and all(
+                isinstance(image.get(key), kind) for key, kind in (("file_name", str), ("width", int), ("height", int))
+            )
+            if not sound or image.get("id") is None or min(image["width"], image["height"]) < 1:
+                raise ConfigError(f"{path}: an image needs id, file_name, width and height, got {image!r}")
+            if image["id"] in self._by_image:
+                raise ConfigError(f"{path}: two images have the id {image['id']}")
+            self.images.append(dict(image))
+            self._by_image[image["id"]] = []
+        self.notes: list[Skipped] = []
+        self.masks = any(isinstance(a, Mapping) and a.get("segmentation") for a in content["annotations"])
+        sizes = {image["id"]: (image["height"], image["width"]) for image in self.images}
+        seen: set[Any] = set()
+        for number, annotation in enumerate(content["annotations"]):
+            reason = self._wrong(annotation, sizes, seen)
+            if reason is not None:
+                name = (
+                    annotation.get("id", f"number {number}") if isinstance(annotation, Mapping) else f"number {number}"
+                )
+                self.notes.append(Skipped(f"annotation {name}", reason))
+            if reason is None or reason.endswith("used"):
+                self._by_image[annotation["image_id"]].append(annotation)
+
+    def _wrong(self, annotation: Any, sizes: dict[Any, tuple[int, int]], seen: set[Any]) -> str | None:
+        """What is wrong with an annotation; it ends in `used` if it can be used all the same."""
+        if not isinstance(annotation, Mapping):
+            return f"expected an object, got {annotation!r}"
+        if annotation.get("image_id") not in sizes:
+            return f"there is no image {annotation.get('image_id')!r}"
+        if annotation.get("category_id") not in self._class_id:
+            known = ", ".join(map(str, self._class_id))
+            return f"there is no category {annotation.get('category_id')!r}; the ids are {known}"
+        number = annotation.get("id")
+        if number is not None and number in seen:
+            return f"another annotation has the id {number} too"
+        seen.add(number)
+        height, width = sizes[annotation["image_id"]]
+        segmentation = annotation.get("segmentation")
+        if segmentation:
+            reason = _wrong_segmentation(segmentation, (height, width))
+            if reason is not None:
+                return reason
+        elif self.masks:
+            return "no mask, where others of the file have one"
+        box = annotation.get("bbox")
+        if box is None and not segmentation:
+            return "neither bbox nor segmentation"
+        if box is not None:
+            if not isinstance(box, Sequence) or len(box) != 4 or not all(_finite(v) for v in box):
+                return f"bbox must be four finite numbers, got {box!r}"
+            x, y, w, h = box
+            if w <= 0 or h <= 0 or x >= width or y >= height or x + w <= 0 or y + h <= 0:
+                return f"nothing of the bbox {box!r} is inside the {width}x{height} px image"
+            if x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1:
+                return f"the bbox {box!r} reaches outside the {width}x{height} px image; what is inside is used"
+        if segmentation == []:
+            return "the segmentation is empty; its box is used"
+        return None
+
+    def detections(self, image: Mapping[str, Any]) -> sv.Detections:
+        """The annotations of an image as detections, with `data["iscrowd"]`; `score` is 1 where none is given."""
+        annotations, size_hw = self._by_image[image["id"]], (image["height"], image["width"])
+        if not annotations:
+            return empty(self.vocabulary)
+        masks, boxes = None, [to_xyxy(a["bbox"]) if "bbox" in a else (0.0, 0.0, 0.0, 0.0) for a in annotations]
+        if self.masks:
+            masks = np.array([decode_segmentation(a["segmentation"], size_hw) for a in annotations])
+            from grounded_sam.detections import mask_boxes
+
+            around = mask_boxes(masks)
+            boxes = [b if "bbox" in a else tuple(m) for a, b, m in zip(annotations, boxes, around, strict=True)]
+        data: dict[str, Any] = {"iscrowd": np.array([bool(a.get("iscrowd", 0)) for a in annotations])}
+        if all("mask_score" in a for a in annotations):
+            data["mask_score"] = np.array([a["mask_score"] for a in annotations], np.float32)
+        found = make_detections(
+            boxes,
+            [a.get("score", 1.0) for a in annotations],
+            [self._class_id[a["category_id"]] for a in annotations],
+            self.vocabulary,
+            size_hw,
+            masks,
+            track_id=np.array([a.get("track_id", -1) for a in annotations], np.int64),
+            **data,
+        )
+        ids = found.data.pop("track_id")
+        if image.get("video") is not None and (np.asarray(ids) >= 0).all():
+            found.tracker_id = np.asarray(ids)
+        return found
+
+
+def to_xyxy(box: Sequence[float]) -> tuple[float, float, float, float]:
+    """COCO's x, y, width, height to corners."""
+    x, y, w, h = (float(v) for v in box)
+    return x, y, x + w, y + h
+
+
+def decode_segmentation(segmentation: Any, size_hw: tuple[int, int]) -> NDArray[np.bool_]:
+    """A COCO segmentation (polygons, compressed or uncompressed RLE) as a mask `(H, W) bool`, by pycocotools."""
+    from pycocotools import mask as coco_mask
+
+    height, width = size_hw
+    if isinstance(segmentation, list):
+        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
+    elif isinstance(segmentation["counts"], list):
+        rle = coco_mask.frPyObjects(segmentation, height, width)
+    else:
+        rle = {"size": segmentation["size"], "counts": segmentation["counts"].encode()}
+    return np.asarray(coco_mask.decode(rle), bool)
+
+
+def _wrong_segmentation(segmentation: Any, size_hw: tuple[int, int]) -> str | None:
+    """Why a segmentation cannot be decoded; pycocotools would crash or read beyond its end."""
+    height, width = size_hw
+    if isinstance(segmentation, Mapping):
+        size, counts = segmentation.get("size"), segmentation.get("counts")
+        if size != [height, width]:
+            return f"its RLE is of size {size}, the image of [{height}, {width}]"
+        if isinstance(counts, list):
+            if not all(isinstance(v, int) and v >= 0 for v in counts) or sum(counts) != height * width:
+                return f"the counts of its RLE do not add up to the {height * width} pixels of the image"
+        elif not isinstance(counts, str) or not counts:
+            return "its RLE has no counts"
+        else:
+            return _wrong_counts(counts, height * width)
+        return None
+    if not isinstance(segmentation, list):
+        return f"the segmentation must be polygons or RLE, got {type(segmentation).__name__}"
+    for polygon in segmentation:
+        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
+            return "a polygon needs at least three points (six numbers)"
+        if not all(_finite(v) for v in polygon):
+            return "a polygon has a coordinate that is no finite number"
+    return None
+
+
+def _wrong_counts(text: str, pixels: int) -> str | None:
+    """Why compressed counts are not of that many pixels; as `rleFrString` of COCO's maskApi.c reads them."""
+    counts: list[int] = []
+    place = 0
+    while place < len(text):
+        value, shift, more = 0, 0, True
+        while more:
+            if place >= len(text) or not 0 <= (code := ord(text[place]) - 48) < 64 or shift > 12:
+                return "the counts of its RLE are damaged"
+            value |= (code & 31) << (5 * shift)
+            more = bool(code & 32)
+            place, shift = place + 1, shift + 1
+            if not more and code & 16:
+                value |= -1 << (5 * shift)
+        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+    if any(count < 0 for count in counts) or sum(counts) != pixels:
+        return f"the counts of its RLE do not add up to the {pixels} pixels of the image"
+    return None
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,0 +1,402 @@
+"""What the store holds and how it is read: Parquet part files, written once and never changed.
+
+A store is a folder with
+
+`run-*.json`     one per setting that wrote into it: fingerprint, settings, classes, versions
+`part-*.parquet` rows; the name begins with the time, and a later row replaces an earlier one of the same picture
+
+Rows, schema version 1; of every kind only the columns that apply are filled:
+
+===========  =========  ==================================================================================
+kind         string     `image` (a picture or frame that was looked at), `object` (in the image above it),
+                        `skipped` (a file that could not be used), `video` (a video that was gone through whole)
+file         string     name relative to the input, with `/`; of frames `clip.mp4/000012`
+path         string     where the file lay, absolute; null for cameras and streams
+digest       string     SHA-256 of the file; of a folder of frames, of their digests
+fingerprint  string     of the settings that made the row, see `fingerprint`
+video        string     name of the video that a frame belongs to
+frame        int64      number of the frame in its video; of a `video` row, how many frames were stored
+time_s       float64    seconds from the start of the video
+width        int32      pixels
+height       int32
+objects      int32      of an image: how many `object` rows follow it
+reason       string     of a skipped file
+class_id     int32      place in the classes of the run
+class        string
+score        float32    0 to 1
+mask_score   float32    the segmenter's estimate of IoU
+x1 y1 x2 y2  float32    box in pixels, right and bottom exclusive
+area         int64      pixels of the mask
+counts       string     mask as compressed COCO RLE; its size is height and width
+tracker_id   int64      in a video, one per object
+===========  =========  ==================================================================================
+
+Any Parquet reader opens it: `pandas.read_parquet("store")`, `duckdb`, `pyarrow.dataset`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import supervision as sv
+from numpy.typing import NDArray
+
+from grounded_sam.detections import empty
+from grounded_sam.errors import ConfigError, ImageError
+from grounded_sam.frames import MAX_PIXELS, Frame, read_image
+from grounded_sam.sources.images import VIDEO_SUFFIXES, natural
+from grounded_sam.sources.video import Video, shrunk
+from grounded_sam.stages import FrameResult, Skipped
+from grounded_sam.vocabulary import Vocabulary
+
+VERSION = 1
+#: A picture by name and path, or a video by name.
+Key = tuple[str, str | None] | str
+
+SCHEMA = pa.schema(
+    [
+        *((name, pa.string()) for name in ("kind", "file", "path", "digest", "fingerprint", "video")),
+        ("frame", pa.int64()),
+        ("time_s", pa.float64()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("objects", pa.int32()),
+        ("reason", pa.string()),
+        ("class_id", pa.int32()),
+        ("class", pa.string()),
+        ("score", pa.float32()),
+        ("mask_score", pa.float32()),
+        *((name, pa.float32()) for name in ("x1", "y1", "x2", "y2")),
+        ("area", pa.int64()),
+        ("counts", pa.string()),
+        ("tracker_id", pa.int64()),
+    ],
+    metadata={"grounded_sam.schema": str(VERSION)},
+)
+
+#: Settings that change how fast a result comes, not what it is.
+INCIDENTAL = {"device", "batch_size", "chunk", "points_per_batch"}
+#: Tables that a reader keeps at once; shards interleave, so several are in use together.
+CACHED = 16
+
+
+def digest_of(files: Sequence[Path]) -> str:
+    """SHA-256 of a file; of several, of their digests in order."""
+    digests = []
+    for file in files:
+        with file.open("rb") as content:
+            digests.append(hashlib.file_digest(content, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def essential(settings: Any) -> Any:
+    """Settings without what is incidental; paths of files are joined by the digest of what is in them."""
+    if isinstance(settings, Mapping):
+        return {str(k): essential(v) for k, v in sorted(settings.items()) if k not in INCIDENTAL}
+    if isinstance(settings, list | tuple):
+        return [essential(value) for value in settings]
+    if isinstance(settings, str) and settings:
+        path = Path(settings).expanduser()
+        try:
+            files = (
+                [path]
+                if path.is_file()
+                else sorted(p for p in path.rglob("*") if p.is_file())
+                if "/" in settings
+                else []
+            )
+        except OSError:  # no path, such as a name that is too long for one
+            files = []
+        return {"name": path.name, "sha256": digest_of(files)} if files else settings
+    return settings
+
+
+def fingerprint(settings: Mapping[str, Any], vocabulary: Vocabulary) -> str:
+    """SHA-256 of all that decides what is found: models, their weights' files, thresholds, classes."""
+    from grounded_sam import __version__
+
+    builtin = __version__ if "builtin:" in json.dumps(settings, default=str) else None  # weights of the package
+    whole = {"settings": essential(settings), "vocabulary": asdict(vocabulary), "builtin": builtin}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def find_store(given: str | Path) -> Path:
+    """The folder of a store: `given` itself, or the `store` in it.
+
+    Raises:
+        ConfigError: if there is none.
+    """
+    path = Path(given).expanduser()
+    for folder in (path, path / "store"):
+        if any(folder.glob("run-*.json")):
+            return folder
+    raise ConfigError(
+        f"no store in {given}: expected a folder with run-*.json and part-*.parquet, as sink=store writes"
+    )
+
+
+def runs(folder: Path) -> list[dict[str, Any]]:
+    """The settings that wrote into a store, oldest first.
+
+    Raises:
+        ConfigError: if the store is of a newer version.
+    """
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("run-*.json")]
+    newest = max((run["schema"] for run in found), default=VERSION)
+    if newest > VERSION:
+        raise ConfigError(f"{folder} has schema version {newest}, this grounded_sam reads up to {VERSION}")
+    return sorted(found, key=lambda run: (run["created"], run["fingerprint"]))
+
+
+def vocabulary_of(folder: Path) -> Vocabulary:
+    """The classes of all runs of a store, those of the first run first."""
+    first, *rest = runs(folder)
+    columns: dict[str, Any] = {key: tuple(value) for key, value in first["vocabulary"].items()}
+    whole = Vocabulary(**columns | {"phrases": tuple(map(tuple, columns["phrases"]))})
+    for run in rest:
+        whole = whole.with_classes(run["vocabulary"]["classes"])
+    return whole
+
+
+class _Clip:
+    """Frames of a video file, decoded again in the order they are asked for."""
+
+    def __init__(self) -> None:
+        self._frames: Any = None
+        self._last = -1
+
+    def read(self, path: str, index: int, size_hw: tuple[int, int]) -> NDArray[np.uint8]:
+        """Frame `index` at the size that it was stored with."""
+        if self._frames is None or index <= self._last:
+            self._frames = iter(Video(path, start=index))
+        for frame in self._frames:
+            if frame.index == index:
+                self._last = index
+                return shrunk(frame.image, (size_hw[1], size_hw[0]))
+        self._frames = None
+        raise ImageError(f"{path}: frame {index} is not there any more")
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where the row of an image is."""
+
+    part: int
+    row: int
+
+
+@dataclass
+class _Video:
+    """What is known of a video: its newest digest, and whether that one was gone through whole."""
+
+    digest: str | None = None
+    whole: bool = False
+    frames: dict[int, _Place] = field(default_factory=dict)
+
+
+class Reader:
+    """A store, for reading: an index of its images is held, everything else is read when it is asked for.
+
+    Args:
+        folder: of the store; may be missing or empty.
+        max_pixels: larger pictures are refused before they are decoded.
+        root: where the pictures lie, if not where they were; their names are relative to it.
+
+    Raises:
+        ConfigError: if the store is of a newer version; if a part is damaged, naming it.
+    """
+
+    def __init__(self, folder: Path, max_pixels: int = MAX_PIXELS, root: str | None = None) -> None:
+        self.folder, self.max_pixels, self.root = folder, max_pixels, root
+        runs(folder)
+        self.parts = sorted(folder.glob("part-*.parquet"))
+        self._tables: OrderedDict[int, pa.Table] = OrderedDict()
+        self._images: dict[tuple[str, str | None], tuple[_Place, str | None]] = {}  # by name and path
+        self._videos: dict[str, _Video] = {}
+        self._skipped: dict[str, Skipped] = {}
+        for number, part in enumerate(self.parts):
+            self._scan(number, part)
+        self._by_name: dict[str, list[tuple[str, str | None]]] = {}
+        for key in self._images:
+            self._by_name.setdefault(key[0], []).append(key)
+
+    def _scan(self, number: int, part: Path) -> None:
+        columns = ["kind", "file", "path", "digest", "video", "frame", "reason"]
+        try:
+            table = pq.read_table(part, columns=columns)
+        except (pa.ArrowException, OSError) as error:
+            raise ConfigError(
+                f"{part} cannot be read ({_line(error)}); delete it, and what it held is done again"
+            ) from error
+        kinds = np.asarray(table["kind"])
+        rows = np.flatnonzero(kinds != "object")
+        picked = table.take(rows).to_pydict()
+        for row, kind, file, path, digest, video, frame, reason in zip(rows.tolist(), *picked.values(), strict=True):
+            if kind == "skipped":
+                self._skipped[file] = Skipped(file, reason)
+                continue
+            if kind == "image" and video is None:
+                self._skipped.pop(file, None)
+                self._images[file, path] = (_Place(number, row), digest)
+                continue
+            known = self._videos.setdefault(video or file, _Video())
+            if known.digest != digest:
+                known.digest, known.whole, known.frames = digest, False, {}
+            if kind == "video":
+                known.whole = True
+            else:
+                known.frames[frame] = _Place(number, row)
+
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """The classes of all its runs."""
+        return vocabulary_of(self.folder)
+
+    def __len__(self) -> int:
+        return len(self._images) + sum(len(video.frames) for video in self._videos.values())
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        """Files that could not be used when they were last tried."""
+        return list(self._skipped.values())
+
+    def known(self, name: str, digest: str, vocabulary: Vocabulary) -> Iterator[FrameResult] | None:
+        """The results of a picture or of a whole video, None if the store has not got it with that content."""
+        video = self._videos.get(name)
+        if video is not None and video.whole and video.digest == digest:
+            return self.read(name, vocabulary)
+        for key in self._by_name.get(name, ()):
+            if self._images[key][1] == digest:
+                return self.read(key, vocabulary)
+        return None
+
+    def keys(self) -> Iterator[Key]:
+        """What `read` takes: pictures in natural order of their names, then videos in that of theirs."""
+        yield from sorted(self._images, key=lambda key: (natural(key[0]), key[1] or ""))
+        yield from sorted((name for name, video in self._videos.items() if video.frames), key=natural)
+
+    def count(self, key: Key) -> int:
+        """How many images `read` gives."""
+        return len(self._videos[key].frames) if isinstance(key, str) else 1
+
+    def read(self, key: Key, vocabulary: Vocabulary) -> Iterator[FrameResult]:
+        """A picture, or the frames of a video, with what was found.
+
+        Args:
+            vocabulary: what class ids refer to; objects of classes that it has not are left out.
+        """
+        if not isinstance(key, str):
+            yield self._result(self._images[key][0], vocabulary, None)
+            return
+        frames, clip = self._videos[key].frames, _Clip()
+        for number in sorted(frames):
+            yield self._result(frames[number], vocabulary, clip)
+
+    def _table(self, part: int) -> pa.Table:
+        if part not in self._tables:
+            self._tables[part] = pq.read_table(self.parts[part], schema=SCHEMA).combine_chunks()
+            while len(self._tables) > CACHED:
+                self._tables.popitem(last=False)
+        self._tables.move_to_end(part)
+        return self._tables[part]
+
+    def _result(self, place: _Place, vocabulary: Vocabulary, clip: _Clip | None) -> FrameResult:
+        top = self._table(place.part).slice(place.row, 1).to_pylist()[0]
+        size_hw = (top["height"], top["width"])
+        under = self._table(place.part).slice(place.row + 1, top["objects"])
+        rows = [row for row in under.to_pylist() if row["class"] in vocabulary.classes] if len(under) else []
+        found = _detections(rows, size_hw, vocabulary, top["video"] is not None)
+        path = top["path"]
+        if path is not None and self.root is not None:
+            name = top["file"] if not _is_movie(path) else top["video"]
+            path = str(Path(self.root).expanduser() / name)
+        frame = Frame(
+            _Lazy(top["file"], path, top["frame"], size_hw, self.max_pixels, clip),
+            top["frame"] if top["frame"] is not None else 0,
+            top["file"],
+            top["time_s"],
+            top["video"],
+            None if path is None else Path(path),
+            size_hw,
+        )
+        return FrameResult(frame, found, stored=True)
+
+
+def _detections(
+    rows: list[dict[str, Any]], size_hw: tuple[int, int], vocabulary: Vocabulary, video: bool
+) -> sv.Detections:
+    """Object rows as detections."""
+    if not rows:
+        none = empty(vocabulary)
+        none.tracker_id = np.empty(0, np.int64) if video else None
+        return none
+    ids = [row["tracker_id"] for row in rows]
+    data: dict[str, Any] = {"class_name": np.array([row["class"] for row in rows], dtype=str)}
+    if all(row["mask_score"] is not None for row in rows):
+        data["mask_score"] = np.array([row["mask_score"] for row in rows], np.float32)
+    counts = [row["counts"] for row in rows]
+    return sv.Detections(
+        xyxy=np.array([[row[k] for k in ("x1", "y1", "x2", "y2")] for row in rows], np.float32),
+        mask=None if None in counts else _decode(counts, size_hw),
+        confidence=np.array([row["score"] for row in rows], np.float32),
+        class_id=np.array([vocabulary.classes.index(row["class"]) for row in rows], np.int64),
+        tracker_id=None if None in ids else np.array(ids, np.int64),
+        data=data,
+    )
+
+
+def _is_movie(path: str) -> bool:
+    return Path(path).suffix.lower() in VIDEO_SUFFIXES
+
+
+class _Lazy:
+    """Makes the pixels of a stored frame from the file that it came from, when they are asked for."""
+
+    def __init__(
+        self,
+        name: str,
+        path: str | None,
+        index: int | None,
+        size_hw: tuple[int, int],
+        max_pixels: int,
+        clip: _Clip | None,
+    ) -> None:
+        self.name, self.path, self.index, self.size_hw = name, path, index, size_hw
+        self.max_pixels, self.clip = max_pixels, clip
+
+    def __call__(self) -> NDArray[np.uint8]:
+        if self.path is None:
+            raise ImageError(f"{self.name}: its pixels are gone, it came from a camera or a stream")
+        if self.clip is not None and self.index is not None and _is_movie(self.path):
+            return self.clip.read(self.path, self.index, self.size_hw)
+        image = read_image(self.path, self.max_pixels)
+        height, width = self.size_hw
+        if self.index is not None:  # a frame, which may have been scaled down
+            image = shrunk(image, (width, height))
+        if image.shape[:2] != self.size_hw:
+            was = f"{width}x{height} px"
+            raise ImageError(f"{self.path}: {image.shape[1]}x{image.shape[0]} px, but it was stored as {was}")
+        return image
+
+
+def _decode(counts: list[str], size_hw: tuple[int, int]) -> NDArray[np.bool_]:
+    from pycocotools import mask as coco_mask
+
+    if not counts:
+        return np.zeros((0, *size_hw), bool)
+    stacked = coco_mask.decode([{"size": list(size_hw), "counts": text.encode()} for text in counts])
+    return np.ascontiguousarray(stacked.transpose(2, 0, 1)).astype(bool)
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]

@@ -1,0 +1,399 @@
+"""Datasets written by the sinks, opened by the readers that people use."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import re
+from collections import Counter
+from pathlib import Path
+from urllib.parse import unquote
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import supervision as sv
+import yaml
+from fakes import CLASSES, boxes
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from lxml import etree
+from PIL import Image, ImageDraw
+from pycocotools import mask as coco_mask
+from pycocotools.coco import COCO
+
+from grounded_sam import ConfigError, Vocabulary
+from grounded_sam.config import compose, make
+from grounded_sam.detections import empty, mask_boxes, with_masks
+from grounded_sam.frames import Frame, read_image
+from grounded_sam.sinks.coco import Coco
+from grounded_sam.sinks.cvat import Cvat
+from grounded_sam.sinks.imagefolder import ImageFolder
+from grounded_sam.sinks.label_studio import LabelStudio, brush_rle
+from grounded_sam.sinks.labelme import LabelMe
+from grounded_sam.sinks.report import Report
+from grounded_sam.sinks.splits import Splits
+from grounded_sam.sinks.voc import Voc
+from grounded_sam.sinks.yolo import Yolo
+from grounded_sam.stages import FrameResult, Skipped
+
+NAMES = ["a.png", "a.jpg", 'sub/ütf8 名前 (1) <x> & "y".png', "clip.mp4/000003"]
+EVERY = [Coco, Yolo, Voc, LabelMe, LabelStudio, Cvat, ImageFolder, Report]
+
+
+def iou(a, b):
+    return (a & b).sum() / (a | b).sum()
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> list[FrameResult]:
+    """A frame of a file each, and one of a video: a disc, a ring, an object of two parts; one image is empty."""
+    folder = tmp_path_factory.mktemp("in")
+    out = []
+    for number, name in enumerate(NAMES):
+        rng = np.random.default_rng(number)
+        height, width = 120 + 10 * number, 160
+        image = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
+        masks = np.zeros((3, height, width), bool)
+        y, x = np.mgrid[:height, :width]
+        masks[0] = (x - 40) ** 2 + (y - 40) ** 2 < 900
+        masks[1] = ((x - 115) ** 2 + (y - 45) ** 2 < 1200) & ((x - 115) ** 2 + (y - 45) ** 2 >= 300)
+        masks[2, 85:110, 10:50] = masks[2, 90:119, 60:90] = True
+        rows = [
+            (*box, score, cls) for box, score, cls in zip(mask_boxes(masks), (0.9, 0.6, 0.4), (0, 2, 0), strict=True)
+        ]
+        found = with_masks(boxes(*rows, size_hw=(height, width)), masks, np.array([0.9, 0.8, 0.7], np.float32))
+        video = "clip.mp4" if name.startswith("clip") else None
+        path = folder / f"{number}{Path(name).suffix or '.png'}"
+        Image.fromarray(image).save(path, quality=95)
+        if video:
+            found.tracker_id = np.array([4, 5, 6])
+        frame = Frame(image, 3, name, 0.1 if video else None, video, folder / "clip.mp4" if video else path)
+        out.append(FrameResult(frame, found if number != 1 else empty(CLASSES)))
+    return out
+
+
+def write(kind, results, output: Path, **options):
+    with kind(output, CLASSES, **options) as sink:
+        for result in results:
+            sink.write(result)
+    return sink
+
+
+def truth(results):
+    return Counter(str(name) for result in results for name in result.detections.data["class_name"])
+
+
+def by_pixels(points, size_hw):
+    canvas = Image.new("1", size_hw[::-1])
+    ImageDraw.Draw(canvas).polygon([tuple(point) for point in points], fill=1, outline=1)
+    return np.array(canvas)
+
+
+def test_yolo_is_read_by_supervision(results, tmp_path):
+    write(Yolo, results, tmp_path, images="copy")
+    folder = tmp_path / "yolo"
+    names = yaml.safe_load((folder / "data.yaml").read_text())
+    assert names == {"train": "images/train", "val": "images/train", "nc": 3, "names": {0: "a", 1: "b", 2: "c"}}
+    labels = sorted(p.relative_to(folder / "labels").as_posix() for p in (folder / "labels").rglob("*.txt"))
+    assert labels == ["train/a-2.txt", "train/a.txt", "train/clip.mp4/000003.txt", f"train/sub/{safe(NAMES[2])}.txt"]
+    found = Counter()
+    for sub, result in (("", results[0]), ("sub", results[2]), ("clip.mp4", results[3])):
+        pictures, texts = folder / "images" / "train" / sub, folder / "labels" / "train" / sub
+        data = sv.DetectionDataset.from_yolo(str(pictures), str(texts), str(folder / "data.yaml"), force_masks=True)
+        for path, _, read in data:
+            assert read_image(path).shape == result.frame.image.shape or Path(path).stem == "a-2"
+            if len(read):
+                found.update(data.classes[i] for i in read.class_id)
+                for mask, expected in zip(read.mask, result.detections.mask, strict=True):
+                    assert iou(mask, expected) > 0.97
+    assert found == truth(results)
+    assert (folder / "labels" / "train" / "a-2.txt").read_text() == ""
+
+
+def safe(name: str) -> str:
+    """The file name that a name with forbidden letters gets, without its suffix."""
+    return re.sub(r'[<>:"/\\|?*]', "_", Path(name).stem)
+
+
+def test_yolo_without_masks_has_boxes(tmp_path):
+    found = boxes((10, 20, 30, 60, 0.9, 1))
+    write(Yolo, [FrameResult(Frame(np.zeros((100, 100, 3), np.uint8)), found)], tmp_path)
+    assert (tmp_path / "yolo/labels/train/image.txt").read_text() == "1 0.2 0.4 0.2 0.4\n"
+
+
+def test_voc_is_read_by_lxml_and_supervision(results, tmp_path):
+    write(Voc, results, tmp_path, images="copy")
+    folder, found = tmp_path / "voc", Counter()
+    stems = (folder / "ImageSets" / "Main" / "train.txt").read_text().split("\n")[:-1]
+    assert stems == ["a", "a-2", f"sub/{safe(NAMES[2])}", "clip.mp4/000003"]
+    for stem, result in zip(stems, results, strict=True):
+        tree = etree.parse(str(folder / "Annotations" / f"{stem}.xml"))
+        height, width = result.frame.size_hw
+        assert [int(tree.findtext(f"size/{key}")) for key in ("width", "height", "depth")] == [width, height, 3]
+        assert (folder / tree.findtext("folder") / tree.findtext("filename")).is_file()
+        if len(result.detections):
+            objects = np.array(Image.open(folder / "SegmentationObject" / f"{stem}.png"))
+            classes = np.array(Image.open(folder / "SegmentationClass" / f"{stem}.png"))
+        for i, one in enumerate(tree.findall("object")):
+            found[one.findtext("name")] += 1
+            corners = [int(one.findtext(f"bndbox/{key}")) for key in ("xmin", "ymin", "xmax", "ymax")]
+            x1, y1, x2, y2 = result.detections.xyxy[i]
+            assert corners == [x1 + 1, y1 + 1, x2, y2]
+            mask = result.detections.mask[i]
+            assert np.array_equal(objects == i + 1, mask)
+            assert (classes[mask] == result.detections.class_id[i] + 1).all()
+    assert found == truth(results)
+    read = sv.DetectionDataset.from_pascal_voc(str(folder / "JPEGImages"), str(folder / "Annotations"))
+    assert sum(len(detections) for _, _, detections in read) == 3
+
+
+def test_labelme_gives_the_masks_back(results, tmp_path):
+    write(LabelMe, results, tmp_path)
+    folder, found = tmp_path / "labelme", Counter()
+    for stem, result in zip(["a", "a-2", f"sub/{safe(NAMES[2])}", "clip.mp4/000003"], results, strict=True):
+        content = json.loads((folder / f"{stem}.json").read_text())
+        assert ((folder / f"{stem}.json").parent / content["imagePath"]).exists()
+        assert (content["imageHeight"], content["imageWidth"]) == result.frame.size_hw
+        groups: dict = {}
+        for number, shape in enumerate(content["shapes"]):
+            group = shape["group_id"] if shape["group_id"] is not None else f"alone {number}"
+            groups.setdefault(group, []).append(shape)
+        for i, shapes in enumerate(groups.values()):
+            found[shapes[0]["label"]] += 1
+            mask = np.any([by_pixels(shape["points"], result.frame.size_hw) for shape in shapes], 0)
+            assert iou(mask, result.detections.mask[i]) > 0.97
+        assert not groups or [len(shapes) for shapes in groups.values()] == [1, 1, 2]
+    assert found == truth(results)
+
+
+def test_label_studio_has_tasks_with_polygons_and_brushes(results, tmp_path):
+    write(LabelStudio, results, tmp_path, regions="both", model_version="mine 2", split={"train": 1.0})
+    folder = tmp_path / "label_studio"
+    tasks = json.loads((folder / "tasks.json").read_text())
+    config = etree.parse(str(folder / "config.xml"))
+    for kind in ("PolygonLabels", "BrushLabels"):
+        control = config.find(kind)
+        assert [label.get("value") for label in control] == ["a", "b", "c"]
+    found = Counter()
+    for task, result in zip(tasks, results, strict=True):
+        place = unquote(task["data"]["image"].removeprefix("/data/local-files/?d="))
+        assert (folder / "images" / place).is_file() and task["data"]["split"] == "train"
+        (prediction,) = task["predictions"]
+        assert prediction["model_version"] == "mine 2"
+        height, width = result.frame.size_hw
+        regions = prediction["result"]
+        assert [r["type"] for r in regions] == ["polygonlabels", "brushlabels"] * len(result.detections)
+        for i, (polygon, brush) in enumerate(zip(regions[::2], regions[1::2], strict=True)):
+            found[polygon["value"]["polygonlabels"][0]] += 1
+            points = np.array(polygon["value"]["points"])
+            assert points.min() >= 0 and points.max() <= 100
+            flat = (points * [width / 100, height / 100]).reshape(-1).tolist()
+            mask = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects([flat], height, width)))
+            assert iou(mask.astype(bool), result.detections.mask[i]) > 0.99
+            assert brush["value"]["rle"] == brush_rle(result.detections.mask[i])
+            assert brush["score"] == pytest.approx(float(result.detections.confidence[i]))
+    assert found == truth(results)
+
+
+def test_label_studio_accepts_its_predictions(results, tmp_path):
+    interface = pytest.importorskip("label_studio_sdk.label_interface", reason="label-studio-sdk is not installed")
+    for regions in ("polygon", "brush"):
+        write(LabelStudio, results, tmp_path / regions, regions=regions)
+        folder = tmp_path / regions / "label_studio"
+        check = interface.LabelInterface((folder / "config.xml").read_text())
+        for task in json.loads((folder / "tasks.json").read_text()):
+            assert check.validate_prediction(task["predictions"][0], return_errors=True) == []
+
+
+def decode_brush(rle: list[int]) -> np.ndarray:
+    """Label Studio's RLE to bytes, word for word as `decode_rle` of its SDK reads it."""
+    bits = "".join(f"{byte:08b}" for byte in rle)
+    place = 0
+
+    def read(size):
+        nonlocal place
+        place += size
+        return int(bits[place - size : place], 2)
+
+    count, word = read(32), read(5) + 1
+    sizes = [read(4) + 1 for _ in range(4)]
+    out, i = np.zeros(count, np.uint8), 0
+    while i < count:
+        run = read(1)
+        end = i + 1 + read(sizes[read(2)])
+        if run:
+            out[i:end] = read(word)
+            i = end
+        else:
+            while i < end:
+                out[i] = read(word)
+                i += 1
+    return out
+
+
+@given(hnp.arrays(bool, st.tuples(st.integers(1, 9), st.integers(1, 9))))
+def test_brushes_come_back(mask):
+    assert np.array_equal(decode_brush(brush_rle(mask)).reshape(*mask.shape, 4)[..., 3] > 0, mask)
+
+
+def test_a_brush_of_a_large_mask_comes_back():
+    mask = np.zeros((300, 400), bool)
+    mask[250:, 10:390] = True
+    assert np.array_equal(decode_brush(brush_rle(mask)).reshape(300, 400, 4)[..., 3] > 0, mask)
+
+
+@pytest.mark.parametrize("shape", ["mask", "polygon"])
+def test_cvat_gives_the_masks_back(results, tmp_path, shape):
+    write(Cvat, results, tmp_path, shape=shape)
+    tree, found = etree.parse(str(tmp_path / "cvat.xml")), Counter()
+    assert [label.findtext("name") for label in tree.iterfind("meta/task/labels/label")] == ["a", "b", "c"]
+    for image, result in zip(tree.findall("image"), results, strict=True):
+        height, width = result.frame.size_hw
+        assert image.get("name") == result.frame.name
+        assert (int(image.get("width")), int(image.get("height"))) == (width, height)
+        for i, one in enumerate(image.findall(shape)):
+            found[one.get("label")] += 1
+            if shape == "mask":
+                runs = [int(run) for run in one.get("rle").split(",")]
+                x, y, w, h = (int(one.get(key)) for key in ("left", "top", "width", "height"))
+                mask = np.zeros((height, width), bool)
+                mask[y : y + h, x : x + w] = np.repeat(np.arange(len(runs)) % 2, runs).reshape(h, w)
+            else:
+                points = [float(v) for pair in one.get("points").split(";") for v in pair.split(",")]
+                mask = coco_mask.decode(coco_mask.merge(coco_mask.frPyObjects([points], height, width))).astype(bool)
+            assert np.array_equal(mask, result.detections.mask[i])
+            attributes = {a.get("name"): a.text for a in one.findall("attribute")}
+            assert float(attributes["score"]) == pytest.approx(float(result.detections.confidence[i]))
+            assert attributes.get("track_id") == (str(4 + i) if result.frame.video else None)
+    assert found == truth(results)
+
+
+def test_an_imagefolder_has_a_row_per_picture(results, tmp_path):
+    write(ImageFolder, results, tmp_path, split={"train": 1.0, "val": 0.0})
+    folder, found = tmp_path / "imagefolder" / "train", Counter()
+    rows = pq.read_table(folder / "metadata.parquet").to_pylist()
+    for row, result in zip(rows, results, strict=True):
+        assert (folder / row["file_name"]).is_file() and row["file"] == result.frame.name
+        found.update(row["objects"]["name"])
+        for i, rle in enumerate(row["objects"]["segmentation"]):
+            assert np.array_equal(
+                coco_mask.decode({**rle, "counts": rle["counts"].encode()}), result.detections.mask[i]
+            )
+    assert found == truth(results)
+    assert rows[3]["objects"]["track_id"] == [4, 5, 6] and rows[0]["objects"]["track_id"] == [None] * 3
+
+
+def test_datasets_loads_an_imagefolder(results, tmp_path):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    write(ImageFolder, results, tmp_path)
+    data = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "imagefolder"), cache_dir=str(tmp_path / "c"))
+    assert [row["image"].size[::-1] for row in data["train"]] == [r.frame.size_hw for r in results]
+
+
+def test_coco_per_split_with_ids_of_a_taxonomy(results, tmp_path):
+    words = Vocabulary.parse({"classes": {"a": {"id": 18, "supercategory": "x"}, "b": {"id": 3}, "c": {"id": 90}}})
+    split = {"train": 0.5, "val": 0.5}
+    with Coco(tmp_path, words, split=split, images="copy") as sink:
+        for result in results:
+            sink.write(result)
+    found, where = Counter(), Splits(split)
+    for part in split:
+        coco = COCO(tmp_path / f"annotations_{part}.json")
+        assert coco.dataset["categories"][0] == {"id": 18, "name": "a", "supercategory": "x"}
+        names = [unquote(image["file_name"]) for image in coco.imgs.values()]
+        assert all((tmp_path / "images" / name).is_file() for name in names)
+        assert len(names) == sum(where(result.frame) == part for result in results)
+        found.update(coco.cats[a["category_id"]]["name"] for a in coco.anns.values())
+    assert found == truth(results)
+
+
+def test_splits_are_the_same_every_time_and_keep_clips_together():
+    frames = [Frame(np.zeros((1, 1, 3), np.uint8), i, f"{i}.png") for i in range(2000)]
+    split = Splits({"train": 0.7, "val": 0.2, "test": 0.1})
+    counts = Counter(split(frame) for frame in frames)
+    assert [counts[name] / 2000 for name in split.names] == pytest.approx([0.7, 0.2, 0.1], abs=0.04)
+    assert [split(f) for f in frames[::-1]][::-1] == [Splits(split.ratios)(f) for f in frames]
+    assert [split(f) for f in frames] != [Splits(split.ratios, seed=1)(f) for f in frames]
+    clip = [Frame(np.zeros((1, 1, 3), np.uint8), i, f"c.mp4/{i}", i / 10, "c.mp4") for i in range(50)]
+    assert len({split(frame) for frame in clip}) == 1
+    assert Splits(None)(frames[0]) is None
+
+
+@pytest.mark.parametrize(
+    ("split", "says"),
+    [
+        ({"train": 0.5}, "add up to 1"),
+        ({"train": 2, "val": -1}, "split.train must be a number from 0 to 1"),
+        ({"../x": 1.0}, "letters and digits"),
+    ],
+)
+def test_splits_that_cannot_be_are_refused(split, says):
+    with pytest.raises(ConfigError, match=says):
+        Splits(split)
+
+
+def test_pictures_are_linked_where_every_reader_shows_them_as_labelled(photos, tmp_path):
+    names = ["truck.jpg", "exif_landscape_6.jpg", "chelsea.png", "chelsea_palette.png", "cmyk_small.jpg", "flower.webp"]
+    frames = [Frame(read_image(photos / name), i, name, file=photos / name) for i, name in enumerate(names)]
+    write(Yolo, [FrameResult(frame, empty(CLASSES)) for frame in frames], tmp_path)
+    put = {path.name: path for path in (tmp_path / "yolo" / "images" / "train").iterdir()}
+    assert {name for name, path in put.items() if path.is_symlink()} == {"truck.jpg", "chelsea.png"}
+    assert sorted(set(put) - {"truck.jpg", "chelsea.png"}) == [
+        "chelsea_palette.png",
+        "cmyk_small.png",
+        "exif_landscape_6.png",
+        "flower.png",
+    ]
+    for frame in frames:
+        path = next(path for name, path in put.items() if Path(name).stem == Path(frame.name).stem)
+        with Image.open(path) as picture:
+            assert picture.mode == "RGB" and np.array_equal(np.asarray(picture), frame.image)
+
+
+@pytest.mark.parametrize("kind", EVERY)
+def test_a_name_cannot_leave_the_output(kind, tmp_path):
+    found = boxes((10, 20, 30, 60, 0.9, 1))
+    frame = Frame(np.zeros((100, 100, 3), np.uint8), 0, "../../../evil.png")
+    write(kind, [FrameResult(frame, found)], tmp_path / "deep" / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"deep"}
+    assert {path.name for path in (tmp_path / "deep").iterdir()} == {"out"}
+
+
+def test_the_report_is_one_page_with_pictures_and_a_list(results, tmp_path):
+    more = [Skipped("bad.jpg", "the <file> is empty")]
+    copy = FrameResult(Frame(results[0].frame.image, 9, "copy.png"), results[0].detections)
+    with Report(tmp_path, CLASSES, samples=2) as sink:
+        for result in [*results, copy]:
+            sink.write(result)
+        sink.skip(more[0])
+    page = (tmp_path / "report.html").read_text()
+    assert "the &lt;file&gt; is empty" in page and "12 objects of 3 classes in 5 images" in page
+    assert not re.search(r"(src|href)=['\"](?!data:)", page)
+    pictures = re.findall(r"data:image/jpeg;base64,([^']+)", page)
+    assert len(pictures) == 9  # two of a, two of c, two least certain, two most crowded, one empty
+    for picture in pictures:
+        assert Image.open(io.BytesIO(base64.b64decode(picture))).size[0] > 10
+    with (tmp_path / "review.csv").open(newline="", encoding="utf-8") as file:
+        listed = list(csv.DictReader(file))
+    assert Counter(row["reason"] for row in listed) == {
+        "uncertain": 12,
+        "empty": 1,
+        "skipped": 1,
+        "alike": 2,
+        "crowded": 2,
+    }
+    assert {row["file"] for row in listed if row["reason"] == "alike"} == {"a.png", "copy.png"}
+    unsure = [float(row["score"]) for row in listed if row["reason"] == "uncertain"]
+    assert unsure == sorted(unsure)
+
+
+@pytest.mark.parametrize("kind", ["yolo", "voc", "labelme", "label_studio", "cvat", "imagefolder", "report", "coco"])
+def test_wrong_settings_of_a_sink_are_named(kind, tmp_path):
+    key = {"report": "samples", "cvat": "shape"}.get(kind, "images")
+    cfg = compose([f"sink={kind}", f"sink.{kind}.{key}=nonsense"])
+    with pytest.raises(ConfigError, match=f"sink.{kind}.{key}"):
+        make(cfg, f"sink.{kind}", output=tmp_path, vocabulary=CLASSES)

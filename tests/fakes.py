@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import supervision as sv
@@ -49,6 +52,21 @@ class Fill:
         for mask, (x1, y1, x2, y2) in zip(masks, detections.xyxy.round().astype(int), strict=True):
             mask[y1:y2, x1:x2] = True
         return with_masks(detections, masks, np.ones(len(detections), np.float32))
+
+
+class Dies(Halves):
+    """`Halves` in a process that is killed at its `after`-th picture, the first time; `flag` is then a folder."""
+
+    def __init__(self, flag: str, after: int, delay: float = 0.0) -> None:
+        super().__init__(delay=delay)
+        self.flag, self.after = Path(flag), after
+
+    def detect(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
+        found = super().detect(frames, vocabulary)
+        if len(self.calls) == self.after and not self.flag.exists():
+            self.flag.mkdir()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
 
 
 def boxes(*rows: tuple[float, float, float, float, float, int], size_hw: tuple[int, int] = (100, 100)) -> sv.Detections:

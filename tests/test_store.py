@@ -379,3 +379,37 @@ def test_shards_of_a_sweep_write_into_one_store(tmp_path):
     assert sorted(f.name for part in parts for f in part) == sorted(f.name for f in replayed[1])
     with pytest.raises(ConfigError, match=r"source.shard must be below source.num_shards=2"):
         Images(folder, shard=2, num_shards=2)
+
+
+@pytest.mark.parametrize(
+    "launcher, workers",
+    [("joblib", "hydra.launcher.n_jobs=2"), ("ray", "+hydra.launcher.ray.init.num_cpus=2")],
+)
+def test_a_worker_that_dies_leaves_a_store_that_the_next_run_completes(tmp_path, launcher, workers):
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher}_launcher", reason=f"the {launcher} launcher is not installed")
+    folder = tmp_path / "in"
+    many(folder, 80)
+    words = command(
+        folder,
+        tmp_path / "shards",
+        "-m",
+        "source.shard=0,1,2,3",
+        "source.num_shards=4",
+        f"hydra/launcher={launcher}",
+        workers,
+        "detector._target_=fakes.Dies",
+        f"+detector.flag='{tmp_path / 'dead'}'",
+        "+detector.after=12",
+        "sink.store.part_images=5",
+    )
+    first = subprocess.run(words, capture_output=True, check=False, env=ENV, timeout=300)
+    assert (tmp_path / "dead").exists()
+    if launcher == "joblib":  # Ray starts a task again by itself
+        assert first.returncode
+        assert 0 < len(Reader(tmp_path / "shards" / "store")) < 80
+    subprocess.run(words, capture_output=True, check=True, env=ENV, timeout=300)
+    subprocess.run(command(folder, tmp_path / "one"), capture_output=True, check=True, env=ENV)
+    # The settings differ by the class of the detector alone.
+    assert latest(tmp_path / "shards" / "store", ("fingerprint",)) == latest(
+        tmp_path / "one" / "store", ("fingerprint",)
+    )

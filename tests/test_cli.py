@@ -17,6 +17,8 @@ import pytest
 from checkpoints import grounding_dino
 from pycocotools.coco import COCO
 
+from grounded_sam.store import Reader
+
 COMMAND = Path(sys.executable).with_name("grounded-sam")
 
 
@@ -263,10 +265,9 @@ def test_all_odd_and_malformed_files_in_one_run(tmp_path, data):
     both.mkdir()
     for name in ("photos", "malformed"):
         (both / name).symlink_to(data / name)
-    run(
-        "preset=shapes", "input=both", "text=[red shape]", "sink=[coco,overlay]", "output=out", "segmenter=sam2",
-        cwd=tmp_path,
-    )  # fmt: skip
+    sinks = "sink=[store,coco,overlay,yolo,voc,labelme,label_studio,cvat,imagefolder,report]"
+    words = ["preset=[shapes,label]", "input=both", "text=[red shape]", sinks, "output=out"]
+    run(*words, cwd=tmp_path)
     skipped = {s["file"]: s["reason"] for s in json.loads((tmp_path / "out" / "skipped.json").read_text())}
     refused = {
         "truncated_half.jpg", "truncated_header.jpg", "zero_bytes.jpg", "text_renamed.jpg", "html_error.png",
@@ -297,6 +298,20 @@ def test_all_odd_and_malformed_files_in_one_run(tmp_path, data):
     for annotation in coco.anns.values():
         image = coco.imgs[annotation["image_id"]]
         assert coco.annToMask(annotation).shape == (image["height"], image["width"])
+    reader = Reader(tmp_path / "out" / "store")
+    assert len(reader) == len(coco.imgs)
+    assert {s.file for s in reader.skipped} == set(skipped)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert all(name in page for name in skipped)
+    labels = list((tmp_path / "out" / "yolo" / "labels").rglob("*.txt"))
+    assert len(labels) == len(coco.imgs)
+    before = {
+        f: (tmp_path / "out" / f).read_bytes() for f in ("annotations.json", "cvat.xml", "label_studio/tasks.json")
+    }
+    again = run(*words, cwd=tmp_path)
+    assert f"{len(coco.imgs)} of them stored before" in again.stdout
+    assert {s["file"] for s in json.loads((tmp_path / "out" / "skipped.json").read_text())} == set(skipped)
+    assert before == {f: (tmp_path / "out" / f).read_bytes() for f in before}
 
 
 def test_random_weights_of_real_size_name_only_the_classes_asked_for(tmp_path, photos):

@@ -274,3 +274,8 @@ def test_the_annotated_video_of_a_run_has_the_length_and_sound_of_its_source(lou
         assert container.duration / 1e6 == pytest.approx(3.0, abs=0.1)
         assert len(container.streams.audio) == 1
         assert sum(1 for _ in container.decode(video=0)) == 30
+
+
+def test_a_camera_that_is_not_there_is_named():
+    with pytest.raises(ImageError, match="camera 97 cannot be opened"):
+        next(iter(Video(97)))

@@ -60,7 +60,8 @@ def ap(truths: list[list[Truth]], results: list[dict[str, Any]]) -> tuple[float,
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO()
         categories = [{"id": i + 1, "name": name} for i, name in enumerate(CLASSES)]
-        images = [{"id": i} for i in range(len(truths))]
+        sizes = [truth[0].mask.shape if truth else (1, 1) for truth in truths]
+        images = [{"id": i, "height": height, "width": width} for i, (height, width) in enumerate(sizes)]
         coco.dataset = {"images": images, "categories": categories, "annotations": annotations}
         coco.createIndex()
         run = COCOeval(coco, coco.loadRes(results), "segm")
@@ -93,11 +94,11 @@ def train(annotations: Path, folder: Path, minutes: float) -> MaskRCNN:
     model = MaskRCNN(
         backbone,
         num_classes=len(CLASSES) + 1,
-        min_size=224,
-        max_size=320,
-        rpn_pre_nms_top_n_train=500,
-        rpn_post_nms_top_n_train=250,
-        box_batch_size_per_image=128,
+        min_size=160,
+        max_size=256,
+        rpn_pre_nms_top_n_train=300,
+        rpn_post_nms_top_n_train=100,
+        box_batch_size_per_image=64,
     )
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(str(annotations))

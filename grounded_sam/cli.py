@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,10 +18,15 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from grounded_sam.pipeline import Summary
+    from grounded_sam.stages import Sink
 
 
-def run(cfg: DictConfig) -> None:
-    """One job: build the stages, take every frame through them, say what was done."""
+def run(cfg: DictConfig) -> float | None:
+    """One job: build the stages, take every frame through them, say what was done.
+
+    Returns:
+        The metric that a sweep goes by, if a sink measures one.
+    """
     from hydra.core.hydra_config import HydraConfig
 
     output = Path(HydraConfig.get().runtime.output_dir)
@@ -32,6 +38,7 @@ def run(cfg: DictConfig) -> None:
         asked, clicks, vocabulary = pipeline.ask_video()
         sinks = build_sinks(cfg, output, vocabulary)
         summary = pipeline.run(source, sinks, output, vocabulary, asked, clicks)
+        value = measured(sinks)
     except (GroundedSamError, OSError) as error:
         if DEBUG:
             raise
@@ -39,6 +46,12 @@ def run(cfg: DictConfig) -> None:
     report(summary, output)
     if summary.interrupted:
         sys.exit(130)
+    return value
+
+
+def measured(sinks: Sequence[Sink]) -> float | None:
+    """The metric of the first sink that has one."""
+    return next((float(sink.value()) for sink in sinks if hasattr(sink, "value")), None)
 
 
 def report(summary: Summary, output: Path) -> None:

@@ -25,6 +25,11 @@ class CocoFile:
     size, a polygon of fewer than three points, an id that was there before) is left out and noted; one that
     reaches outside its image is cut to it and noted.
 
+    Args:
+        path: the file.
+        dataset: for a list of results, which has no images and categories: the file that it is about.
+        content: what the file would hold, for labels of another format.
+
     Attributes:
         vocabulary: the categories in the file's order, with their ids.
         images: the entries of `images`.
@@ -34,16 +39,18 @@ class CocoFile:
         ConfigError: if the file cannot be read, is no JSON, or has no images or categories.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, dataset: Path | None = None, content: Any = None) -> None:
         self.path = path
-        try:
-            content = json.loads(path.read_text(encoding="utf-8-sig"))
-        except OSError as error:
-            raise ConfigError(f"{path}: {error.strerror}") from error
-        except ValueError as error:  # of JSON, or of UTF-8
-            raise ConfigError(f"{path} is not valid JSON: {error}") from error
+        content = read_json(path) if content is None else content
+        if isinstance(content, list) and dataset is not None:
+            whole = read_json(dataset)
+            keys = ("images", "categories")
+            content = {**{key: whole.get(key) for key in keys}, "annotations": content}
         if not isinstance(content, Mapping):
-            raise ConfigError(f"{path}: expected an object with images, annotations and categories, got a list")
+            raise ConfigError(
+                f"{path}: expected an object with images, annotations and categories, got a list; of results "
+                "source.dataset says which file they are about"
+            )
         for key in ("images", "annotations", "categories"):
             if not isinstance(content.get(key), list):
                 raise ConfigError(f"{path}: expected a list under {key!r}, got {type(content.get(key)).__name__}")
@@ -53,21 +60,25 @@ class CocoFile:
         self._class_id = {number: i for i, number in enumerate(self.vocabulary.category_ids)}
         self.images: list[dict[str, Any]] = []
         self._by_image: dict[Any, list[dict[str, Any]]] = {}
-        for image in content["images"]:
-            sound = isinstance(image, Mapping) and all(
-                isinstance(image.get(key), kind) for key, kind in (("file_name", str), ("width", int), ("height", int))
+        for given in content["images"]:
+            sound = isinstance(given, Mapping) and all(
+                isinstance(given.get(key), kind) for key, kind in (("file_name", str), ("width", int), ("height", int))
             )
-            if not sound or image.get("id") is None or min(image["width"], image["height"]) < 1:
-                raise ConfigError(f"{path}: an image needs id, file_name, width and height, got {image!r}")
+            if not sound or given.get("id") is None or min(given["width"], given["height"]) < 1:
+                raise ConfigError(f"{path}: an image needs id, file_name, width and height, got {given!r}")
+            image = {**given, "id": _id(given["id"])}
             if image["id"] in self._by_image:
                 raise ConfigError(f"{path}: two images have the id {image['id']}")
-            self.images.append(dict(image))
+            self.images.append(image)
             self._by_image[image["id"]] = []
         self.notes: list[Skipped] = []
         self.masks = any(isinstance(a, Mapping) and a.get("segmentation") for a in content["annotations"])
         sizes = {image["id"]: (image["height"], image["width"]) for image in self.images}
         seen: set[Any] = set()
-        for number, annotation in enumerate(content["annotations"]):
+        for number, given in enumerate(content["annotations"]):
+            annotation = given
+            if isinstance(given, Mapping) and "image_id" in given:
+                annotation = {**given, "image_id": _id(given["image_id"])}
             reason = self._wrong(annotation, sizes, seen)
             if reason is not None:
                 name = (
@@ -113,8 +124,15 @@ class CocoFile:
             return "the segmentation is empty; its box is used"
         return None
 
+    def annotations(self, image_id: Any) -> list[dict[str, Any]]:
+        """The sound annotations of an image, as the file has them."""
+        return self._by_image[image_id]
+
     def detections(self, image: Mapping[str, Any]) -> sv.Detections:
-        """The annotations of an image as detections, with `data["iscrowd"]`; `score` is 1 where none is given."""
+        """The annotations of an image as detections; `score` is 1 where none is given.
+
+        `data["iscrowd"]` and `data["ignore"]` (crowds as well) are bool.
+        """
         annotations, size_hw = self._by_image[image["id"]], (image["height"], image["width"])
         if not annotations:
             return empty(self.vocabulary)
@@ -125,7 +143,9 @@ class CocoFile:
 
             around = mask_boxes(masks)
             boxes = [b if "bbox" in a else tuple(m) for a, b, m in zip(annotations, boxes, around, strict=True)]
-        data: dict[str, Any] = {"iscrowd": np.array([bool(a.get("iscrowd", 0)) for a in annotations])}
+        crowd = np.array([bool(a.get("iscrowd", 0)) for a in annotations])
+        ignore = crowd | np.array([bool(a.get("ignore", 0)) for a in annotations])
+        data: dict[str, Any] = {"iscrowd": crowd, "ignore": ignore}
         if all("mask_score" in a for a in annotations):
             data["mask_score"] = np.array([a["mask_score"] for a in annotations], np.float32)
         found = make_detections(
@@ -142,6 +162,25 @@ class CocoFile:
         if image.get("video") is not None and (np.asarray(ids) >= 0).all():
             found.tracker_id = np.asarray(ids)
         return found
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds.
+
+    Raises:
+        ConfigError: if it cannot be read or is no JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except ValueError as error:  # of JSON, or of UTF-8
+        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+
+
+def _id(value: Any) -> Any:
+    """An id, as a number also where a file has it as text."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
 def to_xyxy(box: Sequence[float]) -> tuple[float, float, float, float]:

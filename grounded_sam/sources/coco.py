@@ -23,7 +23,8 @@ class Coco:
     Pictures are opened when a stage or sink wants their pixels.
 
     Args:
-        input: a COCO instances file.
+        input: a COCO instances file, or a file of results.
+        dataset: for results, the COCO file with their images and categories.
         images: the folder that its file names are relative to; None for that of the file, or `images` in it.
         max_pixels: larger pictures are refused before they are decoded.
         shard, num_shards: of the images take only every `num_shards`-th, from number `shard` on.
@@ -36,6 +37,7 @@ class Coco:
         self,
         input: str | os.PathLike[str] | None,
         images: str | os.PathLike[str] | None = None,
+        dataset: str | os.PathLike[str] | None = None,
         max_pixels: int = MAX_PIXELS,
         shard: int = 0,
         num_shards: int = 1,
@@ -43,12 +45,13 @@ class Coco:
         if input is None or not str(input):
             raise ConfigError("input is missing: give a COCO file, e.g. input=instances.json")
         check_shard(shard, num_shards)
-        self.file = CocoFile(Path(str(input)).expanduser())
+        about = None if dataset is None else Path(str(dataset)).expanduser()
+        self.file = CocoFile(Path(str(input)).expanduser(), about)
         self.vocabulary = self.file.vocabulary
         self.skipped: list[Skipped] = list(self.file.notes)
         self.max_pixels = max_pixels
         self._images = self.file.images[shard::num_shards]
-        beside = self.file.path.parent
+        beside = (about or self.file.path).parent
         self.folders = [Path(str(images)).expanduser()] if images else [beside, beside / "images"]
 
     def __len__(self) -> int:

@@ -1,0 +1,222 @@
+"""Measured values against those of other people's evaluators, through the command's own stages."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+
+import numpy as np
+import pytest
+from fakes import CLASSES, Halves, boxes
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+
+from grounded_sam import ConfigError, Pipeline, Vocabulary
+from grounded_sam.cli import measured
+from grounded_sam.config import build, build_sinks, build_source, compose
+from grounded_sam.detections import make_detections
+from grounded_sam.frames import Frame
+from grounded_sam.sinks.coco import Coco
+from grounded_sam.sinks.metrics import STATS, Metrics
+from grounded_sam.sinks.voc import Voc
+from grounded_sam.sinks.yolo import Yolo
+from grounded_sam.sources.images import Images
+from grounded_sam.stages import FrameResult
+from grounded_sam.truth import read_truth
+
+
+def measure(results, truth, output, *more):
+    """The command on a file of results; returns what it measured."""
+    cfg = compose(["source=coco", f"input='{results}'", f"truth='{truth}'", "sink=metrics", *more])
+    source, model = build_source(cfg), build(cfg)
+    model.run(source, build_sinks(cfg, output, source.vocabulary), output, source.vocabulary)
+    return json.loads((output / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="session")
+def reference(data):
+    return json.loads((data / "reference_numbers.json").read_text())
+
+
+CASES = {
+    "demo boxes": ("eval_coco/instances_val2014_fakebbox100_results.json", "eval_coco/instances_val2014_100.json"),
+    "demo masks": ("eval_coco/instances_val2014_fakesegm100_results.json", "eval_coco/instances_val2014_100.json"),
+    "nuts boxes": ("coco_nuts/results_perturbed_bbox.json", "coco_nuts/instances.json"),
+    "nuts masks": ("coco_nuts/results_perturbed_segm.json", "coco_nuts/instances.json"),
+    "nuts as boxes": ("coco_nuts/instances.json", "coco_nuts/instances.json"),
+    "nuts as masks": ("coco_nuts/instances.json", "coco_nuts/instances.json"),
+    "fce boxes": ("eval_coco/fce_dt_dataset.json", "eval_coco/fce_gt_dataset.json"),
+    "fce masks": ("eval_coco/fce_dt_dataset.json", "eval_coco/fce_gt_dataset.json"),
+    "fce ignore": ("eval_coco/fce_dt_ignore_test.json", "eval_coco/fce_gt_ignore_test.json"),
+}
+EXPECTED = {
+    "demo boxes": ("bbox", "eval_coco", "bbox"),
+    "demo masks": ("segm", "eval_coco", "segm"),
+    "nuts boxes": ("bbox", "coco_nuts", "perturbed_bbox"),
+    "nuts masks": ("segm", "coco_nuts", "perturbed_segm"),
+    "nuts as boxes": ("bbox", "coco_nuts", "gt_as_bbox"),
+    "nuts as masks": ("segm", "coco_nuts", "gt_as_segm"),
+    "fce boxes": ("bbox", "eval_coco", "fce_gt_dataset_bbox"),
+    "fce masks": ("segm", "eval_coco", "fce_gt_dataset_segm"),
+    "fce ignore": ("bbox", "eval_coco", "fce_gt_ignore_test_bbox_min_score_0_1"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_reference_numbers_are_met(case, data, reference, tmp_path):
+    results, truth = (data / name for name in CASES[case])
+    kind, group, key = EXPECTED[case]
+    more = ["select.score=0.1"] if case == "fce ignore" else []
+    values = measure(results, truth, tmp_path, *more)
+    expected = {k.removesuffix("_rounded"): v for k, v in reference[group][key].items() if k != "source"}
+    assert {k: values[kind][k] for k in expected} == pytest.approx(expected, abs=1e-4)
+
+
+def by_pycocotools(truth, results, kind):
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco = COCO(truth)
+        run = COCOeval(coco, coco.loadRes(results), kind)
+        run.evaluate()
+        run.accumulate()
+        run.summarize()
+    return dict(zip(STATS, run.stats.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("kind", ["bbox", "segm"])
+def test_pycocotools_measures_the_same_of_a_run(data, tmp_path, kind):
+    truth = data / "coco_nuts" / "instances.json"
+    results = data / "coco_nuts" / f"results_perturbed_{kind}.json"
+    values = measure(results, truth, tmp_path)
+    same = by_pycocotools(truth, str(results), kind)
+    assert {key: values[kind][key] for key in STATS} == pytest.approx(same, abs=1e-6)
+
+
+def halves(folder, masks=True):
+    """Scenes labelled by hand: the left half `a`, the right half `c`."""
+    from fakes import Fill
+
+    model = Pipeline(Halves(), Fill() if masks else None, vocabulary=CLASSES)
+    return model, list(model.stream(iter(Images(folder)), CLASSES))
+
+
+@pytest.mark.parametrize("kind", [Coco, Yolo, Voc])
+@pytest.mark.parametrize("masks", [True, False])
+def test_a_dataset_measured_against_itself_is_perfect(folder, tmp_path, kind, masks):
+    _, results = halves(folder, masks)
+    options = {} if kind is Coco else {"images": "copy"}
+    with kind(tmp_path / "truth", CLASSES, **options) as sink:
+        for result in results:
+            sink.write(result)
+    place = {Coco: "annotations.json", Yolo: "yolo", Voc: "voc"}[kind]
+    words = Vocabulary.parse(["a", "c"]) if kind is Voc else CLASSES  # VOC names only classes that occur
+    found = results
+    if kind is Voc:
+        found = [
+            FrameResult(
+                r.frame,
+                make_detections(
+                    r.detections.xyxy, r.detections.confidence, [0, 1], words, r.frame.size_hw, r.detections.mask
+                ),
+            )
+            for r in results
+        ]
+    with Metrics(tmp_path, words, tmp_path / "truth" / place) as sink:
+        for result in found:
+            sink.write(result)
+    assert ("segm" in sink.values) == masks
+    assert sink.values["bbox"]["AP"] == pytest.approx(1.0) and sink.value() == pytest.approx(1.0)
+    assert sink.values["at_threshold"]["f1"] == 1.0 and not sink.values["mistakes"]
+    assert np.array_equal(np.diag(sink.values["confusion"]["counts"])[:-1] > 0, np.isin(words.classes, ["a", "c"]))
+    assert not (tmp_path / "errors").exists()
+
+
+@pytest.fixture
+def truth(tmp_path):
+    """One image with two labels of `a` and one of `b`."""
+    annotations = [
+        {"id": 1, "image_id": 7, "category_id": 30, "bbox": [0, 0, 20, 20], "area": 400, "iscrowd": 0},
+        {"id": 2, "image_id": 7, "category_id": 30, "bbox": [40, 40, 20, 20], "area": 400, "iscrowd": 0},
+        {"id": 3, "image_id": 7, "category_id": 10, "bbox": [70, 0, 20, 20], "area": 400, "iscrowd": 0},
+    ]
+    categories = [{"id": 10, "name": "b"}, {"id": 30, "name": "a"}, {"id": 40, "name": "c"}, {"id": 50, "name": "d"}]
+    images = [{"id": 7, "file_name": "deep/x.png", "width": 100, "height": 100}]
+    path = tmp_path / "truth.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return path
+
+
+def test_matched_missed_and_false_are_listed_with_their_pictures(truth, tmp_path):
+    # One hit, a second one on the same label, one of the wrong class, one on nothing.
+    rows = [(1, 0, 20, 20, 0.9, 0), (0, 0, 20, 19, 0.8, 0), (70, 0, 90, 20, 0.7, 0), (0, 70, 20, 90, 0.6, 2)]
+    frame = Frame(np.full((100, 100, 3), 200, np.uint8), 0, "x.png")
+    with Metrics(tmp_path, CLASSES, truth) as sink:
+        sink.write(FrameResult(frame, boxes(*rows)))
+        sink.write(FrameResult(Frame(frame.pixels, 1, "other.png"), boxes()))
+    values = json.loads((tmp_path / "metrics.json").read_text())
+    assert values["at_threshold"] == pytest.approx(
+        {"iou": 0.5, "matched": 1, "missed": 2, "false": 3, "precision": 0.25, "recall": 1 / 3, "f1": 2 / 7}
+    )
+    assert [(m["kind"], m["class"]) for m in values["mistakes"]] == [
+        ("missed", "a"), ("missed", "b"), ("false", "a"), ("false", "a"), ("false", "c"),
+    ]  # fmt: skip
+    assert values["confusion"]["rows_truth_columns_found"] == ["a", "b", "c", "none"]
+    assert values["confusion"]["counts"] == [[1, 0, 0, 1], [1, 0, 0, 0], [0, 0, 0, 0], [1, 0, 1, 0]]
+    assert values["classes"]["b"]["recall"] == 0 and values["classes"]["c"]["precision"] == 0
+    assert values["not_asked_for"] == ["d"] and values["without_labels"] == ["other.png"]
+    assert Image.open(tmp_path / "errors" / "x.png.jpg").size == (100, 100)
+    assert "1 images without labels, 1 classes of the truth not asked for" in sink.summary()
+
+
+def test_a_crowd_is_neither_missed_nor_false(truth, tmp_path):
+    content = json.loads(truth.read_text())
+    content["annotations"][1]["iscrowd"] = 1
+    truth.write_text(json.dumps(content))
+    rows = [(0, 0, 20, 20, 0.9, 0), (70, 0, 90, 20, 0.7, 1), (42, 42, 50, 50, 0.6, 0)]
+    with Metrics(tmp_path, CLASSES, truth) as sink:
+        sink.write(FrameResult(Frame(np.zeros((100, 100, 3), np.uint8), 0, "deep/x.png"), boxes(*rows)))
+    assert sink.values["at_threshold"]["f1"] == 1.0
+    assert sink.values["bbox"]["AP"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["a", "cat"], r"has no 'cat'; it has the classes 'b', 'a', 'c', 'd', asked for are 'a', 'cat'"),
+    ],
+)
+def test_classes_that_the_truth_has_not_are_named_with_both_sides(truth, tmp_path, words, says):
+    with pytest.raises(ConfigError, match=says):
+        Metrics(tmp_path, Vocabulary.parse(words), truth)
+
+
+def test_images_that_nothing_is_known_of_are_named_with_both_sides(truth, tmp_path):
+    with (
+        pytest.raises(ConfigError, match=r"none of 1 images has labels in .*; it has deep/x.png.*looked at were y.png"),
+        Metrics(tmp_path, CLASSES, truth) as sink,
+    ):
+        sink.write(FrameResult(Frame(np.zeros((100, 100, 3), np.uint8), 0, "y.png"), boxes()))
+
+
+def test_a_truth_of_another_size_is_refused(truth, tmp_path):
+    with pytest.raises(ConfigError, match=r"x.png has 50x40 px, but 100x100 px in"):
+        Metrics(tmp_path, CLASSES, truth).write(
+            FrameResult(Frame(np.zeros((40, 50, 3), np.uint8), 0, "x.png"), boxes(size_hw=(40, 50)))
+        )
+
+
+@pytest.mark.parametrize("name", ["nothing.json", "photos"])
+def test_what_is_no_truth_is_refused_in_words(data, name):
+    with pytest.raises(ConfigError, match=f"truth=.*{name}: (no such|expected a COCO file)"):
+        read_truth(data / name)
+
+
+def test_the_chosen_metric_is_what_a_sweep_gets(truth, tmp_path):
+    with Metrics(tmp_path, CLASSES, truth, metric="at_threshold.recall") as sink:
+        sink.write(FrameResult(Frame(np.zeros((100, 100, 3), np.uint8), 0, "x.png"), boxes((0, 0, 20, 20, 0.9, 0))))
+    assert measured([sink]) == pytest.approx(1 / 3)
+    sink.metric = "segm.AP"
+    with pytest.raises(ConfigError, match=r"no metric segm.AP; there are bbox.AP, .*at_threshold.f1"):
+        sink.value()
+    assert measured([]) is None

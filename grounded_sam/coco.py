@@ -56,7 +56,7 @@ class CocoFile:
                 raise ConfigError(f"{path}: expected a list under {key!r}, got {type(content.get(key)).__name__}")
         if not content["images"]:
             raise ConfigError(f"{path} has no images")
-        self.vocabulary = Vocabulary.parse({"categories": content["categories"]})
+        self.vocabulary = Vocabulary.of_categories(content["categories"], str(path))
         self._class_id = {number: i for i, number in enumerate(self.vocabulary.category_ids)}
         self.images: list[dict[str, Any]] = []
         self._by_image: dict[Any, list[dict[str, Any]]] = {}
@@ -64,7 +64,12 @@ class CocoFile:
             sound = isinstance(given, Mapping) and all(
                 isinstance(given.get(key), kind) for key, kind in (("file_name", str), ("width", int), ("height", int))
             )
-            if not sound or given.get("id") is None or min(given["width"], given["height"]) < 1:
+            if (
+                not sound
+                or not given["file_name"]
+                or not isinstance(given.get("id"), int | str)
+                or min(given["width"], given["height"]) < 1
+            ):
                 raise ConfigError(f"{path}: an image needs id, file_name, width and height, got {given!r}")
             image = {**given, "id": _id(given["id"])}
             if image["id"] in self._by_image:
@@ -92,12 +97,20 @@ class CocoFile:
         """What is wrong with an annotation; it ends in `used` if it can be used all the same."""
         if not isinstance(annotation, Mapping):
             return f"expected an object, got {annotation!r}"
-        if annotation.get("image_id") not in sizes:
+        if isinstance(annotation.get("image_id"), list | dict) or annotation.get("image_id") not in sizes:
             return f"there is no image {annotation.get('image_id')!r}"
-        if annotation.get("category_id") not in self._class_id:
+        category = annotation.get("category_id")
+        if isinstance(category, list | dict) or category not in self._class_id:
             known = ", ".join(map(str, self._class_id))
             return f"there is no category {annotation.get('category_id')!r}; the ids are {known}"
+        for key, least, most in (("score", 0, 1), ("mask_score", -math.inf, math.inf), ("track_id", 0, math.inf)):
+            value = annotation.get(key)
+            if value is not None and not (_finite(value) and least <= value <= most):
+                span = " from 0 to 1" if most == 1 else ""
+                return f"{key} must be a finite number{span}, got {value!r}"
         number = annotation.get("id")
+        if number is not None and not isinstance(number, int | str):
+            return f"the id must be a number, got {number!r}"
         if number is not None and number in seen:
             return f"another annotation has the id {number} too"
         seen.add(number)
@@ -136,26 +149,26 @@ class CocoFile:
         annotations, size_hw = self._by_image[image["id"]], (image["height"], image["width"])
         if not annotations:
             return empty(self.vocabulary)
-        masks, boxes = None, [to_xyxy(a["bbox"]) if "bbox" in a else (0.0, 0.0, 0.0, 0.0) for a in annotations]
+        masks, boxes = None, [to_xyxy(a["bbox"]) if a.get("bbox") else (0.0, 0.0, 0.0, 0.0) for a in annotations]
         if self.masks:
             masks = np.array([decode_segmentation(a["segmentation"], size_hw) for a in annotations])
             from grounded_sam.detections import mask_boxes
 
             around = mask_boxes(masks)
-            boxes = [b if "bbox" in a else tuple(m) for a, b, m in zip(annotations, boxes, around, strict=True)]
+            boxes = [b if a.get("bbox") else tuple(m) for a, b, m in zip(annotations, boxes, around, strict=True)]
         crowd = np.array([bool(a.get("iscrowd", 0)) for a in annotations])
         ignore = crowd | np.array([bool(a.get("ignore", 0)) for a in annotations])
         data: dict[str, Any] = {"iscrowd": crowd, "ignore": ignore}
-        if all("mask_score" in a for a in annotations):
+        if all(a.get("mask_score") is not None for a in annotations):
             data["mask_score"] = np.array([a["mask_score"] for a in annotations], np.float32)
         found = make_detections(
             boxes,
-            [a.get("score", 1.0) for a in annotations],
+            [1.0 if a.get("score") is None else a["score"] for a in annotations],
             [self._class_id[a["category_id"]] for a in annotations],
             self.vocabulary,
             size_hw,
             masks,
-            track_id=np.array([a.get("track_id", -1) for a in annotations], np.int64),
+            track_id=np.array([-1 if a.get("track_id") is None else a["track_id"] for a in annotations], np.int64),
             **data,
         )
         ids = found.data.pop("track_id")

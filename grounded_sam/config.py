@@ -204,7 +204,11 @@ def build_sinks(cfg: DictConfig, output: Path, vocabulary: Vocabulary) -> list[S
     shards = OmegaConf.select(cfg, "source.num_shards") or 1
     sinks: dict[str, Sink] = {}
     for name in sorted(cfg.sink or {}, key=lambda name: name != "store"):
-        place = Path(cfg.output) if name == "store" and shards > 1 else output
+        place = output
+        if shards > 1 and name == "store":
+            place = Path(cfg.output)
+        elif shards > 1 and output == Path(cfg.output):  # shards that are started by hand
+            place = output / str(cfg.source.shard)
         sinks[name] = make(cfg, f"sink.{name}", output=place, vocabulary=vocabulary)
         # With resume=extend the store may have classes that this run does not ask for.
         vocabulary = getattr(sinks[name], "classes", vocabulary) if name == "store" else vocabulary

@@ -103,18 +103,34 @@ class Pipeline:
         Frames that the detector refuses with an `ImageError` are handed to `skip`, if that is given.
         """
         size = getattr(self.detector, "batch_size", 1)
+        segmenter = self.segmenter if masks else None
         while group := list(islice(frames, size)):
-            try:
-                detected = self.detector.detect(group, vocabulary)
-            except ImageError as error:
-                if skip is None:
-                    raise
-                for frame in group:
+            for frame, boxes in self._detected(group, vocabulary, skip):
+                try:
+                    found = self._finish(frame, boxes, vocabulary, segmenter)
+                except ImageError as error:  # of pixels that are read only now
+                    if skip is None:
+                        raise
                     skip(Skipped(frame.name, str(error)))
-                continue
-            for frame, boxes in zip(group, detected, strict=True):
-                segmenter = self.segmenter if masks else None
-                yield FrameResult(frame, self._finish(frame, boxes, vocabulary, segmenter))
+                    continue
+                yield FrameResult(frame, found)
+
+    def _detected(
+        self, group: list[Frame], vocabulary: Vocabulary, skip: Callable[[Skipped], None] | None
+    ) -> Iterator[tuple[Frame, sv.Detections]]:
+        """Frames with their boxes; of a batch that is refused each by itself."""
+        try:
+            detected = self.detector.detect(group, vocabulary)
+        except ImageError as error:
+            if skip is None:
+                raise
+            if len(group) == 1:
+                skip(Skipped(group[0].name, str(error)))
+                return
+            for frame in group:
+                yield from self._detected([frame], vocabulary, skip)
+            return
+        yield from zip(group, detected, strict=True)
 
     def _finish(
         self, frame: Frame, boxes: sv.Detections, vocabulary: Vocabulary, segmenter: Segmenter | None
@@ -338,11 +354,13 @@ class Pipeline:
 
         def write(result: FrameResult) -> None:
             """To every sink; on a thread of its own, so that models and files do not wait for each other."""
-            try:
-                for sink in sinks:
+            for sink in sinks:
+                try:
                     sink.write(result)
-            except ImageError as error:  # pixels of an earlier run's picture that are gone
-                _note(source, Skipped(result.frame.name, str(error)))
+                except ImageError as error:  # pixels of an earlier run's picture that are gone
+                    skipped = Skipped(result.frame.name, str(error))
+                    if skipped not in source.skipped:
+                        _note(source, skipped)
             tell()
 
         def tell() -> None:
@@ -399,7 +417,8 @@ class Pipeline:
             part.write_text(
                 json.dumps([asdict(s) for s in summary.skipped], ensure_ascii=False, indent=1), encoding="utf-8"
             )
-        nothing = not summary.images and not getattr(store, "before", 0)
+        # A shard may happen to have nothing but bad files.
+        nothing = not summary.images and not getattr(store, "before", 0) and getattr(source, "num_shards", 1) == 1
         if nothing and summary.skipped and not summary.interrupted:
             first = summary.skipped[0]
             raise ImageError(

@@ -2,7 +2,7 @@
 
 A store is a folder with
 
-`run-*.json`     one per setting that wrote into it: fingerprint, settings, classes, versions
+`_run-*.json`    one per setting that wrote into it: fingerprint, settings, classes, versions
 `part-*.parquet` rows; the name begins with the time, and a later row replaces an earlier one of the same picture
 
 Rows, schema version 1; of every kind only the columns that apply are filled:
@@ -13,6 +13,7 @@ kind         string     `image` (a picture or frame that was looked at), `object
 file         string     name relative to the input, with `/`; of frames `clip.mp4/000012`
 path         string     where the file lay, absolute; null for cameras and streams
 digest       string     SHA-256 of the file; of a folder of frames, of their digests
+take         string     of a frame and of a `video` row: which passage through the video it belongs to
 fingerprint  string     of the settings that made the row, see `fingerprint`
 video        string     name of the video that a frame belongs to
 frame        int64      number of the frame in its video; of a `video` row, how many frames were stored
@@ -41,7 +42,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cached_property, reduce
 from pathlib import Path
 from typing import Any
 
@@ -54,18 +55,16 @@ from numpy.typing import NDArray
 from grounded_sam.detections import empty
 from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.frames import MAX_PIXELS, Frame, read_image
-from grounded_sam.sources.images import VIDEO_SUFFIXES, natural
+from grounded_sam.sources.images import VIDEO_SUFFIXES, common_folder, natural
 from grounded_sam.sources.video import Video, shrunk
 from grounded_sam.stages import FrameResult, Skipped
 from grounded_sam.vocabulary import Vocabulary
 
 VERSION = 1
-#: A picture by name and path, or a video by name.
-Key = tuple[str, str | None] | str
 
 SCHEMA = pa.schema(
     [
-        *((name, pa.string()) for name in ("kind", "file", "path", "digest", "fingerprint", "video")),
+        *((name, pa.string()) for name in ("kind", "file", "path", "digest", "fingerprint", "video", "take")),
         ("frame", pa.int64()),
         ("time_s", pa.float64()),
         ("width", pa.int32()),
@@ -138,10 +137,10 @@ def find_store(given: str | Path) -> Path:
     """
     path = Path(given).expanduser()
     for folder in (path, path / "store"):
-        if any(folder.glob("run-*.json")):
+        if any(folder.glob("_run-*.json")):
             return folder
     raise ConfigError(
-        f"no store in {given}: expected a folder with run-*.json and part-*.parquet, as sink=store writes"
+        f"no store in {given}: expected a folder with _run-*.json and part-*.parquet, as sink=store writes"
     )
 
 
@@ -149,9 +148,17 @@ def runs(folder: Path) -> list[dict[str, Any]]:
     """The settings that wrote into a store, oldest first.
 
     Raises:
-        ConfigError: if the store is of a newer version.
+        ConfigError: if the store is of a newer version, or a file of it is damaged.
     """
-    found = [json.loads(path.read_text(encoding="utf-8")) for path in folder.glob("run-*.json")]
+    found = []
+    for path in folder.glob("_run-*.json"):
+        try:
+            run = json.loads(path.read_text(encoding="utf-8"))
+            found.append({key: run[key] for key in ("schema", "fingerprint", "created", "settings", "vocabulary")})
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{path} cannot be read ({_line(error)}); a run with its settings makes it anew"
+            ) from error
     newest = max((run["schema"] for run in found), default=VERSION)
     if newest > VERSION:
         raise ConfigError(f"{folder} has schema version {newest}, this grounded_sam reads up to {VERSION}")
@@ -160,25 +167,30 @@ def runs(folder: Path) -> list[dict[str, Any]]:
 
 def vocabulary_of(folder: Path) -> Vocabulary:
     """The classes of all runs of a store, those of the first run first."""
-    first, *rest = runs(folder)
-    columns: dict[str, Any] = {key: tuple(value) for key, value in first["vocabulary"].items()}
-    whole = Vocabulary(**columns | {"phrases": tuple(map(tuple, columns["phrases"]))})
-    for run in rest:
-        whole = whole.with_classes(run["vocabulary"]["classes"])
-    return whole
+    first, *rest = (_vocabulary(run["vocabulary"]) for run in runs(folder))
+    return reduce(Vocabulary.joined, rest, first)
+
+
+def _vocabulary(about: Mapping[str, Any]) -> Vocabulary:
+    columns: dict[str, Any] = {key: tuple(value) for key, value in about.items() if key != "asked"}
+    return Vocabulary(**columns | {"phrases": tuple(map(tuple, columns["phrases"])), "asked": False})
 
 
 class _Clip:
     """Frames of a video file, decoded again in the order they are asked for."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_pixels: int) -> None:
+        self.max_pixels = max_pixels
         self._frames: Any = None
         self._last = -1
 
     def read(self, path: str, index: int, size_hw: tuple[int, int]) -> NDArray[np.uint8]:
         """Frame `index` at the size that it was stored with."""
         if self._frames is None or index <= self._last:
-            self._frames = iter(Video(path, start=index))
+            try:
+                self._frames = iter(Video(path, start=index, max_pixels=self.max_pixels))
+            except ConfigError as error:
+                raise ImageError(f"{path}: no such file") from error
         for frame in self._frames:
             if frame.index == index:
                 self._last = index
@@ -196,8 +208,8 @@ class _Place:
 
 
 @dataclass
-class _Video:
-    """What is known of a video: its newest digest, and whether that one was gone through whole."""
+class _Take:
+    """One passage through a video, whole once its `video` row is there."""
 
     digest: str | None = None
     whole: bool = False
@@ -221,41 +233,57 @@ class Reader:
         runs(folder)
         self.parts = sorted(folder.glob("part-*.parquet"))
         self._tables: OrderedDict[int, pa.Table] = OrderedDict()
-        self._images: dict[tuple[str, str | None], tuple[_Place, str | None]] = {}  # by name and path
-        self._videos: dict[str, _Video] = {}
-        self._skipped: dict[str, Skipped] = {}
+        self._images: dict[str, tuple[_Place, str | None, str]] = {}  # by path: place, digest, name
+        self._names: dict[str, str] = {}  # of videos, by file or folder and name
+        self._skipped: dict[str, tuple[Skipped, str | None]] = {}
+        takes: dict[str, dict[str, _Take]] = {}  # by the same key, the latest last
         for number, part in enumerate(self.parts):
-            self._scan(number, part)
-        self._by_name: dict[str, list[tuple[str, str | None]]] = {}
-        for key in self._images:
-            self._by_name.setdefault(key[0], []).append(key)
+            self._scan(number, part, takes)
+        #: Of each video the newest passage that is whole, or else the newest.
+        self._videos: dict[str, _Take] = {}
+        for key, passages in takes.items():
+            newest = list(passages.values())[::-1]
+            self._videos[key] = next((take for take in newest if take.whole), newest[0])
+        self._by_name: dict[str, list[str]] = {}
+        for key, name in [*((key, name) for key, (_, _, name) in self._images.items()), *self._names.items()]:
+            self._by_name.setdefault(name, []).append(key)
+        for name, (_, digest) in list(self._skipped.items()):
+            self._settle(name, digest)
 
-    def _scan(self, number: int, part: Path) -> None:
-        columns = ["kind", "file", "path", "digest", "video", "frame", "reason"]
+    def _scan(self, number: int, part: Path, takes: dict[str, dict[str, _Take]]) -> None:
+        columns = ["kind", "file", "path", "digest", "video", "take", "frame", "reason"]
         try:
             table = pq.read_table(part, columns=columns)
         except (pa.ArrowException, OSError) as error:
             raise ConfigError(
                 f"{part} cannot be read ({_line(error)}); delete it, and what it held is done again"
             ) from error
-        kinds = np.asarray(table["kind"])
-        rows = np.flatnonzero(kinds != "object")
+        rows = np.flatnonzero(np.asarray(table["kind"]) != "object")
         picked = table.take(rows).to_pydict()
-        for row, kind, file, path, digest, video, frame, reason in zip(rows.tolist(), *picked.values(), strict=True):
+        for row, kind, file, path, digest, video, take, frame, reason in zip(
+            rows.tolist(), *(picked[name] for name in columns), strict=True
+        ):
             if kind == "skipped":
-                self._skipped[file] = Skipped(file, reason)
-                continue
-            if kind == "image" and video is None:
+                self._skipped[file] = (Skipped(file, reason), digest)
+            elif kind == "image" and video is None:
                 self._skipped.pop(file, None)
-                self._images[file, path] = (_Place(number, row), digest)
-                continue
-            known = self._videos.setdefault(video or file, _Video())
-            if known.digest != digest:
-                known.digest, known.whole, known.frames = digest, False, {}
-            if kind == "video":
-                known.whole = True
+                self._images[path or file] = (_Place(number, row), digest, file)
             else:
-                known.frames[frame] = _Place(number, row)
+                key = f"{_home(path)}\n{video}"
+                self._names[key] = video
+                passage = takes.setdefault(key, {}).setdefault(take, _Take(digest))
+                if kind == "video":
+                    passage.whole = True
+                else:
+                    passage.frames[frame] = _Place(number, row)
+
+    def _settle(self, name: str, digest: str | None) -> None:
+        """Of a file that was skipped drop what is stored of other content; or the note, if it was mended since."""
+        for key in self._by_name.get(name, ()):
+            if key in self._images and digest is not None and self._images[key][1] != digest:
+                del self._images[key]
+            elif key in self._videos and self._videos[key].whole and self._videos[key].digest != digest:
+                self._skipped.pop(name, None)
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
@@ -265,42 +293,49 @@ class Reader:
     def __len__(self) -> int:
         return len(self._images) + sum(len(video.frames) for video in self._videos.values())
 
-    @property
-    def skipped(self) -> list[Skipped]:
-        """Files that could not be used when they were last tried."""
-        return list(self._skipped.values())
+    @cached_property
+    def skipped(self) -> dict[str, Skipped]:
+        """Files that could not be used when they were last tried, or not to their end, by name."""
+        return {name: skipped for name, (skipped, _) in self._skipped.items()}
 
-    def known(self, name: str, digest: str, vocabulary: Vocabulary) -> Iterator[FrameResult] | None:
-        """The results of a picture or of a whole video, None if the store has not got it with that content."""
-        video = self._videos.get(name)
-        if video is not None and video.whole and video.digest == digest:
-            return self.read(name, vocabulary)
+    def known(
+        self, name: str, files: Sequence[Path], digest: str, vocabulary: Vocabulary
+    ) -> Iterator[FrameResult] | None:
+        """The results of a picture or of a whole video, None if the store has not got it with that content.
+
+        Args:
+            files: where it lies now; pixels are read from there.
+        """
         for key in self._by_name.get(name, ()):
-            if self._images[key][1] == digest:
-                return self.read(key, vocabulary)
+            if key in self._images and self._images[key][1] == digest:
+                return self.read(key, vocabulary, files)
+            if key in self._videos and self._videos[key].whole and self._videos[key].digest == digest:
+                return self.read(key, vocabulary, files)
         return None
 
-    def keys(self) -> Iterator[Key]:
+    def keys(self) -> Iterator[str]:
         """What `read` takes: pictures in natural order of their names, then videos in that of theirs."""
-        yield from sorted(self._images, key=lambda key: (natural(key[0]), key[1] or ""))
-        yield from sorted((name for name, video in self._videos.items() if video.frames), key=natural)
+        yield from sorted(self._images, key=lambda key: (natural(self._images[key][2]), key))
+        videos = [key for key, take in self._videos.items() if take.frames]
+        yield from sorted(videos, key=lambda key: (natural(self._names[key]), key))
 
-    def count(self, key: Key) -> int:
+    def count(self, key: str) -> int:
         """How many images `read` gives."""
-        return len(self._videos[key].frames) if isinstance(key, str) else 1
+        return 1 if key in self._images else len(self._videos[key].frames)
 
-    def read(self, key: Key, vocabulary: Vocabulary) -> Iterator[FrameResult]:
+    def read(self, key: str, vocabulary: Vocabulary, files: Sequence[Path] = ()) -> Iterator[FrameResult]:
         """A picture, or the frames of a video, with what was found.
 
         Args:
             vocabulary: what class ids refer to; objects of classes that it has not are left out.
+            files: where it lies now, if that is known.
         """
-        if not isinstance(key, str):
-            yield self._result(self._images[key][0], vocabulary, None)
+        if key in self._images:
+            yield self._result(self._images[key][0], vocabulary, files, None)
             return
-        frames, clip = self._videos[key].frames, _Clip()
+        frames, clip = self._videos[key].frames, _Clip(self.max_pixels)
         for number in sorted(frames):
-            yield self._result(frames[number], vocabulary, clip)
+            yield self._result(frames[number], vocabulary, files, clip)
 
     def _table(self, part: int) -> pa.Table:
         if part not in self._tables:
@@ -310,16 +345,13 @@ class Reader:
         self._tables.move_to_end(part)
         return self._tables[part]
 
-    def _result(self, place: _Place, vocabulary: Vocabulary, clip: _Clip | None) -> FrameResult:
+    def _result(self, place: _Place, vocabulary: Vocabulary, files: Sequence[Path], clip: _Clip | None) -> FrameResult:
         top = self._table(place.part).slice(place.row, 1).to_pylist()[0]
         size_hw = (top["height"], top["width"])
         under = self._table(place.part).slice(place.row + 1, top["objects"])
         rows = [row for row in under.to_pylist() if row["class"] in vocabulary.classes] if len(under) else []
         found = _detections(rows, size_hw, vocabulary, top["video"] is not None)
-        path = top["path"]
-        if path is not None and self.root is not None:
-            name = top["file"] if not _is_movie(path) else top["video"]
-            path = str(Path(self.root).expanduser() / name)
+        path = self._path(top, files)
         frame = Frame(
             _Lazy(top["file"], path, top["frame"], size_hw, self.max_pixels, clip),
             top["frame"] if top["frame"] is not None else 0,
@@ -330,6 +362,22 @@ class Reader:
             size_hw,
         )
         return FrameResult(frame, found, stored=True)
+
+    def _path(self, row: Mapping[str, Any], files: Sequence[Path]) -> str | None:
+        """Where the pixels of a row are: among `files`, else under `root`, else where they were."""
+        path: str | None = row["path"]
+        if len(files) == 1:
+            return str(files[0])
+        if files:
+            return str(common_folder(list(files)) / row["file"])
+        if path is not None and self.root is not None:
+            return str(Path(self.root).expanduser() / (row["video"] if _is_movie(path) else row["file"]))
+        return path
+
+
+def _home(path: str | None) -> str | None:
+    """What tells videos of one name apart: the file, or the folder of frames."""
+    return path if path is None or _is_movie(path) else str(Path(path).parent)
 
 
 def _detections(

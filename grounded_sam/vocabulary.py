@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ class Vocabulary:
         scores: for each class its least confidence, None for `select.score`; or empty.
         colours: for each class its colour, `#rrggbb` or None; or empty.
         supercategories: for each class what COCO calls so, or None; or empty.
+        asked: whether a detector is asked for it. Names of labels that exist may share phrases.
 
     Raises:
         VocabularyError: without classes, with an empty phrase, with one id for two classes, or if one
@@ -45,12 +46,16 @@ class Vocabulary:
     scores: tuple[float | None, ...] = ()
     colours: tuple[str | None, ...] = ()
     supercategories: tuple[str | None, ...] = ()
+    asked: bool = field(default=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.classes:
             raise VocabularyError("text names no class; give at least one, e.g. text=[car, wheel]")
         if len(self.classes) != len(self.phrases):
             raise VocabularyError(f"expected phrases for each of {len(self.classes)} classes, got {len(self.phrases)}")
+        if len(set(self.classes)) < len(self.classes):
+            twice = next(name for name in self.classes if self.classes.count(name) > 1)
+            raise VocabularyError(f"class {twice!r} is named twice")
         taken: dict[int, str] = {}
         for name, number in zip(self.classes, self.ids, strict=False):
             if taken.setdefault(number, name) != name:
@@ -64,7 +69,7 @@ class Vocabulary:
                 key = _key(phrase)
                 if not key:
                     raise VocabularyError(f"class {name!r} has a phrase without letters: {phrase!r}")
-                if owner.setdefault(key, name) != name:
+                if owner.setdefault(key, name) != name and self.asked:
                     raise VocabularyError(f"phrase {phrase!r} stands for both {owner[key]!r} and {name!r}")
 
     def __len__(self) -> int:
@@ -96,18 +101,52 @@ class Vocabulary:
         return [colour or sv.ColorPalette.DEFAULT.by_idx(i).as_hex() for i, colour in enumerate(own)]
 
     def with_classes(self, names: Sequence[str]) -> Vocabulary:
-        """The same with more classes at the end, each its own phrase; those that are there already stay."""
-        more = tuple(dict.fromkeys(name for name in names if name not in self.classes))
-        if not more:
+        """The same with more classes at the end, to name results with; those that are there already stay."""
+        return self.joined(Vocabulary(tuple(names), tuple((name,) for name in names), asked=False)) if names else self
+
+    def joined(self, other: Vocabulary) -> Vocabulary:
+        """The classes of both, to name results with; of a class in both what `self` says counts.
+
+        Ids are kept; where only one of the two has ids, or one id stands for two classes, the other class
+        gets a free one.
+        """
+        new = [i for i, name in enumerate(other.classes) if name not in self.classes]
+        if not new:
             return self
-        free = max(self.ids, default=0) + 1
-        ids = (*self.ids, *range(free, free + len(more))) if self.ids else ()
-        columns = {
-            key: (*value, *(None for _ in more)) if (value := getattr(self, key)) else ()
-            for key in ("scores", "colours", "supercategories")
-        }
-        phrases = (*self.phrases, *((name,) for name in more))
-        return replace(self, classes=(*self.classes, *more), phrases=phrases, ids=ids, **columns)
+        ids = list(self.ids or (self.category_ids if other.ids else ()))
+        for i in new if ids else ():
+            number = other.ids[i] if other.ids else None
+            ids.append(number if number is not None and number not in ids else max(ids) + 1)
+        columns: dict[str, Any] = {}
+        for key in ("scores", "colours", "supercategories"):
+            mine, theirs = getattr(self, key), getattr(other, key)
+            whole = [*(mine or [None] * len(self)), *((theirs[i] if theirs else None) for i in new)]
+            columns[key] = tuple(whole) if any(value is not None for value in whole) else ()
+        return replace(
+            self,
+            classes=(*self.classes, *(other.classes[i] for i in new)),
+            phrases=(*self.phrases, *(other.phrases[i] for i in new)),
+            ids=tuple(ids),
+            asked=False,
+            **columns,
+        )
+
+    @classmethod
+    def of_categories(cls, categories: Sequence[Any], where: str) -> Vocabulary:
+        """The names and ids of COCO `categories`, to name labels with.
+
+        Raises:
+            VocabularyError: if one has no id or name, or two have the same.
+        """
+        named = _from_coco(categories, where)["classes"]
+        above = tuple(item.get("supercategory") for item in named)
+        return cls(
+            classes=tuple(str(item["name"]) for item in named),
+            phrases=tuple((str(item["name"]),) for item in named),
+            ids=tuple(item["id"] for item in named),
+            supercategories=above if any(above) else (),
+            asked=False,
+        )
 
     @classmethod
     def parse(cls, text: Any, negative: Any = ()) -> Vocabulary:
@@ -243,7 +282,7 @@ def _from_coco(categories: Sequence[Any], where: str) -> dict[str, Any]:
     for item in categories:
         if not isinstance(item, Mapping) or "name" not in item or "id" not in item:
             raise VocabularyError(f"{where}: categories must have an id and a name, got {item!r}")
-        classes.append({key: item[key] for key in ("name", "id", "supercategory") if key in item})
+        classes.append({key: item[key] for key in ("name", "id", "supercategory") if item.get(key) is not None})
     return {"classes": classes}
 
 

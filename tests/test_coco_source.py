@@ -111,3 +111,36 @@ def test_stored_boxes_can_get_other_masks(data, tmp_path):
     before = COCO(path)
     assert len(after.anns) == len(before.anns) and not summary.skipped
     assert all("mask_score" in a for a in after.anns.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"bbox": None}, None),
+        ({"track_id": None, "score": None}, None),
+        ({"score": float("nan")}, "score must be a finite number from 0 to 1"),
+        ({"score": 97}, "score must be a finite number from 0 to 1, got 97"),
+        ({"image_id": [1]}, r"there is no image \[1\]"),
+        ({"category_id": {}}, "there is no category {}"),
+        ({"id": [1]}, "the id must be a number"),
+    ],
+)
+def test_odd_entries_are_used_or_noted_and_never_stop_the_rest(data, tmp_path, change, says):
+    content = json.loads((data / "coco_nuts" / "instances.json").read_text())
+    content["annotations"][5] |= change
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    summary, after = replay(tmp_path / "x.json", tmp_path)
+    assert len(after.anns) == 78 - bool(says)
+    notes = [s.reason for s in summary.skipped if s.file.startswith("annotation")]
+    assert len(notes) == bool(says)
+    if says:
+        with pytest.raises(AssertionError, match=says):
+            raise AssertionError(notes[0])
+
+
+def test_categories_that_a_detector_could_not_tell_apart_are_still_labels(data, tmp_path):
+    content = json.loads((data / "coco_nuts" / "instances.json").read_text())
+    content["categories"][1] |= {"name": "Date", "supercategory": None}
+    (tmp_path / "x.json").write_text(json.dumps(content))
+    _, after = replay(tmp_path / "x.json", tmp_path)
+    assert [c["name"] for c in after.dataset["categories"]] == ["date", "Date", "hazelnut"]

@@ -397,3 +397,46 @@ def test_wrong_settings_of_a_sink_are_named(kind, tmp_path):
     cfg = compose([f"sink={kind}", f"sink.{kind}.{key}=nonsense"])
     with pytest.raises(ConfigError, match=f"sink.{kind}.{key}"):
         make(cfg, f"sink.{kind}", output=tmp_path, vocabulary=CLASSES)
+
+
+@pytest.mark.parametrize("kind", [Yolo, Voc, LabelMe, ImageFolder])
+def test_a_dataset_of_another_split_is_not_written_over(results, tmp_path, kind):
+    write(kind, results, tmp_path, split={"train": 0.5, "val": 0.5})
+    write(kind, results, tmp_path, split={"train": 0.5, "val": 0.5})
+    with pytest.raises(ConfigError, match="another split or seed"):
+        write(kind, results, tmp_path, split={"train": 0.5, "val": 0.5}, seed=1)
+
+
+def test_pictures_linked_into_their_own_place_stay_what_they_are(results, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    Image.fromarray(results[0].frame.image).save(folder / "a.png")
+    before = (folder / "a.png").read_bytes()
+    frame = Frame(results[0].frame.image, 0, "a.png", file=folder / "a.png")
+    for _ in range(2):
+        write(Coco, [FrameResult(frame, results[0].detections)], tmp_path, images="link")
+    assert (folder / "a.png").read_bytes() == before and not (folder / "a.png").is_symlink()
+
+
+def test_voc_lists_all_parts_and_has_a_mask_for_every_image(results, tmp_path):
+    write(Voc, results, tmp_path, split={"train": 1.0, "val": 0.0})
+    folder = tmp_path / "voc"
+    for sets in ("Main", "Segmentation"):
+        assert (folder / "ImageSets" / sets / "val.txt").read_text() == ""
+        for stem in (folder / "ImageSets" / sets / "train.txt").read_text().split("\n")[:-1]:
+            assert (folder / "SegmentationObject" / f"{stem}.png").is_file()
+
+
+def test_a_report_of_no_samples_and_no_review_still_counts(results, tmp_path):
+    with Report(tmp_path, CLASSES, samples=0, review=0) as sink:
+        for result in results:
+            sink.write(result)
+    assert "9 objects of 3 classes in 4 images" in (tmp_path / "report.html").read_text()
+
+
+def test_many_equal_pictures_are_one_group(tmp_path):
+    image = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
+    with Report(tmp_path, CLASSES) as sink:
+        for i in range(3000):
+            sink.write(FrameResult(Frame(image, i, f"{i}.png"), empty(CLASSES)))
+        assert len(sink._alike()) == 1

@@ -39,7 +39,7 @@ def rows(store: Path) -> list[dict]:
     return [row for part in sorted(store.glob("part-*.parquet")) for row in pq.read_table(part).to_pylist()]
 
 
-def latest(store: Path, leave: tuple[str, ...] = ()) -> list[tuple]:
+def latest(store: Path, leave: tuple[str, ...] = ("take",)) -> list[tuple]:
     """Rows in an order that does not depend on parts, each once, without some columns."""
     columns = [name for name in SCHEMA.names if name not in leave]
     return sorted({tuple(repr(row[name]) for name in columns) for row in rows(store)})
@@ -68,7 +68,7 @@ def test_rows_say_what_was_found_and_where(folder, tmp_path):
     assert mask[:, 130:].all() and not mask[:, :130].any()
     assert [row["file"] for row in skipped] == ["bad.png"] and "not a picture" in skipped[0]["reason"]
     assert len({row["fingerprint"] for row in stored}) == 1
-    about = json.loads(next((tmp_path / "store").glob("run-*.json")).read_text())
+    about = json.loads(next((tmp_path / "store").glob("_run-*.json")).read_text())
     assert about["schema"] == VERSION and about["settings"] == {"select": {"score": 0.3}}
     assert about["vocabulary"]["classes"] == ["a", "b", "c"] and about["versions"]["torch"]
 
@@ -135,7 +135,9 @@ def test_only_new_and_changed_pictures_are_computed(folder, tmp_path):
 def test_a_moved_folder_is_known_by_its_content(folder, tmp_path):
     label(folder, tmp_path)
     moved = folder.rename(tmp_path / "elsewhere")
-    assert label(moved, tmp_path)[0].calls == []
+    detector, summary = label(moved, tmp_path, Overlay(tmp_path, CLASSES))
+    assert detector.calls == [] and not summary.skipped  # pixels are read from where they are now
+    assert len(list((tmp_path / "overlay").rglob("*.jpg"))) == 4
     assert np.array_equal(
         next(iter(Stored(tmp_path, root=moved))).image, np.asarray(Image.open(moved / "0.png").convert("RGB"))
     )
@@ -235,7 +237,7 @@ def test_a_damaged_part_is_named(folder, tmp_path):
 
 def test_a_store_of_a_later_version_is_refused(folder, tmp_path):
     label(folder, tmp_path)
-    about = next((tmp_path / "store").glob("run-*"))
+    about = next((tmp_path / "store").glob("_run-*"))
     about.write_text(about.read_text().replace('"schema": 1', '"schema": 99'))
     with pytest.raises(ConfigError, match="schema version 99"):
         Stored(tmp_path)
@@ -374,7 +376,7 @@ def test_shards_of_a_sweep_write_into_one_store(tmp_path):
     replayed = [list(Stored(tmp_path / name)) for name in ("shards", "one")]
     assert [f.name for f in replayed[0]] == [f.name for f in replayed[1]]
     own = json.loads((tmp_path / "shards" / "1" / "annotations.json").read_text())
-    assert [i["file_name"] for i in own["images"]][:2] == ["0001.png", "0005.png"]
+    assert [i["file_name"] for i in own["images"]] == [f"{i:04d}.png" for i in range(7, 15)]
     parts = [list(Stored(tmp_path / "one", shard=i, num_shards=3)) for i in range(3)]
     assert sorted(f.name for part in parts for f in part) == sorted(f.name for f in replayed[1])
     with pytest.raises(ConfigError, match=r"source.shard must be below source.num_shards=2"):
@@ -410,6 +412,103 @@ def test_a_worker_that_dies_leaves_a_store_that_the_next_run_completes(tmp_path,
     subprocess.run(words, capture_output=True, check=True, env=ENV, timeout=300)
     subprocess.run(command(folder, tmp_path / "one"), capture_output=True, check=True, env=ENV)
     # The settings differ by the class of the detector alone.
-    assert latest(tmp_path / "shards" / "store", ("fingerprint",)) == latest(
-        tmp_path / "one" / "store", ("fingerprint",)
-    )
+    one, shards = (latest(tmp_path / name / "store", ("fingerprint", "take")) for name in ("one", "shards"))
+    assert shards == one
+
+
+def test_ontologies_of_several_runs_are_joined_whatever_their_phrases(folder, tmp_path):
+    first = Vocabulary.parse({"classes": {"vehicle": {"phrases": ["car", "truck"], "id": 3}}, "negatives": ["bus"]})
+    second = Vocabulary.parse({"classes": {"car": {"id": 9}, "bus": {"id": 3, "colour": "red"}}})
+    for words, options in ((first, {}), (second, {"resume": "extend"})):
+        Image.new("RGB", (30, 20 + len(words))).save(folder / f"{len(words)}.png")
+        store = Store(tmp_path, words, **options)
+        Pipeline(Halves(), Fill(), vocabulary=words).run(Images(folder), [store], tmp_path, words)
+    whole = Stored(tmp_path).vocabulary
+    assert whole.classes == ("vehicle", "car", "bus") and whole.category_ids == (3, 9, 10)
+    assert whole.palette()[2] == "#ff0000"
+
+
+def test_videos_of_one_name_in_two_folders_stay_two(tmp_path):
+    for name, frames in (("x", 8), ("y", 5)):
+        (tmp_path / name).mkdir()
+        clip(tmp_path / name / "a.mkv", frames)
+        follow(tmp_path / name, tmp_path / "out")
+    assert len(Stored(tmp_path / "out")) == 13
+    for name in ("x", "y"):
+        detector, _ = follow(tmp_path / name, tmp_path / "out")
+        assert detector.looked == []
+
+
+def test_two_passages_through_a_stream_are_not_mixed(tmp_path):
+    from grounded_sam.frames import Frame
+    from grounded_sam.stages import FrameResult
+
+    found = Halves().detect([Frame(np.zeros((10, 10, 3), np.uint8))], CLASSES)[0]
+    for count in (10, 3):
+        with Store(tmp_path, CLASSES) as store:
+            for t in range(count):
+                frame = Frame(np.zeros((10, 10, 3), np.uint8), t, f"camera-0/{t}", t / 10, "camera-0")
+                store.write(FrameResult(frame, found))
+    assert [frame.index for frame in Stored(tmp_path)] == [0, 1, 2]
+
+
+def test_a_mended_video_is_not_listed_any_more(tmp_path, data):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.mp4").write_bytes((data / "malformed" / "truncated_moov_first.mp4").read_bytes())
+    _, summary = follow(folder, tmp_path / "out")
+    assert [s.file for s in summary.skipped] == ["a.mp4"]
+    _, summary = follow(folder, tmp_path / "out")
+    assert [s.file for s in summary.skipped] == ["a.mp4"] and summary.stored == 0
+    (folder / "a.mp4").write_bytes((data / "malformed" / "rotation_90.mp4").read_bytes())
+    _, summary = follow(folder, tmp_path / "out")
+    assert not summary.skipped and not Stored(tmp_path / "out").skipped
+
+
+def test_a_missing_video_is_listed_and_the_rest_is_exported(tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    clip(folder / "a.mkv")
+    clip(folder / "b.mkv", 7)
+    follow(folder, tmp_path / "out")
+    (folder / "a.mkv").unlink()
+    cfg = compose(["source=stored", f"input='{tmp_path / 'out'}'", "sink=[yolo,overlay]"])
+    source, model = build_source(cfg), build(cfg)
+    summary = model.run(source, build_sinks(cfg, tmp_path / "o", CLASSES), tmp_path / "o", CLASSES)
+    assert {s.file.rpartition("/")[0] for s in summary.skipped} == {"a.mkv"} and len(summary.skipped) == 12
+    assert len(list((tmp_path / "o" / "yolo" / "labels").rglob("*.txt"))) == 7
+
+
+def test_a_link_to_nowhere_stops_nothing(folder, tmp_path):
+    (folder / "gone.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    source = Auto(folder)
+    assert len([frame for frame in source if frame.size_hw]) == 4
+    assert {s.file for s in source.skipped} == {"gone.mp4", "gone.png"}
+
+
+def test_a_picture_that_is_gone_costs_only_itself_its_new_mask(folder, tmp_path):
+    label(folder, tmp_path)
+    (folder / "1.png").unlink()
+    cfg = compose(["source=stored", f"input='{tmp_path}'", "sink=none", "detector.masks=false", "segmenter=none"])
+    source, model = build_source(cfg), build(cfg)
+    model.segmenter = Fill()
+    summary = model.run(source, [], tmp_path / "o", CLASSES)
+    assert summary.images == 3 and [s.file for s in summary.skipped] == ["1.png"]
+
+
+def test_a_shard_of_nothing_but_bad_files_does_not_end_the_sweep(tmp_path):
+    folder = tmp_path / "in"
+    many(folder, 8)
+    for i in range(2, 4):
+        (folder / f"{i:04d}.png").write_bytes(b"")
+    words = command(folder, tmp_path / "out", "-m", "source.shard=0,1,2,3", "source.num_shards=4")
+    subprocess.run(words, capture_output=True, check=True, env=ENV)
+    assert len(Reader(tmp_path / "out" / "store")) == 6
+
+
+def test_pandas_style_readers_open_the_folder(folder, tmp_path):
+    import pyarrow.dataset
+
+    label(folder, tmp_path, part_images=1)
+    assert pyarrow.dataset.dataset(tmp_path / "store").count_rows() == 12

@@ -93,11 +93,11 @@ class Coco:
         self._lines[part, kind].write(json.dumps(entry, ensure_ascii=False) + "\n")
 
     def write(self, result: FrameResult) -> None:
-        self.images += 1
         frame, found, part = result.frame, result.detections, self.split(result.frame)
         name, (height, width) = frame.name, frame.size_hw
         if self.pictures.how != "none":
             name = self.pictures.put(frame, self.path.parent / "images", self.pictures.stem(frame))
+        self.images += 1
         image: dict[str, Any] = {"id": self.images, "file_name": name, "width": width, "height": height}
         if frame.video is not None:
             image |= {"video": frame.video, "frame": frame.index, "time_s": frame.time_s}

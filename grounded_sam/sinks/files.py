@@ -14,6 +14,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     """Give a path beside `path` to write to; rename it into place at the end, remove it on error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
+    part.unlink(missing_ok=True)  # of a process that was killed; it may be a link
     try:
         yield part
         os.replace(part, path)

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import supervision as sv
 
+from grounded_sam.errors import ConfigError
 from grounded_sam.sinks.coco import encode_mask
 from grounded_sam.sinks.files import written_whole
 from grounded_sam.sinks.pictures import Handling, Pictures
@@ -66,6 +67,8 @@ class ImageFolder:
         seed: int = 0,
         images: Handling = "copy",
     ) -> None:
+        if images == "none":
+            raise ConfigError("sink.imagefolder.images must be link or copy: the format is a folder of images")
         self.folder, self.vocabulary = Path(output) / "imagefolder", vocabulary
         self.split, self.pictures = Splits(split, seed), Pictures(images, "sink.imagefolder.images")
         self.images = self.objects = 0
@@ -76,6 +79,8 @@ class ImageFolder:
         return self
 
     def write(self, result: FrameResult) -> None:
+        if not self.images:
+            self.split.claim(self.folder)
         frame, found = result.frame, result.detections
         part = self.split(frame) or "train"
         name = self.pictures.put(frame, self.folder / part, self.pictures.stem(frame))

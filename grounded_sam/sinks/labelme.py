@@ -48,6 +48,8 @@ class LabelMe:
         return self
 
     def write(self, result: FrameResult) -> None:
+        if not self.images:
+            self.split.claim(self.folder)
         frame, found = result.frame, result.detections
         folder = self.folder / (self.split(frame) or "")
         stem = self.pictures.stem(frame)

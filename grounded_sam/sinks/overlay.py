@@ -120,7 +120,8 @@ class Overlay:
         self.crf = crf
         self.palette = vocabulary.palette()
         self.names, self.count = Names(), 0
-        self.videos: dict[str, Mp4] = {}
+        self.clips = 0
+        self._current: tuple[str, Mp4] | None = None  # the video on its way
 
     def __enter__(self) -> Overlay:
         return self
@@ -140,10 +141,12 @@ class Overlay:
             self.palette,
         )
         if frame.video is not None:
-            if frame.video not in self.videos:
+            if self._current is None or self._current[0] != frame.video:
+                self._close()  # an encoder holds frames, so there is one at a time
                 path = self.folder / self.names(frame.video, ".mp4")
-                self.videos[frame.video] = Mp4(path, self._sound(frame.video), self.crf)
-            self.videos[frame.video].write(picture, frame.time_s or 0.0)
+                self._current = frame.video, Mp4(path, self._sound(frame.video), self.crf)
+                self.clips += 1
+            self._current[1].write(picture, frame.time_s or 0.0)
             return
         kind = "png" if max(picture.shape) > 65_500 else self.format  # more, JPEG cannot hold
         with written_whole(self.folder / self.names(result.frame.name, f".{kind}")) as part:
@@ -159,9 +162,13 @@ class Overlay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for video in self.videos.values():
-            video.close()
+        self._close()
+
+    def _close(self) -> None:
+        if self._current is not None:
+            self._current[1].close()
+            self._current = None
 
     def summary(self) -> str:
-        counts = [f"{n} {what}" for n, what in ((self.count, "pictures"), (len(self.videos), "videos")) if n]
+        counts = [f"{n} {what}" for n, what in ((self.count, "pictures"), (self.clips, "videos")) if n]
         return f"{' and '.join(counts) or 'nothing'} in {self.folder}"

@@ -57,6 +57,8 @@ class Pictures:
         if self.how == "none":
             return name
         place = folder / name
+        if frame.file is not None and place.exists() and frame.file.exists() and place.samefile(frame.file):
+            return name  # the input itself, or a link to it
         with written_whole(place) as part:
             if suffix is None:
                 kind = "JPEG" if name.endswith(".jpg") else "PNG"
@@ -65,8 +67,7 @@ class Pictures:
             elif self.how == "copy":
                 shutil.copyfile(frame.file, part)  # type: ignore[arg-type]
             else:
-                part.unlink(missing_ok=True)
-                source = os.path.abspath(frame.file)  # type: ignore[arg-type]
+                source = os.path.realpath(frame.file)  # type: ignore[arg-type]
                 try:
                     os.symlink(source, part)
                 except OSError:  # a file system without links

@@ -10,6 +10,7 @@ import io
 import itertools
 import random
 from collections import Counter, defaultdict
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -100,7 +101,8 @@ class Report:
         self.frames += frame.video is not None
         self.per_image[len(found)] += 1
         if self.duplicates and frame.video is None:
-            self._look(frame.name, frame.image)
+            with suppress(ImageError):  # of an earlier run, and gone
+                self._look(frame.name, frame.image)
         if not len(found):
             self.empty += 1
             self._row(frame.name, "empty")
@@ -115,7 +117,7 @@ class Report:
             one.histogram[min(int(score * BINS), BINS - 1)] += 1
             caption = f"{frame.name} · {score:.2f}"
             self._sample(one.sheet, one.objects, lambda i=i, caption=caption: (self._crop(result, i), caption))
-            if len(self._unsure) < self.review or -score > self._unsure[0][0]:
+            if self.review and (len(self._unsure) < self.review or -score > self._unsure[0][0]):
                 about = {"file": frame.name, "object": i, "class": self.vocabulary.classes[class_id]}
                 about["score"] = round(score, 4)
                 if "mask_score" in found.data:
@@ -133,6 +135,8 @@ class Report:
 
     def _among_first(self, score: float) -> bool:
         """Whether an object is among the least certain that the page shows."""
+        if not self.samples:
+            return False
         least = heapq.nlargest(self.samples, self._unsure)
         return len(least) < self.samples or -score > least[-1][0]
 
@@ -221,12 +225,15 @@ class Report:
             for members in buckets.values():
                 codes = np.array([self._hashes[i] for i in members], np.uint64)
                 thumbs = np.array([self._thumbs[i] for i in members], np.int16)
-                for k, i in enumerate(members[:-1]):
-                    near = np.flatnonzero(np.bitwise_count(codes[k + 1 :] ^ codes[k]) <= 4) + k + 1
-                    if len(near):
-                        difference = np.abs(thumbs[near] - thumbs[k]).mean((1, 2))
-                        for j in near[difference <= 4]:
-                            parent[root(members[j])] = root(i)
+                left = np.ones(len(members), bool)  # one of a group speaks for all of it
+                for k, i in enumerate(members):
+                    if not left[k]:
+                        continue
+                    near = np.flatnonzero(left & (np.bitwise_count(codes ^ codes[k]) <= 4))
+                    near = near[np.abs(thumbs[near] - thumbs[k]).mean((1, 2)) <= 4]
+                    left[near] = False
+                    for j in near:
+                        parent[root(members[j])] = root(i)
         groups: dict[int, list[str]] = defaultdict(list)
         for i, name in enumerate(self._names):
             groups[root(i)].append(name)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
+from pathlib import Path
 
 from grounded_sam.errors import ConfigError
 from grounded_sam.frames import Frame
+from grounded_sam.sinks.files import written_whole
 
 
 class Splits:
@@ -33,6 +36,18 @@ class Splits:
                 raise ConfigError(f"split must name its parts with letters and digits, got {name!r}")
         if self.ratios and abs(sum(self.ratios.values()) - 1) > 1e-6:
             raise ConfigError(f"the shares of split must add up to 1, got {self.ratios}")
+
+    def claim(self, folder: Path) -> None:
+        """Note in a folder of a dataset how it is split, before anything is put there.
+
+        Raises:
+            ConfigError: if it holds a dataset of another split, whose files would mix with the new ones.
+        """
+        note, own = folder / ".split.json", {"ratios": self.ratios, "seed": self.seed if self.ratios else 0}
+        if note.is_file() and json.loads(note.read_text(encoding="utf-8")) != own:
+            raise ConfigError(f"{folder} holds a dataset of another split or seed; delete it, or choose another output")
+        with written_whole(note) as beside:
+            beside.write_text(json.dumps(own), encoding="utf-8")
 
     @property
     def names(self) -> list[str]:

@@ -71,13 +71,13 @@ class Store:
         self._check(resume)
         self._reader = Reader(self.folder)
         #: The classes of the run, and after them those that are stored beside.
-        self.classes = vocabulary.with_classes(self._reader.vocabulary.classes) if len(self._reader) else vocabulary
+        self.classes = vocabulary.joined(self._reader.vocabulary) if len(self._reader) else vocabulary
         self._digests: dict[str, str] = {}
         #: What was wrong with files that are stored all the same.
         self.noted: list[Skipped] = []
         self._rows: list[dict[str, Any]] = []
         self._held, self._since, self._failed = 0, time.monotonic(), False
-        self._video: tuple[str, int] | None = None  # the one on its way, and its frames so far
+        self._video: dict[str, Any] | None = None  # the row of the one on its way
         self.images = self.objects = self.before = 0
 
     def _check(self, resume: str) -> None:
@@ -100,51 +100,55 @@ class Store:
             digest = digest_of(files)
         except OSError:  # it will be told of when it is read
             return None
-        known = self._reader.known(name, digest, self.classes)
+        known = self._reader.known(name, files, digest, self.classes)
         if known is None:
             self._digests[name] = digest
             return None
         self.before += 1
-        self.noted += [skipped for skipped in self._reader.skipped if skipped.file == name]  # as of a cut video
+        if name in self._reader.skipped:  # as of a cut video
+            self.noted.append(self._reader.skipped[name])
         return known if self.replay else ()
 
     def write(self, result: FrameResult) -> None:
         if result.stored:
             return
         frame, found = result.frame, result.detections
-        self._end_video(frame.video)
+        if self._video is not None and self._video["video"] != frame.video:
+            self._end_video()
         name = frame.name if frame.video is None else frame.video
         digest = self._digests.pop(name, None) if frame.video is None else self._digests.get(name)
         height, width = frame.size_hw
         path = None if frame.file is None else os.fsencode(frame.file.absolute()).decode("utf-8", "backslashreplace")
         common: dict[str, Any] = {"file": frame.name, "path": path, "digest": digest, "fingerprint": self.fingerprint}
-        common |= {"video": frame.video, "frame": None if frame.video is None else frame.index}
         common |= {"width": width, "height": height, "time_s": frame.time_s}
+        if frame.video is not None:
+            if self._video is None:
+                self._video = {**common, "kind": "video", "file": name, "take": uuid.uuid4().hex, "frame": 0}
+                self._video |= {"video": name, "time_s": None}
+            self._video["frame"] += 1
+            common |= {"video": name, "frame": frame.index, "take": self._video["take"]}
         self._rows.append({"kind": "image", **common, "objects": len(found)})
         self._rows += [{"kind": "object", **common, **_object(found, i)} for i in range(len(found))]
         self.images += 1
         self.objects += len(found)
-        if frame.video is not None:
-            self._video = (frame.video, (self._video[1] if self._video else 0) + 1)
         self._held += 1
         if self._held >= self.part_images or time.monotonic() - self._since >= self.part_seconds:
             self._flush()
 
     def skip(self, skipped: Skipped) -> None:
         """Note a file that could not be used, unless that is noted already; a later run tries it again."""
-        if skipped in self._reader.skipped:
+        if self._reader.skipped.get(skipped.file) == skipped:
             return
         row = {"kind": "skipped", "file": skipped.file, "reason": skipped.reason, "fingerprint": self.fingerprint}
         self._rows.append({**row, "digest": self._digests.get(skipped.file)})
 
-    def _end_video(self, now: str | None) -> None:
-        """Note that a video was gone through, once something else comes."""
-        if self._video is None or self._video[0] == now:
-            return
-        name, frames = self._video
-        row = {"kind": "video", "file": name, "video": name, "digest": self._digests.pop(name, None)}
-        self._rows.append({**row, "fingerprint": self.fingerprint, "frame": frames})
-        self._video = None
+    def _end_video(self) -> None:
+        """Write that a video was gone through, at once: it may have taken hours."""
+        if self._video is not None:
+            self._digests.pop(self._video["video"], None)
+            self._rows.append(self._video)
+            self._video = None
+            self._flush()
 
     def _flush(self) -> None:
         """Write what is held as a part, and the settings if they are not there yet."""
@@ -152,7 +156,7 @@ class Store:
             return
         now = datetime.datetime.now(datetime.UTC)
         part = self.folder / f"part-{now:%Y%m%dT%H%M%S.%f}-{uuid.uuid4().hex[:8]}.parquet"
-        about = self.folder / f"run-{self.fingerprint[:16]}.json"
+        about = self.folder / f"_run-{self.fingerprint[:16]}.json"
         try:
             if not about.exists():
                 self._describe(about, now.isoformat())
@@ -179,8 +183,10 @@ class Store:
             "vocabulary": asdict(self.vocabulary),
             "versions": {name: version(name) for name in libraries},
         }
-        with written_whole(about) as beside:
-            beside.write_text(json.dumps(content, ensure_ascii=False, indent=1, default=str), encoding="utf-8")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        beside = self.folder / f".{about.name}.{uuid.uuid4().hex}"  # of its own: shards begin together
+        beside.write_text(json.dumps(content, ensure_ascii=False, indent=1, default=str), encoding="utf-8")
+        beside.replace(about)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -188,7 +194,7 @@ class Store:
         if self._failed:
             return
         if kind is None:
-            self._end_video(None)
+            self._end_video()
         self._flush()
 
     def summary(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+import shutil
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -49,11 +49,15 @@ class Voc:
         self.split, self.pictures = Splits(split, seed), Pictures(images, "sink.voc.images")
         self.images = self.objects = 0
         self._lists: dict[str, IO[str]] = {}
+        self._masks = False  # whether there are any
+        self._bare: list[tuple[str, tuple[int, int]]] = []  # images without objects
 
     def __enter__(self) -> Voc:
         return self
 
     def write(self, result: FrameResult) -> None:
+        if not self.images:
+            self.split.claim(self.folder)
         frame, found = result.frame, result.detections
         part, stem = self.split(frame) or "train", self.pictures.stem(frame)
         picture = self.pictures.put(frame, self.folder / "JPEGImages", stem)
@@ -62,8 +66,11 @@ class Voc:
             tree = self._tree(result, picture)
             ElementTree.indent(tree)
             beside.write_bytes(ElementTree.tostring(tree, encoding="utf-8", xml_declaration=True))
-        if found.mask is not None:
+        if not len(found):
+            self._bare.append((stem, frame.size_hw))
+        elif found.mask is not None:
             assert found.class_id is not None
+            self._masks = True
             order = np.argsort(-np.asarray(found.mask).sum((1, 2)), kind="stable")
             for name, values in (
                 ("SegmentationObject", np.arange(1, len(found) + 1)),
@@ -76,12 +83,12 @@ class Voc:
         self.images += 1
         self.objects += len(found)
 
-    def _list(self, part: str, stem: str) -> None:
+    def _list(self, part: str, *stems: str) -> None:
         if part not in self._lists:
             folder = self.folder / "ImageSets" / "Main"
             folder.mkdir(parents=True, exist_ok=True)
             self._lists[part] = (folder / f".{part}.txt.part").open("w", encoding="utf-8")
-        self._lists[part].write(f"{stem}\n")
+        self._lists[part].writelines(f"{stem}\n" for stem in stems)
 
     def _tree(self, result: FrameResult, picture: str) -> ElementTree.Element:
         frame, found = result.frame, result.detections
@@ -123,12 +130,20 @@ class Voc:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        sets = defaultdict(list)
+        if not self._lists:
+            return
+        for part in self.split.names or ["train"]:
+            self._list(part)
         for part, lines in self._lists.items():
             lines.close()
             place = Path(lines.name).with_name(f"{part}.txt")
             Path(lines.name).replace(place)
-            sets[part].append(place)
+            if self._masks:
+                with written_whole(self.folder / "ImageSets" / "Segmentation" / place.name) as beside:
+                    shutil.copyfile(place, beside)
+        for stem, size_hw in self._bare if self._masks else ():
+            for name in ("SegmentationObject", "SegmentationClass"):
+                self._save(self.folder / name / f"{stem}.png", np.zeros(size_hw, np.uint16))
         if self._lists:
             with written_whole(self.folder / "classes.txt") as beside:
                 beside.write_text("".join(f"{name}\n" for name in self.vocabulary.classes), encoding="utf-8")

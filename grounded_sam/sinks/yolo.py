@@ -52,6 +52,8 @@ class Yolo:
         return self
 
     def write(self, result: FrameResult) -> None:
+        if not self.counts:
+            self.split.claim(self.folder)
         frame, found = result.frame, result.detections
         part, stem = self.split(frame) or "train", self.pictures.stem(frame)
         self.pictures.put(frame, self.folder / "images" / part, stem)

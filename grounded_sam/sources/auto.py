@@ -10,7 +10,7 @@ from typing import Any
 
 from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.frames import MAX_PIXELS, Frame
-from grounded_sam.sources.images import Images, check_shard, find_files, name_of
+from grounded_sam.sources.images import Images, check_shard, find_files, name_of, part_of
 from grounded_sam.sources.video import Video, is_stream
 from grounded_sam.stages import FrameResult, Skipped
 
@@ -26,8 +26,7 @@ class Auto:
         input: see `Images` and `Video`.
         start, stop, stride, max_side: of videos; see `Video`.
         max_pixels: larger pictures are refused before they are decoded.
-        shard, num_shards: of the pictures, and of the videos, take only every `num_shards`-th, from number
-            `shard` on.
+        shard, num_shards: of the pictures, and of the videos, take only the `shard`-th of so many parts.
 
     Raises:
         ConfigError: if the input is missing or holds neither.
@@ -46,6 +45,7 @@ class Auto:
         num_shards: int = 1,
     ) -> None:
         check_shard(shard, num_shards)
+        self.num_shards = num_shards
 
         def video(path: Any, name: str | None = None) -> Video:
             return Video(path, start, stop, stride, max_side, max_pixels=max_pixels, name=name)
@@ -65,7 +65,13 @@ class Auto:
         elif not clips:
             raise ConfigError(f"no picture and no video in {input}")
         assert root is not None
-        self.videos = [video(clip, name_of(clip, root)) for clip in clips[shard::num_shards]]
+        for clip in part_of(clips, shard, num_shards):
+            try:
+                self.videos.append(video(clip, name_of(clip, root)))
+            except ConfigError as error:  # a link to nowhere, a line of a list
+                if self.single or clip.is_file():  # or a setting that is wrong for all
+                    raise
+                self._passed.append(Skipped(name_of(clip, root), str(error)))
 
     @property
     def stored(self) -> Callable[[str, list[Path]], Iterable[FrameResult] | None] | None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from grounded_sam.coco import CocoFile
 from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.frames import MAX_PIXELS, Frame, read_image
-from grounded_sam.sources.images import check_shard
+from grounded_sam.sources.images import check_shard, part_of
 from grounded_sam.stages import Skipped
 
 
@@ -27,7 +27,7 @@ class Coco:
         dataset: for results, the COCO file with their images and categories.
         images: the folder that its file names are relative to; None for that of the file, or `images` in it.
         max_pixels: larger pictures are refused before they are decoded.
-        shard, num_shards: of the images take only every `num_shards`-th, from number `shard` on.
+        shard, num_shards: of the images take only the `shard`-th of so many parts.
 
     Raises:
         ConfigError: if the file cannot be read or is no COCO file; see `coco.CocoFile`.
@@ -50,7 +50,8 @@ class Coco:
         self.vocabulary = self.file.vocabulary
         self.skipped: list[Skipped] = list(self.file.notes)
         self.max_pixels = max_pixels
-        self._images = self.file.images[shard::num_shards]
+        self.num_shards = num_shards
+        self._images = part_of(self.file.images, shard, num_shards)
         beside = (about or self.file.path).parent
         self.folders = [Path(str(images)).expanduser()] if images else [beside, beside / "images"]
 

@@ -63,7 +63,7 @@ class Images:
         input: a picture, a folder, a glob (`photos/**/*.jpg`), a `.txt` file with one path a line
             (relative ones are relative to it), or `builtin:demo`.
         max_pixels: larger pictures are refused before they are decoded.
-        shard, num_shards: of the pictures take only every `num_shards`-th, from number `shard` on.
+        shard, num_shards: of the pictures take only the `shard`-th of so many parts.
 
     Raises:
         ConfigError: if the input is missing or holds no picture.
@@ -94,7 +94,8 @@ class Images:
                 raise ConfigError(f"no picture in {input}, only videos; source=auto or source=video takes those")
             raise ConfigError(f"no picture in {input}")
         self.skipped += [Skipped(self.name(path), "a video; source=images reads pictures") for path in videos]
-        self.files = self.files[shard::num_shards]
+        self.num_shards = num_shards
+        self.files = part_of(self.files, shard, num_shards)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -132,6 +133,11 @@ def check_shard(shard: int, num_shards: int) -> None:
             raise ConfigError(f"source.{key} must be a whole number from {least}, got {value!r}")
     if shard >= num_shards:
         raise ConfigError(f"source.shard must be below source.num_shards={num_shards}, got {shard}")
+
+
+def part_of(items: list[T], shard: int, num_shards: int) -> list[T]:
+    """One of so many parts of a list, in a row, so that what is stored by shards can be read in order."""
+    return items[len(items) * shard // num_shards : len(items) * (shard + 1) // num_shards]
 
 
 def ahead(items: Iterable[T], size: int) -> Generator[T]:

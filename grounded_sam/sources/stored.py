@@ -5,11 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import islice
 
 from grounded_sam.errors import ConfigError
 from grounded_sam.frames import MAX_PIXELS, Frame
-from grounded_sam.sources.images import check_shard
+from grounded_sam.sources.images import check_shard, part_of
 from grounded_sam.stages import Skipped
 from grounded_sam.store import Reader, find_store
 
@@ -24,8 +23,8 @@ class Stored:
         input: the folder of a store, or the output that has one.
         root: where the pictures lie now, if they were moved: the folder that their names are relative to.
         max_pixels: larger pictures are refused before they are decoded.
-        shard, num_shards: of the images take only every `num_shards`-th, from number `shard` on; frames of one
-            video go together.
+        shard, num_shards: of the images take only the `shard`-th of so many parts; frames of one video go
+            together.
 
     Raises:
         ConfigError: if there is no store, or one of a newer version, or a part of it is damaged.
@@ -44,8 +43,9 @@ class Stored:
         check_shard(shard, num_shards)
         self._reader = Reader(find_store(str(input)), max_pixels, None if root is None else str(root))
         self.vocabulary = self._reader.vocabulary
-        self.skipped: list[Skipped] = self._reader.skipped
-        self._keys = list(islice(self._reader.keys(), shard, None, num_shards))
+        self.skipped: list[Skipped] = list(self._reader.skipped.values())
+        self.num_shards = num_shards
+        self._keys = part_of(list(self._reader.keys()), shard, num_shards)
 
     def __len__(self) -> int:
         return sum(self._reader.count(key) for key in self._keys)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.frames import MAX_PIXELS, Frame, read_image
-from grounded_sam.sources.images import ahead, common_folder, natural, picture_files
+from grounded_sam.sources.images import ahead, common_folder, name_of, natural, picture_files
 from grounded_sam.stages import FrameResult, Skipped
 
 #: What a URL may begin with; ffmpeg knows more protocols, some of which read local files.
@@ -254,7 +254,7 @@ class Video:
 
         assert self.fps is not None
         for index, path in enumerate(self.files):
-            name = path.relative_to(root).as_posix()
+            name = name_of(path, root)
             yield index, index / self.fps, lambda p=path, n=name: make(p, n), name
 
     def _camera(self) -> Generator[tuple[int, float, Any, str]]:

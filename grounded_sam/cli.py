@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
+import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from grounded_sam.config import build, build_sinks, build_source, conf_dir, explain
+from grounded_sam.config import build, build_sinks, build_source, conf_dir, explain, predict_once
 from grounded_sam.errors import GroundedSamError
+from grounded_sam.sinks.files import written_whole
 
 #: Whether the user wants tracebacks.
 DEBUG = os.environ.get("HYDRA_FULL_ERROR") == "1"
@@ -21,31 +24,52 @@ if TYPE_CHECKING:
     from grounded_sam.stages import Sink
 
 
+#: Stages of the job before, in a sweep whose jobs follow each other in one process.
+_kept: dict[str, tuple[Any, Any]] = {}
+
+
 def run(cfg: DictConfig) -> float | None:
     """One job: build the stages, take every frame through them, say what was done.
 
     Returns:
-        The metric that a sweep goes by, if a sink measures one.
+        The metric that a sweep goes by, if a sink measures one. A job of a sweep that fails says so, leaves the
+        reason in its `run.json` and returns None, so that the others go on.
     """
     from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
-    output = Path(HydraConfig.get().runtime.output_dir)
+    hydra_ = HydraConfig.get()
+    output = Path(hydra_.runtime.output_dir)
+    sweep = Path(hydra_.sweep.dir) if hydra_.mode == RunMode.MULTIRUN else None
+    about: dict[str, Any] = {"overrides": list(hydra_.overrides.task)}
+    value, summary = None, None
     try:
         source = build_source(cfg)
-        pipeline = build(cfg)
+        pipeline = build(cfg, None if sweep is None else _kept)
         if pipeline.vocabulary is None:
             pipeline.vocabulary = getattr(source, "vocabulary", None)
         asked, clicks, vocabulary = pipeline.ask_video()
         sinks = build_sinks(cfg, output, vocabulary)
+        if sweep is not None:
+            predict_once(cfg, pipeline, vocabulary, sweep)
         summary = pipeline.run(source, sinks, output, vocabulary, asked, clicks)
         value = measured(sinks)
+        about |= {"images": summary.images, "value": value, "seconds": dict(pipeline.seconds)}
+        about["replayed"] = 0 if pipeline.predictions is None else pipeline.predictions.replayed
     except (GroundedSamError, OSError) as error:
         if DEBUG:
             raise
-        sys.exit(f"grounded-sam: {error}")  # here already, or Hydra would print a line of its own
-    report(summary, output)
-    if summary.interrupted:
-        sys.exit(130)
+        if sweep is None:
+            sys.exit(f"grounded-sam: {error}")  # here already, or Hydra would print a line of its own
+        about["error"] = str(error)
+        print(f"grounded-sam: job {hydra_.job.num}: {error}", file=sys.stderr)
+    about["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    with written_whole(output / "run.json") as beside:
+        beside.write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
+    if summary is not None:
+        report(summary, output)
+        if summary.interrupted:
+            sys.exit(130)
     return value
 
 

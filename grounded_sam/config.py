@@ -158,8 +158,12 @@ def vocabulary_of(cfg: DictConfig) -> Vocabulary | None:
     return Vocabulary.parse(plain["text"], plain["negative"] or ())
 
 
-def build(cfg: DictConfig) -> Pipeline:
+def build(cfg: DictConfig, kept: dict[str, tuple[Any, Any]] | None = None) -> Pipeline:
     """The pipeline that a config describes, models loaded.
+
+    Args:
+        cfg: the config.
+        kept: stages of an earlier job in this process, which are used again if their settings are the same.
 
     Raises:
         ConfigError: for choices that cannot work together; CheckpointError: for missing weights.
@@ -179,11 +183,38 @@ def build(cfg: DictConfig) -> Pipeline:
         raise ConfigError(
             "the detector gives masks, so a segmenter has nothing to do; to make new ones say detector.masks=false"
         )
-    detector = make(cfg, "detector")
-    segmenter = None if cfg.segmenter is None or masks_itself else make(cfg, "segmenter")
+    detector = _made(cfg, "detector", kept)
+    segmenter = None if cfg.segmenter is None or masks_itself else _made(cfg, "segmenter", kept)
     tracking = make(cfg, "track")
     tracker = None if cfg.tracker is None else partial(make, cfg, "tracker", segmenter=segmenter)
     return Pipeline(detector, segmenter, settings, vocabulary, _plain(cfg)["negative"] or (), tracker, tracking)
+
+
+def _made(cfg: DictConfig, key: str, kept: dict[str, tuple[Any, Any]] | None) -> Any:
+    """`make`, or what was made last for `key` if its settings were the same; one of a kind is kept."""
+    from omegaconf import OmegaConf
+
+    settings = OmegaConf.to_container(OmegaConf.select(cfg, key), resolve=True)
+    if kept is not None and key in kept and kept[key][0] == settings:
+        return kept[key][1]
+    if kept is not None:
+        kept.pop(key, None)  # so that two models need not fit into memory
+    stage = make(cfg, key)
+    if kept is not None:
+        kept[key] = settings, stage
+    return stage
+
+
+def predict_once(cfg: DictConfig, pipeline: Pipeline, vocabulary: Vocabulary, sweep: Path) -> None:
+    """Let a pipeline share what its models find with the other jobs of a sweep, if those ask the same of them."""
+    from grounded_sam.predictions import Predictions, read_floor
+
+    if not read_floor(sweep).get("shared") or "store" in (cfg.sink or {}):
+        return
+    plain = _plain(cfg)
+    settings = {key: plain[key] for key in ("detector", "segmenter")}
+    settings["max_side"] = plain["source"].get("max_side")
+    pipeline.predictions = Predictions(sweep, vocabulary, settings, pipeline.settings)
 
 
 def build_source(cfg: DictConfig) -> Source:

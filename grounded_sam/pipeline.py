@@ -6,15 +6,16 @@ In a video this happens at keyframes; from one to the next a tracker carries the
 from __future__ import annotations
 
 import json
-from collections import Counter, deque
+import time
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import supervision as sv
@@ -27,8 +28,11 @@ from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.frames import Frame, to_frame
 from grounded_sam.select import Select, select
 from grounded_sam.sinks.files import written_whole
-from grounded_sam.stages import Detector, FrameResult, Segmenter, Sink, Skipped, Source, Tracker
+from grounded_sam.stages import Detector, FrameResult, Segmenter, Sink, Skipped, Source, Tracker, TrackSession
 from grounded_sam.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from grounded_sam.predictions import Predictions
 
 #: Results that may wait for the sinks.
 WRITES_AHEAD = 4
@@ -75,6 +79,10 @@ class Pipeline:
         self.detector, self.segmenter = detector, segmenter
         self._tracker, self.tracking = tracker, tracking or Tracking()
         self.negatives = negatives
+        #: What other jobs of a sweep have found already; see `predictions`.
+        self.predictions: Predictions | None = None
+        #: Seconds spent in each stage.
+        self.seconds: defaultdict[str, float] = defaultdict(float)
         self.settings = settings or Select()
         self.vocabulary = vocabulary
 
@@ -120,7 +128,8 @@ class Pipeline:
     ) -> Iterator[tuple[Frame, sv.Detections]]:
         """Frames with their boxes; of a batch that is refused each by itself."""
         try:
-            detected = self.detector.detect(group, vocabulary)
+            with self._timed("detect"):
+                detected = self.detector.detect(group, vocabulary)
         except ImageError as error:
             if skip is None:
                 raise
@@ -136,11 +145,37 @@ class Pipeline:
         self, frame: Frame, boxes: sv.Detections, vocabulary: Vocabulary, segmenter: Segmenter | None
     ) -> sv.Detections:
         """Select boxes, give them masks, select again."""
+        keep = self.predictions if frame.video is None else None
+        settings = self.settings if keep is None else keep.floor
         found = check(boxes, vocabulary, frame.size_hw, type(self.detector).__name__)
         if segmenter is not None and found.mask is None:
-            found = segmenter.segment(frame.image, select(found, self.settings.before_masks(), vocabulary))
+            found = select(found, settings.before_masks(), vocabulary)
+            with self._timed("segment"):
+                found = segmenter.segment(frame.image, found)
             check(found, vocabulary, frame.size_hw, type(segmenter).__name__)
+        found = select(found, settings, vocabulary)
+        if keep is None:
+            return found
+        keep.write(FrameResult(frame, found))
+        return self._selected(found, vocabulary)
+
+    def _selected(self, found: sv.Detections, vocabulary: Vocabulary) -> sv.Detections:
+        """What a run of its own would have selected, from what a run for all jobs kept."""
+        if self.segmenter is not None:
+            found = select(found, self.settings.before_masks(), vocabulary)
         return select(found, self.settings, vocabulary)
+
+    def _step(self, session: TrackSession, frame: Frame) -> sv.Detections:
+        with self._timed("track"):
+            return session.step(frame.image)
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - begin
 
     @overload
     def detect(self, images: list[Any], text: Any = None) -> list[sv.Detections]: ...
@@ -259,13 +294,14 @@ class Pipeline:
             for number, frame in enumerate(frames):
                 if session is None:
                     session = tracker.open(frame.size_hw)
-                shown, ended, astray = tracks.look(session.step(frame.image))
+                shown, ended, astray = tracks.look(self._step(session, frame))
                 begun = pick(shown, np.zeros(len(shown), bool))
                 for tracker_id in ended:
                     session.remove(tracker_id)
                 if asked is not None and number % self.tracking.redetect_every == 0:
                     segmenter = getattr(session, "segmenter", None) or self.segmenter
-                    boxes = self.detector.detect([frame], asked)[0]
+                    with self._timed("detect"):
+                        boxes = self.detector.detect([frame], asked)[0]
                     found = self._finish(frame, boxes, asked, segmenter)
                     here = [] if shown.tracker_id is None else shown.tracker_id.tolist()
                     away = [i for i in tracks.live if i not in here]
@@ -310,7 +346,11 @@ class Pipeline:
         """Pictures one by one, the frames of each video together; what is stored goes through."""
         with closing(frames):  # type: ignore[type-var]
             for (stored, video), group in groupby(frames, key=_kind):
-                if stored:
+                if stored and self.predictions is not None:
+                    for result in group:
+                        assert isinstance(result, FrameResult)
+                        yield FrameResult(result.frame, self._selected(result.detections, vocabulary))
+                elif stored:
                     yield from group  # type: ignore[misc]
                 elif video is None or self._tracker is None:
                     yield from self.stream(group, vocabulary, skip=partial(_note, source))  # type: ignore[arg-type]
@@ -348,7 +388,10 @@ class Pipeline:
         passed_over = len(source.skipped)  # files that the source never counted
         told: set[Skipped] = set()
         store: Any = next((sink for sink in sinks if hasattr(sink, "stored")), None)
-        if store is not None and hasattr(source, "stored"):
+        begin = time.perf_counter()
+        if self.predictions is not None and store is None and hasattr(source, "stored"):
+            source.stored = self.predictions.stored
+        elif store is not None and hasattr(source, "stored"):
             store.replay = len(sinks) > 1
             source.stored = store.stored
 
@@ -411,6 +454,10 @@ class Pipeline:
                     write_.result()
         except KeyboardInterrupt:
             summary.interrupted = True
+        finally:
+            if self.predictions is not None:
+                self.predictions.close()
+        self.seconds["all"] = time.perf_counter() - begin
         summary.objects.update(summary.tracks.values())
         summary.skipped = [*source.skipped, *getattr(store, "noted", ())]
         with written_whole(output / "skipped.json") as part:

@@ -44,6 +44,6 @@ def test_examples_run(kind, tmp_path):
 
 def test_every_choice_of_the_config_is_named():
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for group in ("detector", "segmenter", "tracker", "source", "sink", "preset"):
+    for group in ("detector", "segmenter", "tracker", "source", "sink", "preset", "sweep"):
         for file in (ROOT / "conf" / group).glob("*.yaml"):
             assert f"`{file.stem}`" in text, f"{group}={file.stem}"

@@ -1,0 +1,168 @@
+"""Sweeps of the command: models run once, every point as a run of its own, one table at the end."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from fakes import CLASSES, boxes
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from grounded_sam import ConfigError, Select, Vocabulary
+from grounded_sam.config import compose
+from grounded_sam.predictions import floor_of, note_floor, read_floor
+from grounded_sam.select import select
+from grounded_sam.sinks.coco import Coco
+from grounded_sam.stages import FrameResult
+from grounded_sam.sweep import report
+
+COMMAND = Path(sys.executable).with_name("grounded-sam")
+CLASSES_ASKED = ["red shape", "green shape", "blue shape", "yellow shape"]
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory) -> Path:
+    """Scenes with their true masks as COCO."""
+    from grounded_sam.detections import make_detections, mask_boxes
+    from grounded_sam.frames import Frame
+    from grounded_sam.shapes.scenes import make_scene
+
+    place = tmp_path_factory.mktemp("sample")
+    (place / "in").mkdir()
+    words = Vocabulary.parse(CLASSES_ASKED)
+    with Coco(place, words, file="truth.json") as sink:
+        for i in range(5):
+            scene = make_scene(np.random.default_rng([77, i]), count=4, size_hw=(160, 200))
+            Image.fromarray(scene.image).save(place / "in" / f"{i}.png")
+            named = [f"{colour} shape" for colour, _ in scene.pairs]
+            rows = [k for k, name in enumerate(named) if name in words.classes]
+            masks = np.array([scene.masks[k] for k in rows], bool).reshape(-1, 160, 200)
+            ids = [words.classes.index(named[k]) for k in rows]
+            found = make_detections(mask_boxes(masks), np.ones(len(ids)), ids, words, (160, 200), masks)
+            sink.write(FrameResult(Frame(scene.image, i, f"{i}.png"), found))
+    return place
+
+
+def run(labelled: Path, output: Path, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    flags = [word for word in words if word.startswith("-")]
+    rest = [word for word in words if not word.startswith("-")]
+    asked = f"text=[{','.join(CLASSES_ASKED)}]"
+    base = ["preset=shapes", f"input={labelled / 'in'}", f"truth={labelled / 'truth.json'}", asked, "sink=metrics"]
+    out = subprocess.run(
+        [str(COMMAND), *flags, *base, f"output={output}", *rest],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert out.returncode == code, out.stdout + out.stderr
+    assert "Traceback" not in out.stderr
+    return out
+
+
+def measured(output: Path) -> dict:
+    return json.loads((output / "metrics.json").read_text())
+
+
+def test_every_point_of_a_sweep_equals_a_run_of_its_own(labelled, tmp_path):
+    out = run(labelled, tmp_path / "s", "-m", "select.score=0.2,0.5", "select.nms=0.3,0.7", "select.top_k=2,null")
+    about = [json.loads((tmp_path / "s" / str(i) / "run.json").read_text()) for i in range(8)]
+    assert [job["replayed"] for job in about] == [0] + [5] * 7
+    for i in (0, 3, 6):
+        words = [w for w in about[i]["overrides"] if w.startswith("select.")]
+        run(labelled, tmp_path / str(i), *words)
+        assert measured(tmp_path / "s" / str(i)) == measured(tmp_path / str(i))
+    values = [measured(tmp_path / "s" / str(i))["segm"]["AP"] for i in range(8)]
+    assert len(set(values)) > 2
+    with (tmp_path / "s" / "sweep.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [float(line["metric"]) for line in lines] == sorted(values, reverse=True)
+    assert {"select.score", "select.nms", "select.top_k", "f1", "s/image detect", "peak MiB"} <= set(lines[0])
+    assert (tmp_path / "s" / "sweep.md").read_text().count("\n") == 10
+    assert Image.open(tmp_path / "s" / "sweep.png").size[0] > 600
+    assert "8 jobs, the best first" in out.stdout
+    # The best is a preset.
+    best = yaml.safe_load((tmp_path / "s" / "preset" / "best.yaml").read_text())
+    assert str(best["select"]["score"]) == lines[0]["select.score"] and best["defaults"] == ["shapes"]
+    again = [f"--config-dir={tmp_path / 's'}", "preset=best"]
+    run(labelled, tmp_path / "again", *again)
+    assert measured(tmp_path / "again")["segm"]["AP"] == max(values)
+    # And the table can be made again.
+    text = report(tmp_path / "s")
+    assert "8 jobs" in text and "preset=best" in text
+
+
+def test_a_job_that_fails_is_a_row_with_its_reason(labelled, tmp_path):
+    words = ["checkpoints.grounding_dino=builtin:shapes,./nowhere", "segmenter=sam,sam2"]
+    out = run(labelled, tmp_path / "s", "-m", *words, code=1)
+    assert "2 of 4 jobs failed" in out.stderr
+    with (tmp_path / "s" / "sweep.csv").open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [bool(line["metric"]) for line in lines] == [True, True, False, False]
+    assert all("nowhere" in line["error"] for line in lines[2:])
+    assert {line["segmenter"] for line in lines[:2]} == {"sam", "sam2"}
+    assert all(float(line["s/image segment"]) > 0 for line in lines[:2])
+
+
+@pytest.mark.parametrize("name", ["thresholds", "detectors", "redetect"])
+def test_ready_made_sweeps_are_parameters_of_the_sweeper(name, labelled, tmp_path):
+    cfg = yaml.safe_load((Path(__file__).parents[1] / "conf" / "sweep" / f"{name}.yaml").read_text())
+    for key, values in cfg["hydra"]["sweeper"]["params"].items():
+        for value in str(values).split(","):
+            compose([f"{key}={value}"])
+    if name == "thresholds":
+        out = run(labelled, tmp_path / "s", "-m", "sweep=thresholds")
+        assert "16 jobs, the best first" in out.stdout
+        replayed = [json.loads(path.read_text())["replayed"] for path in (tmp_path / "s").glob("*/run.json")]
+        assert sorted(replayed) == [0] + [5] * 15
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["select.score=0.2,0.4"], {"shared": True, "score": 0.2, "nms_varies": False}),
+        (["select.score=interval(0.1,0.6)"], {"shared": True, "score": 0.1, "nms_varies": False}),
+        (["select.nms=0.3,0.7", "text=a"], {"shared": True, "score": None, "nms_varies": True}),
+        (["segmenter=sam,sam2"], {"shared": False, "score": None, "nms_varies": False}),
+        (["select.class_score.a=0.5,0.05", "select.score=0.3"], {"shared": True, "score": 0.05, "nms_varies": False}),
+    ],
+)
+def test_what_a_sweep_asks_for_is_read_from_its_words(tmp_path, words, expected):
+    note_floor(tmp_path, words)
+    assert read_floor(tmp_path) == expected
+
+
+BOXES = st.lists(
+    st.tuples(
+        st.integers(0, 60),
+        st.integers(0, 60),
+        st.integers(5, 39),
+        st.integers(5, 39),
+        st.floats(0.05, 1),
+        st.integers(0, 2),
+    ),
+    max_size=12,
+)
+
+
+@given(BOXES, st.floats(0.1, 0.9), st.sampled_from([0.3, 0.5, 0.7, None]), st.booleans(), st.sampled_from([1, 3, None]))
+def test_selecting_from_what_was_kept_for_all_is_selecting_at_once(rows, score, nms, across, top_k):
+    found = boxes(*((x, y, x + w, y + h, s, c) for x, y, w, h, s, c in rows))
+    settings = Select(score=score, nms=nms, nms_across=across, top_k=top_k)
+    for note in ({"score": 0.05, "nms_varies": False}, {"score": 0.05, "nms_varies": True}):
+        kept = select(found, floor_of(settings, CLASSES, note), CLASSES)
+        assert select(kept, settings, CLASSES) == select(found, settings, CLASSES)
+
+
+def test_a_folder_without_jobs_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no job of a sweep"):
+        report(tmp_path)

@@ -9,21 +9,25 @@ import json
 import numpy as np
 import pytest
 from fakes import CLASSES, Halves, boxes
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from grounded_sam import ConfigError, Pipeline, Vocabulary
+from grounded_sam import ConfigError, Pipeline, Select, Vocabulary
 from grounded_sam.cli import measured
 from grounded_sam.config import build, build_sinks, build_source, compose
 from grounded_sam.detections import make_detections
 from grounded_sam.frames import Frame
+from grounded_sam.select import select
 from grounded_sam.sinks.coco import Coco
 from grounded_sam.sinks.metrics import STATS, Metrics
 from grounded_sam.sinks.voc import Voc
 from grounded_sam.sinks.yolo import Yolo
 from grounded_sam.sources.images import Images
 from grounded_sam.stages import FrameResult
+from grounded_sam.thresholds import best_threshold
 from grounded_sam.truth import read_truth
 
 
@@ -220,3 +224,58 @@ def test_the_chosen_metric_is_what_a_sweep_gets(truth, tmp_path):
     with pytest.raises(ConfigError, match=r"no metric segm.AP; there are bbox.AP, .*at_threshold.f1"):
         sink.value()
     assert measured([]) is None
+
+
+DETECTIONS = st.lists(st.tuples(st.integers(0, 4), st.integers(1, 9), st.booleans()), min_size=1, max_size=25)
+
+
+@given(DETECTIONS, st.integers(0, 10), st.sampled_from([None, 0.5, 0.9]))
+def test_the_best_threshold_is_the_best_of_all(rows, missed, wanted):
+    image, score, right = (np.array(column) for column in zip(*rows, strict=True))
+    score = score / 10
+    labels = np.bincount(image, weights=right, minlength=5).astype(int)
+    labels[0] += missed
+    best = best_threshold(image, score, right, labels, wanted)
+    total, options = labels.sum(), {}
+    for least in np.unique(score):
+        kept = score >= least
+        good, found = right[kept].sum(), kept.sum()
+        if wanted is None or good / found >= wanted:
+            options[least] = 2 * good / (found + total) if wanted is None else good / max(total, 1)
+    if not total or not options:
+        assert best is None
+        return
+    kept = score >= best.score
+    assert (best.f1 if wanted is None else best.recall) == pytest.approx(max(options.values()))
+    assert best.precision == pytest.approx(right[kept].sum() / kept.sum())
+    assert best.recall == pytest.approx(right[kept].sum() / total)
+    assert best.interval[0] <= best.interval[1]
+
+
+def test_an_interval_narrows_with_more_images():
+    rng = np.random.default_rng(0)
+
+    def width(images):
+        image = np.repeat(np.arange(images), 4)
+        right = rng.random(len(image)) < 0.5
+        score = np.clip(np.where(right, 0.6, 0.4) + rng.normal(0, 0.1, len(image)), 0, 1)
+        low, high = best_threshold(image, score, right, np.bincount(image, weights=right).astype(int)).interval
+        return high - low
+
+    assert width(1000) < width(30)
+
+
+def test_thresholds_are_an_ontology_that_a_run_can_use(truth, tmp_path):
+    words = Vocabulary.parse({"classes": {"a": {"phrases": ["aa"], "id": 5}, "b": {"id": 6, "score": 0.9}}}, ["z"])
+    rows = [(0, 0, 20, 20, 0.9, 0), (40, 40, 60, 60, 0.6, 0), (0, 70, 20, 90, 0.3, 0)]
+    with Metrics(tmp_path, words, truth) as sink:
+        sink.write(FrameResult(Frame(np.zeros((100, 100, 3), np.uint8), 0, "x.png"), boxes(*rows)))
+    tuned = Vocabulary.parse(str(tmp_path / "classes.yaml"))
+    assert tuned.class_score == {"a": pytest.approx(0.45), "b": 0.9} and tuned.negatives == ("z",)
+    assert tuned.phrases == words.phrases and tuned.ids == words.ids
+    found = select(boxes(*rows), Select(score=0.05), tuned)
+    assert found.confidence.tolist() == pytest.approx([0.9, 0.6])
+    values = json.loads((tmp_path / "metrics.json").read_text())["thresholds"]
+    assert values["a"]["f1"] == 1.0 and values["b"] is None
+    with pytest.raises(ConfigError, match="sink.metrics.precision"):
+        Metrics(tmp_path, words, truth, precision=2)

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,6 +23,7 @@ from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.sinks.coco import encode_mask
 from grounded_sam.sinks.files import Names, written_whole
 from grounded_sam.stages import FrameResult
+from grounded_sam.thresholds import Best, best_threshold, write_ontology
 from grounded_sam.truth import read_truth
 from grounded_sam.vocabulary import Vocabulary
 
@@ -41,6 +43,10 @@ class Metrics:
     confident first, within their class, at an IoU of `iou` of masks or else of boxes. The confusion matrix
     matches across classes. Classes are matched by name; labels of classes that are not asked for are left out.
 
+    From the same matches come the best thresholds of single classes, see `thresholds`: they are in
+    `metrics.json`, and as an ontology in `classes.yaml`, to be given as `text`. Only detections that the run let
+    through are there to choose from, so it should have a low `select.score`.
+
     Args:
         output: folder of the run.
         vocabulary: of the run.
@@ -49,6 +55,7 @@ class Metrics:
         iou: at which a detection and a label are one.
         metric: what `value()` gives, by its place in `metrics.json`; None for `segm.AP`, or without masks `bbox.AP`.
         errors: images drawn under `errors/`.
+        precision: what the thresholds are to reach, with as much recall as there is; None for the best F1.
 
     Raises:
         ConfigError: if the truth cannot be read, or has not the classes that are asked for.
@@ -62,6 +69,7 @@ class Metrics:
         iou: float = 0.5,
         metric: str | None = None,
         errors: int = 24,
+        precision: float | None = None,
     ) -> None:
         if truth is None:
             raise ConfigError("sink=metrics needs labels to measure against: truth=instances.json")
@@ -69,6 +77,12 @@ class Metrics:
             raise ConfigError(f"sink.metrics.iou must be a number above 0 and up to 1, got {iou!r}")
         if isinstance(errors, bool) or not isinstance(errors, int) or errors < 0:
             raise ConfigError(f"sink.metrics.errors must be a whole number from 0, got {errors!r}")
+        if precision is not None and (isinstance(precision, bool) or not 0 < precision <= 1):
+            raise ConfigError(f"sink.metrics.precision must be null or a number above 0 and up to 1, got {precision!r}")
+        self.precision = precision
+        # Of each class: number of the image, confidence and whether it is right; and labels by image.
+        self._scored: list[list[tuple[int, float, bool]]] = [[] for _ in vocabulary.classes]
+        self._labels: list[list[int]] = [[] for _ in vocabulary.classes]
         self.output, self.vocabulary, self.iou, self.metric = Path(output), vocabulary, float(iou), metric
         self.truth = read_truth(truth)
         theirs = self.truth.vocabulary
@@ -147,6 +161,11 @@ class Metrics:
         )
         false = np.flatnonzero((matched < 0) & ~excused)
         missed = np.flatnonzero(free)
+        for class_id, labels_ in enumerate(self._labels):
+            labels_.append(int(((theirs == class_id) & ~crowd).sum()))
+        for i in np.flatnonzero(~excused | (matched >= 0)).tolist():
+            at = (len(self._seen) - 1, float(found.confidence[i]), bool(matched[i] >= 0))
+            self._scored[ours[i]].append(at)
         for column, classes in enumerate((ours[matched >= 0], theirs[missed], ours[false])):
             self.counts[:, column] += np.bincount(classes, minlength=len(self.counts))
         self._confuse(overlap[:, ~crowd], theirs[~crowd], ours, excused)
@@ -221,6 +240,7 @@ class Metrics:
         precise = {kind_: self._coco(kind_) for kind_ in kinds}
         whole = self._whole()
         names = self.vocabulary.classes
+        best = self._best()
         self.values = {
             "images": len(self._seen),
             **{kind_: values for kind_, (values, _) in precise.items()},
@@ -232,6 +252,7 @@ class Metrics:
                 }
                 for i, name in enumerate(names)
             },
+            "thresholds": {name: None if one is None else asdict(one) for name, one in zip(names, best, strict=True)},
             "confusion": {"rows_truth_columns_found": [*names, "none"], "counts": self.confusion.tolist()},
             "mistakes": self.mistakes,
             "not_asked_for": self.not_asked,
@@ -239,10 +260,21 @@ class Metrics:
         }
         with written_whole(self.output / "metrics.json") as beside:
             beside.write_text(json.dumps(self.values, ensure_ascii=False, indent=1), encoding="utf-8")
+        goal = "F1 is highest" if self.precision is None else f"precision is at least {self.precision:g}"
+        note = f"Least confidence of each class where its {goal} on {len(self._seen)} labelled images."
+        write_ontology(self.output / "classes.yaml", self.vocabulary, best, note)
         files = Names()
         for _, _, name, picture in sorted(self._worst, reverse=True):
             with written_whole(self.output / "errors" / files(name, ".jpg")) as beside:
                 beside.write_bytes(picture)
+
+    def _best(self) -> list[Best | None]:
+        best = []
+        for scored, labels in zip(self._scored, self._labels, strict=True):
+            image, score, right = (np.array(column) for column in zip(*scored, strict=True)) if scored else ([], [], [])
+            columns = np.array(image, np.int64), np.array(score, np.float64), np.array(right, bool)
+            best.append(best_threshold(*columns, np.array(labels, np.int64), self.precision))
+        return best
 
     def _whole(self) -> dict[str, Any]:
         return _rates(*self.counts.sum(0).tolist())
@@ -338,7 +370,8 @@ class Metrics:
         left = [f"{len(self.unlabelled)} images without labels"] if self.unlabelled else []
         left += [f"{len(self.not_asked)} classes of the truth not asked for"] if self.not_asked else []
         note = f" ({', '.join(left)} are left out)" if left else ""
-        return f"{out.getvalue().rstrip()}\n  measured in {self.output / 'metrics.json'}{note}"
+        lines = [out.getvalue().rstrip(), f"  measured in {self.output / 'metrics.json'}{note}"]
+        return "\n".join([*lines, f"  best thresholds by class in {self.output / 'classes.yaml'}"])
 
 
 def _rates(matched: int, missed: int, false: int) -> dict[str, Any]:

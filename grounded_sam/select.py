@@ -8,6 +8,7 @@ from typing import Literal
 
 import numpy as np
 import supervision as sv
+from numpy.typing import NDArray
 
 from grounded_sam.errors import ConfigError
 from grounded_sam.vocabulary import Vocabulary
@@ -97,25 +98,32 @@ def select(found: sv.Detections, settings: Select, vocabulary: Vocabulary) -> sv
     assert found.confidence is not None and found.class_id is not None
     single = {**vocabulary.class_score, **(settings.class_score or {})}
     least = np.array([single.get(name, settings.score) for name in vocabulary.classes])
-    order = np.argsort(-found.confidence, kind="stable")
-    order = order[found.confidence[order] >= least[found.class_id[order]].astype(np.float32)]
-    kept: sv.Detections = found[order]  # type: ignore[assignment]
-    if settings.nms is not None and len(kept) > 1:
-        kept = kept[_unique(kept, settings)]  # type: ignore[assignment]
-    if len(kept) and (settings.min_area > 0 or settings.max_area is not None):
-        area = np.asarray(kept.mask).sum((1, 2)) if kept.mask is not None else np.asarray(kept.box_area)
+    # Rows are chosen first and taken once at the end: taking copies masks.
+    rows = np.argsort(-found.confidence, kind="stable")
+    rows = rows[found.confidence[rows] >= least[found.class_id[rows]].astype(np.float32)]
+    if settings.nms is not None and len(rows) > 1:
+        rows = rows[_unique(found, rows, settings)]
+    if len(rows) and (settings.min_area > 0 or settings.max_area is not None):
         most = np.inf if settings.max_area is None else settings.max_area
-        fits = np.flatnonzero((area >= settings.min_area) & (area <= most))
-        kept = kept[fits]  # type: ignore[assignment]
-    return kept if settings.top_k is None else kept[: settings.top_k]  # type: ignore[return-value]
+        if found.mask is None:
+            area = np.asarray(found.box_area)[rows]
+        elif settings.min_area <= 1 and settings.max_area is None:
+            area = np.array([found.mask[i].any() for i in rows], np.float64)  # all that is asked
+        else:
+            area = np.array([np.count_nonzero(found.mask[i]) for i in rows], np.float64)
+        rows = rows[(area >= settings.min_area) & (area <= most)]
+    if settings.top_k is not None:
+        rows = rows[: settings.top_k]
+    return found if np.array_equal(rows, np.arange(len(found))) else found[rows]  # type: ignore[return-value]
 
 
-def _unique(found: sv.Detections, settings: Select) -> np.ndarray:
+def _unique(found: sv.Detections, rows: NDArray[np.intp], settings: Select) -> NDArray[np.bool_]:
+    """Which of some rows are no duplicates of a more confident one."""
     assert found.confidence is not None and found.class_id is not None and settings.nms is not None
-    groups = np.zeros(len(found)) if settings.nms_across else found.class_id.astype(float)
-    rows = np.column_stack([found.xyxy, found.confidence, groups])
+    groups = np.zeros(len(rows)) if settings.nms_across else found.class_id[rows].astype(float)
+    table = np.column_stack([found.xyxy[rows], found.confidence[rows], groups])
     if settings.nms_by == "box":
-        return sv.box_non_max_suppression(rows, iou_threshold=settings.nms)
+        return sv.box_non_max_suppression(table, iou_threshold=settings.nms)
     if found.mask is None:
         raise ConfigError("select.nms_by=mask needs masks; choose a segmenter, or select.nms_by=box")
-    return sv.mask_non_max_suppression(rows, found.mask, iou_threshold=settings.nms)
+    return sv.mask_non_max_suppression(table, np.asarray(found.mask)[rows], iou_threshold=settings.nms)

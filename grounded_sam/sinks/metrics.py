@@ -20,7 +20,6 @@ from numpy.typing import NDArray
 from grounded_sam.coco import to_xyxy
 from grounded_sam.detections import pick
 from grounded_sam.errors import ConfigError, ImageError
-from grounded_sam.sinks.coco import encode_mask
 from grounded_sam.sinks.files import Names, written_whole
 from grounded_sam.stages import FrameResult
 from grounded_sam.thresholds import Best, best_threshold, write_ontology
@@ -102,7 +101,7 @@ class Metrics:
             n.rpartition("/")[2]: image for n, image in self._images.items() if ends[n.rpartition("/")[2]] == 1
         }
         self._most, self._count = errors, itertools.count()
-        self._worst: list[tuple[int, int, str, bytes]] = []  # mistakes, order, name, JPEG
+        self._worst: list[tuple[int, int, str, Any]] = []  # mistakes, order, name, JPEG or what makes it
         self._seen: list[Any] = []
         self._found: list[dict[str, Any]] = []
         self.unlabelled: list[str] = []
@@ -127,25 +126,26 @@ class Metrics:
                 f"in {self.truth.path}"
             )
         self._seen.append(image["id"])
+        masks = None if found.mask is None else _encoded(found)
         for i in range(len(found)):
             assert found.class_id is not None and found.confidence is not None
             # Thousandths of a pixel, as files have them: 32 bits alone would move some IoUs across a threshold.
             x1, y1, x2, y2 = (round(v, 3) for v in found.xyxy[i].astype(float).tolist())
             one: dict[str, Any] = {"image_id": image["id"], "category_id": self.ids[int(found.class_id[i])]}
             one |= {"bbox": [x1, y1, round(x2 - x1, 3), round(y2 - y1, 3)], "score": float(found.confidence[i])}
-            if found.mask is not None:
-                one["segmentation"] = encode_mask(np.asarray(found.mask[i], bool))
+            if masks is not None:
+                one["segmentation"] = masks[i]
             self._found.append(one)
-        self._compare(result, image)
+        self._compare(result, image, masks)
 
-    def _compare(self, result: FrameResult, image: dict[str, Any]) -> None:
+    def _compare(self, result: FrameResult, image: dict[str, Any], masks: list[Any] | None) -> None:
         """Match an image's detections with its labels, count, and keep the worst for the pictures."""
         found, labels = result.detections, self.truth.detections(image)
         place = {name: i for i, name in enumerate(self.vocabulary.classes)}
         labels = pick(labels, np.array([str(n) in place for n in labels.data["class_name"]], bool))
         theirs = np.array([place[str(name)] for name in labels.data["class_name"]], np.int64)
         crowd = np.asarray(labels.data.get("ignore", np.zeros(len(labels), bool)), bool)
-        overlap = _overlap(found, labels)
+        overlap = _overlap(found, labels, masks)
         ours = np.asarray(found.class_id if found.class_id is not None else np.empty(0), np.int64)
         assert found.confidence is not None
         order = np.argsort(-found.confidence, kind="stable")
@@ -178,10 +178,11 @@ class Metrics:
                 self.mistakes.append(about | ({} if kind == "missed" else {"score": float(part.confidence[i])}))
         wrong = len(missed) + len(false)
         if wrong and self._most and (len(self._worst) < self._most or wrong > self._worst[0][0]):
-            picture = self._draw(result, pick(labels, missed), pick(found, false))
-            if picture is not None:
-                place_ = heapq.heappush if len(self._worst) < self._most else heapq.heapreplace
-                place_(self._worst, (wrong, -next(self._count), result.frame.name, picture))
+            shown: Any = (result, pick(labels, missed), pick(found, false))
+            if not callable(result.frame.pixels):  # drawn now, since pixels cannot be held; later if they can be read
+                shown = self._draw(*shown)
+            place_ = heapq.heappush if len(self._worst) < self._most else heapq.heapreplace
+            place_(self._worst, (wrong, -next(self._count), result.frame.name, shown))
 
     def _confuse(
         self,
@@ -264,7 +265,11 @@ class Metrics:
         note = f"Least confidence of each class where its {goal} on {len(self._seen)} labelled images."
         write_ontology(self.output / "classes.yaml", self.vocabulary, best, note)
         files = Names()
-        for _, _, name, picture in sorted(self._worst, reverse=True):
+        while self._worst:
+            _, _, name, shown = self._worst.pop()
+            picture = self._draw(*shown) if isinstance(shown, tuple) else shown
+            if picture is None:
+                continue
             with written_whole(self.output / "errors" / files(name, ".jpg")) as beside:
                 beside.write_bytes(picture)
 
@@ -391,16 +396,19 @@ def _area(annotation: dict[str, Any]) -> float:
     return (x2 - x1) * (y2 - y1)
 
 
-def _overlap(found: sv.Detections, labels: sv.Detections) -> NDArray[np.float64]:
+def _encoded(found: sv.Detections) -> list[Any]:
+    """The masks of detections as RLE of pycocotools."""
+    from pycocotools import mask as coco_mask
+
+    return list(coco_mask.encode(np.asfortranarray(np.asarray(found.mask).transpose(1, 2, 0), dtype=np.uint8)))
+
+
+def _overlap(found: sv.Detections, labels: sv.Detections, masks: list[Any] | None) -> NDArray[np.float64]:
     """IoU of each detection with each label, of masks if both have them, `(n, m)`."""
     if not len(found) or not len(labels):
         return np.zeros((len(found), len(labels)))
-    if found.mask is None or labels.mask is None:
+    if masks is None or labels.mask is None:
         return np.asarray(sv.box_iou_batch(found.xyxy, labels.xyxy), np.float64)
     from pycocotools import mask as coco_mask
 
-    ours, theirs = (
-        coco_mask.encode(np.asfortranarray(np.asarray(part.mask).transpose(1, 2, 0), dtype=np.uint8))
-        for part in (found, labels)
-    )
-    return np.asarray(coco_mask.iou(ours, theirs, [0] * len(labels)), np.float64)
+    return np.asarray(coco_mask.iou(masks, _encoded(labels), [0] * len(labels)), np.float64)

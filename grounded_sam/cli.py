@@ -14,8 +14,8 @@ from grounded_sam.config import build, build_sinks, build_source, conf_dir, expl
 from grounded_sam.errors import GroundedSamError
 from grounded_sam.sinks.files import written_whole
 
-#: Whether the user wants tracebacks.
-DEBUG = os.environ.get("HYDRA_FULL_ERROR") == "1"
+#: Whether the user wants tracebacks. `main` sets HYDRA_FULL_ERROR itself, which workers of a sweep inherit.
+DEBUG = os.environ.get("GROUNDED_SAM_DEBUG", os.environ.get("HYDRA_FULL_ERROR")) == "1"
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -104,6 +104,7 @@ def main() -> None:
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
+    os.environ["GROUNDED_SAM_DEBUG"] = str(int(DEBUG))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come through to here instead of being printed by Hydra
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # a user's own stages, beside their YAML; last, so that none is shadowed

@@ -101,8 +101,11 @@ def test_every_point_of_a_sweep_equals_a_run_of_its_own(labelled, tmp_path):
     assert "8 jobs" in text and "preset=best" in text
 
 
-def test_a_job_that_fails_is_a_row_with_its_reason(labelled, tmp_path):
-    words = ["checkpoints.grounding_dino=builtin:shapes,./nowhere", "segmenter=sam,sam2"]
+@pytest.mark.parametrize("launcher", ["basic", "joblib"])
+def test_a_job_that_fails_is_a_row_with_its_reason(labelled, tmp_path, launcher):
+    if launcher == "joblib":
+        pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="the joblib launcher is not installed")
+    words = ["checkpoints.grounding_dino=builtin:shapes,./nowhere", "segmenter=sam,sam2", f"hydra/launcher={launcher}"]
     out = run(labelled, tmp_path / "s", "-m", *words, code=1)
     assert "2 of 4 jobs failed" in out.stderr
     with (tmp_path / "s" / "sweep.csv").open(newline="") as file:

@@ -43,7 +43,7 @@ class Splits:
         Raises:
             ConfigError: if it holds a dataset of another split, whose files would mix with the new ones.
         """
-        note, own = folder / ".split.json", {"ratios": self.ratios, "seed": self.seed if self.ratios else 0}
+        note, own = folder / ".split", {"ratios": self.ratios, "seed": self.seed if self.ratios else 0}
         if note.is_file() and json.loads(note.read_text(encoding="utf-8")) != own:
             raise ConfigError(f"{folder} holds a dataset of another split or seed; delete it, or choose another output")
         with written_whole(note) as beside:

@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from grounded_sam.vocabulary import Vocabulary
 
 
+#: Config groups, whose overrides are choices and not values.
+GROUPS = ("source", "detector", "segmenter", "tracker", "sink", "preset")
+
+
 def conf_dir() -> Path:
     """The folder of our YAML files: in the installed package, or beside it in a checkout."""
     package = Path(__file__).parent
@@ -94,7 +98,7 @@ def _likely(key: str, overrides: Sequence[str]) -> str:
     """A hint at the keys that a misspelt one may have meant."""
     from omegaconf import DictConfig
 
-    choices = [w for w in overrides if re.fullmatch(r"(source|detector|segmenter|tracker|sink)=[\w\[\], ]+", w)]
+    choices = [w for w in overrides if re.fullmatch(rf"({'|'.join(GROUPS)})=[\w\[\], ]+", w)]
     try:
         whole = compose(choices)
     except ConfigError:  # the choices are wrong as well, or one's own
@@ -262,10 +266,9 @@ def load(*overrides: str, **choices: Any) -> Pipeline:
         ConfigError: for an unknown key or choice; CheckpointError: for missing weights.
     """
     text = choices.pop("text", None)
-    groups = ("source", "detector", "segmenter", "tracker", "sink", "preset")
     words = []
     for key, value in choices.items():
-        if key in groups:  # choices are names, not values
+        if key in GROUPS:  # choices are names, not values
             names = [str(v) for v in value] if isinstance(value, list | tuple) else str(value or "none")
             words.append(f"{key}=[{','.join(names)}]" if isinstance(names, list) else f"{key}={names}")
         else:

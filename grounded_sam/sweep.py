@@ -14,11 +14,10 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 
+from grounded_sam.config import GROUPS
 from grounded_sam.errors import ConfigError
 from grounded_sam.sinks.files import written_whole
 
-#: Config groups, whose overrides are choices and not values.
-GROUPS = ("source", "detector", "segmenter", "tracker", "sink", "preset")
 #: What jobs do not differ by.
 INCIDENTAL = ("output", "hydra")
 

@@ -279,3 +279,9 @@ def test_thresholds_are_an_ontology_that_a_run_can_use(truth, tmp_path):
     assert values["a"]["f1"] == 1.0 and values["b"] is None
     with pytest.raises(ConfigError, match="sink.metrics.precision"):
         Metrics(tmp_path, words, truth, precision=2)
+
+
+def test_without_its_extra_it_says_what_to_install(truth, tmp_path, monkeypatch):
+    monkeypatch.setattr("grounded_sam.sinks.metrics.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install 'grounded_sam\[metrics\]'"):
+        Metrics(tmp_path, CLASSES, truth)

@@ -9,6 +9,7 @@ import itertools
 import json
 from collections import Counter
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -72,6 +73,8 @@ class Metrics:
     ) -> None:
         if truth is None:
             raise ConfigError("sink=metrics needs labels to measure against: truth=instances.json")
+        if find_spec("faster_coco_eval") is None:
+            raise ConfigError("sink=metrics needs faster-coco-eval: pip install 'grounded_sam[metrics]'")
         if isinstance(iou, bool) or not isinstance(iou, int | float) or not 0 < iou <= 1:
             raise ConfigError(f"sink.metrics.iou must be a number above 0 and up to 1, got {iou!r}")
         if isinstance(errors, bool) or not isinstance(errors, int) or errors < 0:
@@ -212,6 +215,7 @@ class Metrics:
             scene = result.frame.image[..., ::-1].copy()
         except ImageError:
             return None
+        size = int(np.clip(min(scene.shape[:2]) / 32, 9, 72))  # as in overlays
         for part, colour, word in ((missed, sv.Color.BLUE, "missed"), (false, sv.Color.RED, "false")):
             if not len(part):
                 continue
@@ -220,7 +224,9 @@ class Metrics:
                 scene = sv.MaskAnnotator(colour, opacity=0.4).annotate(scene, shown)
             scene = sv.BoxAnnotator(colour).annotate(scene, shown)
             texts = [f"{word}: {name}" for name in part.data["class_name"]]
-            scene = sv.RichLabelAnnotator(colour, font_path=font(), font_size=12).annotate(scene, shown, texts)
+            scene = sv.RichLabelAnnotator(colour, font_path=font(), font_size=size, smart_position=True).annotate(
+                scene, shown, texts
+            )
         out = io.BytesIO()
         Image.fromarray(np.ascontiguousarray(scene[..., ::-1])).save(out, format="JPEG", quality=88)
         return out.getvalue()

@@ -117,7 +117,7 @@ class CocoFile:
         height, width = sizes[annotation["image_id"]]
         segmentation = annotation.get("segmentation")
         if segmentation:
-            reason = _wrong_segmentation(segmentation, (height, width))
+            reason = wrong_segmentation(segmentation, (height, width))
             if reason is not None:
                 return reason
         elif self.masks:
@@ -216,7 +216,7 @@ def decode_segmentation(segmentation: Any, size_hw: tuple[int, int]) -> NDArray[
     return np.asarray(coco_mask.decode(rle), bool)
 
 
-def _wrong_segmentation(segmentation: Any, size_hw: tuple[int, int]) -> str | None:
+def wrong_segmentation(segmentation: Any, size_hw: tuple[int, int]) -> str | None:
     """Why a segmentation cannot be decoded; pycocotools would crash or read beyond its end."""
     height, width = size_hw
     if isinstance(segmentation, Mapping):

@@ -58,6 +58,9 @@ def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[dict[str, Any]]]:
         line["metric"] = row.get("value")
         for kind in ("bbox", "segm"):
             line |= {f"{kind}.{key}": metrics.get(kind, {}).get(key) for key in ("AP", "AP50") if kind in metrics}
+        for rule in ("davis_all_frames", "sav"):
+            line |= {f"{rule}.JF": metrics[rule]["JF"]} if rule in metrics else {}
+        line |= {key: metrics.get("tracking", {}).get(key) for key in ("HOTA", "IDF1", "IDSW") if "tracking" in metrics}
         line |= {key: metrics.get("at_threshold", {}).get(key) for key in ("precision", "recall", "f1") if metrics}
         cost = row if row.get("images") and not row.get("replayed") else paid.get(_stages(row, varied), {})
         for stage in ("detect", "segment", "track", "all"):

@@ -1,4 +1,4 @@
-"""Labels of other formats, as the COCO file that they would be."""
+"""Labels of other formats: of images as the COCO file that they would be, of videos as masklets."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from xml.etree import ElementTree
 import numpy as np
 import yaml
 
-from grounded_sam.coco import CocoFile
+from grounded_sam.coco import CocoFile, read_json
 from grounded_sam.errors import ConfigError
 from grounded_sam.frames import no_pillow_limit, safe_formats
+from grounded_sam.masklets import Masklets
 from grounded_sam.sinks.coco import encode_mask
 from grounded_sam.sources.images import natural, picture_files
 
 
-def read_truth(given: str | Path) -> CocoFile:
-    """Labelled images: a COCO file, a YOLO `data.yaml` or its folder, or a folder of Pascal VOC.
+def read_truth(given: str | Path) -> CocoFile | Masklets:
+    """Labels: of images a COCO file, a YOLO `data.yaml` or its folder, or a folder of Pascal VOC; of videos a folder
+    of DAVIS, SA-V's JSON or YouTube-VIS JSON.
 
     Raises:
         ConfigError: if it is none of these, or cannot be read.
@@ -26,15 +28,20 @@ def read_truth(given: str | Path) -> CocoFile:
     if not path.exists():
         raise ConfigError(f"truth={given}: no such file or folder")
     if path.is_file() and path.suffix.lower() == ".json":
-        return CocoFile(path)
+        content = read_json(path)
+        videos = isinstance(content, dict) and ("masklet" in content or "videos" in content)
+        return Masklets(path, content) if videos and "images" not in content else CocoFile(path, content=content)
     if path.is_file() and path.suffix.lower() in (".yaml", ".yml"):
         return CocoFile(path, content=from_yolo(path))
     if (path / "data.yaml").is_file():
         return CocoFile(path, content=from_yolo(path / "data.yaml"))
     if next(path.rglob("*.xml"), None) is not None:
         return CocoFile(path, content=from_voc(path))
+    if path.is_dir():
+        return Masklets(path)
     raise ConfigError(
-        f"truth={given}: expected a COCO file (.json), a YOLO dataset (data.yaml), or a folder of Pascal VOC (.xml)"
+        f"truth={given}: expected a COCO file (.json), a YOLO dataset (data.yaml), a folder of Pascal VOC (.xml) or of "
+        "DAVIS (.png), SA-V's JSON or YouTube-VIS JSON"
     )
 
 

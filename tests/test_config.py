@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hydra.utils import get_class
+from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from grounded_sam import ConfigError
@@ -41,12 +41,12 @@ def test_every_choice_composes_and_its_keys_fit_its_class(group, choice):
     found = dict(targets(cfg))
     assert found
     for path, node in found.items():
-        signature = inspect.signature(get_class(node._target_).__init__)
-        names = set(signature.parameters) - {"self"}
+        signature = inspect.signature(get_object(node._target_))
+        names = set(signature.parameters)
         keys = set(node) - {"_target_", "_recursive_"}
         assert keys <= names, f"{path}: {keys - names} are no arguments of {node._target_}"
         given = keys | {"output", "vocabulary"}
-        needed = {n for n, p in signature.parameters.items() if p.default is p.empty} - {"self"}
+        needed = {n for n, p in signature.parameters.items() if p.default is p.empty}
         assert needed <= given, f"{path}: {needed - given} of {node._target_} have no key"
 
 

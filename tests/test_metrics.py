@@ -22,7 +22,8 @@ from grounded_sam.detections import make_detections
 from grounded_sam.frames import Frame
 from grounded_sam.select import select
 from grounded_sam.sinks.coco import Coco
-from grounded_sam.sinks.metrics import STATS, Metrics
+from grounded_sam.sinks.image_metrics import STATS
+from grounded_sam.sinks.metrics import metrics
 from grounded_sam.sinks.voc import Voc
 from grounded_sam.sinks.yolo import Yolo
 from grounded_sam.sources.images import Images
@@ -126,7 +127,7 @@ def test_a_dataset_measured_against_itself_is_perfect(folder, tmp_path, kind, ma
             )
             for r in results
         ]
-    with Metrics(tmp_path, words, tmp_path / "truth" / place) as sink:
+    with metrics(tmp_path, words, tmp_path / "truth" / place) as sink:
         for result in found:
             sink.write(result)
     assert ("segm" in sink.values) == masks
@@ -155,7 +156,7 @@ def test_matched_missed_and_false_are_listed_with_their_pictures(truth, tmp_path
     # One hit, a second one on the same label, one of the wrong class, one on nothing.
     rows = [(1, 0, 20, 20, 0.9, 0), (0, 0, 20, 19, 0.8, 0), (70, 0, 90, 20, 0.7, 0), (0, 70, 20, 90, 0.6, 2)]
     frame = Frame(np.full((100, 100, 3), 200, np.uint8), 0, "x.png")
-    with Metrics(tmp_path, CLASSES, truth) as sink:
+    with metrics(tmp_path, CLASSES, truth) as sink:
         sink.write(FrameResult(frame, boxes(*rows)))
         sink.write(FrameResult(Frame(frame.pixels, 1, "other.png"), boxes()))
     values = json.loads((tmp_path / "metrics.json").read_text())
@@ -178,7 +179,7 @@ def test_a_crowd_is_neither_missed_nor_false(truth, tmp_path):
     content["annotations"][1]["iscrowd"] = 1
     truth.write_text(json.dumps(content))
     rows = [(0, 0, 20, 20, 0.9, 0), (70, 0, 90, 20, 0.7, 1), (42, 42, 50, 50, 0.6, 0)]
-    with Metrics(tmp_path, CLASSES, truth) as sink:
+    with metrics(tmp_path, CLASSES, truth) as sink:
         sink.write(FrameResult(Frame(np.zeros((100, 100, 3), np.uint8), 0, "deep/x.png"), boxes(*rows)))
     assert sink.values["at_threshold"]["f1"] == 1.0
     assert sink.values["bbox"]["AP"] == pytest.approx(1.0)
@@ -192,32 +193,40 @@ def test_a_crowd_is_neither_missed_nor_false(truth, tmp_path):
 )
 def test_classes_that_the_truth_has_not_are_named_with_both_sides(truth, tmp_path, words, says):
     with pytest.raises(ConfigError, match=says):
-        Metrics(tmp_path, Vocabulary.parse(words), truth)
+        metrics(tmp_path, Vocabulary.parse(words), truth)
 
 
 def test_images_that_nothing_is_known_of_are_named_with_both_sides(truth, tmp_path):
     with (
         pytest.raises(ConfigError, match=r"none of 1 images has labels in .*; it has deep/x.png.*looked at were y.png"),
-        Metrics(tmp_path, CLASSES, truth) as sink,
+        metrics(tmp_path, CLASSES, truth) as sink,
     ):
         sink.write(FrameResult(Frame(np.zeros((100, 100, 3), np.uint8), 0, "y.png"), boxes()))
 
 
 def test_a_truth_of_another_size_is_refused(truth, tmp_path):
     with pytest.raises(ConfigError, match=r"x.png has 50x40 px, but 100x100 px in"):
-        Metrics(tmp_path, CLASSES, truth).write(
+        metrics(tmp_path, CLASSES, truth).write(
             FrameResult(Frame(np.zeros((40, 50, 3), np.uint8), 0, "x.png"), boxes(size_hw=(40, 50)))
         )
 
 
-@pytest.mark.parametrize("name", ["nothing.json", "photos"])
-def test_what_is_no_truth_is_refused_in_words(data, name):
-    with pytest.raises(ConfigError, match=f"truth=.*{name}: (no such|expected a COCO file)"):
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("nothing.json", "truth=.*nothing.json: no such"),
+        ("README.md", "README.md: expected a COCO file"),
+        ("videos/bedroom_frames", "no labels in .*bedroom_frames: expected a YOLO dataset"),
+        ("malformed/frames_empty", "no labels in .*frames_empty: expected a YOLO dataset"),
+    ],
+)
+def test_what_is_no_truth_is_refused_in_words(data, name, says):
+    with pytest.raises(ConfigError, match=says):
         read_truth(data / name)
 
 
 def test_the_chosen_metric_is_what_a_sweep_gets(truth, tmp_path):
-    with Metrics(tmp_path, CLASSES, truth, metric="at_threshold.recall") as sink:
+    with metrics(tmp_path, CLASSES, truth, metric="at_threshold.recall") as sink:
         sink.write(FrameResult(Frame(np.zeros((100, 100, 3), np.uint8), 0, "x.png"), boxes((0, 0, 20, 20, 0.9, 0))))
     assert measured([sink]) == pytest.approx(1 / 3)
     sink.metric = "segm.AP"
@@ -268,7 +277,7 @@ def test_an_interval_narrows_with_more_images():
 def test_thresholds_are_an_ontology_that_a_run_can_use(truth, tmp_path):
     words = Vocabulary.parse({"classes": {"a": {"phrases": ["aa"], "id": 5}, "b": {"id": 6, "score": 0.9}}}, ["z"])
     rows = [(0, 0, 20, 20, 0.9, 0), (40, 40, 60, 60, 0.6, 0), (0, 70, 20, 90, 0.3, 0)]
-    with Metrics(tmp_path, words, truth) as sink:
+    with metrics(tmp_path, words, truth) as sink:
         sink.write(FrameResult(Frame(np.zeros((100, 100, 3), np.uint8), 0, "x.png"), boxes(*rows)))
     tuned = Vocabulary.parse(str(tmp_path / "classes.yaml"))
     assert tuned.class_score == {"a": pytest.approx(0.45), "b": 0.9} and tuned.negatives == ("z",)
@@ -278,10 +287,10 @@ def test_thresholds_are_an_ontology_that_a_run_can_use(truth, tmp_path):
     values = json.loads((tmp_path / "metrics.json").read_text())["thresholds"]
     assert values["a"]["f1"] == 1.0 and values["b"] is None
     with pytest.raises(ConfigError, match="sink.metrics.precision"):
-        Metrics(tmp_path, words, truth, precision=2)
+        metrics(tmp_path, words, truth, precision=2)
 
 
 def test_without_its_extra_it_says_what_to_install(truth, tmp_path, monkeypatch):
-    monkeypatch.setattr("grounded_sam.sinks.metrics.find_spec", lambda name: None)
+    monkeypatch.setattr("grounded_sam.sinks.image_metrics.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'grounded_sam\[metrics\]'"):
-        Metrics(tmp_path, CLASSES, truth)
+        metrics(tmp_path, CLASSES, truth)

@@ -1,0 +1,348 @@
+"""What was found in images against their labels."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+from collections import Counter
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import supervision as sv
+from numpy.typing import NDArray
+
+from grounded_sam.coco import CocoFile, to_xyxy
+from grounded_sam.detections import pick
+from grounded_sam.errors import ConfigError
+from grounded_sam.sinks.files import written_whole
+from grounded_sam.sinks.mistakes import Worst, check_classes, rates, value_at
+from grounded_sam.stages import FrameResult
+from grounded_sam.thresholds import Best, best_threshold, write_ontology
+from grounded_sam.vocabulary import Vocabulary
+
+#: COCO's twelve, in the order of `COCOeval.stats`.
+STATS = (
+    "AP", "AP50", "AP75", "AP_small", "AP_medium", "AP_large",
+    "AR1", "AR10", "AR100", "AR_small", "AR_medium", "AR_large",
+)  # fmt: skip
+
+
+class ImageMetrics:
+    """`metrics.json`, a table at the end, and under `errors/` the images with the most mistakes.
+
+    Average precision and recall are COCO's (Lin et al. 2014), of boxes and, where truth and results have
+    them, of masks, by faster-coco-eval; -1 where there is nothing to measure. Precision, recall and F1 are of the
+    detections as they stand, at the thresholds of the run: each image's are matched to its labels, the most
+    confident first, within their class, at an IoU of `iou` of masks or else of boxes. The confusion matrix
+    matches across classes. Classes are matched by name; labels of classes that are not asked for are left out.
+
+    From the same matches come the best thresholds of single classes, see `thresholds`: they are in
+    `metrics.json`, and as an ontology in `classes.yaml`, to be given as `text`. Only detections that the run let
+    through are there to choose from, so it should have a low `select.score`.
+
+    Args:
+        output: folder of the run.
+        vocabulary: of the run.
+        truth: labels of the images, which are matched by their names, or else by the last part of them.
+        iou: at which a detection and a label are one.
+        metric: what `value()` gives, by its place in `metrics.json`; None for `segm.AP`, or without masks `bbox.AP`.
+        errors: images drawn under `errors/`.
+        precision: what the thresholds are to reach, with as much recall as there is; None for the best F1.
+
+    Raises:
+        ConfigError: if the truth has not the classes that are asked for; without faster-coco-eval.
+    """
+
+    def __init__(
+        self,
+        output: Path,
+        vocabulary: Vocabulary,
+        truth: CocoFile,
+        iou: float = 0.5,
+        metric: str | None = None,
+        errors: int = 24,
+        precision: float | None = None,
+    ) -> None:
+        if find_spec("faster_coco_eval") is None:
+            raise ConfigError("sink=metrics needs faster-coco-eval: pip install 'grounded_sam[metrics]'")
+        self.precision = precision
+        # Of each class: number of the image, confidence and whether it is right; and labels by image.
+        self._scored: list[list[tuple[int, float, bool]]] = [[] for _ in vocabulary.classes]
+        self._labels: list[list[int]] = [[] for _ in vocabulary.classes]
+        self.output, self.vocabulary, self.iou, self.metric = Path(output), vocabulary, float(iou), metric
+        self.truth = truth
+        theirs = truth.vocabulary
+        check_classes(vocabulary, theirs, truth.path)
+        ids = dict(zip(theirs.classes, theirs.category_ids, strict=True))
+        #: Category id in the truth of each class of the run.
+        self.ids = [ids[name] for name in vocabulary.classes]
+        self.not_asked = [name for name in theirs.classes if name not in vocabulary.classes]
+        self._images = {image["file_name"]: image for image in self.truth.images}
+        ends = Counter(name.rpartition("/")[2] for name in self._images)
+        self._ends = {
+            n.rpartition("/")[2]: image for n, image in self._images.items() if ends[n.rpartition("/")[2]] == 1
+        }
+        self._worst = Worst(errors)
+        self._seen: list[Any] = []
+        self._found: list[dict[str, Any]] = []
+        self.unlabelled: list[str] = []
+        n = len(vocabulary)
+        self.counts = np.zeros((n, 3), np.int64)  # by class: matched, missed, false
+        self.confusion = np.zeros((n + 1, n + 1), np.int64)  # truth x found, the last for none
+        self.mistakes: list[dict[str, Any]] = []
+        self.values: dict[str, Any] = {}
+
+    def __enter__(self) -> ImageMetrics:
+        return self
+
+    def write(self, result: FrameResult) -> None:
+        frame, found = result.frame, result.detections
+        image = self._images.get(frame.name) or self._ends.get(frame.name.rpartition("/")[2])
+        if image is None:
+            self.unlabelled.append(frame.name)
+            return
+        if (image["height"], image["width"]) != frame.size_hw:
+            raise ConfigError(
+                f"{frame.name} has {frame.size_hw[1]}x{frame.size_hw[0]} px, but {image['width']}x{image['height']} px "
+                f"in {self.truth.path}"
+            )
+        self._seen.append(image["id"])
+        masks = None if found.mask is None else _encoded(found)
+        for i in range(len(found)):
+            assert found.class_id is not None and found.confidence is not None
+            # Thousandths of a pixel, as files have them: 32 bits alone would move some IoUs across a threshold.
+            x1, y1, x2, y2 = (round(v, 3) for v in found.xyxy[i].astype(float).tolist())
+            one: dict[str, Any] = {"image_id": image["id"], "category_id": self.ids[int(found.class_id[i])]}
+            one |= {"bbox": [x1, y1, round(x2 - x1, 3), round(y2 - y1, 3)], "score": float(found.confidence[i])}
+            if masks is not None:
+                one["segmentation"] = masks[i]
+            self._found.append(one)
+        self._compare(result, image, masks)
+
+    def _compare(self, result: FrameResult, image: dict[str, Any], masks: list[Any] | None) -> None:
+        """Match an image's detections with its labels, count, and keep the worst for the pictures."""
+        found, labels = result.detections, self.truth.detections(image)
+        place = {name: i for i, name in enumerate(self.vocabulary.classes)}
+        labels = pick(labels, np.array([str(n) in place for n in labels.data["class_name"]], bool))
+        theirs = np.array([place[str(name)] for name in labels.data["class_name"]], np.int64)
+        crowd = np.asarray(labels.data.get("ignore", np.zeros(len(labels), bool)), bool)
+        overlap = _overlap(found, labels, masks)
+        ours = np.asarray(found.class_id if found.class_id is not None else np.empty(0), np.int64)
+        assert found.confidence is not None
+        order = np.argsort(-found.confidence, kind="stable")
+        free, matched = ~crowd, np.full(len(found), -1)
+        for i in order:
+            fits = np.where(free & (theirs == ours[i]), overlap[i], 0.0)
+            if len(fits) and fits.max() >= self.iou:
+                matched[i] = fits.argmax()
+                free[matched[i]] = False
+        # A detection that lies in a crowd is neither right nor wrong.
+        excused = np.array(
+            [(overlap[i] * crowd * (theirs == ours[i])).max(initial=0) > 0 for i in range(len(found))], bool
+        )
+        false = np.flatnonzero((matched < 0) & ~excused)
+        missed = np.flatnonzero(free)
+        for class_id, labels_ in enumerate(self._labels):
+            labels_.append(int(((theirs == class_id) & ~crowd).sum()))
+        for i in np.flatnonzero(~excused | (matched >= 0)).tolist():
+            at = (len(self._seen) - 1, float(found.confidence[i]), bool(matched[i] >= 0))
+            self._scored[ours[i]].append(at)
+        for column, classes in enumerate((ours[matched >= 0], theirs[missed], ours[false])):
+            self.counts[:, column] += np.bincount(classes, minlength=len(self.counts))
+        self._confuse(overlap[:, ~crowd], theirs[~crowd], ours, excused)
+        for kind, rows, part in (("missed", missed, labels), ("false", false, found)):
+            for i in rows.tolist():
+                assert part.confidence is not None
+                name = str(part.data["class_name"][i])
+                box = [round(float(v), 2) for v in part.xyxy[i]]
+                about = {"file": result.frame.name, "kind": kind, "class": name, "xyxy": box}
+                self.mistakes.append(about | ({} if kind == "missed" else {"score": float(part.confidence[i])}))
+        self._worst.offer(result, pick(labels, missed), pick(found, false))
+
+    def _confuse(
+        self,
+        overlap: NDArray[np.float64],
+        theirs: NDArray[np.int64],
+        ours: NDArray[np.int64],
+        excused: NDArray[np.bool_],
+    ) -> None:
+        """Count which class was found where which was labelled, the best overlaps first."""
+        pairs = np.argwhere(overlap >= self.iou)
+        free_found, free_labels = ~excused, np.ones(len(theirs), bool)
+        for i, j in pairs[np.argsort(-overlap[pairs[:, 0], pairs[:, 1]], kind="stable")]:
+            if free_found[i] and free_labels[j]:
+                free_found[i] = free_labels[j] = False
+                self.confusion[theirs[j], ours[i]] += 1
+        n = len(self.counts)
+        self.confusion[:n, n] += np.bincount(theirs[free_labels], minlength=n)
+        self.confusion[n, :n] += np.bincount(ours[free_found], minlength=n)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._seen:
+            if kind is None and self.unlabelled:
+                raise ConfigError(
+                    f"none of {len(self.unlabelled)} images has labels in {self.truth.path}; it has "
+                    f"{', '.join(list(self._images)[:3])}, ...; looked at were {', '.join(self.unlabelled[:3])}, ..."
+                )
+            return
+        kinds = ["bbox"]
+        if self.truth.masks and all("segmentation" in one for one in self._found):
+            kinds.append("segm")
+        precise = {kind_: self._coco(kind_) for kind_ in kinds}
+        whole = rates(*self.counts.sum(0).tolist())
+        names = self.vocabulary.classes
+        best = self._best()
+        self.values = {
+            "images": len(self._seen),
+            **{kind_: values for kind_, (values, _) in precise.items()},
+            "at_threshold": {"iou": self.iou, **whole},
+            "classes": {
+                name: {
+                    **{kind_: per_class[i] for kind_, (_, per_class) in precise.items()},
+                    **rates(*self.counts[i].tolist()),
+                }
+                for i, name in enumerate(names)
+            },
+            "thresholds": {name: None if one is None else asdict(one) for name, one in zip(names, best, strict=True)},
+            "confusion": {"rows_truth_columns_found": [*names, "none"], "counts": self.confusion.tolist()},
+            "mistakes": self.mistakes,
+            "not_asked_for": self.not_asked,
+            "without_labels": self.unlabelled,
+        }
+        with written_whole(self.output / "metrics.json") as beside:
+            beside.write_text(json.dumps(self.values, ensure_ascii=False, indent=1), encoding="utf-8")
+        goal = "F1 is highest" if self.precision is None else f"precision is at least {self.precision:g}"
+        note = f"Least confidence of each class where its {goal} on {len(self._seen)} labelled images."
+        write_ontology(self.output / "classes.yaml", self.vocabulary, best, note)
+        self._worst.write(self.output / "errors")
+
+    def _best(self) -> list[Best | None]:
+        best = []
+        for scored, labels in zip(self._scored, self._labels, strict=True):
+            image, score, right = (np.array(column) for column in zip(*scored, strict=True)) if scored else ([], [], [])
+            columns = np.array(image, np.int64), np.array(score, np.float64), np.array(right, bool)
+            best.append(best_threshold(*columns, np.array(labels, np.int64), self.precision))
+        return best
+
+    def _coco(self, kind: str) -> tuple[dict[str, float], list[dict[str, float]]]:
+        """COCO's twelve numbers, recall without regard to classes, and AP and AP50 of each class."""
+        from faster_coco_eval import COCO, COCOeval_faster
+
+        chosen = set(self.ids)
+        labels = [
+            {"iscrowd": 0, "area": _area(a), **a, "id": i}
+            for i, a in enumerate(
+                (a for image_id in self._seen for a in self.truth.annotations(image_id) if a["category_id"] in chosen),
+                1,
+            )
+        ]
+        seen = set(self._seen)
+        dataset = {
+            "images": [image for image in self.truth.images if image["id"] in seen],
+            "annotations": labels,
+            "categories": [
+                {"id": number} | {"name": name} for number, name in zip(self.ids, self.vocabulary.classes, strict=True)
+            ],
+        }
+        if not self._found:
+            none = dict.fromkeys((*STATS, "AR100_any_class"), 0.0 if labels else -1.0)
+            return none, [{"AP": none["AP"], "AP50": none["AP50"]} for _ in self.ids]
+        with contextlib.redirect_stdout(io.StringIO()):
+            truth = COCO(dataset)
+            # With both, the area of a mask would be taken for that of its box.
+            drop = {"bbox": "segmentation", "segm": "bbox"}[kind]
+            results = truth.loadRes([{k: v for k, v in one.items() if k != drop} for one in self._found])
+            run = COCOeval_faster(truth, results, kind)
+            run.params.catIds = list(self.ids)
+            run.evaluate()
+            run.accumulate()
+            run.summarize()
+            any_class = COCOeval_faster(truth, results, kind)
+            any_class.params.useCats = 0
+            any_class.evaluate()
+            any_class.accumulate()
+            any_class.summarize()
+        values = dict(zip(STATS, (float(v) for v in run.stats[:12]), strict=True))
+        values["AR100_any_class"] = float(any_class.stats[8])
+        precision = run.eval["precision"]  # IoU, recall, class, area, number
+        per_class = []
+        for i in range(len(self.ids)):
+            at = [precision[:, :, i, 0, -1], precision[0, :, i, 0, -1]]
+            ap, ap50 = (float(p[p > -1].mean()) if (p > -1).any() else -1.0 for p in at)
+            per_class.append({"AP": ap, "AP50": ap50})
+        return values, per_class
+
+    def value(self) -> float:
+        """The chosen metric, for a sweep.
+
+        Raises:
+            ConfigError: if there is no such metric.
+        """
+        path = self.metric or ("segm.AP" if "segm" in self.values else "bbox.AP")
+        known = [f"{kind}.{key}" for kind in ("bbox", "segm") if kind in self.values for key in self.values[kind]]
+        known += [f"at_threshold.{key}" for key in ("precision", "recall", "f1")]
+        return value_at(self.values, path, f"{', '.join(known)}, and classes.NAME.*")
+
+    def summary(self) -> str:
+        from rich.console import Console
+        from rich.table import Table
+
+        if not self.values:
+            return "nothing to measure"
+        table = Table(title=f"{len(self._seen)} images against {self.truth.path}", title_justify="left")
+        kinds = [kind for kind in ("bbox", "segm") if kind in self.values]
+        table.add_column("class")
+        for name in [f"{kind} {key}" for kind in kinds for key in ("AP", "AP50")] + [
+            "precision",
+            "recall",
+            "F1",
+            "labels",
+        ]:
+            table.add_column(name, justify="right")
+        rows = [("all", self.values, self.values["at_threshold"])]
+        rows += [(name, about, about) for name, about in self.values["classes"].items()]
+        for name, precise, counted in rows:
+            numbers = [precise[kind][key] for kind in kinds for key in ("AP", "AP50")]
+            numbers += [counted[key] for key in ("precision", "recall", "f1")]
+            table.add_row(name, *(f"{n:.3f}" for n in numbers), str(counted["matched"] + counted["missed"]))
+        out = io.StringIO()
+        Console(file=out, width=110).print(table)
+        left = [f"{len(self.unlabelled)} images without labels"] if self.unlabelled else []
+        left += [f"{len(self.not_asked)} classes of the truth not asked for"] if self.not_asked else []
+        note = f" ({', '.join(left)} are left out)" if left else ""
+        lines = [out.getvalue().rstrip(), f"  measured in {self.output / 'metrics.json'}{note}"]
+        return "\n".join([*lines, f"  best thresholds by class in {self.output / 'classes.yaml'}"])
+
+
+def _area(annotation: dict[str, Any]) -> float:
+    """The area of a label that does not say its own, as COCO does: of its box."""
+    box = annotation.get("bbox")
+    if box is None:
+        return 0.0
+    x1, y1, x2, y2 = to_xyxy(box)
+    return (x2 - x1) * (y2 - y1)
+
+
+def _encoded(found: sv.Detections) -> list[Any]:
+    """The masks of detections as RLE of pycocotools."""
+    from pycocotools import mask as coco_mask
+
+    return list(coco_mask.encode(np.asfortranarray(np.asarray(found.mask).transpose(1, 2, 0), dtype=np.uint8)))
+
+
+def _overlap(found: sv.Detections, labels: sv.Detections, masks: list[Any] | None) -> NDArray[np.float64]:
+    """IoU of each detection with each label, of masks if both have them, `(n, m)`."""
+    if not len(found) or not len(labels):
+        return np.zeros((len(found), len(labels)))
+    if masks is None or labels.mask is None:
+        return np.asarray(sv.box_iou_batch(found.xyxy, labels.xyxy), np.float64)
+    from pycocotools import mask as coco_mask
+
+    return np.asarray(coco_mask.iou(masks, _encoded(labels), [0] * len(labels)), np.float64)

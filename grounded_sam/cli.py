@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grounded_sam.config import build, build_sinks, build_source, conf_dir, explain, predict_once
+from grounded_sam.config import build, build_sinks, build_source, conf_dir, explain, in_sweep, predict_once
 from grounded_sam.errors import GroundedSamError
 from grounded_sam.sinks.files import written_whole
 
@@ -36,11 +36,10 @@ def run(cfg: DictConfig) -> float | None:
         reason in its `run.json` and returns None, so that the others go on.
     """
     from hydra.core.hydra_config import HydraConfig
-    from hydra.types import RunMode
 
     hydra_ = HydraConfig.get()
     output = Path(hydra_.runtime.output_dir)
-    sweep = Path(hydra_.sweep.dir) if hydra_.mode == RunMode.MULTIRUN else None
+    sweep = Path(hydra_.sweep.dir) if in_sweep() else None
     about: dict[str, Any] = {"overrides": list(hydra_.overrides.task)}
     value, summary = None, None
     try:

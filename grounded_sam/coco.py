@@ -12,7 +12,7 @@ import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
-from grounded_sam.detections import empty, make_detections
+from grounded_sam.detections import empty, make_detections, unpacked
 from grounded_sam.errors import ConfigError
 from grounded_sam.stages import Skipped
 from grounded_sam.vocabulary import Vocabulary
@@ -60,6 +60,7 @@ class CocoFile:
         self._class_id = {number: i for i, number in enumerate(self.vocabulary.category_ids)}
         self.images: list[dict[str, Any]] = []
         self._by_image: dict[Any, list[dict[str, Any]]] = {}
+        self._packed: dict[Any, sv.Detections] = {}
         for given in content["images"]:
             sound = isinstance(given, Mapping) and all(
                 isinstance(given.get(key), kind) for key, kind in (("file_name", str), ("width", int), ("height", int))
@@ -146,28 +147,40 @@ class CocoFile:
 
         `data["iscrowd"]` and `data["ignore"]` (crowds as well) are bool.
         """
+        return unpacked(self._detections(image), (image["height"], image["width"]))
+
+    def packed(self, image: Mapping[str, Any]) -> sv.Detections:
+        """The same with masks as RLE, see `detections.packed`; made once."""
+        if image["id"] not in self._packed:
+            self._packed[image["id"]] = self._detections(image)
+        return self._packed[image["id"]]
+
+    def _detections(self, image: Mapping[str, Any]) -> sv.Detections:
         annotations, size_hw = self._by_image[image["id"]], (image["height"], image["width"])
         if not annotations:
             return empty(self.vocabulary)
-        masks, boxes = None, [to_xyxy(a["bbox"]) if a.get("bbox") else (0.0, 0.0, 0.0, 0.0) for a in annotations]
+        boxes = [to_xyxy(a["bbox"]) if a.get("bbox") else (0.0, 0.0, 0.0, 0.0) for a in annotations]
+        masks = None
         if self.masks:
-            masks = np.array([decode_segmentation(a["segmentation"], size_hw) for a in annotations])
-            from grounded_sam.detections import mask_boxes
+            from pycocotools import mask as coco_mask
 
-            around = mask_boxes(masks)
-            boxes = [b if a.get("bbox") else tuple(m) for a, b, m in zip(annotations, boxes, around, strict=True)]
+            masks = [encoded_segmentation(a["segmentation"], size_hw) for a in annotations]
+            around = coco_mask.toBbox(masks)
+            boxes = [b if a.get("bbox") else to_xyxy(m) for a, b, m in zip(annotations, boxes, around, strict=True)]
         crowd = np.array([bool(a.get("iscrowd", 0)) for a in annotations])
         ignore = crowd | np.array([bool(a.get("ignore", 0)) for a in annotations])
         data: dict[str, Any] = {"iscrowd": crowd, "ignore": ignore}
         if all(a.get("mask_score") is not None for a in annotations):
             data["mask_score"] = np.array([a["mask_score"] for a in annotations], np.float32)
+        if masks is not None:
+            data["rle"] = np.empty(len(masks), object)
+            data["rle"][:] = masks
         found = make_detections(
             boxes,
             [1.0 if a.get("score") is None else a["score"] for a in annotations],
             [self._class_id[a["category_id"]] for a in annotations],
             self.vocabulary,
             size_hw,
-            masks,
             track_id=np.array([-1 if a.get("track_id") is None else a["track_id"] for a in annotations], np.int64),
             **data,
         )
@@ -206,14 +219,19 @@ def decode_segmentation(segmentation: Any, size_hw: tuple[int, int]) -> NDArray[
     """A COCO segmentation (polygons, compressed or uncompressed RLE) as a mask `(H, W) bool`, by pycocotools."""
     from pycocotools import mask as coco_mask
 
+    return np.asarray(coco_mask.decode(encoded_segmentation(segmentation, size_hw)), bool)
+
+
+def encoded_segmentation(segmentation: Any, size_hw: tuple[int, int]) -> dict[str, Any]:
+    """A COCO segmentation as compressed RLE, with `counts` as bytes as pycocotools has them."""
+    from pycocotools import mask as coco_mask
+
     height, width = size_hw
     if isinstance(segmentation, list):
-        rle = coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width))
-    elif isinstance(segmentation["counts"], list):
-        rle = coco_mask.frPyObjects(segmentation, height, width)
-    else:
-        rle = {"size": segmentation["size"], "counts": segmentation["counts"].encode()}
-    return np.asarray(coco_mask.decode(rle), bool)
+        return dict(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width)))
+    if isinstance(segmentation["counts"], list):
+        return dict(coco_mask.frPyObjects(segmentation, height, width))
+    return {"size": segmentation["size"], "counts": segmentation["counts"].encode()}
 
 
 def wrong_segmentation(segmentation: Any, size_hw: tuple[int, int]) -> str | None:

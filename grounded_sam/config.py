@@ -221,6 +221,14 @@ def predict_once(cfg: DictConfig, pipeline: Pipeline, vocabulary: Vocabulary, sw
     pipeline.predictions = Predictions(sweep, vocabulary, settings, pipeline.settings)
 
 
+def in_sweep() -> bool:
+    """Whether this is a job of a multirun."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN
+
+
 def build_source(cfg: DictConfig) -> Source:
     """The source that a config describes."""
     return make(cfg, "source")

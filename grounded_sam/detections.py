@@ -141,6 +141,67 @@ def mask_boxes(masks: NDArray[np.bool_]) -> NDArray[np.float32]:
     return boxes
 
 
+def packed(found: sv.Detections) -> sv.Detections:
+    """The same with masks as compressed COCO RLE in `data["rle"]`, dicts of `size` and `counts`, instead of arrays."""
+    if found.mask is None:
+        return found
+    from pycocotools import mask as coco_mask
+
+    rles = coco_mask.encode(np.asfortranarray(np.asarray(found.mask).transpose(1, 2, 0), dtype=np.uint8))
+    return with_rles(found, rles)
+
+
+def with_rles(found: sv.Detections, rles: Sequence[Any]) -> sv.Detections:
+    """Detections with masks that are RLE already, see `packed`."""
+    column = np.empty(len(rles), object)
+    column[:] = rles
+    return sv.Detections(
+        xyxy=found.xyxy,
+        confidence=found.confidence,
+        class_id=found.class_id,
+        tracker_id=found.tracker_id,
+        data={**found.data, "rle": column},
+        metadata=found.metadata,
+    )
+
+
+def unpacked(found: sv.Detections, size_hw: tuple[int, int]) -> sv.Detections:
+    """What `packed` packed."""
+    if "rle" not in found.data:
+        return found
+    from pycocotools import mask as coco_mask
+
+    data = {key: value for key, value in found.data.items() if key != "rle"}
+    mask = np.zeros((0, *size_hw), bool)
+    if len(found):
+        stacked = coco_mask.decode(list(found.data["rle"]))
+        mask = np.ascontiguousarray(stacked.transpose(2, 0, 1)).view(bool)
+    return sv.Detections(
+        xyxy=found.xyxy,
+        mask=mask,
+        confidence=found.confidence,
+        class_id=found.class_id,
+        tracker_id=found.tracker_id,
+        data=data,
+        metadata=found.metadata,
+    )
+
+
+def segmentation_of(found: sv.Detections, i: int) -> dict[str, Any] | None:
+    """The mask of one of packed detections as JSON has it; None without masks."""
+    if "rle" not in found.data:
+        return None
+    rle = found.data["rle"][i]
+    return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
+
+
+def area_of(found: sv.Detections, i: int) -> int:
+    """Pixels of the mask of one of packed detections."""
+    from pycocotools import mask as coco_mask
+
+    return int(coco_mask.area(found.data["rle"][i]))
+
+
 def merge(parts: Sequence[sv.Detections], vocabulary: Vocabulary) -> sv.Detections:
     """All detections of several parts; the columns of an empty result are there too."""
     filled = [part for part in parts if len(part)]

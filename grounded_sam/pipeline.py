@@ -146,22 +146,22 @@ class Pipeline:
     ) -> sv.Detections:
         """Select boxes, give them masks, select again."""
         keep = self.predictions if frame.video is None else None
-        settings = self.settings if keep is None else keep.floor
         found = check(boxes, vocabulary, frame.size_hw, type(self.detector).__name__)
+        if keep is not None:
+            found = keep.keep(found, vocabulary)
         if segmenter is not None and found.mask is None:
-            found = select(found, settings.before_masks(), vocabulary)
+            found = found if keep is not None else select(found, self.settings.before_masks(), vocabulary)
             with self._timed("segment"):
                 found = segmenter.segment(frame.image, found)
             check(found, vocabulary, frame.size_hw, type(segmenter).__name__)
-        found = select(found, settings, vocabulary)
         if keep is None:
-            return found
+            return select(found, self.settings, vocabulary)
         keep.write(FrameResult(frame, found))
         return self._selected(found, vocabulary)
 
     def _selected(self, found: sv.Detections, vocabulary: Vocabulary) -> sv.Detections:
         """What a run of its own would have selected, from what a run for all jobs kept."""
-        if self.segmenter is not None:
+        if self.segmenter is not None and self.settings.top_k is not None:  # it counts before masks are looked at
             found = select(found, self.settings.before_masks(), vocabulary)
         return select(found, self.settings, vocabulary)
 
@@ -349,7 +349,9 @@ class Pipeline:
                 if stored and self.predictions is not None:
                     for result in group:
                         assert isinstance(result, FrameResult)
-                        yield FrameResult(result.frame, self._selected(result.detections, vocabulary))
+                        by_mask = self.settings.nms_by == "mask"
+                        kept = result.detections if by_mask else result.found
+                        yield FrameResult(result.frame, self._selected(kept, vocabulary), stored=True)
                 elif stored:
                     yield from group  # type: ignore[misc]
                 elif video is None or self._tracker is None:
@@ -433,14 +435,17 @@ class Pipeline:
                 task = progress.add_task("images", total=_length(source))
                 results = self._results(iter(source), source, vocabulary, asked, clicks)
                 for result in stack.enter_context(closing(results)):
-                    pending.append(writer.submit(write, result))
+                    if result.stored and not pending:  # no model to wait for
+                        write(result)
+                    else:
+                        pending.append(writer.submit(write, result))
                     while len(pending) > WRITES_AHEAD:
                         pending.popleft().result()
                     summary.images += 1
                     summary.stored += result.stored
                     summary.frames += result.frame.video is not None
-                    names = [str(name) for name in result.detections.data.get("class_name", [])]
-                    ids = result.detections.tracker_id
+                    names = [str(name) for name in result.found.data.get("class_name", [])]
+                    ids = result.found.tracker_id
                     if ids is None:
                         summary.objects.update(names)
                     else:

@@ -12,13 +12,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from grounded_sam.select import Select
+import numpy as np
+import supervision as sv
+
+from grounded_sam.detections import pick
+from grounded_sam.select import Select, select
 from grounded_sam.sinks.files import written_whole
 from grounded_sam.sinks.store import Store
 from grounded_sam.stages import FrameResult
 from grounded_sam.store import fingerprint
 from grounded_sam.vocabulary import Vocabulary
 
+#: Pictures whose predictions are also held in memory, of one fingerprint; packed, some KB each.
+HELD = 20_000
+_held: dict[Any, Any] = {}
 #: In the folder of a sweep.
 PLACE = ".predictions"
 
@@ -34,21 +41,33 @@ def note_floor(sweep: Path, overrides: Sequence[str]) -> None:
     from hydra.core.override_parser.types import IntervalSweep
 
     scores: list[float] = []
-    duplicates = shared = False
+    nms: list[float] | str = "own"
+    shared = by_class = False
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         key, swept = override.key_or_group.lstrip("+"), override.is_sweep_override()
+        interval = isinstance(override.value(), IntervalSweep)
+        values = list(override.sweep_string_iterator()) if swept and not interval else [override.value()]
+        by_class |= key.startswith("select.class_score")
         if key == "select.score" or key.startswith("select.class_score."):
-            value = override.value()
-            if isinstance(value, IntervalSweep):
-                scores.append(float(value.start or 0.0))
-            elif swept:
-                scores += [float(v) for v in override.sweep_string_iterator()]
-            elif isinstance(value, int | float):
-                scores.append(float(value))
-        duplicates |= swept and key.startswith("select.nms")
+            values = [override.value().start or 0.0] if interval else values
+            scores += [float(v) for v in values if isinstance(v, int | float) or _is_number(str(v))]
+        elif key == "select.nms" and swept and nms != "any":
+            known = not interval and all(_is_number(str(v)) for v in values)
+            nms = sorted(float(v) for v in values) if known else "any"
+        elif key.startswith("select.nms") and swept:
+            nms = "any"
         shared |= swept and key.split(".")[0] in ("select", "sink", "truth", "metric")
+    note = {"shared": shared, "score": min(scores, default=None), "nms": nms, "by_class": by_class}
     with written_whole(sweep / PLACE / "floor.json") as beside:
-        beside.write_text(json.dumps({"shared": shared, "score": min(scores, default=None), "nms_varies": duplicates}))
+        beside.write_text(json.dumps(note))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def read_floor(sweep: Path) -> dict[str, Any]:
@@ -57,25 +76,30 @@ def read_floor(sweep: Path) -> dict[str, Any]:
     return json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
 
 
-def floor_of(settings: Select, vocabulary: Vocabulary, note: dict[str, Any]) -> Select:
-    """The select of the models' run: it leaves whatever any job of the sweep may select.
+def floors_of(settings: Select, vocabulary: Vocabulary, note: dict[str, Any]) -> list[Select]:
+    """Selects that together leave whatever any job of the sweep may select.
 
-    Dropping by score and dropping duplicates the same way for all commute with later, stricter scores; numbers
-    and areas are left to the jobs, and so are duplicates if the sweep varies how they are told.
+    Duplicates are dropped in the order of their scores, so that a stricter score afterwards leaves what it would have
+    left before, and a threshold of the sweep drops the same of what several thresholds together leave. Not so where
+    classes have scores of their own and are duplicates of each other, or where masks tell duplicates: there, as with
+    thresholds that are not known, all duplicates stay. Numbers and areas are left to the jobs.
     """
     own = [settings.score, *(settings.class_score or {}).values(), *vocabulary.class_score.values()]
     score = min(own if note.get("score") is None else [*own, note["score"]])
-    by_mask = settings.nms_by == "mask"
-    return replace(
+    nms = note.get("nms", "own")
+    by_class = bool(note.get("by_class") or settings.class_score or vocabulary.class_score)
+    if settings.nms_by == "mask" or nms == "any" or (settings.nms_across and by_class):
+        nms = [None]
+    floor = replace(
         settings,
         score=score,
         class_score=dict.fromkeys(vocabulary.class_score, score) or None,
-        nms=None if by_mask or note.get("nms_varies") else settings.nms,
         nms_by="box",
         top_k=None,
         min_area=0.0,
         max_area=None,
     )
+    return [replace(floor, nms=value) for value in ([settings.nms] if nms == "own" else nms)]
 
 
 class Predictions:
@@ -85,21 +109,46 @@ class Predictions:
         sweep: the folder of the sweep.
         vocabulary: of the run.
         settings: all that decides what the models find, without `select`; see `store.fingerprint`.
-        select: of the run.
+        selected: the `select` of the run.
     """
 
-    def __init__(self, sweep: Path, vocabulary: Vocabulary, settings: dict[str, Any], select: Select) -> None:
-        self.floor = floor_of(select, vocabulary, read_floor(sweep))
-        whole = {**settings, "select": asdict(self.floor)}
-        place = sweep / PLACE / fingerprint(whole, vocabulary)[:16]
-        self._store = Store(place, vocabulary, whole)
+    def __init__(self, sweep: Path, vocabulary: Vocabulary, settings: dict[str, Any], selected: Select) -> None:
+        self.floors = floors_of(selected, vocabulary, read_floor(sweep))
+        whole = {**settings, "select": [asdict(floor) for floor in self.floors]}
+        mark = fingerprint(whole, vocabulary)
+        self._store = Store(sweep / PLACE / mark[:16], vocabulary, whole)
         self.replayed = 0
+        if _held.get("of") != mark:
+            _held.clear()
+            _held["of"] = mark
 
     def stored(self, name: str, files: list[Path]) -> Iterable[FrameResult] | None:
         """What an earlier job found in a picture of this content; None if none looked at it."""
+        state = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
+        if (held := _held.get((name, *files))) is not None and held[0] == state:
+            self.replayed += 1
+            return [FrameResult(replace(held[1]), held[2], stored=True)]
         found = self._store.stored(name, files)
         self.replayed += found is not None
-        return found
+        return None if found is None else self._hold((name, *files), state, found)
+
+    def _hold(self, key: Any, state: Any, found: Iterable[FrameResult]) -> Iterable[FrameResult]:
+        """Keep what was read in memory for the next job of this process, as long as it is not too much."""
+        for result in found:
+            if len(_held) < HELD and result.frame.video is None:
+                _held[key] = state, replace(result.frame), result.found
+            yield result
+
+    def keep(self, found: sv.Detections, vocabulary: Vocabulary) -> sv.Detections:
+        """Of what a detector found all that a job may select, the most confident first."""
+        if len(self.floors) == 1:
+            return select(found, self.floors[0], vocabulary)
+        found.data["row"] = np.arange(len(found))
+        kept = [select(found, floor, vocabulary).data["row"] for floor in self.floors]
+        del found.data["row"]
+        rows = np.unique(np.concatenate(kept))
+        assert found.confidence is not None
+        return pick(found, rows[np.argsort(-found.confidence[rows], kind="stable")])
 
     def write(self, result: FrameResult) -> None:
         """Keep what was found in a picture."""

@@ -10,6 +10,7 @@ import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
+from grounded_sam.detections import area_of
 from grounded_sam.errors import ConfigError
 from grounded_sam.vocabulary import Vocabulary
 
@@ -105,7 +106,9 @@ def select(found: sv.Detections, settings: Select, vocabulary: Vocabulary) -> sv
         rows = rows[_unique(found, rows, settings)]
     if len(rows) and (settings.min_area > 0 or settings.max_area is not None):
         most = np.inf if settings.max_area is None else settings.max_area
-        if found.mask is None:
+        if "rle" in found.data:  # packed, see detections.packed
+            area = np.array([area_of(found, i) for i in rows], np.float64)
+        elif found.mask is None:
             area = np.asarray(found.box_area)[rows]
         elif settings.min_area <= 1 and settings.max_area is None:
             area = np.array([found.mask[i].any() for i in rows], np.float64)  # all that is asked

@@ -5,23 +5,46 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
+from grounded_sam.detections import packed, unpacked
 from grounded_sam.frames import Frame
 from grounded_sam.vocabulary import Vocabulary
 
 
-@dataclass(frozen=True)
 class FrameResult:
-    """A frame and what was found in it, now or, if `stored`, by an earlier run into the same output."""
+    """A frame and what was found in it, now or, if `stored`, by an earlier run into the same output.
 
-    frame: Frame
-    detections: sv.Detections
-    stored: bool = False
+    Masks are kept as they came and turned into arrays or RLE once, when a sink first asks for `detections` or
+    `packed`.
+
+    Args:
+        frame: the frame.
+        found: what was found, with masks as arrays, packed (see `detections.packed`), or without.
+        stored: whether an earlier run found it.
+
+    Attributes:
+        found: for who does not look at masks; others take one of the two below.
+    """
+
+    def __init__(self, frame: Frame, found: sv.Detections, stored: bool = False) -> None:
+        self.frame, self.stored = frame, stored
+        self.found = found
+
+    @cached_property
+    def detections(self) -> sv.Detections:
+        """With masks as arrays, `(n, H, W) bool`."""
+        return unpacked(self.found, self.frame.size_hw)
+
+    @cached_property
+    def packed(self) -> sv.Detections:
+        """With masks as RLE in `data["rle"]`."""
+        return packed(self.found)
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ import pyarrow.parquet as pq
 import supervision as sv
 from numpy.typing import NDArray
 
-from grounded_sam.detections import empty
+from grounded_sam.detections import empty, with_rles
 from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.frames import MAX_PIXELS, Frame, read_image
 from grounded_sam.sources.images import VIDEO_SUFFIXES, common_folder, natural
@@ -383,7 +383,7 @@ def _home(path: str | None) -> str | None:
 def _detections(
     rows: list[dict[str, Any]], size_hw: tuple[int, int], vocabulary: Vocabulary, video: bool
 ) -> sv.Detections:
-    """Object rows as detections."""
+    """Object rows as packed detections."""
     if not rows:
         none = empty(vocabulary)
         none.tracker_id = np.empty(0, np.int64) if video else None
@@ -393,14 +393,16 @@ def _detections(
     if all(row["mask_score"] is not None for row in rows):
         data["mask_score"] = np.array([row["mask_score"] for row in rows], np.float32)
     counts = [row["counts"] for row in rows]
-    return sv.Detections(
+    found = sv.Detections(
         xyxy=np.array([[row[k] for k in ("x1", "y1", "x2", "y2")] for row in rows], np.float32),
-        mask=None if None in counts else _decode(counts, size_hw),
         confidence=np.array([row["score"] for row in rows], np.float32),
         class_id=np.array([vocabulary.classes.index(row["class"]) for row in rows], np.int64),
         tracker_id=None if None in ids else np.array(ids, np.int64),
         data=data,
     )
+    if None in counts:
+        return found
+    return with_rles(found, [{"size": list(size_hw), "counts": text.encode()} for text in counts])
 
 
 def _is_movie(path: str) -> bool:
@@ -435,15 +437,6 @@ class _Lazy:
             was = f"{width}x{height} px"
             raise ImageError(f"{self.path}: {image.shape[1]}x{image.shape[0]} px, but it was stored as {was}")
         return image
-
-
-def _decode(counts: list[str], size_hw: tuple[int, int]) -> NDArray[np.bool_]:
-    from pycocotools import mask as coco_mask
-
-    if not counts:
-        return np.zeros((0, *size_hw), bool)
-    stacked = coco_mask.decode([{"size": list(size_hw), "counts": text.encode()} for text in counts])
-    return np.ascontiguousarray(stacked.transpose(2, 0, 1)).astype(bool)
 
 
 def _line(error: BaseException) -> str:

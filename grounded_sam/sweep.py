@@ -18,6 +18,8 @@ from grounded_sam.config import GROUPS
 from grounded_sam.errors import ConfigError
 from grounded_sam.sinks.files import written_whole
 
+#: Columns of the table that are measured.
+MEASURED = ("bbox", "segm", "davis_all_frames", "sav")
 #: What jobs do not differ by.
 INCIDENTAL = ("output", "hydra")
 
@@ -159,7 +161,7 @@ def _plot(rows: list[dict[str, Any]], lines: list[dict[str, Any]]) -> bytes:
     from matplotlib.figure import Figure
 
     good = [line for line in lines if line["metric"] is not None]
-    keys = [key for key in good[0] if "." in key and key.split(".")[0] not in ("bbox", "segm")] + [
+    keys = [key for key in good[0] if "." in key and key.split(".")[0] not in MEASURED] + [
         key for key in good[0] if key in GROUPS
     ]
     numeric = [key for key in keys if all(_number(line.get(key)) is not None for line in good)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from grounded_sam.vocabulary import Vocabulary
 
 #: Resamples of the images for an interval.
 RESAMPLES = 1000
+#: Numbers that are looked at together.
+BLOCK = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -79,17 +83,34 @@ def best_threshold(
     best = int(choose(np.ones((1, len(labels))))[0])
     if best < 0:
         return None
-    rng, chosen = np.random.default_rng(seed), []
-    step = max(1, 4_000_000 // max(len(score), len(labels)))
-    for start in range(0, RESAMPLES, step):
-        count = min(step, RESAMPLES - start)
-        weights = rng.multinomial(len(labels), np.full(len(labels), 1 / len(labels)), count).astype(np.float64)
-        chosen.append(choose(weights))
-    several = np.concatenate(chosen)
+    step = max(1, BLOCK // len(score))
+    several = np.concatenate(
+        [
+            choose(weights[start : start + step].astype(np.float64))
+            for weights in _resamples(len(labels), seed)
+            for start in range(0, len(weights), step)
+        ]
+    )
     low, high = np.percentile(between[several[several >= 0]], [2.5, 97.5]) if (several >= 0).any() else (0.0, 1.0)
     good, found = int(right[: ends[best] + 1].sum()), int(ends[best]) + 1
     recall, f1 = good / int(labels.sum()), 2 * good / (found + int(labels.sum()))
     return Best(float(between[best]), (float(low), float(high)), good / found, recall, f1)
+
+
+def _resamples(images: int, seed: int) -> Iterator[NDArray[np.uint16]]:
+    """How often each image is drawn in each resample, `(RESAMPLES, images)` in blocks."""
+    step = max(1, BLOCK // images)
+    if step >= RESAMPLES:
+        yield _drawn(images, seed)
+        return
+    rng = np.random.default_rng(seed)
+    for start in range(0, RESAMPLES, step):
+        yield rng.multinomial(images, np.full(images, 1 / images), min(step, RESAMPLES - start)).astype(np.uint16)
+
+
+@lru_cache(maxsize=1)  # every class, and every job of a sweep, asks for the same
+def _drawn(images: int, seed: int) -> NDArray[np.uint16]:
+    return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), RESAMPLES).astype(np.uint16)
 
 
 def write_ontology(path: Path, vocabulary: Vocabulary, best: list[Best | None], note: str) -> None:

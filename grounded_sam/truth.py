@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -28,9 +29,8 @@ def read_truth(given: str | Path) -> CocoFile | Masklets:
     if not path.exists():
         raise ConfigError(f"truth={given}: no such file or folder")
     if path.is_file() and path.suffix.lower() == ".json":
-        content = read_json(path)
-        videos = isinstance(content, dict) and ("masklet" in content or "videos" in content)
-        return Masklets(path, content) if videos and "images" not in content else CocoFile(path, content=content)
+        about = path.stat()
+        return _from_json(path, about.st_mtime_ns, about.st_size)
     if path.is_file() and path.suffix.lower() in (".yaml", ".yml"):
         return CocoFile(path, content=from_yolo(path))
     if (path / "data.yaml").is_file():
@@ -43,6 +43,13 @@ def read_truth(given: str | Path) -> CocoFile | Masklets:
         f"truth={given}: expected a COCO file (.json), a YOLO dataset (data.yaml), a folder of Pascal VOC (.xml) or of "
         "DAVIS (.png), SA-V's JSON or YouTube-VIS JSON"
     )
+
+
+@lru_cache(maxsize=1)  # the jobs of a sweep ask for the same
+def _from_json(path: Path, changed: int, size: int) -> CocoFile | Masklets:
+    content = read_json(path)
+    videos = isinstance(content, dict) and ("masklet" in content or "videos" in content)
+    return Masklets(path, content) if videos and "images" not in content else CocoFile(path, content=content)
 
 
 def from_yolo(about: Path) -> dict[str, Any]:

@@ -79,10 +79,11 @@ def test_the_reference_numbers_are_met(case, data, reference, tmp_path):
     assert {k: values[kind][k] for k in expected} == pytest.approx(expected, abs=1e-4)
 
 
-def by_pycocotools(truth, results, kind):
+def by_pycocotools(truth, results, kind, use_cats=1):
     with contextlib.redirect_stdout(io.StringIO()):
         coco = COCO(truth)
         run = COCOeval(coco, coco.loadRes(results), kind)
+        run.params.useCats = use_cats
         run.evaluate()
         run.accumulate()
         run.summarize()
@@ -96,6 +97,8 @@ def test_pycocotools_measures_the_same_of_a_run(data, tmp_path, kind):
     values = measure(results, truth, tmp_path)
     same = by_pycocotools(truth, str(results), kind)
     assert {key: values[kind][key] for key in STATS} == pytest.approx(same, abs=1e-6)
+    any_class = by_pycocotools(truth, str(results), kind, use_cats=0)
+    assert values[kind]["AR100_any_class"] == pytest.approx(any_class["AR100"], abs=1e-6)
 
 
 def halves(folder, masks=True):

@@ -19,7 +19,8 @@ from PIL import Image
 
 from grounded_sam import ConfigError, Select, Vocabulary
 from grounded_sam.config import compose
-from grounded_sam.predictions import floor_of, note_floor, read_floor
+from grounded_sam.detections import packed
+from grounded_sam.predictions import Predictions, floors_of, note_floor, read_floor
 from grounded_sam.select import select
 from grounded_sam.sinks.coco import Coco
 from grounded_sam.stages import FrameResult
@@ -132,16 +133,19 @@ def test_ready_made_sweeps_are_parameters_of_the_sweeper(name, labelled, tmp_pat
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["select.score=0.2,0.4"], {"shared": True, "score": 0.2, "nms_varies": False}),
-        (["select.score=interval(0.1,0.6)"], {"shared": True, "score": 0.1, "nms_varies": False}),
-        (["select.nms=0.3,0.7", "text=a"], {"shared": True, "score": None, "nms_varies": True}),
-        (["segmenter=sam,sam2"], {"shared": False, "score": None, "nms_varies": False}),
-        (["select.class_score.a=0.5,0.05", "select.score=0.3"], {"shared": True, "score": 0.05, "nms_varies": False}),
+        (["select.score=0.2,0.4"], (True, 0.2, "own", False)),
+        (["select.score=interval(0.1,0.6)"], (True, 0.1, "own", False)),
+        (["select.nms=0.7,0.3", "text=a"], (True, None, [0.3, 0.7], False)),
+        (["select.nms=0.7,null"], (True, None, "any", False)),
+        (["select.nms=interval(0.3,0.8)"], (True, None, "any", False)),
+        (["select.nms=0.7,0.3", "select.nms_by=box,mask"], (True, None, "any", False)),
+        (["segmenter=sam,sam2"], (False, None, "own", False)),
+        (["select.class_score.a=0.5,0.05", "select.score=0.3"], (True, 0.05, "own", True)),
     ],
 )
 def test_what_a_sweep_asks_for_is_read_from_its_words(tmp_path, words, expected):
     note_floor(tmp_path, words)
-    assert read_floor(tmp_path) == expected
+    assert tuple(read_floor(tmp_path)[key] for key in ("shared", "score", "nms", "by_class")) == expected
 
 
 BOXES = st.lists(
@@ -157,13 +161,25 @@ BOXES = st.lists(
 )
 
 
-@given(BOXES, st.floats(0.1, 0.9), st.sampled_from([0.3, 0.5, 0.7, None]), st.booleans(), st.sampled_from([1, 3, None]))
-def test_selecting_from_what_was_kept_for_all_is_selecting_at_once(rows, score, nms, across, top_k):
+@given(
+    BOXES,
+    st.floats(0.1, 0.9),
+    st.sampled_from([0.3, 0.5, 0.7, None]),
+    st.booleans(),
+    st.sampled_from([1, 3, None]),
+    st.sampled_from([None, {"a": 0.2}, {"a": 0.6, "b": 0.1}]),
+)
+def test_selecting_from_what_was_kept_for_all_is_selecting_at_once(rows, score, nms, across, top_k, by_class):
     found = boxes(*((x, y, x + w, y + h, s, c) for x, y, w, h, s, c in rows))
-    settings = Select(score=score, nms=nms, nms_across=across, top_k=top_k)
-    for note in ({"score": 0.05, "nms_varies": False}, {"score": 0.05, "nms_varies": True}):
-        kept = select(found, floor_of(settings, CLASSES, note), CLASSES)
+    settings = Select(score=score, nms=nms, nms_across=across, top_k=top_k, class_score=by_class)
+    for several in ("own", "any", [0.3, 0.5, 0.7]):
+        if isinstance(several, list) and nms is None:
+            continue  # not a point of that sweep
+        keep = object.__new__(Predictions)
+        keep.floors = floors_of(settings, CLASSES, {"score": 0.05, "nms": several})
+        kept = keep.keep(found, CLASSES)
         assert select(kept, settings, CLASSES) == select(found, settings, CLASSES)
+        assert select(packed(kept), settings, CLASSES) == select(packed(found), settings, CLASSES)
 
 
 def test_a_folder_without_jobs_is_refused(tmp_path):

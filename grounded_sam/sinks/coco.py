@@ -9,9 +9,9 @@ from types import TracebackType
 from typing import IO, Any, Literal
 
 import numpy as np
-import supervision as sv
 from numpy.typing import NDArray
 
+from grounded_sam.detections import area_of, segmentation_of
 from grounded_sam.errors import ConfigError
 from grounded_sam.sinks.files import written_whole
 from grounded_sam.sinks.pictures import Handling, Pictures
@@ -93,7 +93,7 @@ class Coco:
         self._lines[part, kind].write(json.dumps(entry, ensure_ascii=False) + "\n")
 
     def write(self, result: FrameResult) -> None:
-        frame, found, part = result.frame, result.detections, self.split(result.frame)
+        frame, found, part = result.frame, result.packed, self.split(result.frame)
         name, (height, width) = frame.name, frame.size_hw
         if self.pictures.how != "none":
             name = self.pictures.put(frame, self.path.parent / "images", self.pictures.stem(frame))
@@ -104,10 +104,11 @@ class Coco:
         self._line(part, "images", image)
         for i in range(len(found)):
             self.annotations += 1
-            entry = {"id": self.annotations, "image_id": self.images, **self._entry(found, i)}
+            entry = {"id": self.annotations, "image_id": self.images, **self._entry(result, i)}
             self._line(part, "annotations", entry)
 
-    def _entry(self, found: sv.Detections, i: int) -> dict[str, Any]:
+    def _entry(self, result: FrameResult, i: int) -> dict[str, Any]:
+        found = result.packed
         assert found.class_id is not None and found.confidence is not None
         x1, y1, x2, y2 = (round(float(v), 3) for v in found.xyxy[i])
         entry: dict[str, Any] = {
@@ -117,10 +118,12 @@ class Coco:
             "iscrowd": int(found.data["iscrowd"][i]) if "iscrowd" in found.data else 0,
             "score": round(float(found.confidence[i]), 6),
         }
-        if found.mask is not None:
-            mask = np.asarray(found.mask[i], bool)
-            entry["area"] = int(mask.sum())
-            entry["segmentation"] = encode_mask(mask) if self.segmentation == "rle" else encode_polygons(mask)
+        if "rle" in found.data:
+            entry["area"] = area_of(found, i)
+            entry["segmentation"] = segmentation_of(found, i)
+            if self.segmentation == "polygon":
+                assert result.detections.mask is not None
+                entry["segmentation"] = encode_polygons(np.asarray(result.detections.mask[i], bool))
         if found.tracker_id is not None:
             entry["track_id"] = int(found.tracker_id[i])
         if "mask_score" in found.data:

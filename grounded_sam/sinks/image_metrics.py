@@ -101,7 +101,7 @@ class ImageMetrics:
         return self
 
     def write(self, result: FrameResult) -> None:
-        frame, found = result.frame, result.detections
+        frame, found = result.frame, result.packed
         image = self._images.get(frame.name) or self._ends.get(frame.name.rpartition("/")[2])
         if image is None:
             self.unlabelled.append(frame.name)
@@ -112,7 +112,7 @@ class ImageMetrics:
                 f"in {self.truth.path}"
             )
         self._seen.append(image["id"])
-        masks = None if found.mask is None else _encoded(found)
+        masks = list(found.data["rle"]) if "rle" in found.data else None
         for i in range(len(found)):
             assert found.class_id is not None and found.confidence is not None
             # Thousandths of a pixel, as files have them: 32 bits alone would move some IoUs across a threshold.
@@ -126,9 +126,10 @@ class ImageMetrics:
 
     def _compare(self, result: FrameResult, image: dict[str, Any], masks: list[Any] | None) -> None:
         """Match an image's detections with its labels, count, and keep the worst for the pictures."""
-        found, labels = result.detections, self.truth.detections(image)
+        found, labels = result.packed, self.truth.packed(image)
         place = {name: i for i, name in enumerate(self.vocabulary.classes)}
-        labels = pick(labels, np.array([str(n) in place for n in labels.data["class_name"]], bool))
+        if self.not_asked:
+            labels = pick(labels, np.array([str(n) in place for n in labels.data["class_name"]], bool))
         theirs = np.array([place[str(name)] for name in labels.data["class_name"]], np.int64)
         crowd = np.asarray(labels.data.get("ignore", np.zeros(len(labels), bool)), bool)
         overlap = _overlap(found, labels, masks)
@@ -162,7 +163,8 @@ class ImageMetrics:
                 box = [round(float(v), 2) for v in part.xyxy[i]]
                 about = {"file": result.frame.name, "kind": kind, "class": name, "xyxy": box}
                 self.mistakes.append(about | ({} if kind == "missed" else {"score": float(part.confidence[i])}))
-        self._worst.offer(result, pick(labels, missed), pick(found, false))
+        if self._worst.most and (len(missed) or len(false)):
+            self._worst.offer(result, pick(labels, missed), pick(found, false))
 
     def _confuse(
         self,
@@ -246,7 +248,6 @@ class ImageMetrics:
         seen = set(self._seen)
         dataset = {
             "images": [image for image in self.truth.images if image["id"] in seen],
-            "annotations": labels,
             "categories": [
                 {"id": number} | {"name": name} for number, name in zip(self.ids, self.vocabulary.classes, strict=True)
             ],
@@ -255,9 +256,11 @@ class ImageMetrics:
             none = dict.fromkeys((*STATS, "AR100_any_class"), 0.0 if labels else -1.0)
             return none, [{"AP": none["AP"], "AP50": none["AP50"]} for _ in self.ids]
         with contextlib.redirect_stdout(io.StringIO()):
-            truth = COCO(dataset)
-            # With both, the area of a mask would be taken for that of its box.
+            # With both, the area of a mask would be taken for that of its box; and masks of boxes would be encoded.
             drop = {"bbox": "segmentation", "segm": "bbox"}[kind]
+            if kind == "bbox":
+                labels = [{k: v for k, v in one.items() if k != drop} for one in labels]
+            truth = COCO({**dataset, "annotations": labels})
             results = truth.loadRes([{k: v for k, v in one.items() if k != drop} for one in self._found])
             run = COCOeval_faster(truth, results, kind)
             run.params.catIds = list(self.ids)
@@ -266,11 +269,13 @@ class ImageMetrics:
             run.summarize()
             any_class = COCOeval_faster(truth, results, kind)
             any_class.params.useCats = 0
+            any_class.params.areaRng, any_class.params.areaRngLbl = any_class.params.areaRng[:1], ["all"]
+            any_class.params.maxDets = [100]
             any_class.evaluate()
             any_class.accumulate()
-            any_class.summarize()
         values = dict(zip(STATS, (float(v) for v in run.stats[:12]), strict=True))
-        values["AR100_any_class"] = float(any_class.stats[8])
+        recall = any_class.eval["recall"]  # IoU, class, area, number
+        values["AR100_any_class"] = float(recall[recall > -1].mean()) if (recall > -1).any() else -1.0
         precision = run.eval["precision"]  # IoU, recall, class, area, number
         per_class = []
         for i in range(len(self.ids)):
@@ -330,19 +335,12 @@ def _area(annotation: dict[str, Any]) -> float:
     return (x2 - x1) * (y2 - y1)
 
 
-def _encoded(found: sv.Detections) -> list[Any]:
-    """The masks of detections as RLE of pycocotools."""
-    from pycocotools import mask as coco_mask
-
-    return list(coco_mask.encode(np.asfortranarray(np.asarray(found.mask).transpose(1, 2, 0), dtype=np.uint8)))
-
-
 def _overlap(found: sv.Detections, labels: sv.Detections, masks: list[Any] | None) -> NDArray[np.float64]:
     """IoU of each detection with each label, of masks if both have them, `(n, m)`."""
     if not len(found) or not len(labels):
         return np.zeros((len(found), len(labels)))
-    if masks is None or labels.mask is None:
+    if masks is None or "rle" not in labels.data:
         return np.asarray(sv.box_iou_batch(found.xyxy, labels.xyxy), np.float64)
     from pycocotools import mask as coco_mask
 
-    return np.asarray(coco_mask.iou(masks, _encoded(labels), [0] * len(labels)), np.float64)
+    return np.asarray(coco_mask.iou(masks, list(labels.data["rle"]), [0] * len(labels)), np.float64)

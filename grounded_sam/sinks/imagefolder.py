@@ -7,13 +7,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import supervision as sv
 
+from grounded_sam.detections import area_of, segmentation_of
 from grounded_sam.errors import ConfigError
-from grounded_sam.sinks.coco import encode_mask
 from grounded_sam.sinks.files import written_whole
 from grounded_sam.sinks.pictures import Handling, Pictures
 from grounded_sam.sinks.splits import Splits
@@ -81,7 +80,7 @@ class ImageFolder:
     def write(self, result: FrameResult) -> None:
         if not self.images:
             self.split.claim(self.folder)
-        frame, found = result.frame, result.detections
+        frame, found = result.frame, result.packed
         part = self.split(frame) or "train"
         name = self.pictures.put(frame, self.folder / part, self.pictures.stem(frame))
         height, width = frame.size_hw
@@ -97,14 +96,14 @@ class ImageFolder:
     def _object(self, found: sv.Detections, i: int) -> dict[str, Any]:
         assert found.class_id is not None and found.confidence is not None
         x1, y1, x2, y2 = (round(float(v), 3) for v in found.xyxy[i])
-        mask = None if found.mask is None else np.asarray(found.mask[i], bool)
+        rle = segmentation_of(found, i)
         return {
             "bbox": [x1, y1, x2 - x1, y2 - y1],
             "category": int(found.class_id[i]),
             "name": str(found.data["class_name"][i]),
             "score": float(found.confidence[i]),
-            "area": (x2 - x1) * (y2 - y1) if mask is None else float(mask.sum()),
-            "segmentation": None if mask is None else encode_mask(mask),
+            "area": (x2 - x1) * (y2 - y1) if rle is None else float(area_of(found, i)),
+            "segmentation": rle,
             "track_id": None if found.tracker_id is None else int(found.tracker_id[i]),
         }
 

@@ -7,9 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-import numpy as np
-
-from grounded_sam.sinks.coco import encode_mask
+from grounded_sam.detections import segmentation_of
 from grounded_sam.stages import FrameResult
 from grounded_sam.vocabulary import Vocabulary
 
@@ -38,7 +36,7 @@ class JsonLines:
         if self._out is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._out = self.path.open("w", encoding="utf-8")
-        frame, found = result.frame, result.detections
+        frame, found = result.frame, result.packed
         height, width = frame.size_hw
         line: dict[str, Any] = {"file": frame.name, "frame": frame.index, "width": width, "height": height}
         if frame.time_s is not None:
@@ -60,8 +58,8 @@ class JsonLines:
             entry["track_id"] = int(found.tracker_id[i])
         if "mask_score" in found.data:
             entry["mask_score"] = round(float(found.data["mask_score"][i]), 6)
-        if self.masks and found.mask is not None:
-            entry["segmentation"] = encode_mask(np.asarray(found.mask[i], bool))
+        if self.masks and "rle" in found.data:
+            entry["segmentation"] = segmentation_of(found, i)
         return entry
 
     def __exit__(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from grounded_sam.config import in_sweep
 from grounded_sam.errors import ConfigError
 from grounded_sam.masklets import Masklets
 from grounded_sam.sinks.image_metrics import ImageMetrics
@@ -19,7 +20,7 @@ def metrics(
     truth: str | Path | None = None,
     iou: float = 0.5,
     metric: str | None = None,
-    errors: int = 24,
+    errors: int | None = None,
     precision: float | None = None,
     objects: Literal["best", "ids", "one"] = "best",
 ) -> ImageMetrics | VideoMetrics:
@@ -29,7 +30,8 @@ def metrics(
         output: folder of the run.
         vocabulary: of the run.
         truth: labels; see `truth.read_truth`.
-        iou, metric, errors, precision: see `ImageMetrics`; `VideoMetrics` has all but the last.
+        iou, metric, precision: see `ImageMetrics`; `VideoMetrics` has the first two.
+        errors: images drawn under `errors/`; None for 24, but none for a job of a sweep.
         objects: see `VideoMetrics`.
 
     Raises:
@@ -39,6 +41,8 @@ def metrics(
         raise ConfigError("sink=metrics needs labels to measure against: truth=instances.json")
     if isinstance(iou, bool) or not isinstance(iou, int | float) or not 0 < iou <= 1:
         raise ConfigError(f"sink.metrics.iou must be a number above 0 and up to 1, got {iou!r}")
+    if errors is None:
+        errors = 0 if in_sweep() else 24
     if isinstance(errors, bool) or not isinstance(errors, int) or errors < 0:
         raise ConfigError(f"sink.metrics.errors must be a whole number from 0, got {errors!r}")
     if precision is not None and (isinstance(precision, bool) or not 0 < precision <= 1):

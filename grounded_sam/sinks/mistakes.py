@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import supervision as sv
 
+from grounded_sam.detections import unpacked
 from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.sinks.files import Names, written_whole
 from grounded_sam.stages import FrameResult
@@ -66,7 +67,8 @@ def _draw(result: FrameResult, missed: sv.Detections, false: sv.Detections) -> b
     for part, colour, word in ((missed, sv.Color.BLUE, "missed"), (false, sv.Color.RED, "false")):
         if not len(part):
             continue
-        shown = sv.Detections(xyxy=part.xyxy, mask=part.mask, class_id=part.class_id)
+        masks = unpacked(part, scene.shape[:2]).mask
+        shown = sv.Detections(xyxy=part.xyxy, mask=masks, class_id=part.class_id)
         if shown.mask is not None:
             scene = sv.MaskAnnotator(colour, opacity=0.4).annotate(scene, shown)
         scene = sv.BoxAnnotator(colour).annotate(scene, shown)

@@ -14,13 +14,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import supervision as sv
 
+from grounded_sam.detections import area_of
 from grounded_sam.errors import ConfigError
-from grounded_sam.sinks.coco import encode_mask
 from grounded_sam.sinks.files import written_whole
 from grounded_sam.stages import FrameResult, Skipped
 from grounded_sam.store import SCHEMA, VERSION, Reader, digest_of, essential, fingerprint, runs
@@ -112,7 +111,7 @@ class Store:
     def write(self, result: FrameResult) -> None:
         if result.stored:
             return
-        frame, found = result.frame, result.detections
+        frame, found = result.frame, result.packed
         if self._video is not None and self._video["video"] != frame.video:
             self._end_video()
         name = frame.name if frame.video is None else frame.video
@@ -210,9 +209,8 @@ def _object(found: sv.Detections, i: int) -> dict[str, Any]:
         "score": float(found.confidence[i]),
         **dict(zip(("x1", "y1", "x2", "y2"), found.xyxy[i].tolist(), strict=True)),
     }
-    if found.mask is not None:
-        mask = np.asarray(found.mask[i], bool)
-        row |= {"area": int(mask.sum()), "counts": encode_mask(mask)["counts"]}
+    if "rle" in found.data:
+        row |= {"area": area_of(found, i), "counts": found.data["rle"][i]["counts"].decode("ascii")}
     if "mask_score" in found.data:
         row["mask_score"] = float(found.data["mask_score"][i])
     if found.tracker_id is not None:

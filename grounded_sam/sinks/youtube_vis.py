@@ -8,10 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-import numpy as np
-
+from grounded_sam.detections import area_of, segmentation_of
 from grounded_sam.errors import ConfigError
-from grounded_sam.sinks.coco import encode_mask
 from grounded_sam.sinks.files import written_whole
 from grounded_sam.stages import FrameResult
 from grounded_sam.vocabulary import Vocabulary
@@ -40,7 +38,7 @@ class YoutubeVis:
         return self
 
     def write(self, result: FrameResult) -> None:
-        frame, found = result.frame, result.detections
+        frame, found = result.frame, result.packed
         if found.tracker_id is None:
             raise ConfigError("sink=youtube_vis needs tracks: a video as input, and a tracker other than none")
         if self._masks is None:
@@ -52,12 +50,11 @@ class YoutubeVis:
             name, {"id": len(self.videos) + 1, "width": width, "height": height, "length": 0, "file_names": []}
         )
         for i, tracker_id in enumerate(found.tracker_id.tolist()):
-            assert found.class_id is not None and found.confidence is not None and found.mask is not None
+            assert found.class_id is not None and found.confidence is not None and "rle" in found.data
             track = self.tracks.setdefault((name, tracker_id), {"places": {}})
             track |= {"class_id": int(found.class_id[i]), "score": float(found.confidence[i])}
-            mask = np.asarray(found.mask[i], bool)
             x1, y1, x2, y2 = (round(float(v), 3) for v in found.xyxy[i])
-            entry = {"rle": encode_mask(mask), "area": int(mask.sum()), "bbox": [x1, y1, x2 - x1, y2 - y1]}
+            entry = {"rle": segmentation_of(found, i), "area": area_of(found, i), "bbox": [x1, y1, x2 - x1, y2 - y1]}
             track["places"][video["length"]] = self._masks.tell()
             self._masks.write(json.dumps(entry).encode() + b"\n")
         video["length"] += 1

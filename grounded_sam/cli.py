@@ -55,6 +55,7 @@ def run(cfg: DictConfig) -> float | None:
         value = measured(sinks)
         about |= {"images": summary.images, "value": value, "seconds": dict(pipeline.seconds)}
         about["replayed"] = 0 if pipeline.predictions is None else pipeline.predictions.replayed
+        about["boxes_replayed"] = 0 if pipeline.boxes is None else pipeline.boxes.replayed
     except (GroundedSamError, OSError) as error:
         if DEBUG:
             raise

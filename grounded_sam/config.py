@@ -153,13 +153,13 @@ def _plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def vocabulary_of(cfg: DictConfig) -> Vocabulary | None:
-    """What `text` and `negative` ask for; None if `text` is not given."""
+    """What `text`, `negative` and `phrasing` ask for; None if `text` is not given."""
     from grounded_sam.vocabulary import Vocabulary
 
     plain = _plain(cfg)
     if plain["text"] is None or plain["text"] == []:
         return None
-    return Vocabulary.parse(plain["text"], plain["negative"] or ())
+    return Vocabulary.parse(plain["text"], plain["negative"] or ()).phrased(str(plain["phrasing"]))
 
 
 def build(cfg: DictConfig, kept: dict[str, tuple[Any, Any]] | None = None) -> Pipeline:
@@ -191,7 +191,9 @@ def build(cfg: DictConfig, kept: dict[str, tuple[Any, Any]] | None = None) -> Pi
     segmenter = None if cfg.segmenter is None or masks_itself else _made(cfg, "segmenter", kept)
     tracking = make(cfg, "track")
     tracker = None if cfg.tracker is None else partial(make, cfg, "tracker", segmenter=segmenter)
-    return Pipeline(detector, segmenter, settings, vocabulary, _plain(cfg)["negative"] or (), tracker, tracking)
+    plain = _plain(cfg)
+    negatives, phrasing = plain["negative"] or (), str(plain["phrasing"])
+    return Pipeline(detector, segmenter, settings, vocabulary, negatives, tracker, tracking, phrasing)
 
 
 def _made(cfg: DictConfig, key: str, kept: dict[str, tuple[Any, Any]] | None) -> Any:
@@ -213,12 +215,16 @@ def predict_once(cfg: DictConfig, pipeline: Pipeline, vocabulary: Vocabulary, sw
     """Let a pipeline share what its models find with the other jobs of a sweep, if those ask the same of them."""
     from grounded_sam.predictions import Predictions, read_floor
 
-    if not read_floor(sweep).get("shared") or "store" in (cfg.sink or {}):
+    note = read_floor(sweep)
+    if "store" in (cfg.sink or {}):
         return
     plain = _plain(cfg)
-    settings = {key: plain[key] for key in ("detector", "segmenter")}
-    settings["max_side"] = plain["source"].get("max_side")
-    pipeline.predictions = Predictions(sweep, vocabulary, settings, pipeline.settings)
+    settings = {"detector": plain["detector"], "max_side": plain["source"].get("max_side")}
+    if note.get("boxes") and pipeline.segmenter is not None:
+        pipeline.boxes = Predictions(sweep, vocabulary, {**settings, "segmenter": None}, pipeline.settings)
+    if note.get("shared"):
+        settings["segmenter"] = plain["segmenter"]
+        pipeline.predictions = Predictions(sweep, vocabulary, settings, pipeline.settings)
 
 
 def in_sweep() -> bool:

@@ -64,6 +64,7 @@ class Pipeline:
         negatives: phrases that absorb look-alikes, for calls that name their classes.
         tracker: see `stages.Tracker`, or a function that makes one when a video comes; None for no ids.
         tracking: how a video is followed.
+        phrasing: how phrases are put, for calls that name their classes; see `Vocabulary.phrased`.
     """
 
     def __init__(
@@ -75,12 +76,14 @@ class Pipeline:
         negatives: Sequence[str] = (),
         tracker: Tracker | Callable[[], Tracker] | None = None,
         tracking: Tracking | None = None,
+        phrasing: str = "{}",
     ) -> None:
         self.detector, self.segmenter = detector, segmenter
         self._tracker, self.tracking = tracker, tracking or Tracking()
-        self.negatives = negatives
-        #: What other jobs of a sweep have found already; see `predictions`.
+        self.negatives, self.phrasing = negatives, phrasing
+        #: What other jobs of a sweep have found already, and of the detector alone; see `predictions`.
         self.predictions: Predictions | None = None
+        self.boxes: Predictions | None = None
         #: Seconds spent in each stage.
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.settings = settings or Select()
@@ -93,7 +96,8 @@ class Pipeline:
             ConfigError: if none of them has one.
         """
         if text is not None:
-            return Vocabulary.parse(text, self.negatives)
+            given = Vocabulary.parse(text, self.negatives)
+            return given if isinstance(text, Vocabulary) else given.phrased(self.phrasing)
         own = self.vocabulary or getattr(self.detector, "vocabulary", None)
         if own is None:
             raise ConfigError("text is missing: name what to look for, e.g. text=[car, wheel]")
@@ -127,6 +131,11 @@ class Pipeline:
         self, group: list[Frame], vocabulary: Vocabulary, skip: Callable[[Skipped], None] | None
     ) -> Iterator[tuple[Frame, sv.Detections]]:
         """Frames with their boxes; of a batch that is refused each by itself."""
+        known = [None if self.boxes is None else self.boxes.found(frame) for frame in group]
+        if any(boxes is not None for boxes in known):
+            for frame, boxes in zip(group, known, strict=True):
+                yield from [(frame, boxes)] if boxes is not None else self._detected([frame], vocabulary, skip)
+            return
         try:
             with self._timed("detect"):
                 detected = self.detector.detect(group, vocabulary)
@@ -145,10 +154,12 @@ class Pipeline:
         self, frame: Frame, boxes: sv.Detections, vocabulary: Vocabulary, segmenter: Segmenter | None
     ) -> sv.Detections:
         """Select boxes, give them masks, select again."""
-        keep = self.predictions if frame.video is None else None
+        keep, alone = (self.predictions, self.boxes) if frame.video is None else (None, None)
         found = check(boxes, vocabulary, frame.size_hw, type(self.detector).__name__)
-        if keep is not None:
-            found = keep.keep(found, vocabulary)
+        for kept in (alone, keep):
+            found = found if kept is None else kept.keep(found, vocabulary)
+        if alone is not None and set(found.data) <= {"class_name"}:  # more would be lost
+            alone.write(FrameResult(frame, found))
         if segmenter is not None and found.mask is None:
             found = found if keep is not None else select(found, self.settings.before_masks(), vocabulary)
             with self._timed("segment"):
@@ -460,8 +471,9 @@ class Pipeline:
         except KeyboardInterrupt:
             summary.interrupted = True
         finally:
-            if self.predictions is not None:
-                self.predictions.close()
+            for kept in (self.predictions, self.boxes):
+                if kept is not None:
+                    kept.close()
         self.seconds["all"] = time.perf_counter() - begin
         summary.objects.update(summary.tracks.values())
         summary.skipped = [*source.skipped, *getattr(store, "noted", ())]

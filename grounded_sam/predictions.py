@@ -1,7 +1,8 @@
 """Predict once, select many times: what the models of a sweep find is kept for its other jobs.
 
 Jobs of one multirun that differ only in `select.*`, sinks or truth find the same things before anything is
-selected. The first that looks at a picture stores all that any of them may want; the others select from that.
+selected. The first that looks at a picture stores all that any of them may want; the others select from that. Of jobs
+that differ in the segmenter, the boxes of the detector are shared in the same way.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 import supervision as sv
 
 from grounded_sam.detections import pick
+from grounded_sam.frames import Frame
 from grounded_sam.select import Select, select
 from grounded_sam.sinks.files import written_whole
 from grounded_sam.sinks.store import Store
@@ -23,9 +25,9 @@ from grounded_sam.stages import FrameResult
 from grounded_sam.store import fingerprint
 from grounded_sam.vocabulary import Vocabulary
 
-#: Pictures whose predictions are also held in memory, of one fingerprint; packed, some KB each.
+#: Pictures whose predictions are also held in memory, of each of the last two fingerprints; packed, some KB each.
 HELD = 20_000
-_held: dict[Any, Any] = {}
+_held: dict[str, dict[Any, Any]] = {}
 #: In the folder of a sweep.
 PLACE = ".predictions"
 
@@ -42,7 +44,7 @@ def note_floor(sweep: Path, overrides: Sequence[str]) -> None:
 
     scores: list[float] = []
     nms: list[float] | str = "own"
-    shared = by_class = False
+    shared = boxes = by_class = False
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         key, swept = override.key_or_group.lstrip("+"), override.is_sweep_override()
         interval = isinstance(override.value(), IntervalSweep)
@@ -57,7 +59,8 @@ def note_floor(sweep: Path, overrides: Sequence[str]) -> None:
         elif key.startswith("select.nms") and swept:
             nms = "any"
         shared |= swept and key.split(".")[0] in ("select", "sink", "truth", "metric")
-    note = {"shared": shared, "score": min(scores, default=None), "nms": nms, "by_class": by_class}
+        boxes |= swept and key.split(".")[0] == "segmenter"
+    note = {"shared": shared, "boxes": boxes, "score": min(scores, default=None), "nms": nms, "by_class": by_class}
     with written_whole(sweep / PLACE / "floor.json") as beside:
         beside.write_text(json.dumps(note))
 
@@ -118,14 +121,15 @@ class Predictions:
         mark = fingerprint(whole, vocabulary)
         self._store = Store(sweep / PLACE / mark[:16], vocabulary, whole)
         self.replayed = 0
-        if _held.get("of") != mark:
-            _held.clear()
-            _held["of"] = mark
+        self._memory = _held.pop(mark, {})
+        _held[mark] = self._memory
+        while len(_held) > 2:  # the last of whole predictions and of boxes
+            _held.pop(next(iter(_held)))
 
     def stored(self, name: str, files: list[Path]) -> Iterable[FrameResult] | None:
         """What an earlier job found in a picture of this content; None if none looked at it."""
         state = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
-        if (held := _held.get((name, *files))) is not None and held[0] == state:
+        if (held := self._memory.get((name, *files))) is not None and held[0] == state:
             self.replayed += 1
             return [FrameResult(replace(held[1]), held[2], stored=True)]
         found = self._store.stored(name, files)
@@ -135,9 +139,16 @@ class Predictions:
     def _hold(self, key: Any, state: Any, found: Iterable[FrameResult]) -> Iterable[FrameResult]:
         """Keep what was read in memory for the next job of this process, as long as it is not too much."""
         for result in found:
-            if len(_held) < HELD and result.frame.video is None:
-                _held[key] = state, replace(result.frame), result.found
+            if len(self._memory) < HELD and result.frame.video is None:
+                self._memory[key] = state, replace(result.frame), result.found
             yield result
+
+    def found(self, frame: Frame) -> sv.Detections | None:
+        """`stored` for a frame that is decoded already."""
+        if frame.video is not None or frame.file is None:
+            return None
+        results = self.stored(frame.name, [frame.file])
+        return None if results is None else next((result.detections for result in results), None)
 
     def keep(self, found: sv.Detections, vocabulary: Vocabulary) -> sv.Detections:
         """Of what a detector found all that a job may select, the most confident first."""

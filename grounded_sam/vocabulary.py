@@ -131,6 +131,19 @@ class Vocabulary:
             **columns,
         )
 
+    def phrased(self, phrasing: str) -> Vocabulary:
+        """The same classes, each phrase put as `phrasing` says: `a photo of a {}`.
+
+        Raises:
+            VocabularyError: if it has not exactly one `{}`.
+        """
+        if phrasing.count("{}") != 1:
+            raise VocabularyError(f"phrasing must have one {{}} where the phrase goes, got {phrasing!r}")
+        if phrasing == "{}":
+            return self
+        put = tuple(tuple(phrasing.replace("{}", phrase) for phrase in phrases) for phrases in self.phrases)
+        return replace(self, phrases=put, negatives=tuple(phrasing.replace("{}", n) for n in self.negatives))
+
     @classmethod
     def of_categories(cls, categories: Sequence[Any], where: str) -> Vocabulary:
         """The names and ids of COCO `categories`, to name labels with.

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import yaml
 from fakes import CLASSES, boxes
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -102,6 +103,23 @@ def test_every_point_of_a_sweep_equals_a_run_of_its_own(labelled, tmp_path):
     assert "8 jobs" in text and "preset=best" in text
 
 
+def test_boxes_are_found_once_for_all_segmenters(labelled, tmp_path):
+    words = ["segmenter=sam,sam2,none", "select.score=0.3,0.5"]
+    run(labelled, tmp_path / "s", "-m", *words)
+    about = [json.loads((tmp_path / "s" / str(i) / "run.json").read_text()) for i in range(6)]
+    assert [job["boxes_replayed"] for job in about] == [0, 0, 5, 0, 0, 0]
+    # Without a segmenter the boxes are all there is.
+    assert [job["replayed"] for job in about] == [0, 5, 0, 5, 5, 5]
+    for i in (2, 3):
+        direct = [word for word in about[i]["overrides"] if word.split("=")[0] in ("segmenter", "select.score")]
+        run(labelled, tmp_path / str(i), *direct)
+        assert measured(tmp_path / "s" / str(i)) == measured(tmp_path / str(i))
+    with (tmp_path / "s" / "sweep.csv").open(newline="") as file:
+        lines = {(line["segmenter"], line["select.score"]): line for line in csv.DictReader(file)}
+    looked = {line["s/image detect"] for key, line in lines.items() if key[0] != "none"}
+    assert len(looked) == 1 and float(looked.pop()) > 0  # what was saved is part of what it costs
+
+
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
 def test_a_job_that_fails_is_a_row_with_its_reason(labelled, tmp_path, launcher):
     if launcher == "joblib":
@@ -117,12 +135,12 @@ def test_a_job_that_fails_is_a_row_with_its_reason(labelled, tmp_path, launcher)
     assert all(float(line["s/image segment"]) > 0 for line in lines[:2])
 
 
-@pytest.mark.parametrize("name", ["thresholds", "detectors", "redetect"])
+@pytest.mark.parametrize("name", ["thresholds", "detectors", "prompts", "redetect"])
 def test_ready_made_sweeps_are_parameters_of_the_sweeper(name, labelled, tmp_path):
     cfg = yaml.safe_load((Path(__file__).parents[1] / "conf" / "sweep" / f"{name}.yaml").read_text())
     for key, values in cfg["hydra"]["sweeper"]["params"].items():
-        for value in str(values).split(","):
-            compose([f"{key}={value}"])
+        for word in OverridesParser.create().parse_override(f"{key}={values}").sweep_string_iterator():
+            compose([f"{key}={word}"])
     if name == "thresholds":
         out = run(labelled, tmp_path / "s", "-m", "sweep=thresholds")
         assert "16 jobs, the best first" in out.stdout

@@ -7,6 +7,7 @@ import csv
 import html
 import io
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,7 +58,7 @@ def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[dict[str, Any]]]:
     whole = [row for row in paid.values() if not row.get("boxes_replayed")]
     detected = {_stages(row, varied, "segmenter"): row for row in whole}
     for row in rows:
-        line: dict[str, Any] = {"job": row["job"], **{key: row["set"].get(key, "") for key in varied}}
+        line: dict[str, Any] = {"job": row["job"], **{key: _plain(row["set"].get(key, "")) for key in varied}}
         metrics = row["metrics"]
         line["metric"] = row.get("value")
         for kind in ("bbox", "segm"):
@@ -85,6 +86,11 @@ def _stages(row: dict[str, Any], varied: Sequence[str], without: str = "") -> tu
     """The settings that decide what the models cost."""
     cheap = ("select", "sink", "truth", "metric", without)
     return tuple(row["set"].get(key) for key in varied if key.split(".")[0] not in cheap)
+
+
+def _plain(value: str) -> str:
+    r"""A value without the backslashes and quotes of Hydra's overrides: `builtin\:shapes`."""
+    return re.sub(r"\\(.)", r"\1", value).strip("'")
 
 
 def _text(value: Any) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from checkpoints import grounding_dino
 from fakes import CLASSES, boxes
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import given
@@ -124,15 +125,19 @@ def test_boxes_are_found_once_for_all_segmenters(labelled, tmp_path):
 def test_a_job_that_fails_is_a_row_with_its_reason(labelled, tmp_path, launcher):
     if launcher == "joblib":
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="the joblib launcher is not installed")
-    words = ["checkpoints.grounding_dino=builtin:shapes,./nowhere", "segmenter=sam,sam2", f"hydra/launcher={launcher}"]
-    out = run(labelled, tmp_path / "s", "-m", *words, code=1)
-    assert "2 of 4 jobs failed" in out.stderr
+    other = grounding_dino(tmp_path / "random")
+    detectors = f"checkpoints.grounding_dino=builtin:shapes,{other},./nowhere"  # as sweep=detectors, of these
+    out = run(labelled, tmp_path / "s", "-m", "sweep=detectors", detectors, f"hydra/launcher={launcher}", code=1)
+    assert "2 of 6 jobs failed" in out.stderr
     with (tmp_path / "s" / "sweep.csv").open(newline="") as file:
         lines = list(csv.DictReader(file))
-    assert [bool(line["metric"]) for line in lines] == [True, True, False, False]
-    assert all("nowhere" in line["error"] for line in lines[2:])
-    assert {line["segmenter"] for line in lines[:2]} == {"sam", "sam2"}
-    assert all(float(line["s/image segment"]) > 0 for line in lines[:2])
+    assert [bool(line["metric"]) for line in lines] == [True] * 4 + [False] * 2
+    assert all("nowhere" in line["error"] for line in lines[4:])
+    assert all(line["checkpoints.grounding_dino"] == "builtin:shapes" for line in lines[:2])
+    assert [float(line["metric"]) > 0.4 for line in lines[:4]] == [True, True, False, False]
+    assert {line["segmenter"] for line in lines[:2]} == {line["segmenter"] for line in lines[2:4]} == {"sam", "sam2"}
+    assert all(float(line[f"s/image {stage}"]) > 0 for line in lines[:2] for stage in ("detect", "segment"))
+    assert all(float(line["peak MiB"]) > 100 for line in lines[:4])
 
 
 @pytest.mark.parametrize("name", ["thresholds", "detectors", "prompts", "redetect"])

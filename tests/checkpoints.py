@@ -106,3 +106,82 @@ def sam2(path: Path, config: str = "sam2.1_hiera_t.yaml") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save({"model": model.state_dict()}, path)
     return path
+
+
+def owlv2(folder: Path, seed: int = 0) -> Path:
+    """A small OWLv2 with random weights."""
+    from transformers import (
+        CLIPTokenizerFast,
+        Owlv2Config,
+        Owlv2ForObjectDetection,
+        Owlv2ImageProcessor,
+        Owlv2Processor,
+    )
+
+    torch.manual_seed(seed)
+    text = {"vocab_size": 600, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 2, "max_position_embeddings": 16}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"image_size": 96, "patch_size": 16}
+    words = clip_tokenizer(CLIPTokenizerFast)
+    text |= {"eos_token_id": words.eos_token_id, "bos_token_id": words.bos_token_id, "pad_token_id": 0}
+    model = Owlv2ForObjectDetection(Owlv2Config(text_config=text, vision_config=vision, projection_dim=32)).eval()
+    with torch.no_grad():  # fresh heads give all boxes one size and all classes one score
+        for head in (model.box_head, model.class_head, model.objectness_head):
+            for weight in head.parameters():
+                weight.normal_(0, 0.3)
+    model.save_pretrained(folder)
+    size = {"height": 96, "width": 96}
+    Owlv2Processor(Owlv2ImageProcessor(size=size), words).save_pretrained(folder)
+    return folder
+
+
+def clip_tokenizer(kind: type) -> object:
+    """CLIP's scheme: letters, and letters that end a word."""
+    letters = "abcdefghijklmnopqrstuvwxyz0123456789,.-' "
+    pieces = ["!", *letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    return kind(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], pad_token="!", model_max_length=16)
+
+
+def omdet_turbo(folder: Path, seed: int = 0) -> Path:
+    """A small OmDet-Turbo with random weights."""
+    from transformers import (
+        CLIPTokenizerFast,
+        DetrImageProcessor,
+        OmDetTurboConfig,
+        OmDetTurboForObjectDetection,
+        OmDetTurboProcessor,
+    )
+
+    torch.manual_seed(seed)
+    words = clip_tokenizer(CLIPTokenizerFast)
+    words.model_max_length = 77
+    text = {"model_type": "clip_text_model", "vocab_size": 600, "hidden_size": 32, "intermediate_size": 64}
+    text |= {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 77, "projection_dim": 32}
+    text |= {"eos_token_id": words.eos_token_id, "bos_token_id": words.bos_token_id, "pad_token_id": 0}
+    backbone = {"model_type": "swin", "image_size": 96, "embed_dim": 16, "depths": [1, 1, 1, 1], "window_size": 4}
+    backbone |= {"num_heads": [1, 2, 2, 2], "out_indices": [2, 3, 4]}
+    config = OmDetTurboConfig(
+        text_config=text,
+        backbone_config=backbone,
+        image_size=96,
+        apply_layernorm_after_vision_backbone=False,  # it is for backbones of timm, channels last
+        encoder_hidden_dim=16,
+        decoder_hidden_dim=16,
+        encoder_in_channels=[32, 64, 128],
+        vision_features_channels=[16, 16, 16],
+        encoder_dim_feedforward=64,
+        decoder_dim_feedforward=64,
+        class_embed_dim=32,
+        text_projection_in_dim=32,
+        text_projection_out_dim=32,
+        task_encoder_hidden_dim=64,
+        num_queries=20,
+        decoder_num_layers=2,
+        disable_custom_kernels=True,
+    )
+    model = OmDetTurboForObjectDetection(config).eval()
+    model.save_pretrained(folder)
+    images = DetrImageProcessor(size={"height": 96, "width": 96}, do_pad=False)
+    OmDetTurboProcessor(images, words).save_pretrained(folder)
+    return folder

@@ -6,15 +6,14 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
 import supervision as sv
 
-from grounded_sam.checkpoints import cached_or_fetched, find_folder, pick_device
-from grounded_sam.detections import make_detections, merge
-from grounded_sam.errors import CheckpointError, ConfigError, VocabularyError
+from grounded_sam.checkpoints import pick_device
+from grounded_sam.detections import merge
+from grounded_sam.detectors.queries import load_detector, of_queries, to_corners
+from grounded_sam.errors import ConfigError, VocabularyError
 from grounded_sam.frames import Frame
 from grounded_sam.vocabulary import Vocabulary
 
@@ -152,41 +151,14 @@ class GroundingDino:
             raise ConfigError(f"detector.batch_size must be null or a whole number from 1, got {batch_size!r}")
         if dtype not in ("float32", "bfloat16", "float16"):
             raise ConfigError(f"detector.dtype must be float32, bfloat16 or float16, got {dtype!r}")
-        folder = find_folder(checkpoint, "detector")
         import torch
-        from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
-        from transformers.utils.logging import disable_progress_bar
-
-        disable_progress_bar()  # a bar for the milliseconds of reading a file
 
         self.device = pick_device(device)
         self.dtype = getattr(torch, dtype)
         self.phrase_score = phrase_score
         self.batch_size = batch_size or (4 if self.device.startswith("cuda") else 1)
-
-        def load(local_files_only: bool) -> tuple[Any, Any, dict[str, Any]]:
-            safe = {"local_files_only": local_files_only, "trust_remote_code": False}
-            processor = AutoProcessor.from_pretrained(folder, **safe)
-            model, loaded = AutoModelForZeroShotObjectDetection.from_pretrained(
-                folder, dtype=self.dtype, output_loading_info=True, **safe
-            )
-            return processor, model, loaded
-
-        try:
-            processor, model, loaded = load(True) if Path(folder).is_dir() else cached_or_fetched(folder, load)
-        except CheckpointError:
-            raise
-        except Exception as error:  # damaged files make transformers and safetensors raise all sorts
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise CheckpointError(f"cannot load {checkpoint}: {reason}") from error
-        lacking = sorted([*loaded["missing_keys"], *(str(key) for key in loaded["mismatched_keys"])])
-        if lacking:
-            raise CheckpointError(f"{checkpoint} lacks {len(lacking)} weights of its model, such as {lacking[0]}")
-        if model.config.model_type not in ("grounding-dino", "mm-grounding-dino"):
-            raise CheckpointError(
-                f"{checkpoint} is a {model.config.model_type} checkpoint; expected grounding-dino or mm-grounding-dino"
-            )
-        self.model = model.to(self.device).eval()
+        processor, model = load_detector(checkpoint, ("grounding-dino", "mm-grounding-dino"), self.dtype)
+        self.model = model.to(self.device)
         self.images, self.words = processor.image_processor, processor.tokenizer
         self._prompts: dict[Vocabulary, list[Prompt]] = {}
 
@@ -232,19 +204,8 @@ class GroundingDino:
         for prompt, out in self.forward(frames, vocabulary):
             for frame, logits, boxes, part in zip(frames, out.logits, out.pred_boxes, parts, strict=True):
                 scores = phrase_scores(logits.float().sigmoid(), prompt.spans, self.phrase_score)
-                best, phrase = scores.max(1)  # of all phrases, so also of all classes
-                owner = np.array([span[0] for span in prompt.spans])[phrase.cpu().numpy()]
-                centres = boxes.float().cpu().numpy()
-                corners = np.concatenate([centres[:, :2] - centres[:, 2:] / 2, centres[:, :2] + centres[:, 2:] / 2], 1)
+                owners = [owner for owner, _, _ in prompt.spans]
                 height, width = frame.size_hw
-                named = owner >= 0
-                part.append(
-                    make_detections(
-                        (corners * np.array([width, height, width, height]))[named],
-                        best.cpu().numpy()[named],
-                        owner[named],
-                        vocabulary,
-                        frame.size_hw,
-                    )
-                )
+                corners = to_corners(boxes, (width, height))
+                part.append(of_queries(scores.cpu().numpy(), owners, corners, vocabulary, frame.size_hw))
         return [merge(part, vocabulary) for part in parts]

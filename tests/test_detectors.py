@@ -1,0 +1,145 @@
+"""OWLv2 and OmDet-Turbo on random weights: what transformers' own processors make of the same."""
+
+from __future__ import annotations
+
+import re
+
+import checkpoints
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from grounded_sam import CheckpointError, ConfigError, Vocabulary, VocabularyError, load
+from grounded_sam.detectors.omdet_turbo import OmdetTurbo
+from grounded_sam.detectors.owlv2 import Owlv2
+from grounded_sam.frames import Frame, read_image
+
+WORDS = ["car", "a red wheel", "dog's toy"]
+
+
+@pytest.fixture(scope="module")
+def owlv2(tmp_path_factory):
+    return checkpoints.owlv2(tmp_path_factory.mktemp("models") / "owlv2")
+
+
+@pytest.fixture(scope="module")
+def omdet(tmp_path_factory):
+    return checkpoints.omdet_turbo(tmp_path_factory.mktemp("models") / "omdet")
+
+
+@pytest.fixture(scope="module")
+def frames(photos):
+    """Wide, narrow and odd."""
+    names = ["coffee.png", "chelsea.png", "orientation/hopper_orientation_2.jpg"]
+    pictures = [read_image(photos / name) for name in names]
+    pictures[2] = np.ascontiguousarray(pictures[2][:, :77])
+    return [Frame(picture, i, str(i)) for i, picture in enumerate(pictures)]
+
+
+def same(found, theirs, width, height):
+    """Boxes as sets of rows, since queries of equal score have no order; ours are cut to the image."""
+    boxes = theirs["boxes"].numpy().astype(np.float32)
+    boxes[:, 0::2] = boxes[:, 0::2].clip(0, width)
+    boxes[:, 1::2] = boxes[:, 1::2].clip(0, height)
+    inside = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    rows = np.column_stack([theirs["labels"].numpy(), theirs["scores"].numpy(), boxes])[inside]
+    ours = np.column_stack([found.class_id, found.confidence, found.xyxy])
+    assert len(ours) == len(rows) > 0
+    order, other = (np.lexsort(table.round(3).T[::-1]) for table in (ours, rows))
+    np.testing.assert_allclose(ours[order], rows[other], atol=1e-2)
+    np.testing.assert_allclose(ours[order][:, 1], rows[other][:, 1], atol=1e-4)
+
+
+def test_owlv2_gives_what_its_processor_gives(owlv2, frames):
+    from transformers import Owlv2ForObjectDetection, Owlv2Processor
+
+    processor, model = Owlv2Processor.from_pretrained(owlv2), Owlv2ForObjectDetection.from_pretrained(owlv2)
+    found = Owlv2(str(owlv2), batch_size=3).detect(frames, Vocabulary.parse(WORDS))
+    for frame, ours in zip(frames, found, strict=True):
+        inputs = processor(text=[WORDS], images=frame.image, return_tensors="pt")
+        with torch.inference_mode():
+            out = model(**inputs)
+        (theirs,) = processor.post_process_grounded_object_detection(out, 0.0, torch.tensor([frame.size_hw]))
+        same(ours, theirs, frame.size_hw[1], frame.size_hw[0])
+        assert len(set(ours.class_id.tolist())) > 1
+
+
+def test_omdet_turbo_gives_what_its_processor_gives(omdet, frames):
+    from transformers import OmDetTurboForObjectDetection, OmDetTurboProcessor
+
+    processor = OmDetTurboProcessor.from_pretrained(omdet)
+    model = OmDetTurboForObjectDetection.from_pretrained(omdet)
+    found = OmdetTurbo(str(omdet), batch_size=3).detect(frames, Vocabulary.parse(WORDS))
+    for frame, ours in zip(frames, found, strict=True):
+        inputs = processor(images=frame.image, text=WORDS, return_tensors="pt")
+        with torch.inference_mode():
+            out = model(**inputs)
+        (theirs,) = processor.post_process_grounded_object_detection(
+            out, threshold=0.0, nms_threshold=1.0, target_sizes=[frame.size_hw]
+        )
+        same(ours, theirs, frame.size_hw[1], frame.size_hw[0])
+
+
+@pytest.mark.parametrize("kind", [Owlv2, OmdetTurbo])
+def test_phrases_make_classes_and_negatives_vanish(kind, owlv2, omdet, frames):
+    model = kind(str(owlv2 if kind is Owlv2 else omdet))
+    alone = model.detect(frames[:1], Vocabulary.parse(WORDS))[0]
+    joined = model.detect(frames[:1], Vocabulary.parse({"thing": WORDS[:2], "toy": WORDS[2]}))[0]
+    assert set(joined.data["class_name"]) <= {"thing", "toy"}
+    if kind is Owlv2:  # one query, one detection: the best phrase's
+        np.testing.assert_array_equal(joined.confidence, alone.confidence)
+        np.testing.assert_array_equal(joined.class_id, np.where(alone.class_id < 2, 0, 1))
+        negative = model.detect(frames[:1], Vocabulary.parse(WORDS[:2], [WORDS[2]]))[0]
+        assert len(negative) == (alone.class_id < 2).sum() > 0
+    many = model.detect(frames[:1], Vocabulary.parse([f"thing {i}" for i in range(60)]))[0]
+    assert len(many) > 0 and many.class_id.max() < 60
+    with pytest.raises(VocabularyError, match="takes 16 of a phrase|longer than the 77 tokens"):
+        model.detect(frames[:1], Vocabulary.parse(["x" * 90]))
+
+
+def test_examples_are_found_like_image_guided_detection_finds_them(owlv2, frames, photos, tmp_path):
+    from transformers import Owlv2ForObjectDetection, Owlv2Processor
+
+    crop = tmp_path / "cup.png"
+    Image.fromarray(frames[0].image[100:300, 150:400]).save(crop)
+    examples = {"cup": [str(crop), {"image": str(photos / "coffee.png"), "box": [150, 100, 400, 300]}]}
+    model = Owlv2(str(owlv2), examples=examples)
+    assert model.vocabulary.classes == ("cup",)
+    found = model.detect(frames[1:2], model.vocabulary)[0]
+    processor = Owlv2Processor.from_pretrained(owlv2)
+    upstream = Owlv2ForObjectDetection.from_pretrained(owlv2)
+    inputs = processor(images=frames[1].image, query_images=read_image(crop), return_tensors="pt")
+    with torch.inference_mode():
+        out = upstream.image_guided_detection(**inputs)
+    scores = out.logits[0, :, 0].sigmoid().numpy()
+    away = np.abs(found.confidence[:, None] - scores[None]).min(1)  # boxes outside the image are dropped
+    assert len(found) > 10 and away.max() < 1e-4
+    # Beside words, and through the pipeline without any.
+    both = model.detect(frames[1:2], Vocabulary.parse(["dog", "cup"]))[0]
+    assert both.confidence.max() >= found.confidence.max() - 1e-6
+    words = f"detector.examples={{cup: ['{crop}']}}"
+    pipeline = load(words, f"checkpoints.owlv2={owlv2}", "select.score=0", detector="owlv2", segmenter=None)
+    assert set(pipeline.detect(frames[1].image).data["class_name"]) == {"cup"}
+
+
+@pytest.mark.parametrize(
+    ("examples", "says"),
+    [
+        ({"cup": [{"image": "x.png"}]}, "expected a picture or"),
+        ({"cup": []}, "no example"),
+        ({"cup": [{"image": "PHOTO", "box": [900, 900, 950, 950]}]}, "nothing of the box .* 600x400 px"),
+    ],
+)
+def test_what_is_no_example_is_said_before_a_model_loads(examples, says, photos):
+    for one in examples["cup"]:
+        one["image"] = str(photos / "coffee.png")
+    with pytest.raises(ConfigError, match=f"detector.examples.cup.*{says}"):
+        Owlv2("no/where", examples=examples)
+
+
+def test_checkpoints_of_another_family_are_refused(owlv2, omdet):
+    with pytest.raises(CheckpointError, match=re.escape(f"{omdet} is a omdet-turbo checkpoint; expected owlv2")):
+        Owlv2(str(omdet))
+    with pytest.raises(CheckpointError, match="expected omdet-turbo"):
+        OmdetTurbo(str(owlv2))

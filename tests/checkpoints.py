@@ -185,3 +185,37 @@ def omdet_turbo(folder: Path, seed: int = 0) -> Path:
     images = DetrImageProcessor(size={"height": 96, "width": 96}, do_pad=False)
     OmDetTurboProcessor(images, words).save_pretrained(folder)
     return folder
+
+
+def sam3_tracker(folder: Path, seed: int = 0) -> Path:
+    """SAM 3's tracker with a small image encoder and random weights."""
+    from transformers import Sam3ImageProcessor, Sam3TrackerVideoConfig, Sam3TrackerVideoModel
+
+    torch.manual_seed(seed)
+    side, grid = 224, 16
+    backbone = {"model_type": "sam3_vit_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    backbone |= {"num_attention_heads": 2, "image_size": side, "patch_size": 14, "window_size": 8}
+    backbone |= {"global_attn_indexes": [1], "pretrain_image_size": 112}
+    sizes = [[grid * scale, grid * scale] for scale in (4, 2, 1)]
+    vision = {"model_type": "sam3_vision_model", "backbone_feature_sizes": sizes, "backbone_config": backbone}
+    config = Sam3TrackerVideoConfig(
+        vision_config=vision,
+        prompt_encoder_config={"image_size": side},
+        image_size=side,
+        memory_attention_num_layers=1,
+        memory_attention_rope_feat_sizes=[grid, grid],
+    )
+    Sam3TrackerVideoModel(config).eval().save_pretrained(folder)
+    Sam3ImageProcessor(size={"height": side, "width": side}).save_pretrained(folder)
+    return folder
+
+
+def edgetam(folder: Path, seed: int = 0) -> Path:
+    """EdgeTAM with random weights, whole: it is small."""
+    from transformers import EdgeTamVideoConfig, EdgeTamVideoModel
+    from transformers.models.sam2 import Sam2ImageProcessor
+
+    torch.manual_seed(seed)
+    EdgeTamVideoModel(EdgeTamVideoConfig()).eval().save_pretrained(folder)
+    Sam2ImageProcessor(size={"height": 1024, "width": 1024}).save_pretrained(folder)
+    return folder

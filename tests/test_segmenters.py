@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 
+import checkpoints
 import numpy as np
 import pytest
 import torch
@@ -29,16 +30,17 @@ def embedded():
 class Transformers:
     """`Sam2Model` with its processor in the words of the authors' predictor."""
 
-    def __init__(self, segmenter):
-        from transformers import Sam2Config, Sam2Model, Sam2Processor
+    def __init__(self, segmenter, kind="Sam2"):
+        import transformers
 
-        config, video = Sam2Config(), segmenter.model.config
+        config, video = getattr(transformers, f"{kind}Config")(), segmenter.model.config
         for part in ("vision_config", "prompt_encoder_config", "mask_decoder_config"):
             setattr(config, part, getattr(video, part))
-        self.model = Sam2Model(config).eval()
+        self.model = getattr(transformers, f"{kind}Model")(config).eval()
         missing = self.model.load_state_dict(segmenter.model.state_dict(), strict=False).missing_keys
         assert not missing
-        self.processor = Sam2Processor(segmenter.processor, target_size=video.image_size)
+        processor = transformers.Sam3TrackerProcessor if kind == "Sam3Tracker" else transformers.Sam2Processor
+        self.processor = processor(segmenter.processor, target_size=video.image_size)
 
     def set_image(self, image):
         self.image = image
@@ -275,3 +277,19 @@ def check_real_size(segmenter, image):
     predictor = authors_predictor(segmenter, image)
     for box, mask in zip(found.xyxy, out.mask, strict=True):
         assert np.array_equal(mask, by_hand(predictor, False, box=box)[0])
+
+
+@pytest.mark.parametrize(("make", "kind"), [("sam3_tracker", "Sam3Tracker"), ("edgetam", "EdgeTam")])
+def test_edgetam_and_sam3_give_the_masks_of_their_models_for_pictures(make, kind, scenes, tmp_path):
+
+    folder = getattr(checkpoints, make)(tmp_path)
+    segmenter = load(f"checkpoints.{make}={folder}", preset="shapes", segmenter=make).segmenter
+    assert isinstance(segmenter, Sam2Hf)
+    boxes = truth_boxes(scenes[0])
+    found = segmenter.segment(scenes[0].image, boxes)
+    upstream = Transformers(segmenter, kind)
+    upstream.set_image(scenes[0].image)
+    for i, box in enumerate(boxes.xyxy):
+        masks, scores, _ = upstream.predict(False, box=box)
+        assert np.array_equal(masks[0], found.mask[i])
+        assert scores[0] == pytest.approx(found.data["mask_score"][i], abs=1e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 
+import checkpoints
 import numpy as np
 import pytest
 import supervision as sv
@@ -278,20 +279,16 @@ def test_box_prompts_on_request(trackers, clip):
     assert 0.5 < (drawn & masks[0]).sum() / (drawn | masks[0]).sum() < 1
 
 
-def test_edgetam_runs_with_the_same_bounded_session(tmp_path, clip):
-    """A random EdgeTAM: its memories are of another kind, the session is the same."""
-    from transformers import EdgeTamVideoConfig, EdgeTamVideoModel
-
-    torch.manual_seed(0)
-    EdgeTamVideoModel(EdgeTamVideoConfig()).save_pretrained(tmp_path)
+@pytest.mark.parametrize("kind", ["edgetam", "sam3_tracker"])
+def test_other_models_run_with_the_same_bounded_session(kind, tmp_path, clip):
+    """Random weights: memories are of another kind or size, the session is the same."""
+    folder = getattr(checkpoints, kind)(tmp_path)
     _, frames, masks = clip
-    session = Sam2HfTracker(checkpoint=str(tmp_path), device="cpu").open(frames[0].shape[:2])
+    session = Sam2HfTracker(checkpoint=str(folder), device="cpu").open(frames[0].shape[:2])
     session.step(frames[0])
     assert session.prompt(masked(masks[:1])).tracker_id.tolist() == [1]
-    sizes = []
     for t in range(1, 4):
         session.step(frames[t])
-        sizes.append(held(session))
     assert len(session.state.output_dict_per_obj[1]["non_cond_frame_outputs"]) == 3
 
 

@@ -1,4 +1,4 @@
-"""SAM 2 and EdgeTAM over transformers' video models, used on single pictures."""
+"""SAM 2, EdgeTAM and the SAM 3 tracker over transformers' video models, used on single pictures."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def load_model(checkpoint: str) -> Any:
         CheckpointError: if it cannot be had, or has no memory to track with.
     """
     import torch
-    from transformers import AutoModel, Sam2VideoModel
+    from transformers import AutoConfig, AutoModel, Sam2VideoModel, Sam3TrackerVideoModel
 
     if str(checkpoint).startswith("builtin:"):
         path = builtin(str(checkpoint).removeprefix("builtin:"), "sam2")
@@ -152,14 +152,16 @@ def load_model(checkpoint: str) -> Any:
     folder = find_folder(checkpoint, "sam2")
 
     def fetch(local_files_only: bool) -> Any:
-        return AutoModel.from_pretrained(
-            folder, local_files_only=local_files_only, dtype=torch.float32, trust_remote_code=False
-        )
+        safe = {"local_files_only": local_files_only, "trust_remote_code": False}
+        config = AutoConfig.from_pretrained(folder, **safe)
+        # SAM 3's files hold its detector as well.
+        kind = Sam3TrackerVideoModel if config.model_type in ("sam3", "sam3_video") else AutoModel
+        return kind.from_pretrained(folder, dtype=torch.float32, **safe)
 
     model = cached_or_fetched(folder, fetch)
     if not hasattr(model, "_encode_new_memory"):
         raise CheckpointError(
-            f"{checkpoint} is a {type(model).__name__}, which does not track; expected SAM 2 or EdgeTAM for video"
+            f"{checkpoint} is a {type(model).__name__}, which does not track; expected SAM 2, EdgeTAM or SAM 3 of video"
         )
     return model.eval()
 
@@ -181,13 +183,14 @@ def load_processor(checkpoint: str, model: Any) -> Any:
 
 
 class Sam2Hf(PromptedSegmenter):
-    """Boxes, clicks and masks to masks with SAM 2 or EdgeTAM of transformers.
+    """Boxes, clicks and masks to masks with SAM 2, EdgeTAM or the SAM 3 tracker of transformers.
 
     The model is the one for videos, which has all that pictures need, so that `trackers.sam2_hf` can share
     it and the image features. Masks are those of `Sam2Model` on the same weights.
 
     Args:
-        checkpoint: a hub id or folder of a `Sam2VideoModel` or `EdgeTamVideoModel`, or `builtin:NAME`.
+        checkpoint: a hub id or folder of a `Sam2VideoModel`, `EdgeTamVideoModel` or `Sam3TrackerVideoModel`,
+            or `builtin:NAME`.
         device: `auto`, `cpu`, `cuda`...
         multimask: decode three masks per prompt and keep the best; pays for single clicks.
         chunk: prompts decoded at once, fewer on large images.

@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 MEAN, STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
 
 
-def to_pixels(image: NDArray[np.uint8], side: int, device: Any = "cpu") -> Tensor:
+def to_pixels(image: NDArray[np.uint8], side: int, device: Any = "cpu", mean: Any = MEAN, std: Any = STD) -> Tensor:
     """A frame `(H, W, 3) uint8` as the square that SAM 2 sees, `(1, 3, side, side) float32`.
 
-    As sam2's `load_video_frames` does it: Pillow's bicubic resize, then ImageNet's mean and deviation.
+    As sam2's `load_video_frames` does it: Pillow's bicubic resize, then mean and deviation, by default ImageNet's.
     """
     import torch
     from PIL import Image
 
     square = np.array(Image.fromarray(image).resize((side, side)), np.float32) / 255
-    pixels = torch.from_numpy((square - MEAN) / STD)
+    pixels = torch.from_numpy((square - mean) / std)
     return pixels.permute(2, 0, 1)[None].to(device)
 
 

@@ -1,4 +1,4 @@
-"""SAM 2 and EdgeTAM video memory one frame at a time, over transformers' video models."""
+"""SAM 2, EdgeTAM and SAM 3 video memory one frame at a time, over transformers' video models."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from grounded_sam.checkpoints import pick_device
 from grounded_sam.detections import tracked
 from grounded_sam.errors import ConfigError
-from grounded_sam.segmenters.sam2_hf import Sam2Hf, load_model
+from grounded_sam.segmenters.sam2_hf import Sam2Hf, load_model, load_processor
 from grounded_sam.trackers.sam2 import mask_prompt, to_mask_input, to_pixels, to_points
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ class Sam2HfSession:
     def __init__(self, tracker: Sam2HfTracker, size_hw: tuple[int, int]) -> None:
         self.model, self.size_hw = tracker.model, size_hw
         self.prompt_with, self.max_prompts = tracker.prompt, tracker.max_prompts
+        self._normal = tracker.normal
         session = getattr(
             sys.modules[type(self.model).__module__], type(self.model).__name__.replace("Model", "InferenceSession")
         )
@@ -58,13 +59,16 @@ class Sam2HfSession:
     def _catch(self, _module: Any, _inputs: Any, out: Any) -> None:
         self._decoded = out
 
+    def _pixels(self, image: NDArray[np.uint8]) -> Tensor:
+        return to_pixels(image, self._side(), self.model.device, *self._normal)
+
     def features(self, image: NDArray[np.uint8]) -> list[Tensor]:
         """The features of an image; of the current frame encoded once."""
         import torch
 
         with torch.inference_mode():
             if image is not self._image:
-                pixels = to_pixels(image, self._side(), self.model.device)
+                pixels = self._pixels(image)
                 return list(self.model.get_image_features(pixels, return_dict=True).fpn_hidden_states)
             self._see()
             return list(self.model._prepare_vision_features(self.state, self.frame, 1)[0])
@@ -180,7 +184,7 @@ class Sam2HfSession:
         """Hand the current frame to transformers' session, once."""
         if self.frame not in self.state.processed_frames:
             assert self._image is not None
-            self.state.add_new_frame(to_pixels(self._image, self._side(), self.model.device), self.frame)
+            self.state.add_new_frame(self._pixels(self._image), self.frame)
 
     def _run(self, tracker_id: int, is_init_cond_frame: bool, **prompts: Any) -> dict[str, Tensor]:
         """One object through the current frame, whose image is encoded the first time only."""
@@ -258,11 +262,12 @@ class Sam2HfSession:
 
 
 class Sam2HfTracker:
-    """Follows masks through a video with transformers' SAM 2 or EdgeTAM.
+    """Follows masks through a video with transformers' SAM 2, EdgeTAM or SAM 3 tracker.
 
     Args:
         segmenter: of the pipeline; if it is `Sam2Hf` of the same checkpoint, model and image features are shared.
-        checkpoint: a hub id or folder of a `Sam2VideoModel` or `EdgeTamVideoModel`, or `builtin:NAME`.
+        checkpoint: a hub id or folder of a `Sam2VideoModel`, `EdgeTamVideoModel` or `Sam3TrackerVideoModel`,
+            or `builtin:NAME`.
         device: `auto`, `cpu`, `cuda`...
         prompt: what a new object is given to the model as: its `mask` or its `box`.
         max_prompts: conditioning frames kept per object, the first and the latest ones.
@@ -286,6 +291,9 @@ class Sam2HfTracker:
         source = (checkpoint, pick_device(device))
         self.shared = segmenter if isinstance(segmenter, Sam2Hf) and segmenter.source == source else None
         self.model = self.shared.model if self.shared is not None else load_model(checkpoint).to(source[1])
+        processor = self.shared.processor if self.shared is not None else load_processor(checkpoint, self.model)
+        #: Mean and deviation of the pixels that the model was trained with.
+        self.normal = (np.array(processor.image_mean, np.float32), np.array(processor.image_std, np.float32))
         self.prompt, self.max_prompts = prompt, max_prompts
 
     def open(self, size_hw: tuple[int, int]) -> Sam2HfSession:

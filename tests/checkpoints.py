@@ -211,11 +211,19 @@ def sam3_tracker(folder: Path, seed: int = 0) -> Path:
 
 
 def edgetam(folder: Path, seed: int = 0) -> Path:
-    """EdgeTAM with random weights, whole: it is small."""
+    """EdgeTAM with random weights, for pictures of a quarter of the side."""
     from transformers import EdgeTamVideoConfig, EdgeTamVideoModel
     from transformers.models.sam2 import Sam2ImageProcessor
 
     torch.manual_seed(seed)
-    EdgeTamVideoModel(EdgeTamVideoConfig()).eval().save_pretrained(folder)
-    Sam2ImageProcessor(size={"height": 1024, "width": 1024}).save_pretrained(folder)
+    side, grid = 256, 16
+    sizes = [[grid * scale, grid * scale] for scale in (4, 2, 1)]
+    config = EdgeTamVideoConfig(
+        vision_config={"backbone_feature_sizes": sizes, "image_size": side},
+        prompt_encoder_config={"image_size": side},
+        image_size=side,
+        memory_attention_rope_feat_sizes=[grid, grid],
+    )
+    EdgeTamVideoModel(config).eval().save_pretrained(folder)
+    Sam2ImageProcessor(size={"height": side, "width": side}).save_pretrained(folder)
     return folder

@@ -227,3 +227,27 @@ def edgetam(folder: Path, seed: int = 0) -> Path:
     EdgeTamVideoModel(config).eval().save_pretrained(folder)
     Sam2ImageProcessor(size={"height": side, "width": side}).save_pretrained(folder)
     return folder
+
+
+def sam_hq(folder: Path, seed: int = 0) -> Path:
+    """A small SAM-HQ with random weights."""
+    from transformers import SamHQConfig, SamHQModel, SamImageProcessor
+
+    torch.manual_seed(seed)
+    side = 128
+    vision = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": side, "mlp_dim": 64}
+    vision |= {
+        "patch_size": 8,
+        "window_size": 4,
+        "global_attn_indexes": [1, 3],
+        "output_channels": 32,
+        "num_pos_feats": 16,
+    }
+    decoder = {"hidden_size": 32, "mlp_dim": 64, "num_attention_heads": 2, "iou_head_hidden_dim": 32, "vit_dim": 32}
+    prompts = {"hidden_size": 32, "image_size": side, "patch_size": 8, "image_embedding_size": side // 8}
+    SamHQModel(
+        SamHQConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
+    ).eval().save_pretrained(folder)
+    pad = {"height": side, "width": side}
+    SamImageProcessor(size={"longest_edge": side}, pad_size=pad).save_pretrained(folder)
+    return folder

@@ -293,3 +293,52 @@ def test_edgetam_and_sam3_give_the_masks_of_their_models_for_pictures(make, kind
         masks, scores, _ = upstream.predict(False, box=box)
         assert np.array_equal(masks[0], found.mask[i])
         assert scores[0] == pytest.approx(found.data["mask_score"][i], abs=1e-5)
+
+
+@pytest.mark.parametrize("multimask", [False, True])
+@pytest.mark.parametrize("prompt", ["box", "clicks", "both"])
+def test_sam_hq_gives_the_masks_of_transformers(multimask, prompt, scenes, tmp_path):
+    from transformers import SamHQModel, SamHQProcessor, SamImageProcessor
+
+    folder = checkpoints.sam_hq(tmp_path)
+    words = (f"checkpoints.sam_hq={folder}", f"segmenter.multimask={str(multimask).lower()}")
+    segmenter = load(*words, preset="shapes", segmenter="sam_hq").segmenter
+    model, processor = SamHQModel.from_pretrained(folder), SamHQProcessor(SamImageProcessor.from_pretrained(folder))
+    image = scenes[0].image[:, :201]
+    found = truth_boxes(scenes[0])[:2]
+    clicks = [[[30.0, 40.0], [90.0, 100.0]], [[60.0, 20.0], [10.0, 15.0]]]
+    if prompt != "box":
+        found.data["points"] = np.array([None, None], object)
+        found.data["labels"] = found.data["points"].copy()
+        for i in range(2):
+            found.data["points"][i], found.data["labels"][i] = np.array(clicks[i]), np.array([1, 0])
+        found.data["prompt_box"] = np.array([prompt == "both"] * 2)
+    given = {}
+    if prompt != "clicks":
+        given["input_boxes"] = [found.xyxy.tolist()]
+    if prompt != "box":
+        given |= {"input_points": [clicks], "input_labels": [[[1, 0], [1, 0]]]}
+    inputs = processor(images=image, return_tensors="pt", **given)
+    sizes = [inputs.pop("original_sizes"), inputs.pop("reshaped_input_sizes")]
+    with torch.inference_mode():
+        out = model(**inputs, multimask_output=multimask)
+    masks = processor.post_process_masks(out.pred_masks, *sizes)[0].numpy()
+    got = segmenter.segment(image, found)
+    best = out.iou_scores[0].argmax(1).tolist()
+    assert got.data["mask_score"] == pytest.approx(out.iou_scores[0].max(1).values.numpy(), abs=1e-4)
+    for i in range(2):
+        # Logits of random weights lie around 0, where the last bit of a coordinate tells.
+        assert (got.mask[i] == masks[i, best[i]]).mean() > 0.9999
+
+
+def test_sam_hq_takes_masks_and_refuses_other_checkpoints(scenes, tmp_path):
+    from grounded_sam.segmenters.sam_hq import SamHq
+
+    segmenter = SamHq(str(checkpoints.sam_hq(tmp_path / "hq")))
+    found = truth_boxes(scenes[0])[:2]
+    found.data["prompt_mask"] = np.array([None, None], object)
+    for i in range(2):
+        found.data["prompt_mask"][i] = np.asarray(scenes[0].masks[i], bool)
+    assert segmenter.segment(scenes[0].image, found).mask.shape == (2, *scenes[0].image.shape[:2])
+    with pytest.raises(CheckpointError, match="is a grounding-dino checkpoint; expected sam_hq"):
+        SamHq(str(checkpoints.grounding_dino(tmp_path / "dino")))

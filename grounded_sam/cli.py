@@ -52,14 +52,16 @@ def run(cfg: DictConfig) -> float | None:
         if sweep is not None:
             predict_once(cfg, pipeline, vocabulary, sweep)
         summary = pipeline.run(source, sinks, output, vocabulary, asked, clicks)
-        value = measured(sinks)
-        about |= {"images": summary.images, "value": value, "seconds": dict(pipeline.seconds)}
+        about |= {"images": summary.images, "seconds": dict(pipeline.seconds)}
         about["replayed"] = 0 if pipeline.predictions is None else pipeline.predictions.replayed
         about["boxes_replayed"] = 0 if pipeline.boxes is None else pipeline.boxes.replayed
+        about["value"] = value = measured(sinks)  # last, since there may be no such metric
     except (GroundedSamError, OSError) as error:
         if DEBUG:
             raise
         if sweep is None:
+            if summary is not None:
+                report(summary, output)
             sys.exit(f"grounded-sam: {error}")  # here already, or Hydra would print a line of its own
         about["error"] = str(error)
         print(f"grounded-sam: job {hydra_.job.num}: {error}", file=sys.stderr)

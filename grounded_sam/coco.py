@@ -29,6 +29,7 @@ class CocoFile:
         path: the file.
         dataset: for a list of results, which has no images and categories: the file that it is about.
         content: what the file would hold, for labels of another format.
+        mixed: keep labels that have no mask where others have one, and then take the boxes of all.
 
     Attributes:
         vocabulary: the categories in the file's order, with their ids.
@@ -39,7 +40,7 @@ class CocoFile:
         ConfigError: if the file cannot be read, is no JSON, or has no images or categories.
     """
 
-    def __init__(self, path: Path, dataset: Path | None = None, content: Any = None) -> None:
+    def __init__(self, path: Path, dataset: Path | None = None, content: Any = None, mixed: bool = False) -> None:
         self.path = path
         content = read_json(path) if content is None else content
         if isinstance(content, list) and dataset is not None:
@@ -79,6 +80,11 @@ class CocoFile:
             self._by_image[image["id"]] = []
         self.notes: list[Skipped] = []
         self.masks = any(isinstance(a, Mapping) and a.get("segmentation") for a in content["annotations"])
+        bare = [a for a in content["annotations"] if isinstance(a, Mapping) and not a.get("segmentation")]
+        if mixed and self.masks and bare:
+            self.masks = False
+            bare_ = f"{len(bare)} of {len(content['annotations'])} labels have no mask, so boxes alone are used"
+            self.notes.append(Skipped(str(path), bare_))
         sizes = {image["id"]: (image["height"], image["width"]) for image in self.images}
         seen: set[Any] = set()
         for number, given in enumerate(content["annotations"]):

@@ -216,7 +216,9 @@ def predict_once(cfg: DictConfig, pipeline: Pipeline, vocabulary: Vocabulary, sw
     from grounded_sam.predictions import Predictions, read_floor
 
     note = read_floor(sweep)
-    if "store" in (cfg.sink or {}):
+    from grounded_sam.detectors.stored import Stored
+
+    if "store" in (cfg.sink or {}) or isinstance(pipeline.detector, Stored):  # whose boxes are the source's
         return
     plain = _plain(cfg)
     settings = {"detector": plain["detector"], "max_side": plain["source"].get("max_side")}

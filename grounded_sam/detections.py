@@ -77,6 +77,8 @@ def check(found: sv.Detections, vocabulary: Vocabulary, size_hw: tuple[int, int]
 
     if found.confidence is None or found.confidence.shape != (n,):
         raise wrong(f"confidence of shape ({n},)", None if found.confidence is None else found.confidence.shape)
+    # As files and stores hold them, so that a threshold says the same of both.
+    found.confidence, found.xyxy = found.confidence.astype(np.float32), found.xyxy.astype(np.float32)
     if found.class_id is None or found.class_id.shape != (n,):
         raise wrong(f"class_id of shape ({n},)", None if found.class_id is None else found.class_id.shape)
     if n and not (found.class_id.min() >= 0 and found.class_id.max() < len(vocabulary)):

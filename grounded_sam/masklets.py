@@ -37,6 +37,7 @@ class Masklet:
         read: of a key the masks `(H, W) bool` of the objects that are in that frame, by number; an object without
             a pixel is not in it.
         classes: name of each object's class, by number; None where the labels have none.
+        names: of frames whose labels have names, those, without suffix.
     """
 
     name: str
@@ -44,15 +45,16 @@ class Masklet:
     frames: list[int | str]
     read: Callable[[int | str], dict[int, Mask]]
     classes: dict[int, str] | None = None
+    names: dict[int | str, str] | None = None
 
 
 class Masklets:
     """Labelled videos by name.
 
     What is read: a folder of DAVIS (`Annotations/480p/VIDEO/00000.png`, or any part of that path; pixels are
-    numbers of objects, 0 is none), the same with a folder per object (`VIDEO/OBJECT/00000.png`, as SA-V's sets
-    for evaluation are), one or a folder of SA-V's `*_manual.json` and `*_auto.json`, YouTube-VIS JSON. Masks are
-    decoded when they are asked for.
+    numbers of objects, 0 is none, 255 beside others is void), the same with a folder per object
+    (`VIDEO/OBJECT/00000.png`, as SA-V's sets for evaluation are), one or a folder of SA-V's `*_manual.json` and
+    `*_auto.json` (where both are there, by hand), YouTube-VIS JSON. Masks are decoded when they are asked for.
 
     Args:
         path: of the file or folder.
@@ -74,7 +76,9 @@ class Masklets:
             self._file(path, read_json(path) if content is None else content)
         elif files := sorted(path.glob("*.json"), key=lambda p: natural(p.name)):
             for file in files:
-                self._file(file, read_json(file))
+                # SA-V has both; those by hand count.
+                if not (file.stem.endswith("_auto") and file.with_stem(f"{file.stem[:-5]}_manual") in files):
+                    self._file(file, read_json(file))
         else:
             self._folders(path)
         if not self.videos:
@@ -109,6 +113,9 @@ class Masklets:
             height, width = (int(side) for side in first["size"])
             numbers = [int(number) for number in content.get("masklet_id") or range(len(rows[0]))]
             step = max(1, round(float(content.get("video_frame_count") or len(rows)) / len(rows)))
+            odd = next((i for i, row in enumerate(rows) if len(row) != len(numbers)), None)
+            if odd is not None:
+                raise ValueError(f"frame {odd} has {len(rows[odd])} objects, masklet_id names {len(numbers)}")
         except (StopIteration, KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{path}: not annotations of SA-V ({type(error).__name__}: {error})") from error
         place = {i * step: row for i, row in enumerate(rows)}
@@ -140,8 +147,12 @@ class Masklets:
                 classes = {n: names[a["category_id"]] for n, a in zip(numbers, tracks, strict=True)}
                 size_hw = (int(video["height"]), int(video["width"]))
                 columns = {n: a["segmentations"] for n, a in zip(numbers, tracks, strict=True)}
+                for number, column in columns.items():
+                    if len(column) != len(keys):
+                        raise ValueError(f"track {number} of {name} has {len(column)} frames, not {len(keys)}")
                 read = _Columns(columns, keys, size_hw, f"{path}: video {name}")
-                self._add(Masklet(name, size_hw, keys, read, classes))
+                stems = {key: PurePosixPath(file).stem for key, file in zip(keys, files, strict=True)}
+                self._add(Masklet(name, size_hw, keys, read, classes, stems))
         except (KeyError, TypeError, ValueError) as error:
             raise ConfigError(f"{path}: not YouTube-VIS ({type(error).__name__}: {error})") from error
 
@@ -152,8 +163,12 @@ class Masklets:
         maps = glob("**/*.png", root_dir=root, recursive=True)  # which follows links, as pathlib does not
         homes = sorted({(root / name).parent for name in maps}, key=lambda p: natural(p.as_posix()))
         groups: dict[Path, list[Path]] = {}
+        # Right in the root these may also be videos with numbers for names.
+        firsts = [min(home.glob("*.png")) for home in homes if home.parent == root]
+        one_each = all(len(np.unique(_map(file))) <= 2 for file in firsts)
         for home in homes:  # a folder per object, if all folders beside it are numbers
             single = home != root and home.name.isdecimal() and all(p.name.isdecimal() for p in home.parent.iterdir())
+            single = single and (home.parent != root or one_each)
             groups.setdefault(home.parent if single else home, []).append(home)
         for video, folders in groups.items():
             objects = {int(f.name): f for f in folders} if folders != [video] else {0: video}
@@ -162,7 +177,9 @@ class Masklets:
             keys = sorted(every, key=lambda key: (isinstance(key, str), key))
             name = video.name if video == root else video.relative_to(root).as_posix()
             height, width = _map(every[keys[0]]).shape
-            self._add(Masklet(name, (height, width), keys, _Maps(files, folders != [video], (height, width))))
+            read = _Maps(files, folders != [video], (height, width))
+            stems = {key: file.stem for key, file in every.items()}
+            self._add(Masklet(name, (height, width), keys, read, names=stems))
 
 
 class _Columns:
@@ -198,7 +215,10 @@ class _Maps:
             if self.single:
                 masks |= {number: values > 0} if values.any() else {}
             else:
-                masks |= {int(value): values == value for value in np.unique(values) if value}
+                numbers = [int(value) for value in np.unique(values) if value]
+                # Beside others 255 is DAVIS's void; alone it is the one object of DAVIS 2016.
+                numbers = [n for n in numbers if n != 255] if len(numbers) > 1 else numbers
+                masks |= {number: values == number for number in numbers}
         return masks
 
 

@@ -41,6 +41,7 @@ def note_floor(sweep: Path, overrides: Sequence[str]) -> None:
     """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.core.override_parser.types import IntervalSweep
+    from hydra.errors import HydraException
 
     scores: list[float] = []
     nms: list[float] | str = "own"
@@ -48,14 +49,17 @@ def note_floor(sweep: Path, overrides: Sequence[str]) -> None:
     for override in OverridesParser.create().parse_overrides(list(overrides)):
         key, swept = override.key_or_group.lstrip("+"), override.is_sweep_override()
         interval = isinstance(override.value(), IntervalSweep)
-        values = list(override.sweep_string_iterator()) if swept and not interval else [override.value()]
+        try:
+            values = list(override.sweep_string_iterator()) if swept and not interval else [override.value()]
+        except HydraException:  # glob() wants to look at the config
+            values, nms = [], "any"
         by_class |= key.startswith("select.class_score")
         if key == "select.score" or key.startswith("select.class_score."):
             values = [override.value().start or 0.0] if interval else values
-            scores += [float(v) for v in values if isinstance(v, int | float) or _is_number(str(v))]
+            scores += [float(v) for v in values if _is_share(v)]
         elif key == "select.nms" and swept and nms != "any":
-            known = not interval and all(_is_number(str(v)) for v in values)
-            nms = sorted(float(v) for v in values) if known else "any"
+            good = [v for v in values if _is_share(v) or v == "null"]  # others end their job
+            nms = "any" if interval or "null" in good or not good else sorted(map(float, good))
         elif key.startswith("select.nms") and swept:
             nms = "any"
         shared |= swept and key.split(".")[0] in ("select", "sink", "truth", "metric")
@@ -65,12 +69,12 @@ def note_floor(sweep: Path, overrides: Sequence[str]) -> None:
         beside.write_text(json.dumps(note))
 
 
-def _is_number(text: str) -> bool:
+def _is_share(value: Any) -> bool:
+    """Whether a word or number is a threshold that a job can use."""
     try:
-        float(text)
-    except ValueError:
+        return 0.0 <= float(value) <= 1.0
+    except (TypeError, ValueError):
         return False
-    return True
 
 
 def read_floor(sweep: Path) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import html
 import io
 import json
 import re
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -136,7 +137,7 @@ def report(folder: Path) -> str:
     for row in texts:
         shown.add_row(*row)
     out_ = io.StringIO()
-    Console(file=out_, width=180).print(shown)
+    Console(file=out_, width=180, markup=False).print(shown)
     use = f"; use the best with --config-dir {folder} preset=best" if best is not None else ""
     return f"{out_.getvalue().rstrip()}\n  in {folder}: {', '.join(places)}{use}"
 
@@ -150,7 +151,9 @@ def _preset(chosen: dict[str, str], line: dict[str, Any]) -> str:
     defaults: list[Any] = []
     values = OmegaConf.create()
     for key, value in chosen.items():
-        if key.split(".")[0] in (*INCIDENTAL, "input", "truth", "metric", "preset", "sink", "source", "sweep"):
+        if key.split(".")[0] in (*INCIDENTAL, "input", "truth", "metric", "preset", "sink", "sweep"):
+            continue
+        if key in ("source", "source.shard", "source.num_shards"):
             continue
         if key in GROUPS:
             defaults.append({f"override /{key}": value})
@@ -234,8 +237,13 @@ class Report(Callback):
     """A callback of Hydra: before a sweep notes what its jobs ask for, after it writes and prints the report."""
 
     def on_multirun_start(self, config: Any, **_: Any) -> None:
-        from grounded_sam.predictions import note_floor
+        from grounded_sam.predictions import PLACE, note_floor
 
+        sweep = Path(config.hydra.sweep.dir)
+        shutil.rmtree(sweep / PLACE, ignore_errors=True)  # of an earlier sweep into the same folder
+        for place in sweep.glob("[0-9]*"):
+            for name in ("run.json", "metrics.json"):
+                (place / name).unlink(missing_ok=True)
         space = config.hydra.sweeper.get("params") or {}
         words = [*config.hydra.overrides.task, *(f"{key}={value}" for key, value in space.items())]
         note_floor(Path(config.hydra.sweep.dir), words)

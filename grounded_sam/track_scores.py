@@ -132,12 +132,20 @@ class VideoScores:
             return {number: number if number in tracks else None for number in numbers}
         # Without a track of its own an object is compared with nothing; DAVIS fills up in the same way.
         wide = max(len(tracks), len(numbers))
-        score = np.zeros((len(numbers), wide))
-        for row, number in enumerate(numbers):
-            score[row, len(tracks) :] = self._values(number, None)[0].mean()
-            for column, track in enumerate(tracks):
-                alike = self.classes is None or self.classes.get(number) == self._names.get(track)
-                score[row, column] = self._values(number, track)[0].mean() if alike else -1.0
+        row_of, column_of = ({n: i for i, n in enumerate(side)} for side in (numbers, tracks))
+        total, both = np.zeros((len(numbers), wide)), np.zeros((len(numbers), wide))
+        seen, found = np.zeros(len(numbers)), np.zeros(wide)
+        for rows, columns, j, f in self._frames:
+            at = np.ix_([row_of[n] for n in rows], [column_of[n] for n in columns])
+            total[at] += (j + f) / 2
+            both[at] += 1
+            seen[at[0].ravel()] += 1
+            found[at[1].ravel()] += 1
+        absent = len(self._frames) - seen[:, None] - found[None] + both  # where both are absent the value is 1
+        score = (total + absent) / max(1, len(self._frames))
+        if self.classes is not None:
+            other = [[self.classes.get(n) != self._names.get(k) for k in tracks] for n in numbers]
+            score[:, : len(tracks)][np.array(other, bool).reshape(len(numbers), len(tracks))] = -1.0
         rows, columns = linear_sum_assignment(-score)
         chosen: dict[int, int | None] = dict.fromkeys(numbers)
         for row, column in zip(rows, columns, strict=True):

@@ -32,11 +32,11 @@ def read_truth(given: str | Path) -> CocoFile | Masklets:
         about = path.stat()
         return _from_json(path, about.st_mtime_ns, about.st_size)
     if path.is_file() and path.suffix.lower() in (".yaml", ".yml"):
-        return CocoFile(path, content=from_yolo(path))
+        return CocoFile(path, content=from_yolo(path), mixed=True)
     if (path / "data.yaml").is_file():
-        return CocoFile(path, content=from_yolo(path / "data.yaml"))
+        return CocoFile(path, content=from_yolo(path / "data.yaml"), mixed=True)
     if next(path.rglob("*.xml"), None) is not None:
-        return CocoFile(path, content=from_voc(path))
+        return CocoFile(path, content=from_voc(path), mixed=True)
     if path.is_dir():
         return Masklets(path)
     raise ConfigError(
@@ -49,7 +49,9 @@ def read_truth(given: str | Path) -> CocoFile | Masklets:
 def _from_json(path: Path, changed: int, size: int) -> CocoFile | Masklets:
     content = read_json(path)
     videos = isinstance(content, dict) and ("masklet" in content or "videos" in content)
-    return Masklets(path, content) if videos and "images" not in content else CocoFile(path, content=content)
+    return (
+        Masklets(path, content) if videos and "images" not in content else CocoFile(path, content=content, mixed=True)
+    )
 
 
 def from_yolo(about: Path) -> dict[str, Any]:
@@ -57,11 +59,12 @@ def from_yolo(about: Path) -> dict[str, Any]:
 
     Images of all parts that `data.yaml` names are read, those of a part given as a list of folders too.
     """
-    content = yaml.safe_load(about.read_text(encoding="utf-8"))
-    if not isinstance(content, dict) or "names" not in content:
-        raise ConfigError(f"{about}: expected names and train, val or test, as YOLO's data.yaml has them")
-    names = content["names"]
-    named = dict(enumerate(names)) if isinstance(names, list) else {int(k): str(v) for k, v in names.items()}
+    try:
+        content = yaml.safe_load(about.read_text(encoding="utf-8"))
+        names = content["names"]
+        named = dict(enumerate(names)) if isinstance(names, list) else {int(k): str(v) for k, v in names.items()}
+    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"{about}: expected names and train, val or test, as YOLO's data.yaml has them") from error
     base = about.parent / str(content.get("path", ""))
     folders = [folder for part in ("train", "val", "test") for folder in _listed(content.get(part))]
     images: list[dict[str, Any]] = []
@@ -71,12 +74,17 @@ def from_yolo(about: Path) -> dict[str, Any]:
         files = picture_files(p for p in root.rglob("*") if p.is_file())
         for file in sorted(files, key=lambda p: natural(p.as_posix())):
             width, height = _size(file)
-            images.append({"id": len(images), "file_name": file.relative_to(root).as_posix()})
+            # With the last folder, since parts of a dataset may have pictures of one name.
+            images.append({"id": len(images), "file_name": file.relative_to(root.parent).as_posix()})
             images[-1] |= {"width": width, "height": height}
             labels = Path(*("labels" if part == "images" else part for part in root.parts)) / file.relative_to(root)
-            for line in _lines(labels.with_suffix(".txt")):
-                numbers = [float(word) for word in line.split()]
-                one = _yolo_object(numbers[1:], width, height)
+            for number, line in enumerate(_lines(labels.with_suffix(".txt")), 1):
+                try:
+                    numbers = [float(word) for word in line.split()]
+                    one = _yolo_object(numbers[1:], width, height)
+                except (ValueError, OverflowError) as error:
+                    where = f"{labels.with_suffix('.txt')}, line {number}"
+                    raise ConfigError(f"{where}: expected a class and a box or polygon, got {line[:80]!r}") from error
                 annotations.append({"id": len(annotations) + 1, "image_id": images[-1]["id"], **one})
                 annotations[-1]["category_id"] = int(numbers[0]) + 1
     categories = [{"id": number + 1, "name": name} for number, name in named.items()]

@@ -297,3 +297,96 @@ def test_without_its_extra_it_says_what_to_install(truth, tmp_path, monkeypatch)
     monkeypatch.setattr("grounded_sam.sinks.image_metrics.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'grounded_sam\[metrics\]'"):
         metrics(tmp_path, CLASSES, truth)
+
+
+def test_labels_without_masks_count_as_boxes(truth, tmp_path):
+    """Labels of which only some have masks, as in VOC: dropping the others would make the numbers wrong."""
+    content = json.loads(truth.read_text())
+    content["annotations"][0]["segmentation"] = [[0, 0, 20, 0, 20, 20, 0, 20]]
+    del content["annotations"][2]["bbox"]  # no box and no mask: of no use
+    truth.write_text(json.dumps(content))
+    frame = Frame(np.full((100, 100, 3), 200, np.uint8), 0, "x.png")
+    with metrics(tmp_path, CLASSES, truth) as sink:
+        sink.write(FrameResult(frame, boxes((0, 0, 20, 20, 0.9, 0), (40, 40, 60, 60, 0.8, 0))))
+    assert sink.values["at_threshold"]["matched"] == 2 and sink.values["at_threshold"]["missed"] == 0
+    assert "segm" not in sink.values and "2 labels that are not sound" in sink.summary()
+    assert "boxes alone are used" in sink.values["labels_left_out"][0]["reason"]
+
+
+def test_pictures_of_one_name_are_told_apart_by_their_folders(tmp_path):
+    frame = Frame(np.zeros((40, 40, 3), np.uint8), 0, "0.png")
+    for part, row in (("train", (0, 0, 20, 20, 1.0, 0)), ("val", (20, 20, 40, 40, 1.0, 0))):
+        (tmp_path / "yolo" / "images" / part).mkdir(parents=True)
+        (tmp_path / "yolo" / "labels" / part).mkdir(parents=True)
+        Image.fromarray(frame.image).save(tmp_path / "yolo" / "images" / part / "0.png")
+        x1, y1, x2, y2 = (v / 40 for v in row[:4])
+        line = f"0 {(x1 + x2) / 2} {(y1 + y2) / 2} {x2 - x1} {y2 - y1}\n"
+        (tmp_path / "yolo" / "labels" / part / "0.txt").write_text(line)
+    (tmp_path / "yolo" / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [a, b, c]\n")
+    for part, row in (("train", (0, 0, 20, 20, 1.0, 0)), ("val", (20, 20, 40, 40, 1.0, 0))):
+        with metrics(tmp_path, CLASSES, tmp_path / "yolo") as sink:
+            file = tmp_path / "yolo" / "images" / part / "0.png"
+            sink.write(FrameResult(Frame(frame.pixels, 0, "0.png", file=file), boxes(row, size_hw=(40, 40))))
+        assert sink.values["at_threshold"]["f1"] == 1.0
+    with (
+        pytest.raises(ConfigError, match=r"none of 1 images has labels"),
+        metrics(tmp_path, CLASSES, tmp_path / "yolo") as sink,
+    ):
+        sink.write(FrameResult(frame, boxes()))  # of which part is not known
+
+
+def test_two_pictures_are_not_measured_against_one_label(truth, tmp_path):
+    pixels = np.zeros((100, 100, 3), np.uint8)
+    sink = metrics(tmp_path, CLASSES, truth)
+    sink.write(FrameResult(Frame(pixels, 0, "a/x.png"), boxes()))
+    with pytest.raises(ConfigError, match=r"a/x.png and b/x.png would both be measured against deep/x.png"):
+        sink.write(FrameResult(Frame(pixels, 1, "b/x.png"), boxes()))
+
+
+def test_what_touches_a_crowd_is_not_excused(truth, tmp_path):
+    content = json.loads(truth.read_text())
+    content["annotations"][1]["iscrowd"] = 1
+    truth.write_text(json.dumps(content))
+    rows = [(0, 0, 20, 20, 0.9, 0), (70, 0, 90, 20, 0.7, 1), (58, 58, 90, 90, 0.6, 0)]
+    with metrics(tmp_path, CLASSES, truth) as sink:
+        sink.write(FrameResult(Frame(np.zeros((100, 100, 3), np.uint8), 0, "deep/x.png"), boxes(*rows)))
+    assert sink.values["at_threshold"]["false"] == 1
+
+
+def test_classes_and_labels_of_any_name_and_id(tmp_path):
+    """Markup of the terminal in a class, ids that are words, labels without boxes."""
+    words = Vocabulary.parse(["red [/a]"])
+    images = [{"id": "im0", "file_name": "x.png", "width": 40, "height": 40}]
+    labels = [{"id": 1, "image_id": "im0", "category_id": 1, "segmentation": [[0, 0, 20, 0, 20, 20, 0, 20]]}]
+    content = {"images": images, "annotations": labels, "categories": [{"id": 1, "name": "red [/a]"}]}
+    (tmp_path / "truth.json").write_text(json.dumps(content))
+    found = make_detections([[0, 0, 20, 20]], [0.9], [0], words, (40, 40))
+    found.mask = np.zeros((1, 40, 40), bool)
+    found.mask[0, :20, :20] = True
+    with metrics(tmp_path, words, tmp_path / "truth.json") as sink:
+        sink.write(FrameResult(Frame(np.zeros((40, 40, 3), np.uint8), 0, "x.png"), found))
+    assert sink.value() == pytest.approx(1.0) and "red [/a]" in sink.summary()
+    sink.metric = "classes.red [/a].segm.AP"
+    assert sink.value() == pytest.approx(1.0)
+    sink.metric = "at_threshold.missed"
+    with pytest.raises(ConfigError, match="less is better"):
+        sink.value()
+
+
+@pytest.mark.parametrize(
+    ("about", "line", "says"),
+    [
+        ("names: {a: b\n", "", "expected names and train"),
+        ("names:\ntrain: images\n", "", "expected names and train"),
+        ("names: [a]\ntrain: images\n", "a 0.5 0.5 0.1 0.1", r"0.txt, line 1: expected a class and a box"),
+        ("names: [a]\ntrain: images\n", "0 0.5 0.5 0.1 0.1 0.9", r"0.txt, line 1: expected a class and a box"),
+    ],
+)
+def test_damaged_yolo_labels_are_named(about, line, says, tmp_path):
+    for folder in ("images", "labels"):
+        (tmp_path / folder).mkdir()
+    Image.new("RGB", (40, 40)).save(tmp_path / "images" / "0.png")
+    (tmp_path / "labels" / "0.txt").write_text(line)
+    (tmp_path / "data.yaml").write_text(about)
+    with pytest.raises(ConfigError, match=says):
+        read_truth(tmp_path)

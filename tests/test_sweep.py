@@ -121,6 +121,26 @@ def test_boxes_are_found_once_for_all_segmenters(labelled, tmp_path):
     assert len(looked) == 1 and float(looked.pop()) > 0  # what was saved is part of what it costs
 
 
+def test_labels_of_other_inputs_are_not_shared(labelled, tmp_path):
+    """Boxes of `detector=stored` come from the source, which is not the detector's settings."""
+    for part, count in (("a", 3), ("b", 2)):
+        words = ["sink=store", f"output={tmp_path / part}", f"input={labelled / 'in' / f'{count}.png'}"]
+        base = ["preset=shapes", f"text=[{','.join(CLASSES_ASKED)}]"]
+        subprocess.run([str(COMMAND), *base, *words], check=True, capture_output=True)
+    words = ["source=stored", f"input={tmp_path / 'a'},{tmp_path / 'b'}", "segmenter=sam,sam2", "detector.masks=false"]
+    run(labelled, tmp_path / "s", "-m", *words)
+    about = [json.loads((tmp_path / "s" / str(i) / "run.json").read_text()) for i in range(4)]
+    assert [job["boxes_replayed"] for job in about] == [0] * 4
+
+
+def test_a_sweep_into_the_folder_of_another_has_its_own_rows(labelled, tmp_path):
+    run(labelled, tmp_path / "s", "-m", "select.score=0.2,0.3,0.4")
+    out = run(labelled, tmp_path / "s", "-m", "select.score=0.9,1.5", code=1)
+    assert "2 jobs, the best first" in out.stdout and "1 of 2 jobs failed" in out.stderr
+    with (tmp_path / "s" / "sweep.csv").open(newline="") as file:
+        assert [line["select.score"] for line in csv.DictReader(file)] == ["0.9", "1.5"]
+
+
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
 def test_a_job_that_fails_is_a_row_with_its_reason(labelled, tmp_path, launcher):
     if launcher == "joblib":
@@ -160,6 +180,8 @@ def test_ready_made_sweeps_are_parameters_of_the_sweeper(name, labelled, tmp_pat
         (["select.score=interval(0.1,0.6)"], (True, 0.1, "own", False)),
         (["select.nms=0.7,0.3", "text=a"], (True, None, [0.3, 0.7], False)),
         (["select.nms=0.7,null"], (True, None, "any", False)),
+        (["select.nms=0.7,1.5", "select.score=-1,0.3"], (True, 0.3, [0.7], False)),
+        (["segmenter=glob(sam2)"], (False, None, "any", False)),
         (["select.nms=interval(0.3,0.8)"], (True, None, "any", False)),
         (["select.nms=0.7,0.3", "select.nms_by=box,mask"], (True, None, "any", False)),
         (["segmenter=sam,sam2"], (False, None, "own", False)),

@@ -257,6 +257,15 @@ def test_what_cannot_be_measured_is_said(tmp_path, data):
     [
         ({"masklet": []}, "not annotations of SA-V"),
         ({"masklet": [[{"size": [4, 4], "counts": "zz"}]]}, "object 0: the counts of its RLE"),
+        ({"masklet": [[None], None]}, "not annotations of SA-V"),
+        (
+            {
+                "videos": [{"id": 1, "file_names": ["0.jpg", "1.jpg"], "height": 4, "width": 4}],
+                "annotations": [{"id": 1, "video_id": 1, "category_id": 1, "segmentations": [None]}],
+                "categories": [{"id": 1, "name": "a"}],
+            },
+            "track 1 of 1 has 1 frames, not 2",
+        ),
         ({"videos": [], "annotations": 3, "categories": []}, "expected a list under 'annotations'"),
         ({"videos": [{"id": 1}], "annotations": [], "categories": [{"id": 1, "name": "a"}]}, "not YouTube-VIS"),
     ],
@@ -267,6 +276,30 @@ def test_damaged_labels_of_videos_are_named(content, says, tmp_path):
     with pytest.raises(ConfigError, match=f"labels.json.*{says}"):
         for video in read_truth(path).videos.values():
             video.read(video.frames[0])
+
+
+def maps(folder, *values):
+    folder.mkdir(parents=True)
+    for i, numbers in enumerate(values):
+        picture = np.zeros((8, 8), np.uint8)
+        for k, number in enumerate(numbers):
+            picture[k] = number
+        Image.fromarray(picture).save(folder / f"{i:06d}.png")
+
+
+def test_videos_may_have_numbers_for_names_and_255_is_void(tmp_path):
+    maps(tmp_path / "0001", [1, 2, 255], [1])
+    maps(tmp_path / "0002", [255], [255])
+    found = read_truth(tmp_path).videos
+    assert list(found) == ["0001", "0002"]
+    assert list(found["0001"].read(0)) == [1, 2] and list(found["0002"].read(1)) == [255]
+    assert found["0001"].names == {0: "000000", 1: "000001"}
+
+
+def test_of_sav_labels_by_hand_and_automatic_ones_the_first_count(tmp_path, shifted):
+    for end in ("manual", "auto"):
+        (tmp_path / f"sav_000001_{end}.json").write_bytes((shifted / "truth.json").read_bytes())
+    assert list(read_truth(tmp_path).videos) == ["sav_000001"]
 
 
 def test_frames_are_matched_by_the_number_their_name_ends_in():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,9 +16,10 @@ import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
-from grounded_sam.coco import CocoFile, to_xyxy
+from grounded_sam.coco import CocoFile, encoded_segmentation, to_xyxy
 from grounded_sam.detections import pick
 from grounded_sam.errors import ConfigError
+from grounded_sam.frames import Frame
 from grounded_sam.sinks.files import written_whole
 from grounded_sam.sinks.mistakes import Worst, check_classes, rates, value_at
 from grounded_sam.stages import FrameResult
@@ -82,11 +83,11 @@ class ImageMetrics:
         #: Category id in the truth of each class of the run.
         self.ids = [ids[name] for name in vocabulary.classes]
         self.not_asked = [name for name in theirs.classes if name not in vocabulary.classes]
-        self._images = {image["file_name"]: image for image in self.truth.images}
-        ends = Counter(name.rpartition("/")[2] for name in self._images)
-        self._ends = {
-            n.rpartition("/")[2]: image for n, image in self._images.items() if ends[n.rpartition("/")[2]] == 1
-        }
+        self._by_end: dict[str, list[dict[str, Any]]] = {}
+        for image in truth.images:
+            for end in _ends(image["file_name"]):
+                self._by_end.setdefault(end, []).append(image)
+        self._of: dict[Any, str] = {}  # by id of an image, what was measured against it
         self._worst = Worst(errors)
         self._seen: list[Any] = []
         self._found: list[dict[str, Any]] = []
@@ -102,7 +103,7 @@ class ImageMetrics:
 
     def write(self, result: FrameResult) -> None:
         frame, found = result.frame, result.packed
-        image = self._images.get(frame.name) or self._ends.get(frame.name.rpartition("/")[2])
+        image = self._find(frame)
         if image is None:
             self.unlabelled.append(frame.name)
             return
@@ -110,6 +111,11 @@ class ImageMetrics:
             raise ConfigError(
                 f"{frame.name} has {frame.size_hw[1]}x{frame.size_hw[0]} px, but {image['width']}x{image['height']} px "
                 f"in {self.truth.path}"
+            )
+        if self._of.setdefault(image["id"], frame.name) != frame.name:
+            raise ConfigError(
+                f"{self._of[image['id']]} and {frame.name} would both be measured against {image['file_name']} in "
+                f"{self.truth.path}; its names do not tell them apart"
             )
         self._seen.append(image["id"])
         masks = list(found.data["rle"]) if "rle" in found.data else None
@@ -123,6 +129,17 @@ class ImageMetrics:
                 one["segmentation"] = masks[i]
             self._found.append(one)
         self._compare(result, image, masks)
+
+    def _find(self, frame: Frame) -> dict[str, Any] | None:
+        """The labelled image whose path shares the longest end with a frame's; None if none or several do."""
+        exact = [image for image in self._by_end.get(frame.name, ()) if image["file_name"] == frame.name]
+        if len(exact) == 1:
+            return exact[0]
+        path = frame.name if frame.file is None or frame.video is not None else frame.file.absolute().as_posix()
+        for end in _ends(path):
+            if found := self._by_end.get(end):
+                return found[0] if len(found) == 1 else None
+        return None
 
     def _compare(self, result: FrameResult, image: dict[str, Any], masks: list[Any] | None) -> None:
         """Match an image's detections with its labels, count, and keep the worst for the pictures."""
@@ -143,8 +160,9 @@ class ImageMetrics:
                 matched[i] = fits.argmax()
                 free[matched[i]] = False
         # A detection that lies in a crowd is neither right nor wrong.
+        inside = _overlap(found, labels, masks, crowd)  # of a crowd, the share of the detection that is in it
         excused = np.array(
-            [(overlap[i] * crowd * (theirs == ours[i])).max(initial=0) > 0 for i in range(len(found))], bool
+            [(inside[i] * crowd * (theirs == ours[i])).max(initial=0) >= self.iou for i in range(len(found))], bool
         )
         false = np.flatnonzero((matched < 0) & ~excused)
         missed = np.flatnonzero(free)
@@ -189,9 +207,10 @@ class ImageMetrics:
     ) -> None:
         if not self._seen:
             if kind is None and self.unlabelled:
+                labelled = ", ".join(image["file_name"] for image in self.truth.images[:3])
                 raise ConfigError(
-                    f"none of {len(self.unlabelled)} images has labels in {self.truth.path}; it has "
-                    f"{', '.join(list(self._images)[:3])}, ...; looked at were {', '.join(self.unlabelled[:3])}, ..."
+                    f"none of {len(self.unlabelled)} images has labels in {self.truth.path}; it has {labelled}, ...; "
+                    f"looked at were {', '.join(self.unlabelled[:3])}, ..."
                 )
             return
         kinds = ["bbox"]
@@ -217,6 +236,7 @@ class ImageMetrics:
             "mistakes": self.mistakes,
             "not_asked_for": self.not_asked,
             "without_labels": self.unlabelled,
+            "labels_left_out": [asdict(note) for note in self.truth.notes],
         }
         with written_whole(self.output / "metrics.json") as beside:
             beside.write_text(json.dumps(self.values, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -238,16 +258,20 @@ class ImageMetrics:
         from faster_coco_eval import COCO, COCOeval_faster
 
         chosen = set(self.ids)
-        labels = [
-            {"iscrowd": 0, "area": _area(a), **a, "id": i}
-            for i, a in enumerate(
-                (a for image_id in self._seen for a in self.truth.annotations(image_id) if a["category_id"] in chosen),
-                1,
-            )
-        ]
+        place = {image["id"]: i for i, image in enumerate(self.truth.images)}
+        # Ids may be words, which the evaluation does not take; numbers stay, since it goes in their order.
+        number = {key: key if all(isinstance(k, int) for k in place) else i for key, i in place.items()}
+        labels: list[dict[str, Any]] = []
+        for image_id in self._seen:
+            image = self.truth.images[place[image_id]]
+            for a in self.truth.annotations(image_id):
+                if a["category_id"] in chosen:
+                    box = a.get("bbox") or _box(a["segmentation"], (image["height"], image["width"]))
+                    one = {"iscrowd": 0, "area": _area(box), **a, "bbox": box, "id": len(labels) + 1}
+                    labels.append(one | {"image_id": number[image_id]})
         seen = set(self._seen)
         dataset = {
-            "images": [image for image in self.truth.images if image["id"] in seen],
+            "images": [image | {"id": number[image["id"]]} for image in self.truth.images if image["id"] in seen],
             "categories": [
                 {"id": number} | {"name": name} for number, name in zip(self.ids, self.vocabulary.classes, strict=True)
             ],
@@ -261,7 +285,8 @@ class ImageMetrics:
             if kind == "bbox":
                 labels = [{k: v for k, v in one.items() if k != drop} for one in labels]
             truth = COCO({**dataset, "annotations": labels})
-            results = truth.loadRes([{k: v for k, v in one.items() if k != drop} for one in self._found])
+            found = [one | {"image_id": number[one["image_id"]]} for one in self._found]
+            results = truth.loadRes([{k: v for k, v in one.items() if k != drop} for one in found])
             run = COCOeval_faster(truth, results, kind)
             run.params.catIds = list(self.ids)
             run.evaluate()
@@ -318,29 +343,46 @@ class ImageMetrics:
             numbers += [counted[key] for key in ("precision", "recall", "f1")]
             table.add_row(name, *(f"{n:.3f}" for n in numbers), str(counted["matched"] + counted["missed"]))
         out = io.StringIO()
-        Console(file=out, width=110).print(table)
+        Console(file=out, width=110, markup=False).print(table)
         left = [f"{len(self.unlabelled)} images without labels"] if self.unlabelled else []
         left += [f"{len(self.not_asked)} classes of the truth not asked for"] if self.not_asked else []
+        left += [f"{len(self.truth.notes)} labels that are not sound"] if self.truth.notes else []
         note = f" ({', '.join(left)} are left out)" if left else ""
         lines = [out.getvalue().rstrip(), f"  measured in {self.output / 'metrics.json'}{note}"]
         return "\n".join([*lines, f"  best thresholds by class in {self.output / 'classes.yaml'}"])
 
 
-def _area(annotation: dict[str, Any]) -> float:
+def _area(box: Sequence[float]) -> float:
     """The area of a label that does not say its own, as COCO does: of its box."""
-    box = annotation.get("bbox")
-    if box is None:
-        return 0.0
     x1, y1, x2, y2 = to_xyxy(box)
     return (x2 - x1) * (y2 - y1)
 
 
-def _overlap(found: sv.Detections, labels: sv.Detections, masks: list[Any] | None) -> NDArray[np.float64]:
-    """IoU of each detection with each label, of masks if both have them, `(n, m)`."""
-    if not len(found) or not len(labels):
-        return np.zeros((len(found), len(labels)))
-    if masks is None or "rle" not in labels.data:
-        return np.asarray(sv.box_iou_batch(found.xyxy, labels.xyxy), np.float64)
+def _box(segmentation: Any, size_hw: tuple[int, int]) -> list[float]:
+    """The box around a segmentation, for labels without one."""
     from pycocotools import mask as coco_mask
 
-    return np.asarray(coco_mask.iou(masks, list(labels.data["rle"]), [0] * len(labels)), np.float64)
+    return list(coco_mask.toBbox(encoded_segmentation(segmentation, size_hw)).tolist())
+
+
+def _overlap(
+    found: sv.Detections, labels: sv.Detections, masks: list[Any] | None, crowd: NDArray[np.bool_] | None = None
+) -> NDArray[np.float64]:
+    """IoU of each detection with each label, of masks if both have them, `(n, m)`; with crowds as COCO has it."""
+    if not len(found) or not len(labels):
+        return np.zeros((len(found), len(labels)))
+    from pycocotools import mask as coco_mask
+
+    crowds = [0] * len(labels) if crowd is None else crowd.astype(int).tolist()
+    if masks is not None and "rle" in labels.data:
+        return np.asarray(coco_mask.iou(masks, list(labels.data["rle"]), crowds), np.float64)
+    if crowd is None:
+        return np.asarray(sv.box_iou_batch(found.xyxy, labels.xyxy), np.float64)
+    sides = [np.column_stack([b[:, :2], b[:, 2:] - b[:, :2]]).astype(float) for b in (found.xyxy, labels.xyxy)]
+    return np.asarray(coco_mask.iou(*sides, crowds), np.float64)
+
+
+def _ends(path: str) -> list[str]:
+    """A path and all that it ends in, the longest first: `a/b/c.png`, `b/c.png`, `c.png`."""
+    parts = path.split("/")
+    return ["/".join(parts[i:]) for i in range(len(parts))]

@@ -6,17 +6,22 @@ import heapq
 import io
 import itertools
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import supervision as sv
 
-from grounded_sam.detections import unpacked
+from grounded_sam.detections import packed, unpacked
 from grounded_sam.errors import ConfigError, ImageError
+from grounded_sam.frames import Frame
 from grounded_sam.sinks.files import Names, written_whole
 from grounded_sam.stages import FrameResult
 from grounded_sam.vocabulary import Vocabulary
+
+#: No goal of a sweep.
+LESS_IS_BETTER = ("missed", "false", "IDSW", "Frag")
 
 
 class Worst:
@@ -35,8 +40,9 @@ class Worst:
         wrong = len(missed) + len(false)
         if not wrong or not self.most or (len(self._kept) == self.most and wrong <= self._kept[0][0]):
             return
-        shown: Any = (result, missed, false)
-        if not callable(result.frame.pixels):  # drawn now, since pixels cannot be held; later if they can be read
+        frame = replace(result.frame, found=None)
+        shown: Any = (frame, packed(missed), packed(false))
+        if not callable(frame.pixels):  # drawn now, since pixels cannot be held; later if they can be read
             shown = _draw(*shown)
         place = heapq.heappush if len(self._kept) < self.most else heapq.heapreplace
         place(self._kept, (wrong, -next(self._count), result.frame.name, shown))
@@ -53,14 +59,14 @@ class Worst:
         self._kept.clear()
 
 
-def _draw(result: FrameResult, missed: sv.Detections, false: sv.Detections) -> bytes | None:
+def _draw(frame: Frame, missed: sv.Detections, false: sv.Detections) -> bytes | None:
     """Missed labels in blue and false detections in red, as JPEG; None if the pixels are gone."""
     from PIL import Image
 
     from grounded_sam.sinks.overlay import font
 
     try:
-        scene = result.frame.image[..., ::-1].copy()
+        scene = frame.image[..., ::-1].copy()
     except ImageError:
         return None
     size = int(np.clip(min(scene.shape[:2]) / 32, 9, 72))  # as in overlays
@@ -95,12 +101,23 @@ def value_at(values: Mapping[str, Any], path: str, known: str) -> float:
     Raises:
         ConfigError: if there is none, saying what is known.
     """
-    node: Any = values
-    for part in path.split("."):
-        node = node.get(part) if isinstance(node, Mapping) else None
+    node = _at(values, path.split("."))
     if not isinstance(node, int | float):
         raise ConfigError(f"there is no metric {path}; there are {known}")
+    if path.rpartition(".")[2] in LESS_IS_BETTER or path.endswith("_decay"):
+        raise ConfigError(f"of {path} less is better, and a sweep goes by what is highest; there are {known}")
     return float(node)
+
+
+def _at(node: Any, parts: list[str]) -> Any:
+    """What is at a path of keys, which may have dots themselves."""
+    if not parts:
+        return node
+    for end in range(len(parts), 0, -1):
+        key = ".".join(parts[:end])
+        if isinstance(node, Mapping) and key in node:
+            return _at(node[key], parts[end:])
+    return None
 
 
 def check_classes(asked: Vocabulary, labelled: Vocabulary, path: Path) -> None:

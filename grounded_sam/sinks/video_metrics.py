@@ -16,7 +16,7 @@ from grounded_sam.detections import mask_boxes, pick
 from grounded_sam.errors import ConfigError
 from grounded_sam.masklets import Mask, Masklet, Masklets, frame_key
 from grounded_sam.sinks.files import written_whole
-from grounded_sam.sinks.mistakes import Worst, check_classes, rates, value_at
+from grounded_sam.sinks.mistakes import LESS_IS_BETTER, Worst, check_classes, rates, value_at
 from grounded_sam.stages import FrameResult
 from grounded_sam.track_scores import VideoScores, has_trackeval, mean, tracking
 from grounded_sam.vocabulary import Vocabulary
@@ -108,7 +108,7 @@ class VideoMetrics:
         missed = sorted(set(range(overlap.shape[0])) - {i for i, _ in at})
         false = sorted(set(range(overlap.shape[1])) - {j for _, j in at})
         self._counts += len(at), len(missed), len(false)
-        if not missed and not false:
+        if not self._worst.most or (not missed and not false):
             return
         masks = [truth[n] for n in truth]
         if self.objects == "one":
@@ -174,7 +174,8 @@ class VideoMetrics:
             ConfigError: if there is no such metric.
         """
         known = [f"{rule}.JF" for rule in ("davis", "davis_all_frames", "sav")]
-        known += [f"tracking.{key}" for key in self.values.get("tracking", {})] + ["at_threshold.f1"]
+        known += [f"tracking.{key}" for key in self.values.get("tracking", {}) if key not in LESS_IS_BETTER]
+        known.append("at_threshold.f1")
         path = self.metric or "davis_all_frames.JF"
         return value_at(self.values, path, f"{', '.join(known)}, and by_video.NAME.*")
 
@@ -198,7 +199,7 @@ class VideoMetrics:
             more = [row["tracking"][key] for key in tracked]
             table.add_row(name, str(count), *(f"{n:.3f}" for n in numbers), *(f"{n:.4g}" for n in more))
         out = io.StringIO()
-        Console(file=out, width=120).print(table)
+        Console(file=out, width=120, markup=False).print(table)
         away = sum(row["not_looked_at"] for row in self.values["by_video"].values())
         notes = [f"{away} labelled frames were not looked at"] if away else []
         if self.unlabelled:

@@ -65,7 +65,8 @@ class Tracks:
             for place, key in enumerate(video.frames):
                 index = key if isinstance(key, int) else place
                 found = video.read(key)
-                name = f"{video.name}/{key:05d}" if isinstance(key, int) else f"{video.name}/{key}"
+                stem = (video.names or {}).get(key) or (f"{key:05d}" if isinstance(key, int) else key)
+                name = f"{video.name}/{stem}"
                 numbers = list(found)
                 if numbers:
                     masks = np.stack([found[number] for number in numbers])

@@ -128,7 +128,7 @@ def test_clicks_and_everything_go_into_the_same_sinks(tmp_path, folder):
         (["input=nowhere.mp4", "text=[a]"], "no such file or folder: nowhere.mp4"),
         (["preset=demo", "track.redetect_every=0"], "track.redetect_every must be a whole number from 1"),
         (["preset=demo", "tracker.prompt=word"], "tracker.prompt must be mask or box"),
-        (["preset=demo", "tracker=sort"], "there is no tracker=sort; the choices are none, sam2, sam2_hf"),
+        (["preset=demo", "tracker=sort"], "there is no tracker=sort; the choices are edgetam, none, sam2, sam2_hf"),
         (["input=.", "text=[a]"], "no picture and no video in ."),
         (["input=builtin:demo", "preset=shapes"], "text is missing"),
         (["input=builtin:demo", "preset=shapes", "text=[?]"], "without letters"),
@@ -225,8 +225,9 @@ def test_stages_from_outside_the_repository(tmp_path, folder):
     one, two = (COCO(tmp_path / name / "annotations.json").anns[1] for name in "ab")
     assert one["area"] == 130 * 100
     assert two["area"] == 4 * (260 // 8) * (200 // 8) or abs(two["area"] - 65 * 50) < 120
-    assert "there is no detector=theirs; the choices are clicks, everything, grounding_dino, mine" in complaint(
-        "--config-dir", "my_conf", "detector=theirs", cwd=tmp_path
+    assert (
+        "there is no detector=theirs; the choices are clicks, everything, grounding_dino, llmdet, mine, "
+        in complaint("--config-dir", "my_conf", "detector=theirs", cwd=tmp_path)
     )
 
 

@@ -179,8 +179,8 @@ def build(cfg: DictConfig, kept: dict[str, tuple[Any, Any]] | None = None) -> Pi
     settings = make(cfg, "select")
     if not isinstance(settings, Select):
         raise ConfigError(f"select._target_ must be a grounded_sam.select.Select, got {type(settings).__name__}")
-    # A detector that takes the segmenter into its own hands gives masks itself.
-    masks_itself = "segmenter" in (cfg.detector or {})
+    # A detector that takes the segmenter into its own hands gives masks itself, or has a say in it.
+    masks_itself = "segmenter" in (cfg.detector or {}) or (cfg.detector or {}).get("own_masks") is True
     if cfg.segmenter is None and settings.nms_by == "mask" and not masks_itself:
         raise ConfigError("select.nms_by=mask needs masks; choose a segmenter, or select.nms_by=box")
     if cfg.segmenter is not None and (cfg.detector or {}).get("masks") is True:

@@ -251,3 +251,39 @@ def sam_hq(folder: Path, seed: int = 0) -> Path:
     pad = {"height": side, "width": side}
     SamImageProcessor(size={"longest_edge": side}, pad_size=pad).save_pretrained(folder)
     return folder
+
+
+def sam3(folder: Path, seed: int = 0) -> Path:
+    """A small SAM 3 with random weights."""
+    from transformers import CLIPTokenizerFast, Sam3Config, Sam3ImageProcessor, Sam3Model
+
+    torch.manual_seed(seed)
+    side, grid = 112, 8
+    backbone = {"model_type": "sam3_vit_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    backbone |= {"num_attention_heads": 2, "image_size": side, "patch_size": 14, "window_size": 4}
+    backbone |= {"global_attn_indexes": [1], "pretrain_image_size": 56}
+    sizes = [[grid * scale, grid * scale] for scale in (4, 2, 1)]
+    vision = {"backbone_config": backbone, "backbone_feature_sizes": sizes, "fpn_hidden_size": 32}
+    words = clip_tokenizer(CLIPTokenizerFast)
+    words.model_max_length = 32
+    text = {"vocab_size": 600, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 2, "max_position_embeddings": 32, "projection_dim": 16}
+    text |= {"eos_token_id": words.eos_token_id, "bos_token_id": words.bos_token_id, "pad_token_id": 0}
+    part = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_layers": 2}
+    config = Sam3Config(
+        vision_config=vision,
+        text_config=text,
+        geometry_encoder_config=part,
+        detr_encoder_config=part,
+        detr_decoder_config={**part, "num_queries": 20},
+        mask_decoder_config={"hidden_size": 32, "num_attention_heads": 2},
+    )
+    model = Sam3Model(config).eval()
+    with torch.no_grad():  # fresh heads give all queries one score and one box
+        for name, weight in model.named_parameters():
+            if weight.ndim > 1 and name.startswith(("detr_decoder", "dot_product", "mask_decoder", "text_projection")):
+                weight.normal_(0, 0.2)
+    model.save_pretrained(folder)
+    Sam3ImageProcessor(size={"height": side, "width": side}).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder

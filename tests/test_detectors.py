@@ -13,6 +13,7 @@ from PIL import Image
 from grounded_sam import CheckpointError, ConfigError, Vocabulary, VocabularyError, load
 from grounded_sam.detectors.omdet_turbo import OmdetTurbo
 from grounded_sam.detectors.owlv2 import Owlv2
+from grounded_sam.detectors.sam3 import Sam3
 from grounded_sam.frames import Frame, read_image
 
 WORDS = ["car", "a red wheel", "dog's toy"]
@@ -143,3 +144,56 @@ def test_checkpoints_of_another_family_are_refused(owlv2, omdet):
         Owlv2(str(omdet))
     with pytest.raises(CheckpointError, match="expected omdet-turbo"):
         OmdetTurbo(str(owlv2))
+
+
+@pytest.fixture(scope="module")
+def sam3(tmp_path_factory):
+    return checkpoints.sam3(tmp_path_factory.mktemp("models") / "sam3")
+
+
+def test_sam3_gives_what_its_processor_gives(sam3, frames):
+    from transformers import AutoTokenizer, Sam3ImageProcessor, Sam3Model, Sam3Processor
+
+    model = Sam3Model.from_pretrained(sam3)
+    processor = Sam3Processor(Sam3ImageProcessor.from_pretrained(sam3), AutoTokenizer.from_pretrained(sam3))
+    ours = Sam3(str(sam3), floor=0.0)
+    for frame in frames:
+        found = ours.detect([frame], Vocabulary.parse(WORDS))[0]
+        for class_id, phrase in enumerate(WORDS):
+            inputs = processor(images=frame.image, text=phrase, return_tensors="pt")
+            with torch.inference_mode():
+                out = model(**inputs)
+            (theirs,) = processor.post_process_instance_segmentation(out, threshold=0.0, target_sizes=[frame.size_hw])
+            mine = found[found.class_id == class_id]
+            boxes = theirs["boxes"].numpy().clip(0, np.array([frame.size_hw[1], frame.size_hw[0]] * 2))
+            inside = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+            assert len(mine) == inside.sum() > 0
+            np.testing.assert_allclose(mine.confidence, theirs["scores"].numpy()[inside], atol=1e-4)
+            np.testing.assert_allclose(mine.xyxy, boxes[inside], atol=1e-2)
+            assert (mine.mask == theirs["masks"].numpy().astype(bool)[inside]).mean() > 0.9999
+
+
+def test_sam3_needs_no_segmenter_and_can_have_one(sam3, frames):
+    whole = load(f"checkpoints.sam3={sam3}", "select.score=0", "detector.floor=0", preset="shapes", detector="sam3")
+    assert whole.segmenter is None
+    found = whole.segment(frames[0].image, WORDS)
+    assert found.mask.shape == (len(found), *frames[0].size_hw) and "mask_score" not in found.data
+    words = (f"checkpoints.sam3={sam3}", "select.score=0", "detector.floor=0", "detector.own_masks=false")
+    boxes = load(*words, preset="shapes", detector="sam3")
+    assert "mask_score" in boxes.segment(frames[0].image, WORDS[:1]).data
+    # A floor leaves out what is less sure; a negative phrase takes what it is surer of.
+    all_of_it = Sam3(str(sam3), floor=0.0).detect(frames[:1], Vocabulary.parse(WORDS[:1]))[0]
+    middle = float(np.median(all_of_it.confidence))
+    above = Sam3(str(sam3), floor=middle).detect(frames[:1], Vocabulary.parse(WORDS[:1]))[0]
+    assert len(above) == (all_of_it.confidence > middle).sum() > 0
+    left = Sam3(str(sam3), floor=0.0).detect(frames[:1], Vocabulary.parse(WORDS[:1], WORDS[1:]))[0]
+    assert len(left) < len(all_of_it)
+    with pytest.raises(VocabularyError, match="takes 32 of a phrase"):
+        Sam3(str(sam3)).detect(frames[:1], Vocabulary.parse(["x" * 90]))
+
+
+def test_sam3_refuses_other_checkpoints(owlv2):
+    with pytest.raises(CheckpointError, match="is a owlv2 checkpoint; expected sam3"):
+        Sam3(str(owlv2))
+    with pytest.raises(ConfigError, match="detector.floor"):
+        Sam3("no/where", floor=2)

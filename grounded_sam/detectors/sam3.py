@@ -1,0 +1,141 @@
+"""SAM 3's concept segmentation, over transformers: words to masks at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import supervision as sv
+
+from grounded_sam.checkpoints import cached_or_fetched, find_folder, pick_device
+from grounded_sam.detections import make_detections, merge, pick
+from grounded_sam.detectors.queries import phrases_of
+from grounded_sam.errors import CheckpointError, ConfigError, VocabularyError
+from grounded_sam.frames import Frame
+from grounded_sam.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+#: Tokens that the text encoder takes of a phrase, as `Sam3Processor` has it.
+LIMIT = 32
+
+
+class Sam3:
+    """Boxes and masks of everything that a phrase means (SAM 3, Carion et al. 2025).
+
+    The image is encoded once for all phrases, each phrase once for all images; per phrase every query of the model
+    gives a detection with score, box and mask, as `Sam3Processor.post_process_instance_segmentation` has them. Phrases
+    do not compete inside the model, so a detection that a surer one of a negative phrase overlaps (IoU of boxes from
+    0.5) is dropped here.
+
+    Args:
+        checkpoint: a hub id or a local folder of a `Sam3Model`.
+        device: `auto`, `cpu`, `cuda`, `cuda:1`...
+        dtype: weights and computation: `float32`, `bfloat16` or `float16`.
+        own_masks: give SAM 3's masks; false gives boxes, for a segmenter.
+        floor: detections below this confidence are not given, since each has a mask of the size of the image.
+
+    Raises:
+        CheckpointError: if the checkpoint cannot be had or is of another family.
+    """
+
+    def __init__(
+        self,
+        checkpoint: str = "facebook/sam3",
+        device: str = "auto",
+        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        own_masks: bool = True,
+        floor: float = 0.05,
+    ) -> None:
+        if dtype not in ("float32", "bfloat16", "float16"):
+            raise ConfigError(f"detector.dtype must be float32, bfloat16 or float16, got {dtype!r}")
+        if isinstance(floor, bool) or not isinstance(floor, int | float) or not 0 <= floor <= 1:
+            raise ConfigError(f"detector.floor must be a number from 0 to 1, got {floor!r}")
+        folder = find_folder(checkpoint, "sam3")
+        import torch
+        from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, Sam3Model
+
+        self.device, self.dtype = pick_device(device), getattr(torch, dtype)
+        self.own_masks, self.floor = own_masks, floor
+
+        def load(local_files_only: bool) -> tuple[Any, Any, Any]:
+            safe = {"local_files_only": local_files_only, "trust_remote_code": False}
+            kind = AutoConfig.from_pretrained(folder, **safe).model_type
+            if kind not in ("sam3", "sam3_video"):
+                raise CheckpointError(f"{checkpoint} is a {kind} checkpoint; expected sam3")
+            model = Sam3Model.from_pretrained(folder, dtype=self.dtype, **safe)
+            images = AutoImageProcessor.from_pretrained(folder, **safe)
+            return model, images, AutoTokenizer.from_pretrained(folder, **safe)
+
+        try:
+            model, self.images, self.words = load(True) if Path(folder).is_dir() else cached_or_fetched(folder, load)
+        except CheckpointError:
+            raise
+        except Exception as error:  # damaged files make transformers and safetensors raise all sorts
+            reason = " ".join(str(error).split())[:300] or type(error).__name__
+            raise CheckpointError(f"cannot load {checkpoint}: {reason}") from error
+        self.model = model.to(self.device).eval()
+        self._asked: dict[Vocabulary, list[tuple[int, Any, Tensor]]] = {}
+
+    def _texts(self, vocabulary: Vocabulary) -> list[tuple[int, Any, Tensor]]:
+        """Of each phrase its class (-1 for a negative), its features, and which tokens are there."""
+        import torch
+
+        if vocabulary not in self._asked:
+            texts = []
+            for phrase, owner in zip(*phrases_of(vocabulary), strict=True):
+                count = len(self.words(phrase)["input_ids"])
+                if count > LIMIT:
+                    raise VocabularyError(f"{phrase!r} has {count} tokens, the model takes {LIMIT} of a phrase")
+                given = self.words([phrase], padding="max_length", max_length=LIMIT, return_tensors="pt")
+                given = given.to(self.device)
+                with torch.inference_mode():
+                    ids, mask = given["input_ids"], given["attention_mask"]
+                    features = self.model.get_text_features(input_ids=ids, attention_mask=mask, return_dict=True)
+                texts.append((owner, features, mask))
+            self._asked[vocabulary] = texts
+        return self._asked[vocabulary]
+
+    def detect(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
+        """Every detection from `floor` on, with its mask."""
+        return [self._one(frame, vocabulary) for frame in frames]
+
+    def _one(self, frame: Frame, vocabulary: Vocabulary) -> sv.Detections:
+        import torch
+
+        given = self.images(images=frame.image, return_tensors="pt")
+        height, width = frame.size_hw
+        parts: list[sv.Detections] = []
+        against: list[tuple[float, Any]] = []  # of negatives
+        with torch.inference_mode():
+            seen = self.model.get_vision_features(given["pixel_values"].to(self.device, self.dtype))
+            for owner, text, mask in self._texts(vocabulary):
+                out = self.model(vision_embeds=seen, text_embeds=text, attention_mask=mask)
+                scores = out.pred_logits.float().sigmoid()
+                if out.presence_logits is not None:
+                    scores = scores * out.presence_logits.float().sigmoid()
+                kept = scores[0] > self.floor
+                confidence = scores[0][kept].cpu().numpy()
+                boxes = out.pred_boxes[0][kept].float().cpu().numpy() * np.array([width, height, width, height])
+                if owner < 0:
+                    against += zip(confidence.tolist(), boxes, strict=True)
+                    continue
+                masks = None
+                if self.own_masks:
+                    soft = out.pred_masks[0][kept].float().sigmoid()
+                    masks = np.zeros((len(soft), height, width), bool)
+                    for one, whole in zip(soft, masks, strict=True):  # each by itself: at image size they are large
+                        sized = torch.nn.functional.interpolate(one[None, None], (height, width), mode="bilinear")
+                        whole[:] = (sized[0, 0] > 0.5).cpu().numpy()
+                ids = np.full(len(confidence), owner)
+                parts.append(make_detections(boxes, confidence, ids, vocabulary, frame.size_hw, masks))
+        found = merge(parts, vocabulary)
+        if against and len(found):
+            assert found.confidence is not None
+            overlap = sv.box_iou_batch(found.xyxy, np.array([box for _, box in against], np.float32))
+            surer = np.array([score for score, _ in against])[None] > found.confidence[:, None]
+            found = pick(found, ~((overlap >= 0.5) & surer).any(1))
+        return found

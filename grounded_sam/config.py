@@ -187,13 +187,14 @@ def build(cfg: DictConfig, kept: dict[str, tuple[Any, Any]] | None = None) -> Pi
         raise ConfigError(
             "the detector gives masks, so a segmenter has nothing to do; to make new ones say detector.masks=false"
         )
+    tiles = make(cfg, "tiles")
     detector = _made(cfg, "detector", kept)
     segmenter = None if cfg.segmenter is None or masks_itself else _made(cfg, "segmenter", kept)
     tracking = make(cfg, "track")
     tracker = None if cfg.tracker is None else partial(make, cfg, "tracker", segmenter=segmenter)
     plain = _plain(cfg)
     negatives, phrasing = plain["negative"] or (), str(plain["phrasing"])
-    return Pipeline(detector, segmenter, settings, vocabulary, negatives, tracker, tracking, phrasing)
+    return Pipeline(detector, segmenter, settings, vocabulary, negatives, tracker, tracking, phrasing, tiles)
 
 
 def _made(cfg: DictConfig, key: str, kept: dict[str, tuple[Any, Any]] | None) -> Any:
@@ -219,6 +220,8 @@ def predict_once(cfg: DictConfig, pipeline: Pipeline, vocabulary: Vocabulary, sw
     from grounded_sam.detectors.stored import Stored
 
     if "store" in (cfg.sink or {}) or isinstance(pipeline.detector, Stored):  # whose boxes are the source's
+        return
+    if pipeline.tiles.size is not None:  # what is selected decides which pieces are joined
         return
     plain = _plain(cfg)
     settings = {"detector": plain["detector"], "max_side": plain["source"].get("max_side")}

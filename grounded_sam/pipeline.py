@@ -29,6 +29,7 @@ from grounded_sam.frames import Frame, to_frame
 from grounded_sam.select import Select, select
 from grounded_sam.sinks.files import written_whole
 from grounded_sam.stages import Detector, FrameResult, Segmenter, Sink, Skipped, Source, Tracker, TrackSession
+from grounded_sam.tiles import Tiles
 from grounded_sam.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Pipeline:
         tracker: see `stages.Tracker`, or a function that makes one when a video comes; None for no ids.
         tracking: how a video is followed.
         phrasing: how phrases are put, for calls that name their classes; see `Vocabulary.phrased`.
+        tiles: how large pictures are cut for the detector.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Pipeline:
         tracker: Tracker | Callable[[], Tracker] | None = None,
         tracking: Tracking | None = None,
         phrasing: str = "{}",
+        tiles: Tiles | None = None,
     ) -> None:
         self.detector, self.segmenter = detector, segmenter
         self._tracker, self.tracking = tracker, tracking or Tracking()
@@ -87,6 +90,7 @@ class Pipeline:
         #: Seconds spent in each stage.
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.settings = settings or Select()
+        self.tiles = tiles or Tiles()
         self.vocabulary = vocabulary
 
     def ask(self, text: Any = None) -> Vocabulary:
@@ -138,7 +142,7 @@ class Pipeline:
             return
         try:
             with self._timed("detect"):
-                detected = self.detector.detect(group, vocabulary)
+                detected = self._look(group, vocabulary)
         except ImageError as error:
             if skip is None:
                 raise
@@ -149,6 +153,20 @@ class Pipeline:
                 yield from self._detected([frame], vocabulary, skip)
             return
         yield from zip(group, detected, strict=True)
+
+    def _look(self, group: list[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
+        """What the detector finds, in tiles or at once."""
+        if self.tiles.size is None:
+            return self.detector.detect(group, vocabulary)
+
+        def look(frames: list[Frame]) -> list[sv.Detections]:
+            boxes = [
+                check(found, vocabulary, frame.size_hw, type(self.detector).__name__)
+                for frame, found in zip(frames, self.detector.detect(frames, vocabulary), strict=True)
+            ]
+            return [select(found, self.settings.before_masks(), vocabulary) for found in boxes]
+
+        return [self.tiles.detect(frame, look, vocabulary) for frame in group]
 
     def _finish(
         self, frame: Frame, boxes: sv.Detections, vocabulary: Vocabulary, segmenter: Segmenter | None
@@ -312,7 +330,7 @@ class Pipeline:
                 if asked is not None and number % self.tracking.redetect_every == 0:
                     segmenter = getattr(session, "segmenter", None) or self.segmenter
                     with self._timed("detect"):
-                        boxes = self.detector.detect([frame], asked)[0]
+                        boxes = self._look([frame], asked)[0]
                     found = self._finish(frame, boxes, asked, segmenter)
                     here = [] if shown.tracker_id is None else shown.tracker_id.tolist()
                     away = [i for i in tracks.live if i not in here]

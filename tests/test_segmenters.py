@@ -342,3 +342,13 @@ def test_sam_hq_takes_masks_and_refuses_other_checkpoints(scenes, tmp_path):
     assert segmenter.segment(scenes[0].image, found).mask.shape == (2, *scenes[0].image.shape[:2])
     with pytest.raises(CheckpointError, match="is a grounding-dino checkpoint; expected sam_hq"):
         SamHq(str(checkpoints.grounding_dino(tmp_path / "dino")))
+
+
+@pytest.mark.parametrize("name", ["sam", "sam2", "sam2_hf", "edgetam", "sam3_tracker", "sam_hq"])
+def test_segmenters_are_swapped_by_name_alone(name, scenes, tmp_path):
+    own = {"edgetam": checkpoints.edgetam, "sam3_tracker": checkpoints.sam3_tracker, "sam_hq": checkpoints.sam_hq}
+    weights = [f"checkpoints.{name}={own[name](tmp_path)}"] if name in own else []  # others ship with the package
+    model = load(*weights, preset="shapes", segmenter=name)
+    found = model.segment(scenes[0].image, [f"{colour} shape" for colour in ("red", "green", "blue", "yellow")])
+    assert len(found) and found.mask.shape == (len(found), *scenes[0].image.shape[:2])
+    assert found.data["mask_score"].dtype == np.float32

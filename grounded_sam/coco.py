@@ -83,8 +83,8 @@ class CocoFile:
         bare = [a for a in content["annotations"] if isinstance(a, Mapping) and not a.get("segmentation")]
         if mixed and self.masks and bare:
             self.masks = False
-            bare_ = f"{len(bare)} of {len(content['annotations'])} labels have no mask, so boxes alone are used"
-            self.notes.append(Skipped(str(path), bare_))
+            why = f"{len(bare)} of {len(content['annotations'])} labels have no mask, so boxes alone are used"
+            self.notes.append(Skipped(str(path), why))
         sizes = {image["id"]: (image["height"], image["width"]) for image in self.images}
         seen: set[Any] = set()
         for number, given in enumerate(content["annotations"]):

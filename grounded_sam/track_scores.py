@@ -111,7 +111,8 @@ class VideoScores:
     def __len__(self) -> int:
         return len(self._frames)
 
-    def _numbers(self, side: int) -> list[int]:
+    def numbers(self, side: int) -> list[int]:
+        """The numbers of all objects (0) or tracks (1) so far."""
         return list(dict.fromkeys(number for frame in self._frames for number in frame[side]))
 
     def _values(self, number: int, track: int | None) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
@@ -162,7 +163,7 @@ class VideoScores:
         an object that is in none of those has no value (`sav_benchmark.py` of SAM 2, as vos-benchmark).
         """
         out = {}
-        for number, track in self._assigned(self._numbers(0), self._numbers(1)).items():
+        for number, track in self._assigned(self.numbers(0), self.numbers(1)).items():
             values, there = self._values(number, track)
             inner, inside = values[:, 1:-1], there[1:-1]
             seen = [number in rows for rows, *_ in self._frames][1:-1]
@@ -181,7 +182,7 @@ class VideoScores:
 
     def for_trackeval(self) -> dict[str, Any]:
         """The frames as metrics of trackeval take them; similarity is J."""
-        numbers, tracks = ({n: i for i, n in enumerate(self._numbers(side))} for side in (0, 1))
+        numbers, tracks = ({n: i for i, n in enumerate(self.numbers(side))} for side in (0, 1))
         return {
             "num_timesteps": len(self._frames),
             "num_gt_ids": len(numbers),

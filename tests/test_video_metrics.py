@@ -55,6 +55,13 @@ def test_davis_numbers_of_osvos_are_met(name, data, reference, tmp_path):
     assert values["davis_all_frames"]["JF"] == pytest.approx(every["JF"], abs=1e-4)
 
 
+def test_numbers_that_have_nothing_in_common_are_said(data, tmp_path):
+    """Labels of DAVIS 2016 have 255, results 1 and 2; by numbers all would be 0."""
+    place = data / "vos" / "Annotations" / "480p" / "horsejump-high"
+    with pytest.raises(ConfigError, match=r"no track has the number of an object; objects of .* are 255, tracks 1, 2"):
+        measure(data / "vos" / "osvos" / "horsejump-high", place, tmp_path, "sink.metrics.objects=ids")
+
+
 def test_the_official_command_of_davis_says_the_same_of_two_videos(data, reference, tmp_path):
     for name in ("blackswan", "car-shadow"):
         (tmp_path / "results").mkdir(exist_ok=True)

@@ -12,7 +12,7 @@ import supervision as sv
 
 from grounded_sam.checkpoints import pick_device
 from grounded_sam.detections import merge
-from grounded_sam.detectors.queries import load_detector, of_queries, to_corners
+from grounded_sam.detectors.queries import check_settings, load_detector, of_queries, to_corners
 from grounded_sam.errors import ConfigError, VocabularyError
 from grounded_sam.frames import Frame
 from grounded_sam.vocabulary import Vocabulary
@@ -147,10 +147,7 @@ class GroundingDino:
     ) -> None:
         if phrase_score not in ("mean", "max"):
             raise ConfigError(f"detector.phrase_score must be mean or max, got {phrase_score!r}")
-        if batch_size is not None and not (isinstance(batch_size, int) and batch_size >= 1):
-            raise ConfigError(f"detector.batch_size must be null or a whole number from 1, got {batch_size!r}")
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise ConfigError(f"detector.dtype must be float32, bfloat16 or float16, got {dtype!r}")
+        check_settings(dtype, batch_size)
         import torch
 
         self.device = pick_device(device)

@@ -10,8 +10,8 @@ import supervision as sv
 
 from grounded_sam.checkpoints import pick_device
 from grounded_sam.detections import make_detections
-from grounded_sam.detectors.queries import load_detector, phrases_of, to_corners
-from grounded_sam.errors import ConfigError, VocabularyError
+from grounded_sam.detectors.queries import check_settings, load_detector, phrases_of, to_corners
+from grounded_sam.errors import VocabularyError
 from grounded_sam.frames import Frame
 from grounded_sam.vocabulary import Vocabulary
 
@@ -39,10 +39,7 @@ class OmdetTurbo:
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         batch_size: int = 1,
     ) -> None:
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise ConfigError(f"detector.dtype must be float32, bfloat16 or float16, got {dtype!r}")
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ConfigError(f"detector.batch_size must be a whole number from 1, got {batch_size!r}")
+        check_settings(dtype, batch_size)
         import torch
 
         self.device, self.dtype, self.batch_size = pick_device(device), getattr(torch, dtype), batch_size

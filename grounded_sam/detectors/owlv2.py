@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import supervision as sv
 
 from grounded_sam.checkpoints import pick_device
-from grounded_sam.detectors.queries import load_detector, of_queries, phrases_of, to_corners
+from grounded_sam.detectors.queries import check_settings, load_detector, of_queries, phrases_of, to_corners
 from grounded_sam.errors import ConfigError, VocabularyError
 from grounded_sam.frames import Frame, read_image
 from grounded_sam.vocabulary import Vocabulary
@@ -47,10 +47,7 @@ class Owlv2:
         examples: Mapping[str, Any] | None = None,
         batch_size: int = 1,
     ) -> None:
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise ConfigError(f"detector.dtype must be float32, bfloat16 or float16, got {dtype!r}")
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise ConfigError(f"detector.batch_size must be a whole number from 1, got {batch_size!r}")
+        check_settings(dtype, batch_size)
         crops = {str(name): _crops(str(name), given) for name, given in (examples or {}).items()}
         import torch
 

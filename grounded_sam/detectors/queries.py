@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from grounded_sam.checkpoints import cached_or_fetched, find_folder
 from grounded_sam.detections import make_detections
-from grounded_sam.errors import CheckpointError
+from grounded_sam.errors import CheckpointError, ConfigError
 from grounded_sam.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -57,6 +57,15 @@ def load_detector(checkpoint: str, kinds: Sequence[str], dtype: Any) -> tuple[An
     if lacking:
         raise CheckpointError(f"{checkpoint} lacks {len(lacking)} weights of its model, such as {lacking[0]}")
     return processor, model.eval()
+
+
+def check_settings(dtype: str, batch_size: int | None = 1) -> None:
+    """Raises ConfigError for a dtype or a batch size that a detector cannot have."""
+    if dtype not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"detector.dtype must be float32, bfloat16 or float16, got {dtype!r}")
+    wrong = isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
+    if batch_size is not None and wrong:
+        raise ConfigError(f"detector.batch_size must be a whole number from 1, got {batch_size!r}")
 
 
 def phrases_of(vocabulary: Vocabulary) -> tuple[list[str], list[int]]:

@@ -11,7 +11,7 @@ import supervision as sv
 
 from grounded_sam.checkpoints import cached_or_fetched, find_folder, pick_device
 from grounded_sam.detections import make_detections, merge, pick
-from grounded_sam.detectors.queries import phrases_of
+from grounded_sam.detectors.queries import check_settings, phrases_of
 from grounded_sam.errors import CheckpointError, ConfigError, VocabularyError
 from grounded_sam.frames import Frame
 from grounded_sam.vocabulary import Vocabulary
@@ -50,8 +50,7 @@ class Sam3:
         own_masks: bool = True,
         floor: float = 0.05,
     ) -> None:
-        if dtype not in ("float32", "bfloat16", "float16"):
-            raise ConfigError(f"detector.dtype must be float32, bfloat16 or float16, got {dtype!r}")
+        check_settings(dtype)
         if isinstance(floor, bool) or not isinstance(floor, int | float) or not 0 <= floor <= 1:
             raise ConfigError(f"detector.floor must be a number from 0 to 1, got {floor!r}")
         folder = find_folder(checkpoint, "sam3")

@@ -137,6 +137,8 @@ class VideoMetrics:
                 )
             return
         single = {name: scores.by_object() for name, scores in measured.items()}
+        if self.objects == "ids":
+            self._check_numbers(measured)
         whole: dict[str, Any] = {}
         tracks: dict[str, dict[str, Any]] = {}
         if has_trackeval():
@@ -166,6 +168,16 @@ class VideoMetrics:
         with written_whole(self.output / "metrics.json") as beside:
             beside.write_text(json.dumps(self.values, ensure_ascii=False, indent=1), encoding="utf-8")
         self._worst.write(self.output / "errors")
+
+    def _check_numbers(self, measured: dict[str, VideoScores]) -> None:
+        """Raises ConfigError if tracks and objects have numbers, and not one in common: then those say nothing."""
+        objects, tracks = (sorted({n for scores in measured.values() for n in scores.numbers(i)}) for i in (0, 1))
+        if objects and tracks and not set(objects) & set(tracks):
+            raise ConfigError(
+                f"sink.metrics.objects=ids: no track has the number of an object; objects of {self.truth.path} are "
+                f"{', '.join(map(str, objects[:5]))}, tracks {', '.join(map(str, tracks[:5]))}; best goes by overlap, "
+                "one takes all of a frame together"
+            )
 
     def value(self) -> float:
         """The chosen metric, for a sweep.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -108,8 +109,8 @@ def sam2(path: Path, config: str = "sam2.1_hiera_t.yaml") -> Path:
     return path
 
 
-def owlv2(folder: Path, seed: int = 0) -> Path:
-    """A small OWLv2 with random weights."""
+def owlv2(folder: Path, full: bool = False, seed: int = 0) -> Path:
+    """An OWLv2 with random weights: of the size of owlv2-base-patch16-ensemble, or small."""
     from transformers import (
         CLIPTokenizerFast,
         Owlv2Config,
@@ -123,28 +124,43 @@ def owlv2(folder: Path, seed: int = 0) -> Path:
     text |= {"num_attention_heads": 2, "max_position_embeddings": 16}
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     vision |= {"image_size": 96, "patch_size": 16}
-    words = clip_tokenizer(CLIPTokenizerFast)
+    words = clip_tokenizer(CLIPTokenizerFast, CLIP_WORDS if full else None)
     text |= {"eos_token_id": words.eos_token_id, "bos_token_id": words.bos_token_id, "pad_token_id": 0}
-    model = Owlv2ForObjectDetection(Owlv2Config(text_config=text, vision_config=vision, projection_dim=32)).eval()
+    side = 960 if full else 96
+    config = (
+        Owlv2Config(vision_config={"image_size": side})
+        if full
+        else Owlv2Config(text_config=text, vision_config=vision, projection_dim=32)
+    )
+    model = Owlv2ForObjectDetection(config).eval()
     with torch.no_grad():  # fresh heads give all boxes one size and all classes one score
         for head in (model.box_head, model.class_head, model.objectness_head):
             for weight in head.parameters():
-                weight.normal_(0, 0.3)
+                weight.normal_(0, 0.05 if full else 0.3)
     model.save_pretrained(folder)
-    size = {"height": 96, "width": 96}
+    size = {"height": side, "width": side}
     Owlv2Processor(Owlv2ImageProcessor(size=size), words).save_pretrained(folder)
     return folder
 
 
-def clip_tokenizer(kind: type) -> object:
-    """CLIP's scheme: letters, and letters that end a word."""
+#: Size of CLIP's vocabulary.
+CLIP_WORDS = 49408
+
+
+def clip_tokenizer(kind: type, size: int | None = None) -> object:
+    """CLIP's scheme: letters, and letters that end a word; with `size` the two delimiters are the last of so many."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789,.-' "
-    pieces = ["!", *letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    pieces = ["!", *letters, *(f"{c}</w>" for c in letters)]
+    pieces += [f"[unused{i}]" for i in range(len(pieces), (size or 0) - 2)]
+    pieces += ["<|startoftext|>", "<|endoftext|>"]
     return kind(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], pad_token="!", model_max_length=16)
 
 
-def omdet_turbo(folder: Path, seed: int = 0) -> Path:
-    """A small OmDet-Turbo with random weights."""
+def omdet_turbo(folder: Path, full: bool = False, seed: int = 0) -> Path:
+    """An OmDet-Turbo with random weights: of the size of omdet-turbo-swin-tiny-hf, or small.
+
+    The backbone of the real one is timm's Swin-T; without timm it is transformers', of the same size.
+    """
     from transformers import (
         CLIPTokenizerFast,
         DetrImageProcessor,
@@ -154,72 +170,99 @@ def omdet_turbo(folder: Path, seed: int = 0) -> Path:
     )
 
     torch.manual_seed(seed)
-    words = clip_tokenizer(CLIPTokenizerFast)
+    words = clip_tokenizer(CLIPTokenizerFast, CLIP_WORDS if full else None)
     words.model_max_length = 77
     text = {"model_type": "clip_text_model", "vocab_size": 600, "hidden_size": 32, "intermediate_size": 64}
     text |= {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 77, "projection_dim": 32}
     text |= {"eos_token_id": words.eos_token_id, "bos_token_id": words.bos_token_id, "pad_token_id": 0}
     backbone = {"model_type": "swin", "image_size": 96, "embed_dim": 16, "depths": [1, 1, 1, 1], "window_size": 4}
     backbone |= {"num_heads": [1, 2, 2, 2], "out_indices": [2, 3, 4]}
-    config = OmDetTurboConfig(
-        text_config=text,
-        backbone_config=backbone,
-        image_size=96,
-        apply_layernorm_after_vision_backbone=False,  # it is for backbones of timm, channels last
-        encoder_hidden_dim=16,
-        decoder_hidden_dim=16,
-        encoder_in_channels=[32, 64, 128],
-        vision_features_channels=[16, 16, 16],
-        encoder_dim_feedforward=64,
-        decoder_dim_feedforward=64,
-        class_embed_dim=32,
-        text_projection_in_dim=32,
-        text_projection_out_dim=32,
-        task_encoder_hidden_dim=64,
-        num_queries=20,
-        decoder_num_layers=2,
-        disable_custom_kernels=True,
-    )
+    own = {"model_type": "swin", "image_size": 640, "out_indices": [2, 3, 4]}  # the rest is Swin-T
+    real = {} if find_spec("timm") else {"backbone_config": own, "apply_layernorm_after_vision_backbone": False}
+    small = {
+        "text_config": text,
+        "backbone_config": backbone,
+        "image_size": 96,
+        "apply_layernorm_after_vision_backbone": False,  # it is for backbones of timm, channels last
+        "encoder_hidden_dim": 16,
+        "decoder_hidden_dim": 16,
+        "encoder_in_channels": [32, 64, 128],
+        "vision_features_channels": [16, 16, 16],
+        "encoder_dim_feedforward": 64,
+        "decoder_dim_feedforward": 64,
+        "class_embed_dim": 32,
+        "text_projection_in_dim": 32,
+        "text_projection_out_dim": 32,
+        "task_encoder_hidden_dim": 64,
+        "num_queries": 20,
+        "decoder_num_layers": 2,
+    }
+    config = OmDetTurboConfig(**(real if full else small), disable_custom_kernels=True)
     model = OmDetTurboForObjectDetection(config).eval()
     model.save_pretrained(folder)
-    images = DetrImageProcessor(size={"height": 96, "width": 96}, do_pad=False)
+    side = 640 if full else 96
+    images = DetrImageProcessor(size={"height": side, "width": side}, do_pad=False)
     OmDetTurboProcessor(images, words).save_pretrained(folder)
     return folder
 
 
-def sam3_tracker(folder: Path, seed: int = 0) -> Path:
-    """SAM 3's tracker with a small image encoder and random weights."""
+def sam2_hf(folder: Path) -> Path:
+    """SAM 2.1 hiera-tiny of transformers with random weights."""
+    import sam2 as package
+    from transformers import Sam2VideoModel
+    from transformers.models.sam2 import Sam2ImageProcessor
+
+    from grounded_sam.segmenters.sam2_hf import config_of
+
+    torch.manual_seed(2)
+    yaml = Path(package.__file__).parent / "configs" / "sam2.1" / "sam2.1_hiera_t.yaml"
+    Sam2VideoModel(config_of(yaml)).eval().save_pretrained(folder)
+    Sam2ImageProcessor().save_pretrained(folder)
+    return folder
+
+
+def sam3_tracker(folder: Path, full: bool = False, seed: int = 0) -> Path:
+    """SAM 3's tracker with random weights: of real size, or with a small image encoder."""
     from transformers import Sam3ImageProcessor, Sam3TrackerVideoConfig, Sam3TrackerVideoModel
 
     torch.manual_seed(seed)
-    side, grid = 224, 16
+    side, grid = (1008, 72) if full else (224, 16)
     backbone = {"model_type": "sam3_vit_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     backbone |= {"num_attention_heads": 2, "image_size": side, "patch_size": 14, "window_size": 8}
     backbone |= {"global_attn_indexes": [1], "pretrain_image_size": 112}
     sizes = [[grid * scale, grid * scale] for scale in (4, 2, 1)]
     vision = {"model_type": "sam3_vision_model", "backbone_feature_sizes": sizes, "backbone_config": backbone}
-    config = Sam3TrackerVideoConfig(
-        vision_config=vision,
-        prompt_encoder_config={"image_size": side},
-        image_size=side,
-        memory_attention_num_layers=1,
-        memory_attention_rope_feat_sizes=[grid, grid],
-    )
+    small = {
+        "vision_config": vision,
+        "prompt_encoder_config": {"image_size": side},
+        "image_size": side,
+        "memory_attention_num_layers": 1,
+        "memory_attention_rope_feat_sizes": [grid, grid],
+    }
+    config = Sam3TrackerVideoConfig(**({} if full else small))
     Sam3TrackerVideoModel(config).eval().save_pretrained(folder)
     Sam3ImageProcessor(size={"height": side, "width": side}).save_pretrained(folder)
     return folder
 
 
-def edgetam(folder: Path, seed: int = 0) -> Path:
-    """EdgeTAM with random weights, for pictures of a quarter of the side."""
+def edgetam(folder: Path, full: bool = False, seed: int = 0) -> Path:
+    """EdgeTAM with random weights: of real size, or for pictures of a quarter of the side.
+
+    The image encoder of the real one is timm's RepViT-M1; the small one, and without timm both, have SAM 2's Hiera-T.
+    """
     from transformers import EdgeTamVideoConfig, EdgeTamVideoModel
     from transformers.models.sam2 import Sam2ImageProcessor
 
     torch.manual_seed(seed)
-    side, grid = 256, 16
+    side, grid = (1024, 64) if full else (256, 16)
     sizes = [[grid * scale, grid * scale] for scale in (4, 2, 1)]
+    vision: dict[str, object] = {"backbone_feature_sizes": sizes, "image_size": side}
+    if full and find_spec("timm"):
+        options = {"features_only": True, "in_chans": 3, "out_indices": [0, 1, 2, 3]}
+        backbone = {"model_type": "timm_wrapper", "architecture": "repvit_m1.dist_in1k", "model_args": options}
+        vision = {"model_type": "edgetam_vision_model", "backbone_config": backbone}
     config = EdgeTamVideoConfig(
-        vision_config={"backbone_feature_sizes": sizes, "image_size": side},
+        vision_config=vision,
         prompt_encoder_config={"image_size": side},
         image_size=side,
         memory_attention_rope_feat_sizes=[grid, grid],
@@ -229,8 +272,8 @@ def edgetam(folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def sam_hq(folder: Path, seed: int = 0) -> Path:
-    """A small SAM-HQ with random weights."""
+def sam_hq(folder: Path, full: bool = False, seed: int = 0) -> Path:
+    """A SAM-HQ with random weights: vit_b, or small."""
     from transformers import SamHQConfig, SamHQModel, SamImageProcessor
 
     torch.manual_seed(seed)
@@ -245,45 +288,99 @@ def sam_hq(folder: Path, seed: int = 0) -> Path:
     }
     decoder = {"hidden_size": 32, "mlp_dim": 64, "num_attention_heads": 2, "iou_head_hidden_dim": 32, "vit_dim": 32}
     prompts = {"hidden_size": 32, "image_size": side, "patch_size": 8, "image_embedding_size": side // 8}
-    SamHQModel(
-        SamHQConfig(vision_config=vision, prompt_encoder_config=prompts, mask_decoder_config=decoder)
-    ).eval().save_pretrained(folder)
+    small = {"vision_config": vision, "prompt_encoder_config": prompts, "mask_decoder_config": decoder}
+    SamHQModel(SamHQConfig(**({} if full else small))).eval().save_pretrained(folder)
+    side = 1024 if full else side
     pad = {"height": side, "width": side}
     SamImageProcessor(size={"longest_edge": side}, pad_size=pad).save_pretrained(folder)
     return folder
 
 
-def sam3(folder: Path, seed: int = 0) -> Path:
-    """A small SAM 3 with random weights."""
+def sam3(folder: Path, full: bool = False, seed: int = 0) -> Path:
+    """A SAM 3 with random weights: of real size, or small."""
     from transformers import CLIPTokenizerFast, Sam3Config, Sam3ImageProcessor, Sam3Model
 
     torch.manual_seed(seed)
-    side, grid = 112, 8
+    side, grid = (1008, 72) if full else (112, 8)
     backbone = {"model_type": "sam3_vit_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     backbone |= {"num_attention_heads": 2, "image_size": side, "patch_size": 14, "window_size": 4}
     backbone |= {"global_attn_indexes": [1], "pretrain_image_size": 56}
     sizes = [[grid * scale, grid * scale] for scale in (4, 2, 1)]
     vision = {"backbone_config": backbone, "backbone_feature_sizes": sizes, "fpn_hidden_size": 32}
-    words = clip_tokenizer(CLIPTokenizerFast)
+    words = clip_tokenizer(CLIPTokenizerFast, CLIP_WORDS if full else None)
     words.model_max_length = 32
     text = {"vocab_size": 600, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     text |= {"num_attention_heads": 2, "max_position_embeddings": 32, "projection_dim": 16}
     text |= {"eos_token_id": words.eos_token_id, "bos_token_id": words.bos_token_id, "pad_token_id": 0}
     part = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_layers": 2}
-    config = Sam3Config(
-        vision_config=vision,
-        text_config=text,
-        geometry_encoder_config=part,
-        detr_encoder_config=part,
-        detr_decoder_config={**part, "num_queries": 20},
-        mask_decoder_config={"hidden_size": 32, "num_attention_heads": 2},
-    )
+    small = {
+        "vision_config": vision,
+        "text_config": text,
+        "geometry_encoder_config": part,
+        "detr_encoder_config": part,
+        "detr_decoder_config": {**part, "num_queries": 20},
+        "mask_decoder_config": {"hidden_size": 32, "num_attention_heads": 2},
+    }
+    config = Sam3Config(**({} if full else small))
     model = Sam3Model(config).eval()
     with torch.no_grad():  # fresh heads give all queries one score and one box
         for name, weight in model.named_parameters():
             if weight.ndim > 1 and name.startswith(("detr_decoder", "dot_product", "mask_decoder", "text_projection")):
-                weight.normal_(0, 0.2)
+                weight.normal_(0, 0.05 if full else 0.2)
     model.save_pretrained(folder)
     Sam3ImageProcessor(size={"height": side, "width": side}).save_pretrained(folder)
     words.save_pretrained(folder)
+    return folder
+
+
+def florence2(folder: Path, full: bool = False, seed: int = 0) -> Path:
+    """A Florence-2 with random weights, small or of the size of Florence-2-base, that writes locations now and then."""
+    from transformers import (
+        CLIPImageProcessor,
+        Florence2Config,
+        Florence2ForConditionalGeneration,
+        Florence2Processor,
+        RobertaTokenizerFast,
+    )
+
+    torch.manual_seed(seed)
+    letters = ["Ġ", "Ċ", *"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789,.-'"]
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", *letters]
+    pieces += [f"<unused_{i}>" for i in range((50265 if full else 100) - len(pieces) - 1)]
+    words = RobertaTokenizerFast(
+        vocab={piece: i for i, piece in enumerate([*pieces, "<mask>"])},
+        merges=[],
+        model_max_length=1024,
+        extra_special_tokens={"image_token": "<image>"},
+    )
+    words.add_tokens([f"<loc_{i}>" for i in range(1000)])
+    size = 768 if full else 32
+    text = {"model_type": "bart", "vocab_size": len(words), "d_model": size, "max_position_embeddings": 1024}
+    text |= dict.fromkeys(("encoder_layers", "decoder_layers"), 6 if full else 2)
+    text |= dict.fromkeys(("encoder_attention_heads", "decoder_attention_heads"), 12 if full else 2)
+    text |= dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 4 * size)
+    vision: dict[str, object] = {"projection_dim": size}
+    if not full:
+        vision |= {"depths": [1, 1, 1, 1], "embed_dim": [8, 16, 16, 32], "num_heads": [1, 2, 2, 2]}
+        vision |= {"num_groups": [1, 2, 2, 2], "window_size": 4}
+    config = Florence2Config(text_config=text, vision_config=vision, image_token_id=words.image_token_id)
+    model = Florence2ForConditionalGeneration(config).eval()
+    with torch.no_grad():  # fresh weights write one token for ever
+        shared = model.get_input_embeddings().weight
+        shared.normal_(0, 0.05)
+        shared[words.convert_tokens_to_ids("<loc_0>") :] *= 3
+        for name, weight in model.model.language_model.named_parameters():
+            if weight.ndim > 1 and "attn" in name:
+                weight.normal_(0, size**-0.5)
+    model.generation_config.max_length = None
+    model.generation_config.no_repeat_ngram_size = 1
+    model.save_pretrained(folder)
+    side = 768 if full else 64
+    images = CLIPImageProcessor(
+        size={"height": side, "width": side}, do_center_crop=False, image_mean=[0.485, 0.456, 0.406]
+    )
+    images.image_seq_length = (side // 32) ** 2 + 1
+    kinds = ("ocr", "phrase_grounding", "pure_text", "description_with_bboxes", "description_with_polygons")
+    kinds += ("polygons", "bboxes", "description_with_bboxes_or_polygons")
+    Florence2Processor(images, words, post_processor_config={kind: {} for kind in kinds}).save_pretrained(folder)
     return folder

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from grounded_sam import CheckpointError, ConfigError, Vocabulary, VocabularyError, load
+from grounded_sam.detectors.florence2 import Florence2
 from grounded_sam.detectors.omdet_turbo import OmdetTurbo
 from grounded_sam.detectors.owlv2 import Owlv2
 from grounded_sam.detectors.sam3 import Sam3
@@ -197,3 +198,71 @@ def test_sam3_refuses_other_checkpoints(owlv2):
         Sam3(str(owlv2))
     with pytest.raises(ConfigError, match="detector.floor"):
         Sam3("no/where", floor=2)
+
+
+@pytest.fixture(scope="module")
+def florence2(tmp_path_factory):
+    return checkpoints.florence2(tmp_path_factory.mktemp("models") / "florence2")
+
+
+@pytest.mark.parametrize("task", ["detection", "grounding"])
+def test_florence2_gives_what_its_processor_gives(task, florence2, frames):
+    from transformers import AutoProcessor, Florence2ForConditionalGeneration
+
+    processor = AutoProcessor.from_pretrained(florence2)
+    model = Florence2ForConditionalGeneration.from_pretrained(florence2)
+    prompt = {"detection": "<OPEN_VOCABULARY_DETECTION>", "grounding": "<CAPTION_TO_PHRASE_GROUNDING>"}[task]
+    ours, boxes = Florence2(str(florence2), task=task, max_new_tokens=60), 0
+    for frame in frames:
+        height, width = frame.size_hw
+        found = ours.detect([frame], Vocabulary.parse(WORDS))[0]
+        for class_id, phrase in enumerate(WORDS):
+            inputs = processor(images=frame.image, text=prompt + phrase, return_tensors="pt")
+            out = model.generate(**inputs, max_new_tokens=60, num_beams=3, do_sample=False)
+            text = processor.batch_decode(out, skip_special_tokens=False)[0]
+            theirs = processor.post_process_generation(text, task=prompt, image_size=(width, height))[prompt]
+            wanted = np.array(theirs["bboxes"], np.float32).reshape(-1, 4)
+            wanted = wanted[(wanted[:, 2] > wanted[:, 0]) & (wanted[:, 3] > wanted[:, 1])]
+            np.testing.assert_array_equal(found[found.class_id == class_id].xyxy, wanted)
+            boxes += len(wanted)
+    assert boxes > 3
+    assert (found.confidence == 1).all()
+
+
+def test_florence2_encodes_an_image_once_and_drops_look_alikes(florence2, frames, monkeypatch):
+    ours = Florence2(str(florence2), max_new_tokens=60, beams=1)
+    calls = []
+    monkeypatch.setattr(ours.model.model.vision_tower, "forward", _counted(ours.model.model.vision_tower, calls))
+    found = ours.detect(frames[:1], Vocabulary.parse({"thing": WORDS}))[0]
+    assert len(calls) == 1
+    assert len(found) > 1
+    assert set(found.data["class_name"]) == {"thing"}
+    # What a negative phrase answers too goes; "Wheel" and "wheel" would be one phrase to `Vocabulary.parse`.
+    assert len(ours.detect(frames[:1], Vocabulary.parse(["wheel"]))[0]) > 0
+    monkeypatch.setattr("grounded_sam.detectors.florence2.phrases_of", lambda _: (["wheel", "wheel"], [0, -1]))
+    assert len(ours.detect(frames[:1], Vocabulary.parse(["wheel"], ["hub"]))[0]) == 0
+
+
+def _counted(module, calls):
+    forward = module.forward
+
+    def counted(*args, **keys):
+        calls.append(1)
+        return forward(*args, **keys)
+
+    return counted
+
+
+def test_a_polygon_of_florence2_gives_its_box(florence2):
+    ours = Florence2(str(florence2))
+    answer = "</s><s>cup<poly><loc_100><loc_200><loc_300><loc_250><loc_150><loc_400></poly></s>"
+    np.testing.assert_array_equal(ours._boxes(answer, (1000, 1000)), [[100, 200, 300, 400]])
+
+
+def test_florence2_refuses_other_checkpoints_and_wrong_values(owlv2):
+    with pytest.raises(CheckpointError, match="is a owlv2 checkpoint; expected florence2"):
+        Florence2(str(owlv2))
+    with pytest.raises(ConfigError, match="detector.task must be grounding or detection, got 'boxes'"):
+        Florence2("no/where", task="boxes")
+    with pytest.raises(ConfigError, match="detector.beams"):
+        Florence2("no/where", beams=0)

@@ -11,7 +11,7 @@ import supervision as sv
 from numpy.typing import NDArray
 
 from grounded_sam.checkpoints import cached_or_fetched, find_folder
-from grounded_sam.detections import make_detections
+from grounded_sam.detections import make_detections, pick
 from grounded_sam.errors import CheckpointError, ConfigError
 from grounded_sam.vocabulary import Vocabulary
 
@@ -101,3 +101,18 @@ def of_queries(
     named = owner >= 0
     confidence = scores[np.arange(len(scores)), best]
     return make_detections(xyxy[named], confidence[named], owner[named], vocabulary, size_hw)
+
+
+def without_look_alikes(found: sv.Detections, boxes: NDArray[Any], scores: NDArray[Any]) -> sv.Detections:
+    """Without what a surer box of a negative phrase overlaps, IoU from 0.5; for models whose phrases do not compete.
+
+    Args:
+        boxes: of negatives, `(n, 4)` pixels.
+        scores: `(n,)`.
+    """
+    if not len(found) or not len(boxes):
+        return found
+    assert found.confidence is not None
+    overlap = sv.box_iou_batch(found.xyxy, np.asarray(boxes, np.float32))
+    surer = np.asarray(scores)[None] > found.confidence[:, None]
+    return pick(found, ~((overlap >= 0.5) & surer).any(1))

@@ -10,8 +10,8 @@ import numpy as np
 import supervision as sv
 
 from grounded_sam.checkpoints import cached_or_fetched, find_folder, pick_device
-from grounded_sam.detections import make_detections, merge, pick
-from grounded_sam.detectors.queries import check_settings, phrases_of
+from grounded_sam.detections import make_detections, merge
+from grounded_sam.detectors.queries import check_settings, phrases_of, without_look_alikes
 from grounded_sam.errors import CheckpointError, ConfigError, VocabularyError
 from grounded_sam.frames import Frame
 from grounded_sam.vocabulary import Vocabulary
@@ -131,10 +131,5 @@ class Sam3:
                         whole[:] = (sized[0, 0] > 0.5).cpu().numpy()
                 ids = np.full(len(confidence), owner)
                 parts.append(make_detections(boxes, confidence, ids, vocabulary, frame.size_hw, masks))
-        found = merge(parts, vocabulary)
-        if against and len(found):
-            assert found.confidence is not None
-            overlap = sv.box_iou_batch(found.xyxy, np.array([box for _, box in against], np.float32))
-            surer = np.array([score for score, _ in against])[None] > found.confidence[:, None]
-            found = pick(found, ~((overlap >= 0.5) & surer).any(1))
-        return found
+        boxes, scores = [box for _, box in against], [score for score, _ in against]
+        return without_look_alikes(merge(parts, vocabulary), np.array(boxes), np.array(scores))

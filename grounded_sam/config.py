@@ -305,7 +305,9 @@ def _word(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{','.join(_word(v) for v in value)}]"
     if isinstance(value, dict):
-        return f"{{{','.join(f'{_word(k)}:{_word(v)}' for k, v in value.items())}}}"
+        # Hydra's grammar has no quotes around keys.
+        keys = [re.sub(r"([\\()\[\]{}:=, \t])", r"\\\1", str(key)) for key in value]
+        return f"{{{','.join(f'{key}:{_word(v)}' for key, v in zip(keys, value.values(), strict=True))}}}"
     if isinstance(value, bool | int | float):
         return str(value).lower() if isinstance(value, bool) else str(value)
     return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'"

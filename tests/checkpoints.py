@@ -259,7 +259,8 @@ def edgetam(folder: Path, full: bool = False, seed: int = 0) -> Path:
     vision: dict[str, object] = {"backbone_feature_sizes": sizes, "image_size": side}
     if full and find_spec("timm"):
         options = {"features_only": True, "in_chans": 3, "out_indices": [0, 1, 2, 3]}
-        backbone = {"model_type": "timm_wrapper", "architecture": "repvit_m1.dist_in1k", "model_args": options}
+        backbone = {"architecture": "repvit_m1.dist_in1k", "num_classes": 1000, "model_args": options}
+        backbone["model_type"] = "timm_wrapper"
         vision = {"model_type": "edgetam_vision_model", "backbone_config": backbone}
     config = EdgeTamVideoConfig(
         vision_config=vision,

@@ -77,7 +77,10 @@ def test_choices_and_presets_compose(overrides, check):
     [
         ("selct.score=1", "unknown key 'selct.score'; did you mean 'select'?"),
         ("select.scor=1", "unknown key 'select.scor'; did you mean 'select.score'?"),
-        ("detector=yolo", "there is no detector=yolo; the choices are clicks, everything, grounding_dino"),
+        (
+            "detector=yolo",
+            "there is no detector=yolo; the choices are clicks, ensemble, everything, florence2, grounding_dino",
+        ),
         ("preset=nothing", "there is no preset=nothing; the choices are demo, label, shapes"),
         ("detector.checkpoint", "."),
         ("segmenter=null", "segmenter=none"),
@@ -139,6 +142,12 @@ def test_values_from_python_are_quoted():
     assert model.vocabulary.classes == ("Straße (1)", "a, b")
     assert model.vocabulary.negatives == ("toy, car",)
     assert model.ask("x").negatives == ("toy, car",)
+    entry = {"class": "toy, car", "box": [1, 2, 30, 40]}
+    clicked = load(preset="shapes", segmenter=None, detector="clicks", **{"detector.prompts": [entry]})
+    assert clicked.detector.vocabulary.classes == ("toy, car",)
+    assert load("text=[a]", preset="shapes", **{"select.class_score": {"a b": 0.5}}).settings.class_score == {
+        "a b": 0.5
+    }
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,8 @@ class Florence2:
     Each phrase is a question of its own, so what is answered belongs to the class of the phrase, whatever the model
     calls it; the image is encoded once for all. Boxes are those of `Florence2Processor.post_process_generation`.
     **The model gives no scores**: the confidence of every box is 1, so thresholds and rankings by score say nothing,
-    and it often answers with a box where nothing of the kind is there. What a negative phrase finds as well (IoU of boxes
-    from 0.5) is dropped.
+    and it often answers with a box where nothing of the kind is there. What a negative phrase finds as well (IoU of
+    boxes from 0.5) is dropped.
 
     Args:
         checkpoint: a hub id or a local folder of a `Florence2ForConditionalGeneration`.

@@ -28,6 +28,18 @@ FILES = {
 }
 
 
+def hub_file(checkpoint: str, size: str = "vit_b") -> tuple[str, str, str | None]:
+    """Where the weights of a size lie on the hub: repository, file in it, and its SHA-256 if known.
+
+    Raises:
+        ConfigError: for an unknown size.
+    """
+    if size not in FILES:
+        raise ConfigError(f"segmenter.size must be one of {', '.join(FILES)}, got {size!r}")
+    file, known = FILES[size]
+    return checkpoint, file, known if checkpoint == "ybelkada/segment-anything" else None
+
+
 class Sam(PromptedSegmenter):
     """Boxes, clicks and masks to masks with SAM.
 
@@ -60,11 +72,8 @@ class Sam(PromptedSegmenter):
         sha256: str | None = None,
     ) -> None:
         super().__init__(multimask, chunk, fill_holes, drop_specks)
-        if size not in FILES:
-            raise ConfigError(f"segmenter.size must be one of {', '.join(FILES)}, got {size!r}")
-        hub_file, known = FILES[size]
-        on_hub = checkpoint == "ybelkada/segment-anything"
-        path = find_file(checkpoint, "sam", hub_file, sha256 or (known if on_hub else None))
+        checkpoint, file, known = hub_file(checkpoint, size)
+        path = find_file(checkpoint, "sam", file, sha256 or known)
         from segment_anything import SamPredictor, sam_model_registry
 
         if path.is_relative_to(BUILTIN):

@@ -45,6 +45,25 @@ SIZES = {
 }
 
 
+def hub_file(checkpoint: str | None, size: str = "tiny") -> tuple[str, str, str | None]:
+    """Where the weights of a size lie on the hub: repository, file in it, and its SHA-256 if known.
+
+    Args:
+        checkpoint: null for the official repository of `size`.
+        size: one of `SIZES`.
+
+    Raises:
+        ConfigError: for an unknown size, or an official repository of another one.
+    """
+    if size not in SIZES:
+        raise ConfigError(f"segmenter.size must be one of {', '.join(SIZES)}, got {size!r}")
+    repo, file, known, _ = SIZES[size]
+    sizes = {entry[0]: name for name, entry in SIZES.items()}
+    if sizes.get(str(checkpoint), size) != size:
+        raise ConfigError(f"{checkpoint} holds segmenter.size={sizes[str(checkpoint)]}, but the size is {size}")
+    return checkpoint or repo, file, known if checkpoint in (None, repo) else None
+
+
 def build_model(architecture: Path, path: Path, what: str) -> Any:
     """A `SAM2Base` from its YAML, with the post-processing that `sam2.build_sam.build_sam2` adds."""
     from hydra.utils import instantiate
@@ -101,21 +120,15 @@ class Sam2(PromptedSegmenter):
         sha256: str | None = None,
     ) -> None:
         super().__init__(multimask, chunk, fill_holes, drop_specks)
-        if size not in SIZES:
-            raise ConfigError(f"segmenter.size must be one of {', '.join(SIZES)}, got {size!r}")
-        repo, hub_file, known, config = SIZES[size]
-        official = checkpoint in (None, repo)
-        sizes = {entry[0]: name for name, entry in SIZES.items()}
-        if sizes.get(str(checkpoint), size) != size:
-            raise ConfigError(f"{checkpoint} holds segmenter.size={sizes[str(checkpoint)]}, but the size is {size}")
+        where, file, known = hub_file(checkpoint, size)
         #: Which weights these are and where, for a tracker that may share them.
         self.source = (checkpoint, size, pick_device(device))
-        path = find_file(checkpoint or repo, "sam2", hub_file, sha256 or (known if official else None))
+        path = find_file(where, "sam2", file, sha256 or known)
         with undisturbed_hydra():
             import sam2
             from sam2.sam2_image_predictor import SAM2ImagePredictor
 
-            architecture = Path(sam2.__file__).parent / "configs" / "sam2.1" / config
+            architecture = Path(sam2.__file__).parent / "configs" / "sam2.1" / SIZES[size][3]
             if path.is_relative_to(BUILTIN):
                 architecture = BUILTIN.parent / "sam2.yaml"
             self.model = build_model(architecture, path, f"SAM 2.1 {size}").to(self.source[2])

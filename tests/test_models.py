@@ -1,0 +1,415 @@
+"""The command that lists, fetches and finds weights, against a small hub of our own on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from grounded_sam.checkpoints import BUILTIN
+from grounded_sam.config import conf_dir
+from grounded_sam.models import ONE_FILE, every_choice, loaded
+
+ROOT = Path(__file__).parents[1]
+COMMIT = "c0ffee" + "0" * 34
+#: A transformers checkpoint as they lie on the hub, with much that is not loaded.
+CHECKPOINT = {
+    "config.json": b"{}",
+    "preprocessor_config.json": b"{ }",
+    "tokenizer.json": b"{  }",
+    "vocab.txt": b"a\nb\n",
+    "model.safetensors": b"weights " * 500,
+    "pytorch_model.bin": b"weights again " * 500,
+    "onnx/model.onnx": b"weights once more " * 500,
+    "onnx/config.json": b"{   }",
+    "README.md": b"read me",
+    "modeling_own.py": b"print('never')",
+    ".gitattributes": b"* lfs",
+}
+NEEDED = {"config.json", "preprocessor_config.json", "tokenizer.json", "vocab.txt", "model.safetensors"}
+#: Words that make every stage take a checkpoint of our hub.
+WORDS = ("checkpoints.grounding_dino=acme/dino", "checkpoints.sam2=acme/sam2")
+
+
+class Hub(ThreadingHTTPServer):
+    """A hub with some repositories: their files, whether they are gated, what their card says."""
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Answers)
+        self.repos: dict[str, dict[str, bytes]] = {}
+        self.gated: set[str] = set()
+        self.cards: dict[str, dict[str, str]] = {}
+        self.fetched: list[str] = []  # files that were read, in the order of their reading
+        self.address = f"http://127.0.0.1:{self.server_port}"
+
+
+class Answers(BaseHTTPRequestHandler):
+    """The part of the hub's protocol that its client uses to look and to fetch."""
+
+    server: Hub
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def send(self, code: int, content: bytes, body: bool, **headers: str) -> None:
+        self.send_response(code)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def answer(self, body: bool) -> None:
+        hub, path = self.server, unquote(urlsplit(self.path).path).strip("/")
+        parts = path.split("/")
+        if parts[:2] == ["api", "models"]:
+            repo = "/".join(parts[2:4])
+            if repo not in hub.repos:
+                self.send(404, b"{}", body, X_Error_Code="RepoNotFound")
+            elif parts[4:5] == ["tree"]:
+                self.json([self.entry(name, data) for name, data in hub.repos[repo].items()], body)
+            else:
+                files = [self.entry(name, data) for name, data in hub.repos[repo].items()]
+                siblings = [
+                    {"rfilename": f["path"], "size": f["size"], "blobId": f["oid"]}
+                    | ({"lfs": f["lfs"] | {"sha256": f["lfs"]["oid"]}} if "lfs" in f else {})
+                    for f in files
+                ]
+                about = {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings}
+                gated = "manual" if repo in hub.gated else False
+                self.json(about | {"gated": gated, "private": False, "cardData": hub.cards.get(repo)}, body)
+        elif "resolve" in parts:
+            repo, name = "/".join(parts[:2]), "/".join(parts[4:])
+            if repo not in hub.repos:
+                self.send(404, b"", body, X_Error_Code="RepoNotFound")
+            elif repo in hub.gated:
+                self.send(403, b"", body, X_Error_Code="GatedRepo")
+            elif name not in hub.repos[repo]:
+                self.send(404, b"", body, X_Error_Code="EntryNotFound", X_Repo_Commit=COMMIT)
+            else:
+                data = hub.repos[repo][name]
+                entry = self.entry(name, data)
+                tags = {"ETag": f'"{entry["oid"]}"'}
+                if "lfs" in entry:
+                    tags |= {"X_Linked_Etag": f'"{entry["lfs"]["oid"]}"', "X_Linked_Size": str(len(data))}
+                if body:
+                    hub.fetched.append(f"{repo}/{name}")
+                self.send(200, data, body, X_Repo_Commit=COMMIT, **tags)
+        else:
+            self.send(200, b"", body)
+
+    def json(self, content: Any, body: bool) -> None:
+        self.send(200, json.dumps(content).encode(), body, Content_Type="application/json")
+
+    @staticmethod
+    def entry(name: str, data: bytes) -> dict[str, Any]:
+        sha1 = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        entry: dict[str, Any] = {"type": "file", "path": name, "size": len(data), "oid": sha1}
+        if name.endswith((".safetensors", ".bin", ".pt", ".pth", ".onnx")):
+            entry["lfs"] = {"oid": hashlib.sha256(data).hexdigest(), "size": len(data), "pointerSize": 130}
+        return entry
+
+
+@pytest.fixture
+def hub() -> Iterator[Hub]:
+    server = Hub()
+    server.repos = {
+        "acme/dino": dict(CHECKPOINT),
+        "acme/sam2": {"sam2.1_hiera_tiny.pt": b"tiny " * 999, "sam2.1_hiera_large.pt": b"large " * 999},
+        "acme/gated": dict(CHECKPOINT),
+    }
+    server.gated = {"acme/gated"}
+    server.cards = {"acme/dino": {"license": "bsd-3-clause"}, "acme/gated": {"license": "other", "license_name": "own"}}
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def run(hub: Hub, tmp_path: Path):
+    """Run the command with our hub and an empty cache; nobody is ever shown a traceback."""
+
+    def command(*words: str, code: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
+        clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+        clean |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
+        out = subprocess.run(
+            [sys.executable, "-m", "grounded_sam.models", *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=tmp_path,
+            timeout=120,
+            env={**clean, **env},
+        )
+        assert out.returncode == code, out.stdout + out.stderr
+        assert "Traceback" not in out.stderr
+        return out
+
+    return command
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "home" / "hub"
+
+
+def snapshot(cache: Path, repo: str) -> Path:
+    return cache / f"models--{repo.replace('/', '--')}" / "snapshots" / COMMIT
+
+
+def complaint(out: subprocess.CompletedProcess[str]) -> str:
+    """The one line that a mistake is answered with."""
+    lines = [line for line in out.stderr.splitlines() if line.strip()]
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("grounded-sam-models: ")
+    return lines[0].removeprefix("grounded-sam-models: ")
+
+
+def test_the_command_is_installed_and_quick_to_help():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert project["project"]["scripts"]["grounded-sam-models"] == "grounded_sam.models:main"
+    assert "models.yaml" in project["tool"]["setuptools"]["package-data"]["grounded_sam"]
+    code = "import sys, grounded_sam.models as m; m.parsed(['list']); print({'torch', 'hydra'} & set(sys.modules))"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
+    started = time.monotonic()
+    text = subprocess.check_output([sys.executable, "-m", "grounded_sam.models", "--help"], text=True)
+    assert time.monotonic() - started < 5
+    assert "grounded-sam-models fetch detector=" in text and "hf auth login" in text
+
+
+def test_the_table_covers_every_choice_with_weights():
+    found, wrong = every_choice()
+    assert not wrong
+    listed = {(weights.stage, weights.choice) for weights in found}
+    for stage in ("detector", "segmenter", "tracker"):
+        for file in (conf_dir() / stage).glob("*.yaml"):
+            if "\ncheckpoint:" in file.read_text(encoding="utf-8"):
+                assert (stage, file.stem) in listed
+            elif file.stem in ("none", "clicks", "stored"):
+                assert (stage, file.stem) not in listed
+    assert ("detector", "everything") in listed
+    for weights in found:  # classes that take one file are known as such
+        assert weights.repo is not None
+        assert (weights.file is not None) == (weights.choice in ("sam", "sam2", "everything")), weights
+    for path in (ROOT / "grounded_sam").glob("*ers/*.py"):
+        if "find_file(" in path.read_text(encoding="utf-8"):
+            assert any(target.startswith(f"grounded_sam.{path.parent.name}.{path.stem}.") for target in ONE_FILE), path
+
+
+def test_what_is_loaded_of_a_repository():
+    assert set(loaded(CHECKPOINT, None)) == NEEDED
+    without = [name for name in CHECKPOINT if name != "model.safetensors"]
+    assert set(loaded(without, None)) == NEEDED - {"model.safetensors"} | {"pytorch_model.bin"}
+    parts = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
+    assert set(loaded([*without, *parts, "pytorch_model.bin.index.json"], None)) == {
+        *parts,
+        *(NEEDED - {"model.safetensors"}),
+    }
+    assert loaded(["a/b.pth", "config.json"], "a/b.pth") == ["a/b.pth"]
+
+
+def test_list_with_and_without_the_network(run, hub):
+    words = (*WORDS, "segmenter=sam_hq", "checkpoints.sam_hq=acme/gated")
+    rows = json.loads(run("list", "--json", *words).stdout)
+    assert [(row["stage"], row["choice"], row["repo"], row["file"]) for row in rows] == [
+        ("detector", "grounding_dino", "acme/dino", None),
+        ("segmenter", "sam_hq", "acme/gated", None),
+        ("tracker", "sam2", "acme/sam2", "sam2.1_hiera_tiny.pt"),
+    ]
+    needed = sum(len(CHECKPOINT[name]) for name in NEEDED)
+    assert [row["size"] for row in rows] == [needed, needed, 5 * 999]
+    assert [row["licence"] for row in rows] == ["bsd-3-clause", "own", None]
+    assert [row["gated"] for row in rows] == [False, True, False]
+    assert [row["cached"] for row in rows] == ["no"] * 3
+    table = run("list", *words).stdout
+    for word in ("acme/gated", "bsd-3-clause", "sam2.1_hiera_tiny.pt", "5.0 kB", "unknown"):
+        assert word in table
+
+    hub.shutdown()
+    hub.server_close()
+    words = ("detector=sam3", "tracker=sam2_hf", "checkpoints.sam2_hf=acme/other")
+    for env in ({}, {"HF_HUB_OFFLINE": "1"}):
+        started = time.monotonic()
+        out = run("list", "--json", *words, **env)
+        assert time.monotonic() - started < 15
+        assert "the hub is not asked" in complaint(out)
+        sam3, other = json.loads(out.stdout)  # sam3 makes its own masks
+        assert (sam3["licence"], sam3["gated"], sam3["size"], sam3["cached"]) == ("SAM License", True, None, "no")
+        assert (other["licence"], other["gated"], other["size"]) == (None, None, None)
+    assert not hub.fetched
+
+
+def test_list_shows_all_and_choices_of_ones_own(run, tmp_path):
+    (tmp_path / "own's" / "detector").mkdir(parents=True)
+    (tmp_path / "own's" / "detector" / "mine.yaml").write_text("_target_: mine.Mine\ncheckpoint: acme/dino\n")
+    (tmp_path / "own's" / "detector" / "wrong.yaml").write_text("_target_: mine.Mine\ncheckpoint: ${nothing}\n")
+    out = run("list", "--json", "--config-dir", "own's")
+    rows = {(row["stage"], row["choice"]): row for row in json.loads(out.stdout)}
+    assert rows["detector", "mine"]["repo"] == "acme/dino" and rows["detector", "mine"]["size"]
+    assert ("tracker", "sam2") in rows and ("segmenter", "sam") in rows
+    assert "detector=wrong: " in out.stderr
+    assert "the hub has no facebook/sam3" in out.stderr  # ours has not
+    assert rows["detector", "sam3"]["licence"] == "SAM License"
+    text = run("path", "detector=mine", "--config-dir", "own's", *WORDS, code=1)
+    assert "get it with: grounded-sam-models fetch '--config-dir=own'\"'\"'s' detector=mine" in complaint(text)
+
+
+def test_fetch_then_path_offline(run, hub, cache):
+    said = complaint(run("path", *WORDS, code=1))
+    assert "acme/dino of detector=grounding_dino, acme/sam2 of segmenter=sam2" in said
+    assert f"get it with: grounded-sam-models fetch {' '.join(WORDS)}" in said
+    out = run("fetch", *WORDS)
+    assert "detector=grounding_dino: acme/dino, 4.0 kB, 5 of 5 digests right, in " in out.stdout
+    assert "segmenter=sam2, tracker=sam2: acme/sam2, 5.0 kB, 1 of 1 digests right, in " in out.stdout
+    # Only what is loaded, and what two stages load once.
+    assert sorted(hub.fetched) == sorted([*(f"acme/dino/{n}" for n in NEEDED), "acme/sam2/sam2.1_hiera_tiny.pt"])
+    assert {p.name for p in snapshot(cache, "acme/dino").iterdir()} == NEEDED
+    before = len(hub.fetched)
+    run("fetch", *WORDS)
+    assert len(hub.fetched) == before
+    assert [row["cached"] for row in json.loads(run("list", "--json", *WORDS).stdout)] == ["whole"] * 3
+
+    hub.shutdown()
+    hub.server_close()
+    dino, sam2 = snapshot(cache, "acme/dino"), snapshot(cache, "acme/sam2") / "sam2.1_hiera_tiny.pt"
+    out = run("path", *WORDS)
+    assert out.stdout.splitlines() == [str(dino), str(sam2), str(sam2)]
+    assert out.stderr == ""
+    rows = json.loads(run("list", "--json", *WORDS).stdout)
+    assert [(row["cached"], row["size"] == row["cached_size"]) for row in rows] == [("whole", True)] * 3
+    assert rows[1]["path"] == str(sam2)
+    assert "5 of 5 digests right" in run("fetch", *WORDS).stdout  # the check alone
+    said = complaint(run("fetch", *WORDS, "segmenter.size=large", HF_HUB_OFFLINE="1", code=1))
+    assert said == "segmenter=sam2: acme/sam2 is not in the cache, and the hub is not asked (HF_HUB_OFFLINE is set)"
+
+    (dino / "vocab.txt").unlink()  # as after a fetch that was cut off
+    rows = json.loads(run("list", "--json", *WORDS).stdout)
+    assert rows[0]["cached"] == "part" and rows[0]["size"] == rows[0]["cached_size"] + len(CHECKPOINT["vocab.txt"])
+    assert "acme/dino of detector" in complaint(run("path", *WORDS, code=1))
+
+
+def test_damaged_files_are_found_and_fetched_anew(run, hub, cache):
+    run("fetch", *WORDS)
+    weights, vocab = (snapshot(cache, "acme/dino") / name for name in ("model.safetensors", "vocab.txt"))
+    for path in (weights, vocab):
+        blob = path.resolve()
+        data = blob.read_bytes()
+        blob.chmod(0o644)
+        blob.write_bytes(b"X" + data[1:])
+    # Newer caches keep one copy for several repositories, behind a second link: that one is damaged as well.
+    shared, blob = cache / "blobs" / "ab" / ("ab" * 32), weights.resolve()
+    shared.parent.mkdir(parents=True)
+    blob.rename(shared)
+    blob.symlink_to(shared)
+    said = complaint(run("fetch", *WORDS, HF_HUB_OFFLINE="1", code=1))
+    assert "damaged in the cache: " in said and str(weights) in said and str(vocab) in said
+    assert weights.read_bytes().startswith(b"X")  # nothing is thrown away that cannot be replaced
+    hub.fetched.clear()
+    out = run("fetch", *WORDS)
+    assert "damaged in the cache, fetched anew: " in complaint(out)
+    assert sorted(hub.fetched) == ["acme/dino/model.safetensors", "acme/dino/vocab.txt"]
+    assert weights.read_bytes() == CHECKPOINT["model.safetensors"] and not shared.exists()
+    assert "5 of 5 digests right" in out.stdout
+
+
+def test_a_file_that_is_not_the_official_one_is_refused(run, hub):
+    hub.repos["facebook/sam2.1-hiera-tiny"] = {"sam2.1_hiera_tiny.pt": b"other"}
+    words = ("detector=clicks", "tracker=none", "segmenter=sam2")
+    said = complaint(run("fetch", *words, code=1))
+    assert "is as the hub has it, but its SHA-256 is not 7402e0d8" in said
+    right = hashlib.sha256(b"other").hexdigest()
+    assert "1 of 1 digests right" in run("fetch", *words, f"segmenter.sha256={right}").stdout
+
+
+def test_a_cache_without_symlinks_cannot_be_checked(run, cache):
+    words = (WORDS[0], "segmenter=none", "tracker=none")
+    run("fetch", *words)
+    for path in snapshot(cache, "acme/dino").iterdir():
+        data = path.read_bytes()
+        path.unlink()
+        path.write_bytes(data)
+    out = run("fetch", *words)
+    assert "0 of 5 digests right; the rest cannot be checked" in out.stdout
+
+
+def test_gated_and_missing_models_leave_the_others_alone(run, hub, cache):
+    words = ("detector=owlv2", "checkpoints.owlv2=acme/gated", "tracker=sam2_hf", "checkpoints.sam2_hf=acme/nothing")
+    out = run("fetch", *words, WORDS[1], code=1)
+    gated, missing = out.stderr.splitlines()
+    assert gated.startswith("grounded-sam-models: detector=owlv2: acme/gated is gated: accept its licence at ")
+    assert "https://huggingface.co/acme/gated" in gated and "`hf auth login`" in gated and "HF_TOKEN" in gated
+    assert missing.startswith("grounded-sam-models: tracker=sam2_hf: the hub has no acme/nothing, or it is private")
+    assert hub.fetched == ["acme/sam2/sam2.1_hiera_tiny.pt"]
+    assert "segmenter=sam2: acme/sam2" in out.stdout
+    assert not any(cache.rglob("model.safetensors"))
+    said = complaint(
+        run("fetch", "detector=clicks", "tracker=none", "segmenter=sam", "checkpoints.sam=acme/dino", code=1)
+    )
+    assert said == "segmenter=sam: acme/dino on the hub has no checkpoints/sam_vit_b_01ec64.pth"
+
+
+def test_what_fetched_files_are_is_loaded_offline(run, hub, tmp_path):
+    """The choice of files against what transformers asks for: the small detector, from the cache alone."""
+    source = BUILTIN / "shapes-detector"
+    hub.repos["acme/shapes"] = {p.name: p.read_bytes() for p in source.iterdir()} | {"README.md": b"no"}
+    run("fetch", "checkpoints.grounding_dino=acme/shapes", "segmenter=none", "tracker=none")
+    code = "from grounded_sam.detectors.grounding_dino import GroundingDino; GroundingDino('acme/shapes')"
+    env = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, env=env)
+    assert out.returncode == 0, out.stderr
+
+
+def test_nothing_to_fetch(run, hub, tmp_path):
+    local = tmp_path / "local.safetensors"
+    local.write_bytes((BUILTIN / "shapes-sam2.safetensors").read_bytes())
+    out = run("fetch", "preset=shapes", "checkpoints.sam2=local.safetensors", "tracker=none")
+    assert "detector=grounding_dino: builtin:shapes is part of the package, there is nothing to fetch" in out.stdout
+    assert "segmenter=sam2: local.safetensors lies in local.safetensors, there is nothing to fetch" in out.stdout
+    assert "tracker=none: takes no weights" in out.stdout
+    assert not hub.fetched
+    assert run("path", "preset=shapes", "tracker=none").stdout.splitlines() == [
+        str(BUILTIN / "shapes-detector"),
+        str(BUILTIN / "shapes-sam2.safetensors"),
+    ]
+    assert "part of the package" in run("list", "preset=shapes").stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ((), "say list, fetch or path"),
+        (("lsit",), "there is no command 'lsit'; did you mean list?"),
+        (("list", "--jsn"), "unrecognized arguments: --jsn"),
+        (("fetch", "--json"), "--json goes with list"),
+        (("fetch", "detector=dino"), "there is no detector=dino; the choices are clicks, "),
+        (("path", "segmenter.siz=large"), "did you mean 'segmenter.size'?"),
+        (("list", "segmenter.size=huge"), "segmenter.size must be one of tiny, small, base_plus, large, got 'huge'"),
+        (("path", "checkpoints.sam2=gone.pt"), "no weights at 'gone.pt'"),
+        (("list", "--config-dir", "gone"), "there is no folder gone"),
+    ],
+)
+def test_mistakes_end_in_one_line(run, words, said):
+    assert said in complaint(run(*words, code=1))

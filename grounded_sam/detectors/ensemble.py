@@ -19,8 +19,8 @@ class Ensemble:
     """What several detectors find, boxes of one thing as one box: their mean, weighted by confidence.
 
     The fusion is `weighted_boxes_fusion` of the package `ensemble-boxes` (extra `ensemble`). A detector's own
-    duplicates are dropped first (NMS at `iou`), since the mean would count their lower confidence. Masks that a detector
-    gives are not used.
+    duplicates are dropped first (NMS at `iou`), since the mean would count their lower confidence. Masks that a
+    detector gives are not used.
 
     Args:
         detectors: by name.

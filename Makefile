@@ -17,7 +17,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 
 $(VENV)/installed-dev: $(VENV)/installed
 	$(PIP) install --quiet --constraint constraints.txt --editable '.[dev]'
-	$(PIP) install --quiet --constraint constraints.txt --no-deps trackeval
+	$(PIP) install --quiet --constraint constraints.txt --no-deps trackers trackeval
 	touch $@
 
 demo: $(VENV)/installed

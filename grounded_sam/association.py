@@ -86,7 +86,9 @@ class Track:
     """One object: its id, what it was called at keyframes, and for how many frames it is out of sight."""
 
     tracker_id: int
-    votes: dict[int, list[float]] = field(default_factory=dict)  # class id to confidences
+    votes: dict[int, tuple[int, float]] = field(
+        default_factory=dict
+    )  # class id to how often, and the sum of confidences
     lost: int = 0
     class_id: int = -1
     hidden: bool = False  # found to lie on something else; not shown until a detection confirms it
@@ -96,14 +98,16 @@ class Track:
 
     def vote(self, class_id: int, confidence: float) -> None:
         """Count a keyframe's word; a class holds until another one has more confidence behind it in all."""
-        self.votes.setdefault(class_id, []).append(confidence)
-        if self.class_id < 0 or sum(self.votes[class_id]) > sum(self.votes[self.class_id]):
+        count, total = self.votes.get(class_id, (0, 0.0))
+        self.votes[class_id] = count + 1, total + confidence
+        if self.class_id < 0 or self.votes[class_id][1] > self.votes[self.class_id][1]:
             self.class_id = class_id
 
     @property
     def confidence(self) -> float:
         """Mean confidence of the keyframes that gave the track its class."""
-        return float(np.mean(self.votes[self.class_id]))
+        count, total = self.votes[self.class_id]
+        return total / count
 
 
 @dataclass(frozen=True)
@@ -136,6 +140,7 @@ class Tracks:
     def __init__(self, settings: Tracking, reserved: Sequence[int] = ()) -> None:
         self.settings, self.live = settings, dict[int, Track]()
         self.reserved = set(reserved)
+        self._theirs: dict[int, int] = {}  # ids of a tracker that gives its own, to ours
         self._next = 1
 
     def fresh_id(self) -> int:
@@ -171,6 +176,39 @@ class Tracks:
         for tracker_id in over:
             del self.live[tracker_id]
         return shown, over, jumped
+
+    def adopt(self, found: sv.Detections) -> sv.Detections:
+        """What a tracker that tells objects apart by itself found in a frame, under ids of ours.
+
+        Its ids stand for ours as long as `lost_patience` lasts; `new_track_score` and `max_objects` hold, and of two
+        tracks on one thing the younger is left out. Votes on classes are those of every frame.
+
+        Args:
+            found: with `class_id`, `confidence` and the tracker's own `tracker_id`.
+        """
+        assert found.class_id is not None and found.confidence is not None
+        rules, theirs = self.settings, _ids(found).tolist()
+        least = -1.0 if rules.new_track_score is None else rules.new_track_score
+        rows: list[int] = []
+        for row in np.argsort(-found.confidence, kind="stable").tolist():
+            if theirs[row] not in self._theirs:
+                full = rules.max_objects is not None and len(self.live) >= rules.max_objects
+                if full or found.confidence[row] < least:
+                    continue
+                self._theirs[theirs[row]] = self.fresh_id()
+            rows.append(row)
+            self.begin(self._theirs[theirs[row]], int(found.class_id[row]), float(found.confidence[row]))
+        seen = _with_ids(found, rows, [self._theirs[theirs[row]] for row in rows])
+        doubles = self._doubles(seen)
+        seen = pick(seen, [i not in doubles for i in _ids(seen).tolist()])
+        self.note(seen)
+        here = set(_ids(seen).tolist())
+        for tracker_id, track in list(self.live.items()):
+            track.lost = 0 if tracker_id in here else track.lost + 1
+            if track.lost > rules.lost_patience:
+                del self.live[tracker_id]
+        self._theirs = {other: own for other, own in self._theirs.items() if own in self.live}
+        return seen
 
     def _jumped(self, seen: sv.Detections) -> list[int]:
         if self.settings.jump is None or seen.mask is None:

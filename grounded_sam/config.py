@@ -187,6 +187,13 @@ def build(cfg: DictConfig, kept: dict[str, tuple[Any, Any]] | None = None) -> Pi
         raise ConfigError(
             "the detector gives masks, so a segmenter has nothing to do; to make new ones say detector.masks=false"
         )
+    by_hand = "prompts" in (cfg.detector or {}) or cfg.track.get("clicks") is not None
+    masks = cfg.segmenter is not None or masks_itself or (cfg.detector or {}).get("masks") is True or by_hand
+    if (cfg.tracker or {}).get("prompt") == "mask" and not masks:
+        raise ConfigError(
+            "tracker.prompt=mask needs masks, which neither segmenter=none nor this detector gives (one that does says "
+            "own_masks: true in its YAML); choose a segmenter, or tracker.prompt=box"
+        )
     tiles = make(cfg, "tiles")
     detector = _made(cfg, "detector", kept)
     segmenter = None if cfg.segmenter is None or masks_itself else _made(cfg, "segmenter", kept)

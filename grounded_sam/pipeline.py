@@ -28,7 +28,17 @@ from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.frames import Frame, to_frame
 from grounded_sam.select import Select, select
 from grounded_sam.sinks.files import written_whole
-from grounded_sam.stages import Detector, FrameResult, Segmenter, Sink, Skipped, Source, Tracker, TrackSession
+from grounded_sam.stages import (
+    Detector,
+    Follower,
+    FrameResult,
+    Segmenter,
+    Sink,
+    Skipped,
+    Source,
+    Tracker,
+    TrackSession,
+)
 from grounded_sam.tiles import Tiles
 from grounded_sam.vocabulary import Vocabulary
 
@@ -76,7 +86,7 @@ class Pipeline:
         settings: Select | None = None,
         vocabulary: Vocabulary | None = None,
         negatives: Sequence[str] = (),
-        tracker: Tracker | Callable[[], Tracker] | None = None,
+        tracker: Tracker | Follower | Callable[[], Tracker | Follower] | None = None,
         tracking: Tracking | None = None,
         phrasing: str = "{}",
         tiles: Tiles | None = None,
@@ -241,9 +251,9 @@ class Pipeline:
         return found if several else found[0]
 
     @property
-    def tracker(self) -> Tracker | None:
+    def tracker(self) -> Tracker | Follower | None:
         """The tracker, built when it is first asked for."""
-        if self._tracker is not None and not hasattr(self._tracker, "open"):
+        if self._tracker is not None and not isinstance(self._tracker, Tracker | Follower):
             self._tracker = self._tracker()
         return self._tracker  # type: ignore[return-value]
 
@@ -299,6 +309,9 @@ class Pipeline:
         tracker = self.tracker
         if tracker is None:
             raise ConfigError("to follow things through a video choose a tracker, e.g. tracker=sam2")
+        if isinstance(tracker, Follower):
+            yield from self._followed(frames, tracker, asked, clicks, vocabulary)
+            return
         tracks = Tracks(self.tracking, clicks.ids if clicks is not None else ())
         steps = self._steps(frames, tracker, tracks, asked, clicks, vocabulary)
         if self.tracking.direction == "both":
@@ -307,6 +320,36 @@ class Pipeline:
             results = (result for result, _ in steps)
         with closing(steps), closing(results):
             yield from results
+
+    def _followed(
+        self,
+        frames: Iterator[Frame],
+        tracker: Follower,
+        asked: Vocabulary | None,
+        clicks: Clicks | None,
+        vocabulary: Vocabulary,
+    ) -> Generator[FrameResult]:
+        """Results of a tracker that tells objects apart by itself."""
+        name = type(tracker).__name__
+        if asked is None or clicks is not None:
+            raise ConfigError(f"{name} cannot be given clicks; choose another tracker, e.g. tracker=sam2")
+        if self.tracking.direction != "forward":
+            raise ConfigError(f"track.direction={self.tracking.direction} needs a tracker with memory; {name} has none")
+        tracks = Tracks(self.tracking)
+
+        def look(frame: Frame) -> sv.Detections:
+            with self._timed("detect"):
+                boxes = self._look([frame], asked)[0]
+            return self._finish(frame, boxes, asked, self.segmenter)
+
+        found = tracker.follow(frames, asked, look)
+        try:
+            for frame, seen in found:
+                yield FrameResult(frame, tracks.label(tracks.adopt(seen), vocabulary))
+        finally:
+            for opened in (found, frames):
+                if hasattr(opened, "close"):
+                    opened.close()
 
     def _steps(
         self,

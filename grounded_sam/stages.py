@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
@@ -127,6 +127,19 @@ class Tracker(Protocol):
     """Opens a session per video; built with `segmenter`, the pipeline's, so that both may share a model."""
 
     def open(self, size_hw: tuple[int, int]) -> TrackSession: ...
+
+
+@runtime_checkable
+class Follower(Protocol):
+    """A tracker that tells objects apart by itself, instead of carrying masks from keyframe to keyframe.
+
+    `follow` yields every frame with its objects: `class_id`, `confidence` and ids of its own, which are given others.
+    `look` is what detector and segmenter find in a frame.
+    """
+
+    def follow(
+        self, frames: Iterator[Frame], vocabulary: Vocabulary, look: Callable[[Frame], sv.Detections]
+    ) -> Iterator[tuple[Frame, sv.Detections]]: ...
 
 
 @runtime_checkable

@@ -53,7 +53,7 @@ def test_a_detection_on_a_track_is_that_track_and_one_elsewhere_is_new():
     change = tracks.match(seen(here), found((square(6, 5), 0.7, 0), (square(30, 20), 0.6, 0)))
     assert change.new.tracker_id.tolist() == [2]
     np.testing.assert_array_equal(change.new.mask[0], square(30, 20))
-    assert tracks.live[1].votes == {0: pytest.approx([0.8, 0.7])}
+    assert tracks.live[1].votes == {0: pytest.approx((2, 0.8 + 0.7))}
 
 
 def test_the_surest_pairing_of_all_wins_and_not_the_first():
@@ -61,8 +61,8 @@ def test_the_surest_pairing_of_all_wins_and_not_the_first():
     here = begin(tracks, (square(5, 5), 0.9, 0), (square(11, 5), 0.8, 0))
     change = tracks.match(seen(here), found((square(10, 5), 0.9, 0), (square(4, 5), 0.5, 0)))
     assert len(change.new) == 0
-    assert tracks.live[1].votes[0] == pytest.approx([0.9, 0.5])
-    assert tracks.live[2].votes[0] == pytest.approx([0.8, 0.9])
+    assert tracks.live[1].votes[0] == pytest.approx((2, 0.9 + 0.5))
+    assert tracks.live[2].votes[0] == pytest.approx((2, 0.8 + 0.9))
 
 
 def test_another_class_in_the_same_place_is_another_track_unless_asked():
@@ -94,7 +94,7 @@ def test_only_confident_detections_begin_a_track_but_weak_ones_confirm():
     here = begin(tracks, (square(5, 5), 0.8, 0), (square(30, 5), 0.4, 0))
     assert list(here) == [1]
     tracks.match(seen(here), found((square(5, 5), 0.2, 0)))
-    assert len(tracks.live[1].votes[0]) == 2
+    assert tracks.live[1].votes[0][0] == 2
 
 
 def test_at_most_so_many_objects_the_surest_first():

@@ -50,7 +50,7 @@ def test_help_teaches(tmp_path):
     text = run("--help", cwd=tmp_path).stdout
     for word in (
         "grounded-sam input=street.jpg 'text=[car, wheel]'",
-        "detector: clicks, everything, grounding_dino",
+        "detector: clicks, ensemble, everything, florence2, grounding_dino",
         "score:",
     ):
         assert word in text

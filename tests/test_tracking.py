@@ -8,11 +8,11 @@ import threading
 
 import numpy as np
 import pytest
-from fakes import ByLevel, Levels
+from fakes import CLASSES, ByLevel, Levels, boxes
 from PIL import Image
 
 from grounded_sam import ConfigError, ImageError, Pipeline, Vocabulary
-from grounded_sam.association import Tracking
+from grounded_sam.association import Tracking, Tracks
 from grounded_sam.detectors.clicks import Clicks
 from grounded_sam.sources.video import Video
 
@@ -213,3 +213,84 @@ def test_a_tracker_is_built_only_when_a_video_comes():
     assert not built
     list(model.track(film(2), TEXT))
     assert built == [1]
+
+
+def test_a_tracker_of_boxes_gives_ids_to_what_every_frame_has():
+    trackers = pytest.importorskip("trackers", reason="the package trackers is not installed")
+    from grounded_sam.trackers.boxes import Boxes
+
+    video = film(14, (50, range(14), 2), (150, range(3, 10), 40))
+    settings = {"minimum_consecutive_frames": 1, "track_activation_threshold": 0.5}
+    detector = Levels()
+    model = Pipeline(detector, tracker=Boxes(settings=settings), tracking=Tracking(lost_patience=2))
+    results = list(model.track(video, TEXT))
+    assert detector.looked == list(range(14))
+    # As the package itself gives them to the same boxes, under ids that count from 1.
+    theirs, known = trackers.ByteTrackTracker(**settings), {}
+    for frame, result in zip(video, results, strict=True):
+        boxes = Levels().detect([result.frame], Vocabulary.parse(TEXT))[0]
+        assert frame is result.frame.image or (frame == result.frame.image).all()
+        seen = theirs.update(boxes)
+        wanted = sorted(known.setdefault(i, len(known) + 1) for i in seen.tracker_id.tolist() if i >= 0)
+        assert sorted(result.detections.tracker_id.tolist()) == wanted
+        assert result.detections.mask is None or result.detections.mask.shape[1:] == (30, 80)
+    assert {1, 2} <= {i for row in ids(results) for i in row}
+    names = {
+        (i, n) for r in results for i, n in zip(r.detections.tracker_id, r.detections.data["class_name"], strict=True)
+    }
+    assert names == {(1, "small"), (2, "middle")}
+
+
+@pytest.mark.parametrize("method", ["bytetrack", "ocsort", "sort", "cbiou"])
+def test_every_method_of_boxes_follows_a_thing(method):
+    pytest.importorskip("trackers", reason="the package trackers is not installed")
+    from grounded_sam.trackers.boxes import Boxes
+
+    tracker = Boxes(method=method, settings={"minimum_consecutive_frames": 1})
+    model = Pipeline(Levels(), tracker=tracker)
+    for _ in range(2):  # each video begins anew
+        results = list(model.track(film(10, (50, range(10), 2)), TEXT))
+        assert ids(results)[-1] == [1]
+
+
+def test_what_boxes_cannot_do_is_said():
+    pytest.importorskip("trackers", reason="the package trackers is not installed")
+    from grounded_sam.trackers.boxes import Boxes
+
+    video = film(3, (50, range(3), 2))
+    with pytest.raises(ConfigError, match="cannot be given clicks"):
+        list(Pipeline(Levels(), tracker=Boxes()).track(video, TEXT, [{"class": "small", "points": [[5, 10]]}]))
+    with pytest.raises(ConfigError, match="track.direction=both needs"):
+        list(Pipeline(Levels(), tracker=Boxes(), tracking=Tracking(direction="both")).track(video, TEXT))
+    with pytest.raises(ConfigError, match="must be one of bytetrack"):
+        Boxes(method="deepsort")
+    with pytest.raises(ConfigError, match="do not fit ocsort"):
+        Boxes(method="ocsort", settings={"patience": 3})
+
+
+def test_ids_of_other_trackers_are_adopted_by_the_rules():
+    def found(*rows):
+        out = boxes(*[(*box, score, class_id) for box, score, class_id, _ in rows])
+        out.tracker_id = np.array([row[3] for row in rows], np.int64)
+        return out
+
+    tracks = Tracks(Tracking(new_track_score=0.5, max_objects=2, lost_patience=1))
+    here, there = (0, 0, 20, 20), (40, 40, 60, 60)
+    seen = tracks.adopt(found((here, 0.4, 0, 7), (there, 0.8, 1, 9)))
+    assert seen.tracker_id.tolist() == [1]  # 7 is not sure enough
+    seen = tracks.adopt(found((here, 0.9, 0, 7), (there, 0.1, 2, 9), ((70, 70, 90, 90), 0.6, 0, 11)))
+    assert seen.tracker_id.tolist() == [2, 1]  # 11 is one too many; 9 stays, although unsure now
+    assert tracks.label(seen, CLASSES).data["class_name"].tolist() == ["b", "a"]  # oldest first, by votes
+    for _ in range(2):
+        tracks.adopt(found((there, 0.9, 1, 9)))
+    assert tracks.adopt(found((here, 0.9, 0, 7), (there, 0.9, 1, 9))).tracker_id.tolist() == [3, 1]  # 2 is over
+
+
+def test_an_impossible_prompt_is_refused_before_any_model_loads():
+    from grounded_sam import load
+
+    nowhere = ["tracker.prompt=mask", "checkpoints.grounding_dino=./nowhere", "checkpoints.sam2=./nowhere"]
+    with pytest.raises(ConfigError, match="prompt=mask needs masks"):
+        load(*nowhere, segmenter="none")
+    with pytest.raises(ConfigError, match="tracker.prompt must be auto, mask or box"):
+        load("tracker.prompt=word", preset="shapes").tracker  # noqa: B018

@@ -358,7 +358,7 @@ class Sam2Tracker:
         segmenter: the pipeline's segmenter, if there is one; where it is a `Sam2` of the same weights, its
             model is used, and images are encoded once for both.
         checkpoint, size, device, sha256: see `segmenters.sam2.Sam2`.
-        prompt: what a new object is given to the model as: its `mask` or its `box`.
+        prompt: what a new object is given to the model as: its `mask` or its `box`; `auto`: its mask if it has one.
         max_prompts: conditioning frames kept per object, the first and the latest ones.
         chunk: objects that go through the model at once; null: 16 on CUDA, 1 on the CPU, where a batch gains nothing.
 
@@ -372,13 +372,13 @@ class Sam2Tracker:
         checkpoint: str | None = None,
         size: Literal["tiny", "small", "base_plus", "large"] = "tiny",
         device: str = "auto",
-        prompt: Literal["mask", "box"] = "mask",
+        prompt: Literal["auto", "mask", "box"] = "auto",
         max_prompts: int = 4,
         chunk: int | None = None,
         sha256: str | None = None,
     ) -> None:
-        if prompt not in ("mask", "box"):
-            raise ConfigError(f"tracker.prompt must be mask or box, got {prompt!r}")
+        if prompt not in ("auto", "mask", "box"):
+            raise ConfigError(f"tracker.prompt must be auto, mask or box, got {prompt!r}")
         for key, value in (("max_prompts", max_prompts), ("chunk", chunk)):
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"tracker.{key} must be a whole number from 1, got {value!r}")

@@ -269,7 +269,7 @@ class Sam2HfTracker:
         checkpoint: a hub id or folder of a `Sam2VideoModel`, `EdgeTamVideoModel` or `Sam3TrackerVideoModel`,
             or `builtin:NAME`.
         device: `auto`, `cpu`, `cuda`...
-        prompt: what a new object is given to the model as: its `mask` or its `box`.
+        prompt: what a new object is given to the model as: its `mask` or its `box`; `auto`: its mask if it has one.
         max_prompts: conditioning frames kept per object, the first and the latest ones.
 
     Raises:
@@ -281,11 +281,11 @@ class Sam2HfTracker:
         segmenter: Any = None,
         checkpoint: str = "facebook/sam2.1-hiera-tiny",
         device: str = "auto",
-        prompt: Literal["mask", "box"] = "mask",
+        prompt: Literal["auto", "mask", "box"] = "auto",
         max_prompts: int = 4,
     ) -> None:
-        if prompt not in ("mask", "box"):
-            raise ConfigError(f"tracker.prompt must be mask or box, got {prompt!r}")
+        if prompt not in ("auto", "mask", "box"):
+            raise ConfigError(f"tracker.prompt must be auto, mask or box, got {prompt!r}")
         if isinstance(max_prompts, bool) or not isinstance(max_prompts, int) or max_prompts < 1:
             raise ConfigError(f"tracker.max_prompts must be a whole number from 1, got {max_prompts!r}")
         source = (checkpoint, pick_device(device))

@@ -194,14 +194,14 @@ def build(cfg: DictConfig, kept: dict[str, tuple[Any, Any]] | None = None) -> Pi
             "tracker.prompt=mask needs masks, which neither segmenter=none nor this detector gives (one that does says "
             "own_masks: true in its YAML); choose a segmenter, or tracker.prompt=box"
         )
-    tiles = make(cfg, "tiles")
+    tiles, refine = make(cfg, "tiles"), make(cfg, "refine")
     detector = _made(cfg, "detector", kept)
     segmenter = None if cfg.segmenter is None or masks_itself else _made(cfg, "segmenter", kept)
     tracking = make(cfg, "track")
     tracker = None if cfg.tracker is None else partial(make, cfg, "tracker", segmenter=segmenter)
     plain = _plain(cfg)
     negatives, phrasing = plain["negative"] or (), str(plain["phrasing"])
-    return Pipeline(detector, segmenter, settings, vocabulary, negatives, tracker, tracking, phrasing, tiles)
+    return Pipeline(detector, segmenter, settings, vocabulary, negatives, tracker, tracking, phrasing, tiles, refine)
 
 
 def _made(cfg: DictConfig, key: str, kept: dict[str, tuple[Any, Any]] | None) -> Any:
@@ -228,7 +228,8 @@ def predict_once(cfg: DictConfig, pipeline: Pipeline, vocabulary: Vocabulary, sw
 
     if "store" in (cfg.sink or {}) or isinstance(pipeline.detector, Stored):  # whose boxes are the source's
         return
-    if pipeline.tiles.size is not None:  # what is selected decides which pieces are joined
+    # What is selected decides which pieces are joined, or masks change what is selected by.
+    if pipeline.tiles.size is not None or pipeline.refine.changes:
         return
     plain = _plain(cfg)
     settings = {"detector": plain["detector"], "max_side": plain["source"].get("max_side")}

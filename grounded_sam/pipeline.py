@@ -11,7 +11,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import groupby, islice
 from pathlib import Path
@@ -26,6 +26,7 @@ from grounded_sam.detections import check, pick, replaced
 from grounded_sam.detectors.clicks import Clicks
 from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.frames import Frame, to_frame
+from grounded_sam.refine import Refine
 from grounded_sam.select import Select, select
 from grounded_sam.sinks.files import written_whole
 from grounded_sam.stages import (
@@ -77,6 +78,7 @@ class Pipeline:
         tracking: how a video is followed.
         phrasing: how phrases are put, for calls that name their classes; see `Vocabulary.phrased`.
         tiles: how large pictures are cut for the detector.
+        refine: what masks do to their detections.
     """
 
     def __init__(
@@ -90,6 +92,7 @@ class Pipeline:
         tracking: Tracking | None = None,
         phrasing: str = "{}",
         tiles: Tiles | None = None,
+        refine: Refine | None = None,
     ) -> None:
         self.detector, self.segmenter = detector, segmenter
         self._tracker, self.tracking = tracker, tracking or Tracking()
@@ -100,7 +103,7 @@ class Pipeline:
         #: Seconds spent in each stage.
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.settings = settings or Select()
-        self.tiles = tiles or Tiles()
+        self.tiles, self.refine = tiles or Tiles(), refine or Refine()
         self.vocabulary = vocabulary
 
     def ask(self, text: Any = None) -> Vocabulary:
@@ -189,10 +192,13 @@ class Pipeline:
         if alone is not None and set(found.data) <= {"class_name"}:  # more would be lost
             alone.write(FrameResult(frame, found))
         if segmenter is not None and found.mask is None:
-            found = found if keep is not None else select(found, self.settings.before_masks(), vocabulary)
+            first = self.settings.before_masks()
+            if self.refine.changes:
+                first = replace(first, nms=None, nested=None, top_k=None)
+            found = found if keep is not None else select(found, first, vocabulary)
             with self._timed("segment"):
                 found = segmenter.segment(frame.image, found)
-            check(found, vocabulary, frame.size_hw, type(segmenter).__name__)
+            found = check(self.refine(found), vocabulary, frame.size_hw, type(segmenter).__name__)
         if keep is None:
             return select(found, self.settings, vocabulary)
         keep.write(FrameResult(frame, found))

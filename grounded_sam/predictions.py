@@ -89,7 +89,7 @@ def floors_of(settings: Select, vocabulary: Vocabulary, note: dict[str, Any]) ->
     Duplicates are dropped in the order of their scores, so that a stricter score afterwards leaves what it would have
     left before, and a threshold of the sweep drops the same of what several thresholds together leave. Not so where
     classes have scores of their own and are duplicates of each other, or where masks tell duplicates: there, as with
-    thresholds that are not known, all duplicates stay. Numbers and areas are left to the jobs.
+    thresholds that are not known, all duplicates stay. Nested boxes, numbers and areas are left to the jobs.
     """
     own = [settings.score, *(settings.class_score or {}).values(), *vocabulary.class_score.values()]
     score = min(own if note.get("score") is None else [*own, note["score"]])
@@ -102,6 +102,7 @@ def floors_of(settings: Select, vocabulary: Vocabulary, note: dict[str, Any]) ->
         score=score,
         class_score=dict.fromkeys(vocabulary.class_score, score) or None,
         nms_by="box",
+        nested=None,
         top_k=None,
         min_area=0.0,
         max_area=None,

@@ -26,6 +26,8 @@ class Select:
         nms: IoU above which the less confident of two detections is dropped; None keeps all.
         nms_by: whether that IoU is of boxes or of masks.
         nms_across: whether detections of different classes are duplicates too.
+        nested: share of a box inside another one of its class (with `nms_across` of any) from which the two are one
+            thing and the less confident is dropped; None keeps both.
         top_k: the most detections to keep per image; None keeps all.
         min_area: least area in pixels: of the mask where there is one, else of the box.
         max_area: largest area in pixels, likewise; None for no limit.
@@ -39,6 +41,7 @@ class Select:
     nms: float | None = 0.7
     nms_by: Literal["box", "mask"] = "box"
     nms_across: bool = False
+    nested: float | None = None
     top_k: int | None = None
     min_area: float = 1.0
     max_area: float | None = None
@@ -47,7 +50,7 @@ class Select:
         if self.class_score is not None and not isinstance(self.class_score, Mapping):
             raise ConfigError(f"select.class_score must map classes to numbers, got {self.class_score!r}")
         shares: dict[str, object] = {"score": self.score}
-        shares |= {} if self.nms is None else {"nms": self.nms}
+        shares |= {key: value for key in ("nms", "nested") if (value := getattr(self, key)) is not None}
         shares |= {f"class_score.{name}": value for name, value in (self.class_score or {}).items()}
         for key, value in shares.items():
             if not (_number(value) and 0 <= value <= 1):  # type: ignore[operator]
@@ -69,6 +72,7 @@ class Select:
         return replace(
             self,
             nms=None if by_mask else self.nms,
+            nested=None if by_mask else self.nested,
             top_k=None if later else self.top_k,
             min_area=0.0,
             max_area=None,
@@ -82,7 +86,7 @@ def _number(value: object) -> bool:
 def select(found: sv.Detections, settings: Select, vocabulary: Vocabulary) -> sv.Detections:
     """Keep the detections that `settings` ask for, most confident first.
 
-    In this order: scores, duplicates (greedy NMS), areas, number. Applying it twice is applying it once.
+    In this order: scores, duplicates (greedy NMS), nested boxes, areas, number. Applying it twice is applying it once.
 
     Raises:
         ConfigError: if `class_score` names a class that the vocabulary has not, or `nms_by` is `mask`
@@ -104,6 +108,9 @@ def select(found: sv.Detections, settings: Select, vocabulary: Vocabulary) -> sv
     rows = rows[found.confidence[rows] >= least[found.class_id[rows]].astype(np.float32)]
     if settings.nms is not None and len(rows) > 1:
         rows = rows[_unique(found, rows, settings)]
+    if settings.nested is not None and len(rows) > 1:
+        metric = sv.OverlapMetric.IOS  # intersection over the smaller one
+        rows = rows[sv.box_non_max_suppression(_table(found, rows, settings), settings.nested, metric)]
     if len(rows) and (settings.min_area > 0 or settings.max_area is not None):
         most = np.inf if settings.max_area is None else settings.max_area
         if "rle" in found.data:  # packed, see detections.packed
@@ -120,11 +127,17 @@ def select(found: sv.Detections, settings: Select, vocabulary: Vocabulary) -> sv
     return found if np.array_equal(rows, np.arange(len(found))) else found[rows]  # type: ignore[return-value]
 
 
+def _table(found: sv.Detections, rows: NDArray[np.intp], settings: Select) -> NDArray[np.float64]:
+    """Boxes, confidence and what has to be alike of duplicates, as NMS wants them."""
+    assert found.confidence is not None and found.class_id is not None
+    groups = np.zeros(len(rows)) if settings.nms_across else found.class_id[rows].astype(float)
+    return np.column_stack([found.xyxy[rows], found.confidence[rows], groups])
+
+
 def _unique(found: sv.Detections, rows: NDArray[np.intp], settings: Select) -> NDArray[np.bool_]:
     """Which of some rows are no duplicates of a more confident one."""
-    assert found.confidence is not None and found.class_id is not None and settings.nms is not None
-    groups = np.zeros(len(rows)) if settings.nms_across else found.class_id[rows].astype(float)
-    table = np.column_stack([found.xyxy[rows], found.confidence[rows], groups])
+    assert settings.nms is not None
+    table = _table(found, rows, settings)
     if settings.nms_by == "box":
         return sv.box_non_max_suppression(table, iou_threshold=settings.nms)
     if found.mask is None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+from copy import copy
 
 import checkpoints
 import numpy as np
@@ -11,7 +12,7 @@ from fakes import CLASSES, boxes
 from safetensors.torch import save_file
 
 from grounded_sam import CheckpointError, load
-from grounded_sam.detections import make_detections
+from grounded_sam.detections import make_detections, mask_boxes
 from grounded_sam.detectors.clicks import Clicks
 from grounded_sam.frames import Frame
 from grounded_sam.segmenters.prompts import clean, group_prompts
@@ -45,16 +46,17 @@ class Transformers:
     def set_image(self, image):
         self.image = image
 
-    def predict(self, multimask_output, point_coords=None, point_labels=None, box=None):
+    def predict(self, multimask_output, point_coords=None, point_labels=None, box=None, mask_input=None):
         prompts = {} if box is None else {"input_boxes": [[np.asarray(box).tolist()]]}
         if point_coords is not None:
             prompts |= {"input_points": [[point_coords.tolist()]], "input_labels": [[point_labels.tolist()]]}
         inputs = self.processor(images=self.image, return_tensors="pt", **prompts)
         sizes = inputs.pop("original_sizes")
         with torch.inference_mode():
-            out = self.model(**inputs, multimask_output=multimask_output)
+            given = None if mask_input is None else torch.from_numpy(np.asarray(mask_input))[None]
+            out = self.model(**inputs, multimask_output=multimask_output, input_masks=given)
         masks = self.processor.post_process_masks(out.pred_masks, sizes)[0][0]
-        return masks.numpy(), out.iou_scores[0, 0].numpy(), None
+        return masks.numpy(), out.iou_scores[0, 0].numpy(), out.pred_masks[0, 0].numpy()
 
 
 def truth_boxes(scene):
@@ -99,6 +101,44 @@ def test_masks_equal_those_of_the_authors_predictor(embedded, scenes, name, mult
                 assert score == pytest.approx(expected_score, abs=1e-4)
     finally:
         segmenter.multimask = False
+
+
+@pytest.mark.parametrize("name", ["sam", "sam2", "sam2_hf"])
+@pytest.mark.parametrize("multimask", [False, True])
+def test_rounds_prompt_again_with_the_masks_own_box_and_logits(embedded, scenes, name, multimask):
+    segmenter, scene = copy(embedded[name]), scenes[0]
+    segmenter.multimask, segmenter.rounds = multimask, 2
+    loose = truth_boxes(scene)
+    loose.xyxy = (loose.xyxy + [-6, -4, 5, 7]).clip(0, 199).astype(np.float32)
+    found = segmenter.segment(scene.image, loose)
+    predictor = authors_predictor(segmenter, scene.image)
+    for box, mask, score in zip(loose.xyxy, found.mask, found.data["mask_score"], strict=True):
+        masks, scores, logits = predictor.predict(multimask_output=multimask, box=box)
+        best = int(scores.argmax())
+        around = mask_boxes(masks[best : best + 1] > 0)[0]
+        expected, expected_score = by_hand(predictor, multimask, box=around, mask_input=logits[best : best + 1])
+        assert (mask == expected).mean() > 0.9999
+        assert score == pytest.approx(expected_score, abs=1e-4)
+
+
+def test_rounds_of_sam_hq_keep_the_clicks(scenes, tmp_path):
+    folder = checkpoints.sam_hq(tmp_path)
+    words = (f"checkpoints.sam_hq={folder}", "segmenter.rounds=2")
+    segmenter = load(*words, preset="shapes", segmenter="sam_hq").segmenter
+    given = []
+    decode = segmenter._decode
+    segmenter._decode = lambda prompts: given.append(prompts) or decode(prompts)
+    found = truth_boxes(scenes[0])[:2]
+    found.data["points"], found.data["labels"] = np.full(2, None, object), np.full(2, None, object)
+    for i in range(2):
+        found.data["points"][i], found.data["labels"][i] = np.array([[30.0, 40.0]]), np.array([1])
+    found.data["prompt_box"] = np.zeros(2, bool)
+    got = segmenter.segment(scenes[0].image, found)
+    first, second = given
+    assert (first.boxes, first.logits) == (None, None)
+    assert second.boxes.shape == (2, 4) and second.logits.shape[0] == 2
+    np.testing.assert_array_equal(second.points, first.points)
+    assert got.mask.shape[0] == 2
 
 
 @pytest.mark.parametrize("name", ["sam", "sam2", "sam2_hf"])

@@ -124,3 +124,19 @@ def test_scores_of_an_ontology_count_unless_the_setting_says_otherwise():
     found = boxes((0, 0, 9, 9, 0.5, 0), (20, 0, 29, 9, 0.5, 1), (40, 0, 49, 9, 0.2, 2))
     assert select(found, Select(score=0.3), words).class_id.tolist() == [1, 2]
     assert select(found, Select(score=0.3, class_score={"a": 0.4}), words).class_id.tolist() == [0, 1, 2]
+
+
+def test_a_box_inside_another_of_its_class_is_a_part_of_it():
+    whole, part, other = (10, 10, 90, 90, 0.9, 0), (20, 20, 40, 40, 0.8, 0), (20, 20, 40, 40, 0.7, 1)
+    found = boxes(part, whole, other)
+    assert len(select(found, Select(), CLASSES)) == 3
+    kept = select(found, Select(nested=0.9), CLASSES)
+    assert kept.confidence.tolist() == pytest.approx([0.9, 0.7])
+    assert len(select(found, Select(nested=0.9, nms_across=True), CLASSES)) == 1
+    half = boxes(whole, (80, 20, 100, 40, 0.8, 0))
+    assert len(select(half, Select(nested=0.9), CLASSES)) == 2
+    assert len(select(half, Select(nested=0.4), CLASSES)) == 1
+    once = select(found, Select(nested=0.9), CLASSES)
+    assert len(select(once, Select(nested=0.9), CLASSES)) == len(once)
+    with pytest.raises(ConfigError, match="select.nested must be a number from 0 to 1"):
+        Select(nested=2)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import supervision as sv
@@ -16,6 +16,10 @@ from grounded_sam.errors import ConfigError
 CHUNK_BYTES = 256 * 2**20
 
 
+#: Masks, predicted IoU, logits.
+Decoded = tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32]]
+
+
 @dataclass(frozen=True)
 class Prompts:
     """Prompts of like shape for n objects, in pixels of the image; None where none was given."""
@@ -25,6 +29,7 @@ class Prompts:
     points: NDArray[np.float32] | None  # (n, p, 2)
     labels: NDArray[np.int64] | None  # (n, p) 1 on the object, 0 beside it
     masks: NDArray[np.bool_] | None  # (n, H, W)
+    logits: NDArray[np.float32] | None = None  # (n, h, w), of an earlier round, as the model's decoder gave them
 
 
 def group_prompts(found: sv.Detections, chunk: int) -> Iterator[Prompts]:
@@ -65,20 +70,23 @@ class PromptedSegmenter:
         chunk: prompts decoded at once; fewer if their masks at image size exceed `CHUNK_BYTES`.
         fill_holes: pixels of the largest hole in a mask to fill; 0 fills none.
         drop_specks: pixels of the largest separate speck to drop; 0 drops none.
+        rounds: how often each prompt is decoded; from the second time on with the box and the logits of the mask of the
+            round before (and its clicks).
     """
 
-    def __init__(self, multimask: bool, chunk: int, fill_holes: int, drop_specks: int) -> None:
-        for key, value, least in (("chunk", chunk, 1), ("fill_holes", fill_holes, 0), ("drop_specks", drop_specks, 0)):
-            if not isinstance(value, int) or value < least:
+    def __init__(self, multimask: bool, chunk: int, fill_holes: int, drop_specks: int, rounds: int) -> None:
+        numbers = (("chunk", chunk, 1), ("fill_holes", fill_holes, 0), ("drop_specks", drop_specks, 0))
+        for key, value, least in (*numbers, ("rounds", rounds, 1)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"segmenter.{key} must be a whole number from {least}, got {value!r}")
         self.multimask, self.chunk = multimask, chunk
-        self.fill_holes, self.drop_specks = fill_holes, drop_specks
+        self.fill_holes, self.drop_specks, self.rounds = fill_holes, drop_specks, rounds
 
     def _encode(self, image: NDArray[np.uint8]) -> None:
         raise TypeError("a segmenter has to say how it encodes an image")
 
-    def _decode(self, prompts: Prompts) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
-        """A chunk of n prompts to masks `(n, k, H, W) bool` and predicted IoU `(n, k)`."""
+    def _decode(self, prompts: Prompts) -> Decoded:
+        """A chunk of n prompts to masks `(n, k, H, W) bool`, predicted IoU `(n, k)` and logits `(n, k, h, w)`."""
         raise TypeError("a segmenter has to say how it decodes prompts")
 
     def _forget(self) -> None:
@@ -93,14 +101,19 @@ class PromptedSegmenter:
         masks = np.zeros((n, height, width), bool)
         scores = np.zeros(n, np.float32)
         if n:
+            boxes = detections.xyxy.astype(np.float32)
             pixels = height * width * (3 if self.multimask else 1)
             self._encode(image)
             try:
-                for prompts in group_prompts(detections, max(1, min(self.chunk, CHUNK_BYTES // (4 * pixels)))):
-                    several, predicted = self._decode(prompts)
-                    best = predicted.argmax(1)
-                    masks[prompts.rows] = several[np.arange(len(best)), best]
-                    scores[prompts.rows] = predicted[np.arange(len(best)), best]
+                for given in group_prompts(detections, max(1, min(self.chunk, CHUNK_BYTES // (4 * pixels)))):
+                    prompts = given
+                    for turn in range(self.rounds):
+                        several, predicted, logits = self._decode(prompts)
+                        best = np.arange(len(predicted)), predicted.argmax(1)
+                        masks[prompts.rows] = several[best]
+                        scores[prompts.rows] = predicted[best]
+                        if turn + 1 < self.rounds:
+                            prompts = again(prompts, several[best], logits[best], boxes[prompts.rows])
             finally:
                 self._forget()
         for mask in masks if self.fill_holes or self.drop_specks else ():
@@ -110,6 +123,15 @@ class PromptedSegmenter:
             loose = ~np.asarray(detections.data["prompt_box"], bool) & masks.any((1, 2))
             out.xyxy = np.where(loose[:, None], mask_boxes(masks), out.xyxy)
         return out
+
+
+def again(
+    prompts: Prompts, masks: NDArray[np.bool_], logits: NDArray[np.float32], xyxy: NDArray[np.float32]
+) -> Prompts:
+    """The prompts of another round: the boxes of the masks (where one is empty, `xyxy`) and their logits."""
+    empty = [not mask.any() for mask in masks]
+    boxes = np.where(np.array(empty)[:, None], xyxy, mask_boxes(masks)).astype(np.float32)
+    return replace(prompts, boxes=boxes, masks=None, logits=logits)
 
 
 def clean(mask: NDArray[np.bool_], fill_holes: int, drop_specks: int) -> None:

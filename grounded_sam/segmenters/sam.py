@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from grounded_sam.checkpoints import BUILTIN, fill, find_file, pick_device
 from grounded_sam.errors import ConfigError
-from grounded_sam.segmenters.prompts import PromptedSegmenter, Prompts
+from grounded_sam.segmenters.prompts import Decoded, PromptedSegmenter, Prompts
 
 #: File of each size in the hub repository, and its SHA-256.
 FILES = {
@@ -54,6 +54,7 @@ class Sam(PromptedSegmenter):
         chunk: prompts decoded at once, fewer on large images.
         fill_holes: pixels of the largest hole in a mask to fill; 0 fills none.
         drop_specks: pixels of the largest separate speck to drop; 0 drops none.
+        rounds: how often each prompt is decoded; from the second time on with the box and logits of its mask.
         sha256: checksum that the file must have; the official files' are known.
 
     Raises:
@@ -69,9 +70,10 @@ class Sam(PromptedSegmenter):
         chunk: int = 64,
         fill_holes: int = 0,
         drop_specks: int = 0,
+        rounds: int = 1,
         sha256: str | None = None,
     ) -> None:
-        super().__init__(multimask, chunk, fill_holes, drop_specks)
+        super().__init__(multimask, chunk, fill_holes, drop_specks, rounds)
         checkpoint, file, known = hub_file(checkpoint, size)
         path = find_file(checkpoint, "sam", file, sha256 or known)
         from segment_anything import SamPredictor, sam_model_registry
@@ -93,7 +95,7 @@ class Sam(PromptedSegmenter):
     def _forget(self) -> None:
         self.predictor.reset_image()
 
-    def _decode(self, prompts: Prompts) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
+    def _decode(self, prompts: Prompts) -> Decoded:
         import torch
 
         predictor = self.predictor
@@ -114,8 +116,10 @@ class Sam(PromptedSegmenter):
             frame[..., :height, :width] = torch.nn.functional.interpolate(given, (height, width), mode="area")
             small = torch.nn.functional.interpolate(frame, (side, side), mode="area")
             masks = (small * 20 - 10).to(device)
-        out, predicted, _ = predictor.predict_torch(points, labels, boxes, masks, self.multimask)
-        return out.cpu().numpy(), predicted.float().cpu().numpy()
+        if prompts.logits is not None:
+            masks = torch.from_numpy(prompts.logits)[:, None].to(device)
+        out, predicted, low = predictor.predict_torch(points, labels, boxes, masks, self.multimask)
+        return out.cpu().numpy(), predicted.float().cpu().numpy(), low.float().cpu().numpy()
 
     def mask_generator(self, **settings: Any) -> Any:
         """The authors' `SamAutomaticMaskGenerator` over this model."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from grounded_sam.checkpoints import BUILTIN, fill, find_file, pick_device
 from grounded_sam.config import undisturbed_hydra
 from grounded_sam.errors import ConfigError
-from grounded_sam.segmenters.prompts import PromptedSegmenter, Prompts
+from grounded_sam.segmenters.prompts import Decoded, PromptedSegmenter, Prompts
 
 #: Hub repository of each size of SAM 2.1, file in it, its SHA-256, and config in the sam2 package.
 SIZES = {
@@ -102,6 +102,7 @@ class Sam2(PromptedSegmenter):
         chunk: prompts decoded at once, fewer on large images.
         fill_holes: pixels of the largest hole in a mask to fill; 0 fills none.
         drop_specks: pixels of the largest separate speck to drop; 0 drops none.
+        rounds: how often each prompt is decoded; from the second time on with the box and logits of its mask.
         sha256: checksum that the file must have; the official files' are known.
 
     Raises:
@@ -117,9 +118,10 @@ class Sam2(PromptedSegmenter):
         chunk: int = 64,
         fill_holes: int = 0,
         drop_specks: int = 0,
+        rounds: int = 1,
         sha256: str | None = None,
     ) -> None:
-        super().__init__(multimask, chunk, fill_holes, drop_specks)
+        super().__init__(multimask, chunk, fill_holes, drop_specks, rounds)
         where, file, known = hub_file(checkpoint, size)
         #: Which weights these are and where, for a tracker that may share them.
         self.source = (checkpoint, size, pick_device(device))
@@ -167,7 +169,7 @@ class Sam2(PromptedSegmenter):
     def _forget(self) -> None:
         self.predictor.reset_predictor()
 
-    def _decode(self, prompts: Prompts) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
+    def _decode(self, prompts: Prompts) -> Decoded:
         import torch
 
         masks = None
@@ -175,20 +177,26 @@ class Sam2(PromptedSegmenter):
             side = self.model.sam_prompt_encoder.mask_input_size
             given = torch.from_numpy(prompts.masks)[:, None].float()
             masks = torch.nn.functional.interpolate(given, side, mode="area") * 20 - 10
+        if prompts.logits is not None:
+            masks = torch.from_numpy(prompts.logits)[:, None]
         n, count = len(prompts.rows), 3 if self.multimask else 1
         if masks is not None and prompts.points is None and prompts.boxes is None:
             # Upstream tells a batch by its points and boxes; masks alone go one by one.
             parts = [self.predictor.predict(mask_input=mask[None], multimask_output=self.multimask) for mask in masks]
-            out, predicted = (np.stack([part[i] for part in parts]) for i in (0, 1))
+            out, predicted, low = (np.stack([part[i] for part in parts]) for i in range(3))
         else:
-            out, predicted, _ = self.predictor.predict(
+            out, predicted, low = self.predictor.predict(
                 point_coords=prompts.points,
                 point_labels=prompts.labels,
                 box=prompts.boxes,
                 mask_input=masks,
                 multimask_output=self.multimask,
             )
-        return out.reshape(n, count, *out.shape[-2:]) > 0, predicted.reshape(n, count)
+        return (
+            out.reshape(n, count, *out.shape[-2:]) > 0,
+            predicted.reshape(n, count),
+            low.reshape(n, count, *low.shape[-2:]),
+        )
 
     def mask_generator(self, **settings: Any) -> Any:
         """The authors' `SAM2AutomaticMaskGenerator` over this model."""

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from grounded_sam.checkpoints import BUILTIN, builtin, cached_or_fetched, find_folder, load_weights, pick_device
 from grounded_sam.errors import CheckpointError
-from grounded_sam.segmenters.prompts import PromptedSegmenter, Prompts
+from grounded_sam.segmenters.prompts import Decoded, PromptedSegmenter, Prompts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -196,6 +196,7 @@ class Sam2Hf(PromptedSegmenter):
         chunk: prompts decoded at once, fewer on large images.
         fill_holes: pixels of the largest hole in a mask to fill; 0 fills none.
         drop_specks: pixels of the largest separate speck to drop; 0 drops none.
+        rounds: how often each prompt is decoded; from the second time on with the box and logits of its mask.
 
     Raises:
         CheckpointError: if the weights cannot be had, or are of another model.
@@ -209,8 +210,9 @@ class Sam2Hf(PromptedSegmenter):
         chunk: int = 64,
         fill_holes: int = 0,
         drop_specks: int = 0,
+        rounds: int = 1,
     ) -> None:
-        super().__init__(multimask, chunk, fill_holes, drop_specks)
+        super().__init__(multimask, chunk, fill_holes, drop_specks, rounds)
         #: Which weights these are and where, for a tracker that may share them.
         self.source = (checkpoint, pick_device(device))
         self.model = load_model(checkpoint).to(self.source[1])
@@ -246,7 +248,7 @@ class Sam2Hf(PromptedSegmenter):
     def _forget(self) -> None:
         self._maps = None
 
-    def _decode(self, prompts: Prompts) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
+    def _decode(self, prompts: Prompts) -> Decoded:
         import torch
 
         model, n = self.model, len(prompts.rows)
@@ -261,15 +263,18 @@ class Sam2Hf(PromptedSegmenter):
             labels = np.concatenate([labels, prompts.labels], 1)
         if not points.shape[1]:
             points, labels = np.zeros((n, 1, 2), np.float32), np.full((n, 1), -1)
-        out, predicted = [], []
+        out, predicted, low_logits = [], [], []
+        alike = prompts.masks is None and prompts.logits is None
         with torch.inference_mode():
             # Masks make the dense embeddings differ from prompt to prompt, and the decoder takes one for all.
-            for rows in [slice(None)] if prompts.masks is None else [slice(i, i + 1) for i in range(n)]:
+            for rows in [slice(None)] if alike else [slice(i, i + 1) for i in range(n)]:
                 masks = None
                 if prompts.masks is not None:
                     given = torch.from_numpy(prompts.masks[rows])[:, None].float().to(place)
                     low = model.prompt_encoder.mask_input_size
                     masks = torch.nn.functional.interpolate(given, low, mode="area") * 20 - 10
+                elif prompts.logits is not None:
+                    masks = torch.from_numpy(prompts.logits[rows])[:, None].to(place)
                 sparse, dense = model.prompt_encoder(
                     input_points=torch.from_numpy(points[rows])[None].to(place),
                     input_labels=torch.from_numpy(labels[rows])[None].to(place),
@@ -288,4 +293,5 @@ class Sam2Hf(PromptedSegmenter):
                 sized = torch.nn.functional.interpolate(logits[0].float(), self._size_hw, mode="bilinear")
                 out.append((sized > 0).cpu().numpy())
                 predicted.append(ious[0].float().cpu().numpy())
-        return np.concatenate(out), np.concatenate(predicted)
+                low_logits.append(logits[0].float().cpu().numpy())
+        return np.concatenate(out), np.concatenate(predicted), np.concatenate(low_logits)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from grounded_sam.checkpoints import cached_or_fetched, find_folder, pick_device
 from grounded_sam.errors import CheckpointError
-from grounded_sam.segmenters.prompts import PromptedSegmenter, Prompts
+from grounded_sam.segmenters.prompts import Decoded, PromptedSegmenter, Prompts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +28,7 @@ class SamHq(PromptedSegmenter):
         chunk: prompts decoded at once, fewer on large images.
         fill_holes: pixels of the largest hole in a mask to fill; 0 fills none.
         drop_specks: pixels of the largest separate speck to drop; 0 drops none.
+        rounds: how often each prompt is decoded; from the second time on with the box and logits of its mask.
 
     Raises:
         CheckpointError: if the weights cannot be had, or are of another model.
@@ -42,8 +43,9 @@ class SamHq(PromptedSegmenter):
         chunk: int = 64,
         fill_holes: int = 0,
         drop_specks: int = 0,
+        rounds: int = 1,
     ) -> None:
-        super().__init__(multimask, chunk, fill_holes, drop_specks)
+        super().__init__(multimask, chunk, fill_holes, drop_specks, rounds)
         self.hq_only = hq_only
         folder = find_folder(checkpoint, "sam_hq")
         import torch
@@ -74,7 +76,7 @@ class SamHq(PromptedSegmenter):
     def _forget(self) -> None:
         self._maps = None
 
-    def _decode(self, prompts: Prompts) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
+    def _decode(self, prompts: Prompts) -> Decoded:
         import torch
 
         assert self._maps is not None
@@ -88,13 +90,16 @@ class SamHq(PromptedSegmenter):
             given["input_points"] = torch.from_numpy(prompts.points * scale).float()
             given["input_labels"] = torch.from_numpy(prompts.labels)
         pad = self.processor.pad_size
-        out, predicted = [], []
+        out, predicted, logits = [], [], []
+        alike = prompts.masks is None and prompts.logits is None
         # Masks make the dense embeddings differ from prompt to prompt, and the decoder takes one for all.
-        for rows in [slice(None)] if prompts.masks is None else [slice(i, i + 1) for i in range(n)]:
+        for rows in [slice(None)] if alike else [slice(i, i + 1) for i in range(n)]:
             some = {key: value[rows][None].to(place) for key, value in given.items()}
             with torch.inference_mode():
                 if prompts.masks is not None:
                     some["input_masks"] = self._low(prompts.masks[rows], (pad["height"], pad["width"])).to(place)
+                elif prompts.logits is not None:
+                    some["input_masks"] = torch.from_numpy(prompts.logits[rows])[:, None].to(place)
                 result = self.model(
                     image_embeddings=self._maps[0],
                     intermediate_embeddings=self._maps[1],
@@ -107,7 +112,8 @@ class SamHq(PromptedSegmenter):
             )
             out.append(sized[0].numpy())
             predicted.append(result.iou_scores[0].float().cpu().numpy())
-        return np.concatenate(out), np.concatenate(predicted)
+            logits.append(result.pred_masks[0].float().cpu().numpy())
+        return np.concatenate(out), np.concatenate(predicted), np.concatenate(logits)
 
     def _low(self, masks: NDArray[np.bool_], pad: tuple[int, int]) -> Tensor:
         """Masks `(n, H, W)` as the logits that the prompt encoder takes, `(n, 1, h, w)`."""

@@ -193,6 +193,55 @@ def test_sam3_needs_no_segmenter_and_can_have_one(sam3, frames):
         Sam3(str(sam3)).detect(frames[:1], Vocabulary.parse(["x" * 90]))
 
 
+def test_sam3_takes_exemplar_boxes_as_its_processor_does(sam3, frames):
+    from transformers import AutoTokenizer, Sam3ImageProcessor, Sam3Model, Sam3Processor
+
+    model = Sam3Model.from_pretrained(sam3)
+    processor = Sam3Processor(Sam3ImageProcessor.from_pretrained(sam3), AutoTokenizer.from_pretrained(sam3))
+    frame, other = frames[0], frames[1]
+    boxes, labels = [[40, 60, 190, 300], [200, 20, 260, 90]], [1, 0]
+    exemplars = [
+        {"class": WORDS[0], "box": boxes[0], "image": frame.name},
+        {"class": WORDS[0], "box": boxes[1], "image": frame.name, "negative": True},
+    ]
+    ours = Sam3(str(sam3), floor=0.0, exemplars=exemplars)
+    found, plain = (model_.detect([frame], Vocabulary.parse(WORDS))[0] for model_ in (ours, Sam3(str(sam3), floor=0.0)))
+    inputs = processor(
+        images=frame.image, text=WORDS[0], input_boxes=[boxes], input_boxes_labels=[labels], return_tensors="pt"
+    )
+    with torch.inference_mode():
+        out = model(**inputs)
+    (theirs,) = processor.post_process_instance_segmentation(out, threshold=0.0, target_sizes=[frame.size_hw])
+    corners = theirs["boxes"].numpy().clip(0, np.array([frame.size_hw[1], frame.size_hw[0]] * 2))
+    inside = (corners[:, 2] > corners[:, 0]) & (corners[:, 3] > corners[:, 1])
+    mine = found[found.class_id == 0]
+    np.testing.assert_allclose(mine.confidence, theirs["scores"].numpy()[inside], atol=1e-4)
+    np.testing.assert_allclose(mine.xyxy, corners[inside], atol=1e-2)
+    # They tell, and only in their class and picture.
+    assert abs(mine.confidence - plain[plain.class_id == 0].confidence).max() > 1e-4
+    np.testing.assert_array_equal(found[found.class_id == 1].xyxy, plain[plain.class_id == 1].xyxy)
+    apart = [model_.detect([other], Vocabulary.parse(WORDS[:1]))[0] for model_ in (ours, Sam3(str(sam3), floor=0.0))]
+    np.testing.assert_array_equal(apart[0].xyxy, apart[1].xyxy)
+    with pytest.raises(ConfigError, match="exemplars name the classes 'car', which text has not"):
+        ours.detect([frame], Vocabulary.parse(["wheel"]))
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ({"class": "cup"}, r"exemplars\[0\]: box is missing"),
+        ({"class": "cup", "box": [1, 2, 3]}, r"box must be \[x1"),
+        ({"class": "cup", "box": [1, 2, 3, 4], "points": [[1, 2]]}, "unknown key 'points'"),
+        ({"class": "cup", "box": [1, 2, 3, 4], "negative": "no"}, "negative must be true or false"),
+        ({"box": [1, 2, 3, 4]}, "class is missing"),
+        ("cup", "expected a mapping"),
+    ],
+)
+def test_what_is_no_exemplar_is_said_before_a_model_loads(entry, says):
+    with pytest.raises(ConfigError, match=says):
+        Sam3("no/where", exemplars=[entry])
+
+
 def test_sam3_refuses_other_checkpoints(owlv2):
     with pytest.raises(CheckpointError, match="is a owlv2 checkpoint; expected sam3"):
         Sam3(str(owlv2))

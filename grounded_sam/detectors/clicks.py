@@ -33,6 +33,10 @@ class Click:
     frame: int | None = None
     object: int | None = None
 
+    def holds_for(self, frame: Frame) -> bool:
+        """Whether it is for every picture, or names this one."""
+        return self.image is None or f"/{frame.name}".endswith(f"/{self.image}")
+
 
 def read_click(entry: Any, where: str, folder: Path) -> Click:
     """Check one entry; see `Clicks`.
@@ -131,7 +135,7 @@ class Clicks:
         folder = Path()
         if isinstance(prompts, str):
             path = Path(prompts).expanduser()
-            folder, prompts = path.parent, _load(path)
+            folder, prompts = path.parent, load_entries(path, "detector.prompts")
         self.clicks = [read_click(entry, f"detector.prompts[{i}]", folder) for i, entry in enumerate(prompts)]
         self.vocabulary = Vocabulary.parse([click.name for click in self.clicks])
         self.ids = sorted({click.object for click in self.clicks if click.object is not None})
@@ -145,7 +149,7 @@ class Clicks:
         return [self.prompts(self._named(frame), frame, vocabulary) for frame in frames]
 
     def _named(self, frame: Frame) -> list[Click]:
-        return [c for c in self.clicks if c.image is None or f"/{frame.name}".endswith(f"/{c.image}")]
+        return [click for click in self.clicks if click.holds_for(frame)]
 
     def on(self, frame: Frame, number: int) -> list[Click]:
         """The clicks that hold for a frame of a video, which is the `number`th that is looked at."""
@@ -204,13 +208,18 @@ class Clicks:
         return make_detections(boxes, np.ones(len(here)), ids, vocabulary, frame.size_hw, **columns)
 
 
-def _load(path: Path) -> list[Any]:
+def load_entries(path: Path, key: str) -> list[Any]:
+    """The entries of a JSON file that `key` names.
+
+    Raises:
+        ConfigError: if it cannot be read or holds no list.
+    """
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"cannot read detector.prompts={path}: {error.strerror}") from error
+        raise ConfigError(f"cannot read {key}={path}: {error.strerror}") from error
     except ValueError as error:
-        raise ConfigError(f"detector.prompts={path} is not valid JSON: {error}") from error
+        raise ConfigError(f"{key}={path} is not valid JSON: {error}") from error
     if not isinstance(entries, list):
-        raise ConfigError(f"detector.prompts={path} must hold a list of entries, got {type(entries).__name__}")
+        raise ConfigError(f"{key}={path} must hold a list of entries, got {type(entries).__name__}")
     return entries

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -11,6 +11,7 @@ import supervision as sv
 
 from grounded_sam.checkpoints import cached_or_fetched, find_folder, pick_device
 from grounded_sam.detections import make_detections, merge
+from grounded_sam.detectors.clicks import Click, load_entries, read_click
 from grounded_sam.detectors.queries import check_settings, phrases_of, without_look_alikes
 from grounded_sam.errors import CheckpointError, ConfigError, VocabularyError
 from grounded_sam.frames import Frame
@@ -37,6 +38,9 @@ class Sam3:
         dtype: weights and computation: `float32`, `bfloat16` or `float16`.
         own_masks: give SAM 3's masks; false gives boxes, for a segmenter.
         floor: detections below this confidence are not given, since each has a mask of the size of the image.
+        exemplars: boxes by hand that show what is meant, beside the words, each in the picture that it was drawn in: a
+            JSON file, or entries with `class`, `box` (`[x1, y1, x2, y2]` pixels), maybe `negative: true` for what is
+            not meant, and `image` (a name as in the output, or its end; without it the box holds for every picture).
 
     Raises:
         CheckpointError: if the checkpoint cannot be had or is of another family.
@@ -49,10 +53,12 @@ class Sam3:
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         own_masks: bool = True,
         floor: float = 0.05,
+        exemplars: str | Sequence[Mapping[str, Any]] | None = None,
     ) -> None:
         check_settings(dtype)
         if isinstance(floor, bool) or not isinstance(floor, int | float) or not 0 <= floor <= 1:
             raise ConfigError(f"detector.floor must be a number from 0 to 1, got {floor!r}")
+        self.exemplars = read_exemplars(exemplars)
         folder = find_folder(checkpoint, "sam3")
         import torch
         from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, Sam3Model
@@ -102,17 +108,46 @@ class Sam3:
         """Every detection from `floor` on, with its mask."""
         return [self._one(frame, vocabulary) for frame in frames]
 
+    def _shown(self, frame: Frame, vocabulary: Vocabulary) -> dict[int, dict[str, Tensor]]:
+        """By class what the model takes of the exemplars of a frame: boxes by centre and size, 0 to 1, and labels.
+
+        Raises:
+            ConfigError: if one names a class that the vocabulary has not.
+        """
+        import torch
+
+        unknown = sorted({exemplar.name for exemplar, _ in self.exemplars} - set(vocabulary.classes))
+        if unknown:
+            raise ConfigError(
+                f"detector.exemplars name the classes {', '.join(map(repr, unknown))}, which text has not; "
+                f"it has {', '.join(map(repr, vocabulary.classes))}"
+            )
+        height, width = frame.size_hw
+        given: dict[int, tuple[list[Any], list[int]]] = {}
+        for exemplar, label in self.exemplars:
+            if exemplar.holds_for(frame) and exemplar.box is not None:
+                boxes, labels = given.setdefault(vocabulary.classes.index(exemplar.name), ([], []))
+                boxes.append(exemplar.box / np.array([width, height, width, height], np.float32))
+                labels.append(label)
+        out = {}
+        for owner, (boxes, labels) in given.items():
+            corners = torch.from_numpy(np.stack(boxes))[None].to(self.device, self.dtype)
+            middles = torch.cat([(corners[..., :2] + corners[..., 2:]) / 2, corners[..., 2:] - corners[..., :2]], -1)
+            out[owner] = {"input_boxes": middles, "input_boxes_labels": torch.tensor([labels], device=self.device)}
+        return out
+
     def _one(self, frame: Frame, vocabulary: Vocabulary) -> sv.Detections:
         import torch
 
         given = self.images(images=frame.image, return_tensors="pt")
         height, width = frame.size_hw
+        shown = self._shown(frame, vocabulary)
         parts: list[sv.Detections] = []
         against: list[tuple[float, Any]] = []  # of negatives
         with torch.inference_mode():
             seen = self.model.get_vision_features(given["pixel_values"].to(self.device, self.dtype))
             for owner, text, mask in self._texts(vocabulary):
-                out = self.model(vision_embeds=seen, text_embeds=text, attention_mask=mask)
+                out = self.model(vision_embeds=seen, text_embeds=text, attention_mask=mask, **shown.get(owner, {}))
                 scores = out.pred_logits.float().sigmoid()
                 if out.presence_logits is not None:
                     scores = scores * out.presence_logits.float().sigmoid()
@@ -133,3 +168,28 @@ class Sam3:
                 parts.append(make_detections(boxes, confidence, ids, vocabulary, frame.size_hw, masks))
         boxes, scores = [box for _, box in against], [score for score, _ in against]
         return without_look_alikes(merge(parts, vocabulary), np.array(boxes), np.array(scores))
+
+
+def read_exemplars(entries: str | Sequence[Mapping[str, Any]] | None) -> list[tuple[Click, int]]:
+    """Boxes with 1 for what is meant and 0 for what is not; see `Sam3`.
+
+    Raises:
+        ConfigError: if the file cannot be read or an entry is wrong, naming the entry.
+    """
+    if isinstance(entries, str):
+        entries = load_entries(Path(entries).expanduser(), "detector.exemplars")
+    out = []
+    for i, entry in enumerate(entries or ()):
+        where = f"detector.exemplars[{i}]"
+        if not isinstance(entry, Mapping):
+            raise ConfigError(f"{where}: expected a mapping with class and box, got {entry!r}")
+        unknown = sorted(set(entry) - {"class", "box", "image", "negative"})
+        if unknown or entry.get("box") is None:
+            what = f"unknown key {unknown[0]!r}" if unknown else "box is missing"
+            raise ConfigError(f"{where}: {what}; the keys are class, box, image, negative")
+        negative = entry.get("negative", False)
+        if not isinstance(negative, bool):
+            raise ConfigError(f"{where}: negative must be true or false, got {negative!r}")
+        rest = {key: value for key, value in entry.items() if key != "negative"}
+        out.append((read_click(rest, where, Path()), int(not negative)))
+    return out

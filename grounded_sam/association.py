@@ -181,7 +181,7 @@ class Tracks:
         """What a tracker that tells objects apart by itself found in a frame, under ids of ours.
 
         Its ids stand for ours as long as `lost_patience` lasts; `new_track_score` and `max_objects` hold, and of two
-        tracks on one thing the younger is left out. Votes on classes are those of every frame.
+        tracks whose masks lie on one thing the younger is left out. Votes on classes are those of every frame.
 
         Args:
             found: with `class_id`, `confidence` and the tracker's own `tracker_id`.

@@ -195,6 +195,16 @@ def build(cfg: DictConfig, kept: dict[str, tuple[Any, Any]] | None = None) -> Pi
             "own_masks: true in its YAML); choose a segmenter, or tracker.prompt=box"
         )
     tiles, refine = make(cfg, "tiles"), make(cfg, "refine")
+    if refine.changes and (cfg.segmenter is None or masks_itself):
+        raise ConfigError(
+            "refine changes what a segmenter's masks belong to, and none runs here; choose a segmenter, or leave out "
+            "refine.boxes and refine.score"
+        )
+    members = [cfg.detector or {}, *((cfg.detector or {}).get("detectors") or {}).values()]
+    if tiles.size is not None and any(member.get("exemplars") for member in members):
+        raise ConfigError(
+            "detector.exemplars are boxes in the whole picture and would be in every tile; leave out them or tiles.size"
+        )
     detector = _made(cfg, "detector", kept)
     segmenter = None if cfg.segmenter is None or masks_itself else _made(cfg, "segmenter", kept)
     tracking = make(cfg, "track")
@@ -318,4 +328,5 @@ def _word(value: Any) -> str:
         return f"{{{','.join(f'{key}:{_word(v)}' for key, v in zip(keys, value.values(), strict=True))}}}"
     if isinstance(value, bool | int | float):
         return str(value).lower() if isinstance(value, bool) else str(value)
-    return "'" + str(value).replace("\\", "\\\\").replace("'", "\\'") + "'"
+    # Backslashes are escapes in front of a quote only.
+    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), str(value)) + "'"

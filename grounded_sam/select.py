@@ -110,7 +110,8 @@ def select(found: sv.Detections, settings: Select, vocabulary: Vocabulary) -> sv
         rows = rows[_unique(found, rows, settings)]
     if settings.nested is not None and len(rows) > 1:
         metric = sv.OverlapMetric.IOS  # intersection over the smaller one
-        rows = rows[sv.box_non_max_suppression(_table(found, rows, settings), settings.nested, metric)]
+        above = max(0.0, settings.nested - 1e-6)  # NMS drops what is above; a box wholly inside has a share of 1
+        rows = rows[sv.box_non_max_suppression(_table(found, rows, settings), above, metric)]
     if len(rows) and (settings.min_area > 0 or settings.max_area is not None):
         most = np.inf if settings.max_area is None else settings.max_area
         if "rle" in found.data:  # packed, see detections.packed

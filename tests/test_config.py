@@ -13,7 +13,7 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from grounded_sam import ConfigError
-from grounded_sam.config import compose, conf_dir
+from grounded_sam.config import _word, compose, conf_dir
 
 CHOICES = [
     (group.name, file.stem)
@@ -142,6 +142,8 @@ def test_values_from_python_are_quoted():
     assert model.vocabulary.classes == ("Straße (1)", "a, b")
     assert model.vocabulary.negatives == ("toy, car",)
     assert model.ask("x").negatives == ("toy, car",)
+    for odd in ("a\\b", "a\\\\b", "it's", "a\\'b", "end\\", "", "'"):
+        assert compose([f"text={_word(odd)}"]).text == odd
     entry = {"class": "toy, car", "box": [1, 2, 30, 40]}
     clicked = load(preset="shapes", segmenter=None, detector="clicks", **{"detector.prompts": [entry]})
     assert clicked.detector.vocabulary.classes == ("toy, car",)

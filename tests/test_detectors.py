@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from grounded_sam import CheckpointError, ConfigError, Vocabulary, VocabularyError, load
+from grounded_sam import CheckpointError, ConfigError, ImageError, Vocabulary, VocabularyError, load
 from grounded_sam.detectors.florence2 import Florence2
 from grounded_sam.detectors.omdet_turbo import OmdetTurbo
 from grounded_sam.detectors.owlv2 import Owlv2
@@ -222,6 +222,10 @@ def test_sam3_takes_exemplar_boxes_as_its_processor_does(sam3, frames):
     np.testing.assert_array_equal(found[found.class_id == 1].xyxy, plain[plain.class_id == 1].xyxy)
     apart = [model_.detect([other], Vocabulary.parse(WORDS[:1]))[0] for model_ in (ours, Sam3(str(sam3), floor=0.0))]
     np.testing.assert_array_equal(apart[0].xyxy, apart[1].xyxy)
+    with pytest.raises(ImageError, match="lies outside"):
+        Sam3(str(sam3), exemplars=[{"class": "a", "box": [0, 0, 5000, 9]}]).detect([frame], Vocabulary.parse(["a"]))
+    with pytest.raises(ConfigError, match="leave out them or tiles.size"):
+        load("detector=sam3", "tiles.size=64", "detector.exemplars=[{class: a, box: [0, 0, 9, 9]}]", preset="shapes")
     with pytest.raises(ConfigError, match="exemplars name the classes 'car', which text has not"):
         ours.detect([frame], Vocabulary.parse(["wheel"]))
 

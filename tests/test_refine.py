@@ -77,3 +77,9 @@ def test_it_goes_through_the_config_and_a_wrong_value_is_said(scenes):
     for value in ("refine.boxes=2", "refine.score=best"):
         with pytest.raises(ConfigError, match=value.partition("=")[0]):
             load(value, preset="shapes")
+
+
+def test_what_would_change_nothing_is_refused_before_a_model_loads():
+    for words in (["segmenter=none"], ["detector=sam3"]):
+        with pytest.raises(ConfigError, match="none runs here"):
+            load("refine.score=product", "checkpoints.grounding_dino=./no", "checkpoints.sam3=./no", *words)

@@ -139,6 +139,12 @@ def test_rounds_of_sam_hq_keep_the_clicks(scenes, tmp_path):
     assert second.boxes.shape == (2, 4) and second.logits.shape[0] == 2
     np.testing.assert_array_equal(second.points, first.points)
     assert got.mask.shape[0] == 2
+    # Where a click gives no mask there is no box to go on with.
+    given.clear()
+    nothing = np.zeros((2, 1, *scenes[0].image.shape[:2]), bool)
+    segmenter._decode = lambda prompts: given.append(prompts) or (nothing, *decode(prompts)[1:])
+    assert not segmenter.segment(scenes[0].image, found).mask.any()
+    assert len(given) == 1
 
 
 @pytest.mark.parametrize("name", ["sam", "sam2", "sam2_hf"])

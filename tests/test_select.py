@@ -133,6 +133,7 @@ def test_a_box_inside_another_of_its_class_is_a_part_of_it():
     kept = select(found, Select(nested=0.9), CLASSES)
     assert kept.confidence.tolist() == pytest.approx([0.9, 0.7])
     assert len(select(found, Select(nested=0.9, nms_across=True), CLASSES)) == 1
+    assert len(select(found, Select(nested=1.0), CLASSES)) == 2
     half = boxes(whole, (80, 20, 100, 40, 0.8, 0))
     assert len(select(half, Select(nested=0.9), CLASSES)) == 2
     assert len(select(half, Select(nested=0.4), CLASSES)) == 1

@@ -14,6 +14,7 @@ from PIL import Image
 from grounded_sam import ConfigError, ImageError, Pipeline, Vocabulary
 from grounded_sam.association import Tracking, Tracks
 from grounded_sam.detectors.clicks import Clicks
+from grounded_sam.frames import Frame
 from grounded_sam.sources.video import Video
 
 TEXT = ["small", "middle", "large"]
@@ -251,6 +252,18 @@ def test_every_method_of_boxes_follows_a_thing(method):
     for _ in range(2):  # each video begins anew
         results = list(model.track(film(10, (50, range(10), 2)), TEXT))
         assert ids(results)[-1] == [1]
+
+
+@pytest.mark.parametrize("method", ["bytetrack", "ocsort", "sort", "cbiou"])
+def test_boxes_follow_what_select_lets_through_by_default(method):
+    pytest.importorskip("trackers", reason="the package trackers is not installed")
+    from grounded_sam.config import compose, make
+
+    cfg = compose(["tracker=boxes", f"tracker.method={method}", "tracker.settings={minimum_consecutive_frames: 2}"])
+    found = boxes((10, 10, 50, 50, 0.35, 0))
+    frames = [Frame(np.zeros((100, 100, 3), np.uint8), i, str(i)) for i in range(6)]
+    seen = [len(out) for _, out in make(cfg, "tracker").follow(iter(frames), CLASSES, lambda _: found)]
+    assert seen[-3:] == [1, 1, 1]
 
 
 def test_what_boxes_cannot_do_is_said():

@@ -13,7 +13,7 @@ from grounded_sam.checkpoints import cached_or_fetched, find_folder, pick_device
 from grounded_sam.detections import make_detections, merge
 from grounded_sam.detectors.clicks import Click, load_entries, read_click
 from grounded_sam.detectors.queries import check_settings, phrases_of, without_look_alikes
-from grounded_sam.errors import CheckpointError, ConfigError, VocabularyError
+from grounded_sam.errors import CheckpointError, ConfigError, ImageError, VocabularyError
 from grounded_sam.frames import Frame
 from grounded_sam.vocabulary import Vocabulary
 
@@ -112,7 +112,7 @@ class Sam3:
         """By class what the model takes of the exemplars of a frame: boxes by centre and size, 0 to 1, and labels.
 
         Raises:
-            ConfigError: if one names a class that the vocabulary has not.
+            ConfigError: if one names a class that the vocabulary has not; ImageError: if one lies outside the frame.
         """
         import torch
 
@@ -126,6 +126,10 @@ class Sam3:
         given: dict[int, tuple[list[Any], list[int]]] = {}
         for exemplar, label in self.exemplars:
             if exemplar.holds_for(frame) and exemplar.box is not None:
+                if (exemplar.box < 0).any() or (exemplar.box > [width, height, width, height]).any():
+                    raise ImageError(
+                        f"exemplar box {exemplar.box.tolist()} lies outside {frame.name}, which is {width}x{height} px"
+                    )
                 boxes, labels = given.setdefault(vocabulary.classes.index(exemplar.name), ([], []))
                 boxes.append(exemplar.box / np.array([width, height, width, height], np.float32))
                 labels.append(label)

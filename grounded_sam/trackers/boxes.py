@@ -20,6 +20,14 @@ METHODS = {
     "cbiou": "CBIoUTracker",
 }
 
+#: For the scores of text-queried detectors; the package's own (0.6, 0.7) are for detectors of fixed classes, and leave
+#: most of these without an id.
+THRESHOLDS = {
+    "bytetrack": {"track_activation_threshold": 0.3, "high_conf_det_threshold": 0.3},
+    "ocsort": {"high_conf_det_threshold": 0.3},
+    "cbiou": {"track_activation_threshold": 0.3, "high_conf_det_threshold": 0.3},
+}
+
 
 class Boxes:
     """Associates boxes from frame to frame by motion and overlap; no memory of looks, and nothing between detections.
@@ -31,8 +39,9 @@ class Boxes:
     Args:
         segmenter: of the pipeline; not used.
         method: `bytetrack` (Zhang et al. 2022), `ocsort` (Cao et al. 2023), `sort` or `cbiou`.
-        settings: arguments of the method's class in `trackers`, such as `minimum_consecutive_frames`. ByteTrack wants
-            weak boxes too: `select.score=0.1`.
+        settings: arguments of the method's class in `trackers`, such as `minimum_consecutive_frames`. Thresholds on
+            confidence are 0.3 here where they are not given (`track_activation_threshold`, `high_conf_det_threshold`).
+            What is weaker goes on with tracks that exist, if it comes this far: `select.score=0.1`.
 
     Raises:
         ConfigError: for an unknown method or setting, or without the package.
@@ -48,7 +57,7 @@ class Boxes:
         except ImportError as error:
             raise ConfigError("tracker=boxes needs the package trackers: pip install --no-deps trackers") from error
         self._kind: Any = getattr(trackers, METHODS[method])
-        self.settings = dict(settings or {})
+        self.settings = {**THRESHOLDS.get(method, {}), **(settings or {})}
         try:
             self._kind(**self.settings)
         except (TypeError, ValueError) as error:

@@ -166,16 +166,19 @@ class Tracks:
         for tracker_id in jumped:
             self.live[tracker_id].hidden = True
         shown = pick(seen, [not self.live[i].hidden for i in _ids(seen).tolist()])
-        here = set(_ids(shown).tolist())
         self.note(shown)
-        over = []
+        return shown, self._end(shown), jumped
+
+    def _end(self, shown: sv.Detections) -> list[int]:
+        """Count who is out of sight, and end those for whom patience is over."""
+        here, over = set(_ids(shown).tolist()), []
         for tracker_id, track in self.live.items():
             track.lost = 0 if tracker_id in here else track.lost + 1
             if track.lost > self.settings.lost_patience:
                 over.append(tracker_id)
         for tracker_id in over:
             del self.live[tracker_id]
-        return shown, over, jumped
+        return over
 
     def adopt(self, found: sv.Detections) -> sv.Detections:
         """What a tracker that tells objects apart by itself found in a frame, under ids of ours.
@@ -202,11 +205,7 @@ class Tracks:
         doubles = self._doubles(seen)
         seen = pick(seen, [i not in doubles for i in _ids(seen).tolist()])
         self.note(seen)
-        here = set(_ids(seen).tolist())
-        for tracker_id, track in list(self.live.items()):
-            track.lost = 0 if tracker_id in here else track.lost + 1
-            if track.lost > rules.lost_patience:
-                del self.live[tracker_id]
+        self._end(seen)
         self._theirs = {other: own for other, own in self._theirs.items() if own in self.live}
         return seen
 

@@ -181,15 +181,15 @@ def build(cfg: DictConfig, kept: dict[str, tuple[Any, Any]] | None = None) -> Pi
         raise ConfigError(f"select._target_ must be a grounded_sam.select.Select, got {type(settings).__name__}")
     # A detector that takes the segmenter into its own hands gives masks itself, or has a say in it.
     masks_itself = "segmenter" in (cfg.detector or {}) or (cfg.detector or {}).get("own_masks") is True
-    if cfg.segmenter is None and settings.nms_by == "mask" and not masks_itself:
+    masks = cfg.segmenter is not None or masks_itself or (cfg.detector or {}).get("masks") is True
+    if settings.nms_by == "mask" and not masks:
         raise ConfigError("select.nms_by=mask needs masks; choose a segmenter, or select.nms_by=box")
     if cfg.segmenter is not None and (cfg.detector or {}).get("masks") is True:
         raise ConfigError(
             "the detector gives masks, so a segmenter has nothing to do; to make new ones say detector.masks=false"
         )
     by_hand = "prompts" in (cfg.detector or {}) or cfg.track.get("clicks") is not None
-    masks = cfg.segmenter is not None or masks_itself or (cfg.detector or {}).get("masks") is True or by_hand
-    if (cfg.tracker or {}).get("prompt") == "mask" and not masks:
+    if (cfg.tracker or {}).get("prompt") == "mask" and not (masks or by_hand):
         raise ConfigError(
             "tracker.prompt=mask needs masks, which neither segmenter=none nor this detector gives (one that does says "
             "own_masks: true in its YAML); choose a segmenter, or tracker.prompt=box"
@@ -309,23 +309,23 @@ def load(*overrides: str, **choices: Any) -> Pipeline:
             names = [str(v) for v in value] if isinstance(value, list | tuple) else str(value or "none")
             words.append(f"{key}=[{','.join(names)}]" if isinstance(names, list) else f"{key}={names}")
         else:
-            words.append(f"{key}={_word(value)}")
+            words.append(f"{key}={word_of(value)}")
     pipeline = build(compose([*words, *overrides]))
     if text is not None:
         pipeline.vocabulary = pipeline.ask(text)
     return pipeline
 
 
-def _word(value: Any) -> str:
+def word_of(value: Any) -> str:
     """A Python value in the grammar of Hydra's overrides."""
     if value is None:
         return "null"
     if isinstance(value, list | tuple):
-        return f"[{','.join(_word(v) for v in value)}]"
+        return f"[{','.join(word_of(v) for v in value)}]"
     if isinstance(value, dict):
         # Hydra's grammar has no quotes around keys.
         keys = [re.sub(r"([\\()\[\]{}:=, \t])", r"\\\1", str(key)) for key in value]
-        return f"{{{','.join(f'{key}:{_word(v)}' for key, v in zip(keys, value.values(), strict=True))}}}"
+        return f"{{{','.join(f'{key}:{word_of(v)}' for key, v in zip(keys, value.values(), strict=True))}}}"
     if isinstance(value, bool | int | float):
         return str(value).lower() if isinstance(value, bool) else str(value)
     # Backslashes are escapes in front of a quote only.

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from grounded_sam.checkpoints import BUILTIN, find_file, find_folder
-from grounded_sam.config import conf_dir, explain, undisturbed_hydra
+from grounded_sam.config import conf_dir, explain, undisturbed_hydra, word_of
 from grounded_sam.errors import CheckpointError, ConfigError, GroundedSamError
 
 if TYPE_CHECKING:
@@ -698,8 +698,7 @@ def main() -> None:
         typed, extra = list(given.words), []
         if given.config_dir is not None:
             typed = [f"--config-dir={given.config_dir}", *typed]
-            place = str(given.config_dir.resolve()).replace("\\", "\\\\").replace("'", "\\'")
-            extra = [f"hydra.searchpath=['file://{place}']"]
+            extra = [f"hydra.searchpath=[{word_of(f'file://{given.config_dir.resolve()}')}]"]
         os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # the client's advice is not what was asked for
         if not sys.stderr.isatty():
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -13,7 +13,7 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from grounded_sam import ConfigError
-from grounded_sam.config import _word, compose, conf_dir
+from grounded_sam.config import compose, conf_dir, word_of
 
 CHOICES = [
     (group.name, file.stem)
@@ -143,7 +143,7 @@ def test_values_from_python_are_quoted():
     assert model.vocabulary.negatives == ("toy, car",)
     assert model.ask("x").negatives == ("toy, car",)
     for odd in ("a\\b", "a\\\\b", "it's", "a\\'b", "end\\", "", "'"):
-        assert compose([f"text={_word(odd)}"]).text == odd
+        assert compose([f"text={word_of(odd)}"]).text == odd
     entry = {"class": "toy, car", "box": [1, 2, 30, 40]}
     clicked = load(preset="shapes", segmenter=None, detector="clicks", **{"detector.prompts": [entry]})
     assert clicked.detector.vocabulary.classes == ("toy, car",)
@@ -178,3 +178,4 @@ def test_masks_are_asked_for_before_any_model_loads():
 
     with pytest.raises(ConfigError, match="needs masks"):
         load("select.nms_by=mask", "detector.checkpoint=./nowhere", segmenter="none")
+    assert load("select.nms_by=mask", detector="stored", segmenter="none").settings.nms_by == "mask"  # stores have some

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
-from grounded_sam.checkpoints import cached_or_fetched, find_folder, pick_device
+from grounded_sam.checkpoints import pick_device
 from grounded_sam.detections import make_detections, merge
-from grounded_sam.detectors.queries import check_settings, phrases_of, without_look_alikes
-from grounded_sam.errors import CheckpointError, ConfigError
+from grounded_sam.detectors.queries import check_settings, load_checkpoint, phrases_of, without_look_alikes
+from grounded_sam.errors import ConfigError
 from grounded_sam.frames import Frame
 from grounded_sam.vocabulary import Vocabulary
 
@@ -59,29 +58,14 @@ class Florence2:
         for key, value in (("beams", beams), ("max_new_tokens", max_new_tokens)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"detector.{key} must be a whole number from 1, got {value!r}")
-        folder = find_folder(checkpoint, "florence2")
         import torch
-        from transformers import AutoConfig, AutoProcessor, Florence2ForConditionalGeneration
+        from transformers import AutoProcessor, Florence2ForConditionalGeneration
 
         self.device, self.dtype = pick_device(device), getattr(torch, dtype)
         self.task, self.beams, self.max_new_tokens = TASKS[task], beams, max_new_tokens
-
-        def load(local_files_only: bool) -> tuple[Any, Any]:
-            safe = {"local_files_only": local_files_only, "trust_remote_code": False}
-            kind = AutoConfig.from_pretrained(folder, **safe).model_type
-            if kind != "florence2":
-                raise CheckpointError(f"{checkpoint} is a {kind} checkpoint; expected florence2")
-            model = Florence2ForConditionalGeneration.from_pretrained(folder, dtype=self.dtype, **safe)
-            return AutoProcessor.from_pretrained(folder, **safe), model
-
-        try:
-            self.processor, model = load(True) if Path(folder).is_dir() else cached_or_fetched(folder, load)
-        except CheckpointError:
-            raise
-        except Exception as error:  # damaged files make transformers and safetensors raise all sorts
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise CheckpointError(f"cannot load {checkpoint}: {reason}") from error
-        self.model = model.to(self.device).eval()
+        kind = Florence2ForConditionalGeneration
+        model, self.processor = load_checkpoint(checkpoint, ["florence2"], kind, [AutoProcessor], self.dtype)
+        self.model = model.to(self.device)
 
     def detect(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
         """Every box that is answered, with confidence 1."""

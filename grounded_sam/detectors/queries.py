@@ -19,44 +19,54 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def load_detector(checkpoint: str, kinds: Sequence[str], dtype: Any) -> tuple[Any, Any]:
-    """Processor and model, in evaluation mode, of a zero-shot object detection checkpoint.
+def load_checkpoint(
+    checkpoint: str, kinds: Sequence[str], model_kind: Any, part_kinds: Sequence[Any], dtype: Any
+) -> tuple[Any, ...]:
+    """A model of transformers, in evaluation mode, and what belongs to it, such as its processor.
 
     Args:
         checkpoint: a hub id, a local folder, or `builtin:NAME`.
         kinds: the `model_type`s that will do.
+        model_kind: class that loads the model.
+        part_kinds: classes that load the rest.
         dtype: torch's, of the weights.
 
     Raises:
-        CheckpointError: if the checkpoint cannot be had, is damaged or of another kind.
+        CheckpointError: if the checkpoint cannot be had, is damaged, lacks weights or is of another kind.
     """
     folder = find_folder(checkpoint, "detector")
-    from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
+    from transformers import AutoConfig
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # a bar for the milliseconds of reading a file
 
-    def load(local_files_only: bool) -> tuple[Any, Any, dict[str, Any]]:
+    def load(local_files_only: bool) -> tuple[Any, ...]:
         safe = {"local_files_only": local_files_only, "trust_remote_code": False}
-        processor = AutoProcessor.from_pretrained(folder, **safe)
-        model, loaded = AutoModelForZeroShotObjectDetection.from_pretrained(
-            folder, dtype=dtype, output_loading_info=True, **safe
-        )
-        return processor, model, loaded
+        kind = AutoConfig.from_pretrained(folder, **safe).model_type
+        if kind not in kinds:
+            raise CheckpointError(f"{checkpoint} is a {kind} checkpoint; expected {' or '.join(kinds)}")
+        parts = [part.from_pretrained(folder, **safe) for part in part_kinds]
+        return *model_kind.from_pretrained(folder, dtype=dtype, output_loading_info=True, **safe), *parts
 
     try:
-        processor, model, loaded = load(True) if Path(folder).is_dir() else cached_or_fetched(folder, load)
+        model, loaded, *parts = load(True) if Path(folder).is_dir() else cached_or_fetched(folder, load)
     except CheckpointError:
         raise
     except Exception as error:  # damaged files make transformers and safetensors raise all sorts
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(f"cannot load {checkpoint}: {reason}") from error
-    if model.config.model_type not in kinds:
-        raise CheckpointError(f"{checkpoint} is a {model.config.model_type} checkpoint; expected {' or '.join(kinds)}")
     lacking = sorted([*loaded["missing_keys"], *(str(key) for key in loaded["mismatched_keys"])])
     if lacking:
         raise CheckpointError(f"{checkpoint} lacks {len(lacking)} weights of its model, such as {lacking[0]}")
-    return processor, model.eval()
+    return model.eval(), *parts
+
+
+def load_detector(checkpoint: str, kinds: Sequence[str], dtype: Any) -> tuple[Any, Any]:
+    """Processor and model of a zero-shot object detection checkpoint; see `load_checkpoint`."""
+    from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
+
+    model, processor = load_checkpoint(checkpoint, kinds, AutoModelForZeroShotObjectDetection, [AutoProcessor], dtype)
+    return processor, model
 
 
 def check_settings(dtype: str, batch_size: int | None = 1) -> None:

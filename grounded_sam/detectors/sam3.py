@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import supervision as sv
 
-from grounded_sam.checkpoints import cached_or_fetched, find_folder, pick_device
+from grounded_sam.checkpoints import pick_device
 from grounded_sam.detections import make_detections, merge
 from grounded_sam.detectors.clicks import Click, load_entries, read_click
-from grounded_sam.detectors.queries import check_settings, phrases_of, without_look_alikes
-from grounded_sam.errors import CheckpointError, ConfigError, ImageError, VocabularyError
+from grounded_sam.detectors.queries import check_settings, load_checkpoint, phrases_of, without_look_alikes
+from grounded_sam.errors import ConfigError, ImageError, VocabularyError
 from grounded_sam.frames import Frame
 from grounded_sam.vocabulary import Vocabulary
 
@@ -59,30 +59,14 @@ class Sam3:
         if isinstance(floor, bool) or not isinstance(floor, int | float) or not 0 <= floor <= 1:
             raise ConfigError(f"detector.floor must be a number from 0 to 1, got {floor!r}")
         self.exemplars = read_exemplars(exemplars)
-        folder = find_folder(checkpoint, "sam3")
         import torch
-        from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, Sam3Model
+        from transformers import AutoImageProcessor, AutoTokenizer, Sam3Model
 
         self.device, self.dtype = pick_device(device), getattr(torch, dtype)
         self.own_masks, self.floor = own_masks, floor
-
-        def load(local_files_only: bool) -> tuple[Any, Any, Any]:
-            safe = {"local_files_only": local_files_only, "trust_remote_code": False}
-            kind = AutoConfig.from_pretrained(folder, **safe).model_type
-            if kind not in ("sam3", "sam3_video"):
-                raise CheckpointError(f"{checkpoint} is a {kind} checkpoint; expected sam3")
-            model = Sam3Model.from_pretrained(folder, dtype=self.dtype, **safe)
-            images = AutoImageProcessor.from_pretrained(folder, **safe)
-            return model, images, AutoTokenizer.from_pretrained(folder, **safe)
-
-        try:
-            model, self.images, self.words = load(True) if Path(folder).is_dir() else cached_or_fetched(folder, load)
-        except CheckpointError:
-            raise
-        except Exception as error:  # damaged files make transformers and safetensors raise all sorts
-            reason = " ".join(str(error).split())[:300] or type(error).__name__
-            raise CheckpointError(f"cannot load {checkpoint}: {reason}") from error
-        self.model = model.to(self.device).eval()
+        kinds, parts = ("sam3", "sam3_video"), [AutoImageProcessor, AutoTokenizer]
+        model, self.images, self.words = load_checkpoint(checkpoint, kinds, Sam3Model, parts, self.dtype)
+        self.model = model.to(self.device)
         self._asked: dict[Vocabulary, list[tuple[int, Any, Tensor]]] = {}
 
     def _texts(self, vocabulary: Vocabulary) -> list[tuple[int, Any, Tensor]]:

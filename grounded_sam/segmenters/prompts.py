@@ -112,11 +112,10 @@ class PromptedSegmenter:
                         best = np.arange(len(predicted)), predicted.argmax(1)
                         masks[prompts.rows] = several[best]
                         scores[prompts.rows] = predicted[best]
-                        # Of clicks without a mask there is no box to prompt with; such a chunk ends here.
-                        unseen = given.boxes is None and not all(mask.any() for mask in masks[given.rows])
-                        if unseen:
-                            break
                         if turn + 1 < self.rounds:
+                            # Of clicks without a mask there is no box to prompt with; such a chunk ends here.
+                            if given.boxes is None and not all(mask.any() for mask in several[best]):
+                                break
                             prompts = again(prompts, several[best], logits[best], boxes[prompts.rows])
             finally:
                 self._forget()

@@ -6,7 +6,7 @@ Nothing is ever unpickled with code: safetensors, or `torch.load(weights_only=Tr
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -134,6 +134,56 @@ def cached_or_fetched(repo: str, load: Callable[[bool], T]) -> T:
         f"cannot get the weights {repo!r} from the Hugging Face hub, nor are they in its cache ({reason}); "
         "give a local copy with checkpoint=PATH, or use preset=shapes, whose weights ship with the package"
     ) from missing
+
+
+def load_checkpoint(
+    checkpoint: str,
+    kinds: Sequence[str],
+    model_kind: Any,
+    part_kinds: Sequence[Any],
+    dtype: Any = None,
+    builtin_kind: str = "detector",
+) -> tuple[Any, ...]:
+    """A model of transformers, in evaluation mode, and what belongs to it, such as its processor.
+
+    Args:
+        checkpoint: a hub id, a local folder, or `builtin:NAME`.
+        kinds: the `model_type`s that will do.
+        model_kind: class that loads the model.
+        part_kinds: classes that load the rest.
+        dtype: torch's, of the weights; None: 32-bit floats.
+        builtin_kind: of model, for `builtin:`.
+
+    Raises:
+        CheckpointError: if the checkpoint cannot be had, is damaged, lacks weights or is of another kind.
+    """
+    folder = find_folder(checkpoint, builtin_kind)
+    import torch
+    from transformers import AutoConfig
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()  # a bar for the milliseconds of reading a file
+
+    def load(local_files_only: bool) -> tuple[Any, ...]:
+        safe: dict[str, Any] = {"local_files_only": local_files_only, "trust_remote_code": False}
+        kind = AutoConfig.from_pretrained(folder, **safe).model_type
+        if kind not in kinds:
+            raise CheckpointError(f"{checkpoint} is a {kind} checkpoint; expected {' or '.join(kinds)}")
+        parts = [part.from_pretrained(folder, **safe) for part in part_kinds]
+        safe["dtype"] = dtype or torch.float32
+        return *model_kind.from_pretrained(folder, output_loading_info=True, **safe), *parts
+
+    try:
+        model, loaded, *parts = load(True) if Path(folder).is_dir() else cached_or_fetched(folder, load)
+    except CheckpointError:
+        raise
+    except Exception as error:  # damaged files make transformers and safetensors raise all sorts
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise CheckpointError(f"cannot load {checkpoint}: {reason}") from error
+    lacking = sorted([*loaded["missing_keys"], *(str(key) for key in loaded["mismatched_keys"])])
+    if lacking:
+        raise CheckpointError(f"{checkpoint} lacks {len(lacking)} weights of its model, such as {lacking[0]}")
+    return model.eval(), *parts
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:

@@ -99,9 +99,11 @@ def _likely(key: str, overrides: Sequence[str]) -> str:
     from omegaconf import DictConfig
 
     choices = [w for w in overrides if re.fullmatch(rf"({'|'.join(GROUPS)})=[\w\[\], ]+", w)]
+    if choices == list(overrides):  # a file of one's own does not compose
+        choices = []
     try:
         whole = compose(choices)
-    except ConfigError:  # the choices are wrong as well, or one's own
+    except ConfigError:  # the choices are wrong as well
         whole = compose([])
     here: Any = whole
     parent, _, last = key.rpartition(".")
@@ -182,6 +184,10 @@ def build(cfg: DictConfig, kept: dict[str, tuple[Any, Any]] | None = None) -> Pi
     # A detector that takes the segmenter into its own hands gives masks itself, or has a say in it.
     masks_itself = "segmenter" in (cfg.detector or {}) or (cfg.detector or {}).get("own_masks") is True
     masks = cfg.segmenter is not None or masks_itself or (cfg.detector or {}).get("masks") is True
+    if cfg.detector is None:
+        if not _finds_itself(cfg.tracker):
+            raise ConfigError("detector=none needs a tracker that finds things by itself, such as tracker=sam3_video")
+        masks = True
     if settings.nms_by == "mask" and not masks:
         raise ConfigError("select.nms_by=mask needs masks; choose a segmenter, or select.nms_by=box")
     if cfg.segmenter is not None and (cfg.detector or {}).get("masks") is True:
@@ -205,13 +211,24 @@ def build(cfg: DictConfig, kept: dict[str, tuple[Any, Any]] | None = None) -> Pi
         raise ConfigError(
             "detector.exemplars are boxes in the whole picture and would be in every tile; leave out them or tiles.size"
         )
-    detector = _made(cfg, "detector", kept)
+    detector = None if cfg.detector is None else _made(cfg, "detector", kept)
     segmenter = None if cfg.segmenter is None or masks_itself else _made(cfg, "segmenter", kept)
     tracking = make(cfg, "track")
     tracker = None if cfg.tracker is None else partial(make, cfg, "tracker", segmenter=segmenter)
     plain = _plain(cfg)
     negatives, phrasing = plain["negative"] or (), str(plain["phrasing"])
     return Pipeline(detector, segmenter, settings, vocabulary, negatives, tracker, tracking, phrasing, tiles, refine)
+
+
+def _finds_itself(tracker: Any) -> bool:
+    """Whether the class of a tracker's config says that it needs no detector."""
+    from hydra.errors import HydraException
+    from hydra.utils import get_object
+
+    try:
+        return tracker is not None and not getattr(get_object(tracker.get("_target_")), "needs_detector", True)
+    except (HydraException, ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"cannot build tracker from {tracker.get('_target_')}: {error}") from error
 
 
 def _made(cfg: DictConfig, key: str, kept: dict[str, tuple[Any, Any]] | None) -> Any:

@@ -69,7 +69,7 @@ class Pipeline:
     """A detector and, if masks are wanted and the detector gives none, a segmenter.
 
     Args:
-        detector: see `stages.Detector`.
+        detector: see `stages.Detector`; None for videos alone, with a tracker that finds things by itself.
         segmenter: see `stages.Segmenter`; None for boxes alone.
         settings: which detections stay.
         vocabulary: what to ask for when a call names nothing.
@@ -83,7 +83,7 @@ class Pipeline:
 
     def __init__(
         self,
-        detector: Detector,
+        detector: Detector | None,
         segmenter: Segmenter | None = None,
         settings: Select | None = None,
         vocabulary: Vocabulary | None = None,
@@ -169,13 +169,16 @@ class Pipeline:
 
     def _look(self, group: list[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
         """What the detector finds, in tiles or at once."""
+        detector = self.detector
+        if detector is None:
+            raise ImageError("there is no detector to look at a picture; choose one, or give videos alone")
         if self.tiles.size is None:
-            return self.detector.detect(group, vocabulary)
+            return detector.detect(group, vocabulary)
 
         def look(frames: list[Frame]) -> list[sv.Detections]:
             boxes = [
-                check(found, vocabulary, frame.size_hw, type(self.detector).__name__)
-                for frame, found in zip(frames, self.detector.detect(frames, vocabulary), strict=True)
+                check(found, vocabulary, frame.size_hw, type(detector).__name__)
+                for frame, found in zip(frames, detector.detect(frames, vocabulary), strict=True)
             ]
             return [select(found, self.settings.before_masks(), vocabulary) for found in boxes]
 
@@ -349,9 +352,11 @@ class Pipeline:
             return self._finish(frame, boxes, asked, self.segmenter)
 
         found = tracker.follow(frames, asked, look)
+        own = not getattr(tracker, "needs_detector", True)  # what is looked up has been selected already
         try:
             for frame, seen in found:
-                yield FrameResult(frame, tracks.label(tracks.adopt(seen), vocabulary))
+                kept = select(check(seen, asked, frame.size_hw, name), self.settings, asked) if own else seen
+                yield FrameResult(frame, tracks.label(tracks.adopt(kept), vocabulary))
         finally:
             for opened in (found, frames):
                 if hasattr(opened, "close"):

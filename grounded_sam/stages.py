@@ -134,7 +134,8 @@ class Follower(Protocol):
     """A tracker that tells objects apart by itself, instead of carrying masks from keyframe to keyframe.
 
     `follow` yields every frame with its objects: `class_id`, `confidence` and ids of its own, which are given others.
-    `look` is what detector and segmenter find in a frame.
+    `look` is what detector and segmenter find in a frame. One that never asks for it says so with a class attribute
+    `needs_detector` that is false: then detector=none will do for videos, and `select` has its say on what it finds.
     """
 
     def follow(

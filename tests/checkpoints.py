@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -297,40 +298,86 @@ def sam_hq(folder: Path, full: bool = False, seed: int = 0) -> Path:
     return folder
 
 
-def sam3(folder: Path, full: bool = False, seed: int = 0) -> Path:
-    """A SAM 3 with random weights: of real size, or small."""
-    from transformers import CLIPTokenizerFast, Sam3Config, Sam3ImageProcessor, Sam3Model
-
-    torch.manual_seed(seed)
-    side, grid = (1008, 72) if full else (112, 8)
+def sam3_config(side: int, words: Any, width: int = 32) -> dict[str, Any]:
+    """The settings of a small SAM 3 for pictures of `side` px."""
     backbone = {"model_type": "sam3_vit_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     backbone |= {"num_attention_heads": 2, "image_size": side, "patch_size": 14, "window_size": 4}
     backbone |= {"global_attn_indexes": [1], "pretrain_image_size": 56}
-    sizes = [[grid * scale, grid * scale] for scale in (4, 2, 1)]
-    vision = {"backbone_config": backbone, "backbone_feature_sizes": sizes, "fpn_hidden_size": 32}
-    words = clip_tokenizer(CLIPTokenizerFast, CLIP_WORDS if full else None)
-    words.model_max_length = 32
+    sizes = [[side // 14 * scale, side // 14 * scale] for scale in (4, 2, 1)]
     text = {"vocab_size": 600, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     text |= {"num_attention_heads": 2, "max_position_embeddings": 32, "projection_dim": 16}
     text |= {"eos_token_id": words.eos_token_id, "bos_token_id": words.bos_token_id, "pad_token_id": 0}
-    part = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_layers": 2}
-    small = {
-        "vision_config": vision,
+    part = {"hidden_size": width, "num_attention_heads": 2, "intermediate_size": 64, "num_layers": 2}
+    return {
+        "vision_config": {"backbone_config": backbone, "backbone_feature_sizes": sizes, "fpn_hidden_size": width},
         "text_config": text,
         "geometry_encoder_config": part,
         "detr_encoder_config": part,
         "detr_decoder_config": {**part, "num_queries": 20},
-        "mask_decoder_config": {"hidden_size": 32, "num_attention_heads": 2},
+        "mask_decoder_config": {"hidden_size": width, "num_attention_heads": 2},
     }
-    config = Sam3Config(**({} if full else small))
-    model = Sam3Model(config).eval()
-    with torch.no_grad():  # fresh heads give all queries one score and one box
+
+
+def sam3_words(full: bool) -> Any:
+    from transformers import CLIPTokenizerFast
+
+    words = clip_tokenizer(CLIPTokenizerFast, CLIP_WORDS if full else None)
+    words.model_max_length = 32
+    return words
+
+
+def stir_sam3(model: torch.nn.Module, deviation: float) -> None:
+    """Fresh heads give all queries one score and one box."""
+    parts = ("detr_decoder", "dot_product", "mask_decoder", "text_projection")
+    with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.ndim > 1 and name.startswith(("detr_decoder", "dot_product", "mask_decoder", "text_projection")):
-                weight.normal_(0, 0.05 if full else 0.2)
+            if weight.ndim > 1 and name.startswith(parts):
+                weight.normal_(0, deviation)
+
+
+def sam3(folder: Path, full: bool = False, seed: int = 0) -> Path:
+    """A SAM 3 with random weights: of real size, or small."""
+    from transformers import Sam3Config, Sam3ImageProcessor, Sam3Model
+
+    torch.manual_seed(seed)
+    side, words = 1008 if full else 112, sam3_words(full)
+    model = Sam3Model(Sam3Config(**({} if full else sam3_config(side, words)))).eval()
+    stir_sam3(model, 0.05 if full else 0.2)
     model.save_pretrained(folder)
     Sam3ImageProcessor(size={"height": side, "width": side}).save_pretrained(folder)
     words.save_pretrained(folder)
+    return folder
+
+
+def sam3_video(folder: Path, full: bool = False, seed: int = 0, **settings: Any) -> Path:
+    """A SAM 3 for videos with random weights: of real size, or small.
+
+    Args:
+        settings: of `Sam3VideoConfig`, such as thresholds that random weights reach.
+    """
+    from transformers import Sam3ImageProcessor, Sam3VideoConfig, Sam3VideoModel, Sam3VideoProcessor
+    from transformers.models.sam2_video import Sam2VideoVideoProcessor
+
+    torch.manual_seed(seed)
+    side, words = 1008 if full else 112, sam3_words(full)
+    grid, size = side // 14, {"height": side, "width": side}
+    small: dict[str, Any] = {}
+    if not full:
+        detector = sam3_config(side, words, 256)
+        vision = {"model_type": "sam3_vision_model", **detector["vision_config"]}
+        tracker = {
+            "vision_config": vision,
+            "prompt_encoder_config": {"image_size": side},
+            "image_size": side,
+            "memory_attention_num_layers": 1,
+            "memory_attention_rope_feat_sizes": [grid, grid],
+        }
+        small = {"detector_config": detector, "tracker_config": tracker, "low_res_mask_size": 4 * grid}
+    model = Sam3VideoModel(Sam3VideoConfig(**small, **settings)).eval()
+    stir_sam3(model.detector_model, 0.05 if full else 0.2)
+    model.save_pretrained(folder)
+    video = Sam2VideoVideoProcessor(size=size, image_mean=[0.5] * 3, image_std=[0.5] * 3)
+    Sam3VideoProcessor(Sam3ImageProcessor(size=size), video, words).save_pretrained(folder)
     return folder
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
-from grounded_sam.checkpoints import pick_device
+from grounded_sam.checkpoints import load_checkpoint, pick_device
 from grounded_sam.detections import make_detections, merge
-from grounded_sam.detectors.queries import check_settings, load_checkpoint, phrases_of, without_look_alikes
+from grounded_sam.detectors.queries import check_settings, phrases_of, without_look_alikes
 from grounded_sam.errors import ConfigError
 from grounded_sam.frames import Frame
 from grounded_sam.vocabulary import Vocabulary

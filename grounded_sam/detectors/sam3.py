@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import supervision as sv
 
-from grounded_sam.checkpoints import pick_device
+from grounded_sam.checkpoints import load_checkpoint, pick_device
 from grounded_sam.detections import make_detections, merge
 from grounded_sam.detectors.clicks import Click, load_entries, read_click
-from grounded_sam.detectors.queries import check_settings, load_checkpoint, phrases_of, without_look_alikes
+from grounded_sam.detectors.queries import check_settings, phrases_of, without_look_alikes
 from grounded_sam.errors import ConfigError, ImageError, VocabularyError
 from grounded_sam.frames import Frame
 from grounded_sam.vocabulary import Vocabulary
@@ -76,11 +76,7 @@ class Sam3:
         if vocabulary not in self._asked:
             texts = []
             for phrase, owner in zip(*phrases_of(vocabulary), strict=True):
-                count = len(self.words(phrase)["input_ids"])
-                if count > LIMIT:
-                    raise VocabularyError(f"{phrase!r} has {count} tokens, the model takes {LIMIT} of a phrase")
-                given = self.words([phrase], padding="max_length", max_length=LIMIT, return_tensors="pt")
-                given = given.to(self.device)
+                given = tokens_of(phrase, self.words).to(self.device)
                 with torch.inference_mode():
                     ids, mask = given["input_ids"], given["attention_mask"]
                     features = self.model.get_text_features(input_ids=ids, attention_mask=mask, return_dict=True)
@@ -156,6 +152,18 @@ class Sam3:
                 parts.append(make_detections(boxes, confidence, ids, vocabulary, frame.size_hw, masks))
         boxes, scores = [box for _, box in against], [score for score, _ in against]
         return without_look_alikes(merge(parts, vocabulary), np.array(boxes), np.array(scores))
+
+
+def tokens_of(phrase: str, words: Any) -> Any:
+    """What SAM 3's tokenizer makes of a phrase.
+
+    Raises:
+        VocabularyError: if it is longer than the model takes.
+    """
+    count = len(words(phrase)["input_ids"])
+    if count > LIMIT:
+        raise VocabularyError(f"{phrase!r} has {count} tokens, the model takes {LIMIT} of a phrase")
+    return words([phrase], padding="max_length", max_length=LIMIT, return_tensors="pt")
 
 
 def read_exemplars(entries: str | Sequence[Mapping[str, Any]] | None) -> list[tuple[Click, int]]:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from grounded_sam.checkpoints import cached_or_fetched, find_folder, pick_device
-from grounded_sam.errors import CheckpointError
+from grounded_sam.checkpoints import load_checkpoint, pick_device
 from grounded_sam.segmenters.prompts import Decoded, PromptedSegmenter, Prompts
 
 if TYPE_CHECKING:
@@ -47,20 +46,11 @@ class SamHq(PromptedSegmenter):
     ) -> None:
         super().__init__(multimask, chunk, fill_holes, drop_specks, rounds)
         self.hq_only = hq_only
-        folder = find_folder(checkpoint, "sam_hq")
-        import torch
-        from transformers import AutoConfig, AutoImageProcessor, SamHQModel
+        from transformers import AutoImageProcessor, SamHQModel
 
-        def fetch(local_files_only: bool) -> tuple[Any, Any]:
-            safe = {"local_files_only": local_files_only, "trust_remote_code": False}
-            kind = AutoConfig.from_pretrained(folder, **safe).model_type
-            if kind != "sam_hq":
-                raise CheckpointError(f"{checkpoint} is a {kind} checkpoint; expected sam_hq")
-            model = SamHQModel.from_pretrained(folder, dtype=torch.float32, **safe)
-            return model, AutoImageProcessor.from_pretrained(folder, **safe)
-
-        model, self.processor = cached_or_fetched(folder, fetch)
-        self.model: Any = model.to(pick_device(device)).eval()
+        parts = [AutoImageProcessor]
+        model, self.processor = load_checkpoint(checkpoint, ["sam_hq"], SamHQModel, parts, builtin_kind="sam_hq")
+        self.model: Any = model.to(pick_device(device))
         self._maps: tuple[Tensor, Any] | None = None
         self._sizes: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
 

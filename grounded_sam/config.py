@@ -174,9 +174,15 @@ def build(cfg: DictConfig, kept: dict[str, tuple[Any, Any]] | None = None) -> Pi
     Raises:
         ConfigError: for choices that cannot work together; CheckpointError: for missing weights.
     """
+    from grounded_sam.embeddings import Embeddings
     from grounded_sam.pipeline import Pipeline
     from grounded_sam.select import Select
+    from grounded_sam.speed.allocator import keep_pages
 
+    if cfg.allocator not in ("keep", "system"):
+        raise ConfigError(f"allocator must be keep or system, got {cfg.allocator!r}")
+    if cfg.allocator == "keep":
+        keep_pages()
     vocabulary = vocabulary_of(cfg)
     settings = make(cfg, "select")
     if not isinstance(settings, Select):
@@ -213,6 +219,10 @@ def build(cfg: DictConfig, kept: dict[str, tuple[Any, Any]] | None = None) -> Pi
         )
     detector = None if cfg.detector is None else _made(cfg, "detector", kept)
     segmenter = None if cfg.segmenter is None or masks_itself else _made(cfg, "segmenter", kept)
+    if cfg.cache.folder is not None:
+        if segmenter is None or not hasattr(segmenter, "embeddings"):
+            raise ConfigError("cache.folder keeps what a segmenter makes of pictures, and none does here")
+        segmenter.embeddings = Embeddings(cfg.cache.folder, cfg.cache.gigabytes)
     tracking = make(cfg, "track")
     tracker = None if cfg.tracker is None else partial(make, cfg, "tracker", segmenter=segmenter)
     plain = _plain(cfg)

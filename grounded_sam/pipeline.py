@@ -24,6 +24,7 @@ from grounded_sam.association import Tracking, Tracks
 from grounded_sam.backward import both_ways
 from grounded_sam.detections import check, pick, replaced
 from grounded_sam.detectors.clicks import Clicks
+from grounded_sam.embeddings import SegmentSession
 from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.frames import Frame, to_frame
 from grounded_sam.refine import Refine
@@ -252,6 +253,19 @@ class Pipeline:
             ImageError: if an image cannot be read; VocabularyError: if the text names nothing.
         """
         return self._call(images, text, masks=True)
+
+    def session(self, image: Any) -> SegmentSession:
+        """A picture encoded once for any number of prompts by hand; see `embeddings.SegmentSession`.
+
+        Args:
+            image: as for `segment`.
+
+        Raises:
+            ConfigError: without a segmenter that takes prompts; ImageError: if the image cannot be read.
+        """
+        if not hasattr(self.segmenter, "encoded"):
+            raise ConfigError("a session needs a segmenter that takes prompts, e.g. segmenter=sam2")
+        return SegmentSession(self.segmenter, to_frame(image, 0))  # type: ignore[arg-type]
 
     def _call(self, images: Any, text: Any, masks: bool) -> Any:
         several = isinstance(images, list | tuple)

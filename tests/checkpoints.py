@@ -76,6 +76,8 @@ def grounding_dino(folder: Path, full: bool = False, mm: bool = False, max_text_
         for name, weight in model.named_parameters():
             if name.endswith(("vision_param", "text_param")):
                 weight.fill_(0.5)
+            elif "bbox_embed" in name or name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
+                weight.normal_(0, 0.05)  # zero as they come, so that boxes would say nothing
     model.save_pretrained(folder)
     size = {} if full else {"size": {"shortest_edge": 96, "longest_edge": 160}}
     GroundingDinoProcessor(GroundingDinoImageProcessor(**size), words).save_pretrained(folder)

@@ -15,6 +15,8 @@ from grounded_sam.detections import merge
 from grounded_sam.detectors.queries import check_settings, load_detector, of_queries, to_corners
 from grounded_sam.errors import ConfigError, VocabularyError
 from grounded_sam.frames import Frame
+from grounded_sam.speed.grounding_dino import speed_up
+from grounded_sam.speed.levers import Precision, check_precision
 from grounded_sam.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -132,6 +134,8 @@ class GroundingDino:
             (transformers' post-processing, where one fitting word is enough).
         batch_size: images per forward pass; by default 4 on CUDA and 1 elsewhere, since a batch was
             measured to gain nothing on CPU.
+        precision: `exact` with levers that change no result, `balanced` and `fast` with more bfloat16; see `speed`.
+        compile: let `torch.compile` have the layers that take the time; pays for many pictures.
 
     Raises:
         CheckpointError: if the checkpoint cannot be had or is of another family.
@@ -144,10 +148,13 @@ class GroundingDino:
         dtype: Literal["float32", "bfloat16", "float16"] = "float32",
         phrase_score: Literal["mean", "max"] = "mean",
         batch_size: int | None = None,
+        precision: Precision = "exact",
+        compile: bool = False,
     ) -> None:
         if phrase_score not in ("mean", "max"):
             raise ConfigError(f"detector.phrase_score must be mean or max, got {phrase_score!r}")
         check_settings(dtype, batch_size)
+        check_precision(precision, compile, "detector")
         import torch
 
         self.device = pick_device(device)
@@ -156,6 +163,7 @@ class GroundingDino:
         self.batch_size = batch_size or (4 if self.device.startswith("cuda") else 1)
         processor, model = load_detector(checkpoint, ("grounding-dino", "mm-grounding-dino"), self.dtype)
         self.model = model.to(self.device)
+        speed_up(self.model, precision, compile)
         self.images, self.words = processor.image_processor, processor.tokenizer
         self._prompts: dict[Vocabulary, list[Prompt]] = {}
 

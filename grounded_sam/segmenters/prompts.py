@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
 from grounded_sam.detections import mask_boxes, with_masks
+from grounded_sam.embeddings import Embeddings, digest, key_of
 from grounded_sam.errors import ConfigError
 
 #: Bytes that the logits of one chunk of masks may take at image size.
@@ -63,7 +65,7 @@ def group_prompts(found: sv.Detections, chunk: int) -> Iterator[Prompts]:
 class PromptedSegmenter:
     """How SAM and SAM 2 segment: encode the image once, decode the prompts in chunks, keep the best masks.
 
-    A subclass says how its predictor encodes, decodes and forgets.
+    A subclass has a `model` and says how its predictor encodes, decodes and forgets, and where it keeps features.
 
     Args:
         multimask: decode three masks per prompt and keep the best; pays for single clicks.
@@ -74,6 +76,8 @@ class PromptedSegmenter:
             round before (and its clicks).
     """
 
+    model: Any
+
     def __init__(self, multimask: bool, chunk: int, fill_holes: int, drop_specks: int, rounds: int) -> None:
         numbers = (("chunk", chunk, 1), ("fill_holes", fill_holes, 0), ("drop_specks", drop_specks, 0))
         for key, value, least in (*numbers, ("rounds", rounds, 1)):
@@ -81,6 +85,13 @@ class PromptedSegmenter:
                 raise ConfigError(f"segmenter.{key} must be a whole number from {least}, got {value!r}")
         self.multimask, self.chunk = multimask, chunk
         self.fill_holes, self.drop_specks, self.rounds = fill_holes, drop_specks, rounds
+        #: Where features of pictures are kept for later runs; see `embeddings`.
+        self.embeddings: Embeddings | None = None
+        self._weights: str | None = None
+
+    def _state(self) -> tuple[Any, tuple[str, ...]]:
+        """The object that holds what `_encode` makes, and under which names."""
+        raise TypeError("a segmenter has to say where the features of an image are")
 
     def _encode(self, image: NDArray[np.uint8]) -> None:
         raise TypeError("a segmenter has to say how it encodes an image")
@@ -92,19 +103,46 @@ class PromptedSegmenter:
     def _forget(self) -> None:
         raise TypeError("a segmenter has to say how it lets go of an image")
 
+    def encoded(self, image: NDArray[np.uint8]) -> dict[str, Any]:
+        """What the model makes of an image before it is prompted, for `cut`; from `embeddings` if it is there."""
+        holder, names = self._state()
+        key = None
+        if self.embeddings is not None:
+            if self._weights is None:
+                self._weights = digest(self.model.state_dict())
+            key = key_of(image, f"{type(self).__name__} {self._weights}")
+            known = self.embeddings.get(key, next(self.model.parameters()).device)
+            if known is not None:
+                return known  # type: ignore[no-any-return]
+        self._encode(image)
+        try:
+            features = {name: getattr(holder, name) for name in names}
+        finally:
+            self._forget()
+        if self.embeddings is not None and key is not None:
+            self.embeddings.put(key, features)
+        return features
+
     def segment(self, image: NDArray[np.uint8], detections: sv.Detections) -> sv.Detections:
         """Fill in `mask (n, H, W) bool` and `data["mask_score"] (n,)`; same number, same order.
 
         Clicked objects without a box get that of their mask. Nothing runs if there are no detections.
         """
-        n, (height, width) = len(detections), image.shape[:2]
+        features = self.encoded(image) if len(detections) else {}
+        return self.cut((image.shape[0], image.shape[1]), detections, features)
+
+    def cut(self, size_hw: tuple[int, int], detections: sv.Detections, features: Mapping[str, Any]) -> sv.Detections:
+        """`segment` on an image of a size that is encoded already; see `encoded`."""
+        n, (height, width) = len(detections), size_hw
         masks = np.zeros((n, height, width), bool)
         scores = np.zeros(n, np.float32)
         if n:
             boxes = detections.xyxy.astype(np.float32)
             pixels = height * width * (3 if self.multimask else 1)
-            self._encode(image)
+            holder, _ = self._state()
             try:
+                for name, value in features.items():
+                    setattr(holder, name, value)
                 for given in group_prompts(detections, max(1, min(self.chunk, CHUNK_BYTES // (4 * pixels)))):
                     prompts = given
                     for turn in range(self.rounds):

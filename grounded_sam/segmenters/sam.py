@@ -92,6 +92,9 @@ class Sam(PromptedSegmenter):
     def _encode(self, image: NDArray[np.uint8]) -> None:
         self.predictor.set_image(image)
 
+    def _state(self) -> tuple[Any, tuple[str, ...]]:
+        return self.predictor, ("features", "original_size", "input_size", "is_image_set")
+
     def _forget(self) -> None:
         self.predictor.reset_image()
 

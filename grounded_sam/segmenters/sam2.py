@@ -15,6 +15,8 @@ from grounded_sam.checkpoints import BUILTIN, fill, find_file, pick_device
 from grounded_sam.config import undisturbed_hydra
 from grounded_sam.errors import ConfigError
 from grounded_sam.segmenters.prompts import Decoded, PromptedSegmenter, Prompts
+from grounded_sam.speed.levers import Precision, check_precision
+from grounded_sam.speed.sam2 import speed_up_encoder
 
 #: Hub repository of each size of SAM 2.1, file in it, its SHA-256, and config in the sam2 package.
 SIZES = {
@@ -104,6 +106,8 @@ class Sam2(PromptedSegmenter):
         drop_specks: pixels of the largest separate speck to drop; 0 drops none.
         rounds: how often each prompt is decoded; from the second time on with the box and logits of its mask.
         sha256: checksum that the file must have; the official files' are known.
+        precision: `exact` with levers that change no result, `balanced` and `fast` with more bfloat16; see `speed`.
+        compile: let `torch.compile` have the image encoder; pays for many pictures.
 
     Raises:
         CheckpointError: if the weights cannot be had, are damaged, or are of another model.
@@ -120,11 +124,14 @@ class Sam2(PromptedSegmenter):
         drop_specks: int = 0,
         rounds: int = 1,
         sha256: str | None = None,
+        precision: Precision = "exact",
+        compile: bool = False,
     ) -> None:
         super().__init__(multimask, chunk, fill_holes, drop_specks, rounds)
+        check_precision(precision, compile, "segmenter")
         where, file, known = hub_file(checkpoint, size)
         #: Which weights these are and where, for a tracker that may share them.
-        self.source = (checkpoint, size, pick_device(device))
+        self.source = (checkpoint, size, pick_device(device), precision)
         path = find_file(where, "sam2", file, sha256 or known)
         with undisturbed_hydra():
             import sam2
@@ -134,6 +141,7 @@ class Sam2(PromptedSegmenter):
             if path.is_relative_to(BUILTIN):
                 architecture = BUILTIN.parent / "sam2.yaml"
             self.model = build_model(architecture, path, f"SAM 2.1 {size}").to(self.source[2])
+        speed_up_encoder(self.model, precision, compile)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # upstream scripts its transforms; torch has deprecated that
             self.predictor = fit_predictor(SAM2ImagePredictor(self.model), self.model)
@@ -149,6 +157,7 @@ class Sam2(PromptedSegmenter):
         from sam2.sam2_image_predictor import SAM2ImagePredictor
 
         other = copy(self)
+        other.embeddings = None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             other.predictor = fit_predictor(SAM2ImagePredictor(self.model), self.model)
@@ -165,6 +174,9 @@ class Sam2(PromptedSegmenter):
         self.predictor._features = {"image_embed": maps[-1] + empty, "high_res_feats": maps[-3:-1]}
         self.predictor._orig_hw = [image.shape[:2]]
         self.predictor._is_image_set = True
+
+    def _state(self) -> tuple[Any, tuple[str, ...]]:
+        return self.predictor, ("_features", "_orig_hw", "_is_image_set")
 
     def _forget(self) -> None:
         self.predictor.reset_predictor()

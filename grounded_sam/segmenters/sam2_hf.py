@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from grounded_sam.checkpoints import BUILTIN, builtin, cached_or_fetched, find_folder, load_weights, pick_device
 from grounded_sam.errors import CheckpointError
 from grounded_sam.segmenters.prompts import Decoded, PromptedSegmenter, Prompts
+from grounded_sam.speed.levers import Precision, check_precision
+from grounded_sam.speed.sam2 import speed_up_encoder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -197,6 +199,8 @@ class Sam2Hf(PromptedSegmenter):
         fill_holes: pixels of the largest hole in a mask to fill; 0 fills none.
         drop_specks: pixels of the largest separate speck to drop; 0 drops none.
         rounds: how often each prompt is decoded; from the second time on with the box and logits of its mask.
+        precision: `exact` with levers that change no result, `balanced` and `fast` with more bfloat16; see `speed`.
+        compile: let `torch.compile` have the image encoder; pays for many pictures.
 
     Raises:
         CheckpointError: if the weights cannot be had, or are of another model.
@@ -211,11 +215,15 @@ class Sam2Hf(PromptedSegmenter):
         fill_holes: int = 0,
         drop_specks: int = 0,
         rounds: int = 1,
+        precision: Precision = "exact",
+        compile: bool = False,
     ) -> None:
+        check_precision(precision, compile, "segmenter")
         super().__init__(multimask, chunk, fill_holes, drop_specks, rounds)
         #: Which weights these are and where, for a tracker that may share them.
-        self.source = (checkpoint, pick_device(device))
+        self.source = (checkpoint, pick_device(device), precision)
         self.model = load_model(checkpoint).to(self.source[1])
+        speed_up_encoder(self.model, precision, compile)
         self.processor = load_processor(checkpoint, self.model)
         self._features: Callable[[NDArray[np.uint8]], list[Tensor]] = self._own
         self._maps: list[Tensor] | None = None
@@ -228,6 +236,7 @@ class Sam2Hf(PromptedSegmenter):
             features: an image to the `fpn_hidden_states` of the model's `get_image_features` for it.
         """
         other = copy(self)
+        other.embeddings = None
         other._features = features
         return other
 
@@ -244,6 +253,9 @@ class Sam2Hf(PromptedSegmenter):
             sizes = self.model.backbone_feature_sizes
             self._maps = [f.permute(1, 2, 0).reshape(1, -1, *s) for f, s in zip(flat, sizes, strict=True)]
         self._size_hw = (image.shape[0], image.shape[1])
+
+    def _state(self) -> tuple[Any, tuple[str, ...]]:
+        return self, ("_maps", "_size_hw")
 
     def _forget(self) -> None:
         self._maps = None

@@ -63,6 +63,9 @@ class SamHq(PromptedSegmenter):
         height, width = (int(side) for side in given["reshaped_input_sizes"][0])
         self._sizes = ((image.shape[0], image.shape[1]), (height, width))
 
+    def _state(self) -> tuple[Any, tuple[str, ...]]:
+        return self, ("_maps", "_sizes")
+
     def _forget(self) -> None:
         self._maps = None
 

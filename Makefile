@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint help clean
 
 # sam2 is built from source and wants torch while it builds: with torch in place first, and without
 # build isolation, torch is not fetched a second time. Its CUDA extension is not needed.
@@ -32,6 +32,10 @@ test: $(VENV)/installed-dev
 
 lint: $(VENV)/installed-dev
 	$(BIN)/pre-commit run --all-files
+
+# `grounded-sam --help` prints this file, which the suite compares with what Hydra makes of conf.
+help: $(VENV)/installed
+	$(BIN)/grounded-sam --help input=null > grounded_sam/help.part && mv grounded_sam/help.part grounded_sam/help.txt
 
 clean:
 	rm -rf $(VENV) build dist outputs multirun *.egg-info

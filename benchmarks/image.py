@@ -130,19 +130,22 @@ def ours(args: argparse.Namespace, precision: str) -> Candidate:
 
 def reference(args: argparse.Namespace, kind: str) -> Candidate:
     import numpy as np
+    import sam2 as package
     import torch
     from PIL import Image
     from sam2.sam2_image_predictor import SAM2ImagePredictor
     from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
-    from grounded_sam.checkpoints import find_file, find_folder
-    from grounded_sam.segmenters.sam2 import Sam2, fit_predictor
+    from grounded_sam.checkpoints import BUILTIN, find_file, find_folder
+    from grounded_sam.segmenters.sam2 import build_model, fit_predictor
 
     folder = find_folder(args.dino, "detector")
     processor = AutoProcessor.from_pretrained(folder)
     detector = AutoModelForZeroShotObjectDetection.from_pretrained(folder, dtype=torch.float32).eval()
-    assert find_file(args.sam2, "sam2")
-    sam2 = Sam2(args.sam2, device="cpu").model
+    architecture = Path(package.__file__).parent / "configs" / "sam2.1" / "sam2.1_hiera_t.yaml"
+    if args.weights == "shapes":
+        architecture = BUILTIN.parent / "sam2.yaml"
+    sam2 = build_model(architecture, find_file(args.sam2, "sam2"), "SAM 2.1 tiny")
     assert not any("forward" in vars(module) for module in sam2.modules())  # no lever of ours
     predictor = fit_predictor(SAM2ImagePredictor(sam2), sam2)
     text, given = ". ".join(WORDS[args.weights]) + ".", inputs_of(args)
@@ -212,10 +215,13 @@ def rate() -> float:
 
 def operations(run: Callable[[], Any]) -> int:
     import torch
-    from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def attention(q: Any, k: Any, v: Any, *_: Any, **__: Any) -> int:
+        return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])  # type: ignore[no-any-return]
 
     on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # which PyTorch does not count
-    with FlopCounterMode(display=False, custom_mapping={on_cpu: sdpa_flop}) as counter:
+    with FlopCounterMode(display=False, custom_mapping={on_cpu: attention}) as counter:
         run()
     return counter.get_total_flops()
 
@@ -285,6 +291,7 @@ class Worker:
         command = [sys.executable, __file__, str(args.photo), "--weights", args.weights, "--folder", args.folder]
         command += ["--boxes", str(args.boxes), "--dino", args.dino, "--sam2", args.sam2, "--worker", name]
         command += ["--threads", str(args.threads), *(["--compile"] if args.compile else [])]
+        self.log = (Path(args.folder) / f"{name}.log").open("w+")
         environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
         self.process = subprocess.Popen(
             command,
@@ -296,7 +303,9 @@ class Worker:
         )
         self.told = self._answer()
         if "ready" not in self.told:
-            sys.exit(f"the {name} process ended early")
+            self.process.wait()
+            self.log.seek(0)
+            sys.exit(f"the {name} process ended early: {(self.log.read().splitlines() or [''])[-1]}")
 
     def _answer(self) -> dict[str, Any]:
         assert self.process.stdout is not None

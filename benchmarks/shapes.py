@@ -1,6 +1,6 @@
 """Accuracy of the embedded models on fresh scenes of an independent generator.
 
-    python benchmarks/shapes.py --scenes 300 --photos FOLDER
+    python benchmarks/shapes.py --scenes 300 --photos FOLDER [--precision exact|balanced|fast]
 
 Asks every scene three times, with phrases that exclude each other: ten colour-shape pairs (present
 and absent ones), the six shapes, and the six colours as "red shape". Prints AP50 over all classes and
@@ -70,9 +70,9 @@ NAMES = {
 }
 
 
-def detector(scenes: Scenes, kind: str) -> dict[str, float]:
+def detector(scenes: Scenes, kind: str, precision: str) -> dict[str, float]:
     """AP50 of each class when every scene is asked for `pairs`, `shapes` or `colours`."""
-    model = load(preset="shapes", segmenter="none")
+    model = load(preset="shapes", segmenter="none", precision=precision)
     model = Pipeline(model.detector, None, Select(score=0.0, nms=model.settings.nms))
     names = NAMES[kind]
     truth, found = [], []
@@ -93,9 +93,9 @@ def detector(scenes: Scenes, kind: str) -> dict[str, float]:
     return average_precision(truth, found, len(scenes), names)
 
 
-def nothing_there(scenes: Scenes) -> float:
+def nothing_there(scenes: Scenes, precision: str) -> float:
     """False detections per image at the shipped threshold, asked for ten pairs that are not there."""
-    model = load(preset="shapes", segmenter="none")
+    model = load(preset="shapes", segmenter="none", precision=precision)
     wrong = 0
     for i, (image, truths) in enumerate(scenes):
         here = {(t.colour, t.shape) for t in truths}
@@ -105,9 +105,9 @@ def nothing_there(scenes: Scenes) -> float:
     return wrong / len(scenes)
 
 
-def masks(scenes: Scenes, segmenter: str) -> tuple[float, int]:
+def masks(scenes: Scenes, segmenter: str, precision: str) -> tuple[float, int]:
     """Mean IoU of masks from detected boxes with the truths that the boxes match (IoU 0.5), and their number."""
-    model = load(preset="shapes", segmenter=segmenter)
+    model = load(preset="shapes", segmenter=segmenter, precision=precision)
     values: list[float] = []
     for image, truths in scenes:
         found = model.segment(image, SHAPES) if truths else []
@@ -127,13 +127,14 @@ def main() -> None:
     parser.add_argument("--scenes", type=int, default=300)
     parser.add_argument("--photos", type=Path, help="folder of photos for a quarter of the backgrounds")
     parser.add_argument("--seed", type=int, default=2024)
+    parser.add_argument("--precision", choices=["exact", "balanced", "fast"], default="exact")
     parser.add_argument("--only", choices=["detector", "masks"], help="leave the other half out")
     args = parser.parse_args()
     photos = pictures(args.photos) if args.photos else []
     scenes = [scene(np.random.default_rng([args.seed, i]), photos) for i in range(args.scenes)]
     if args.only != "masks":
         for kind in NAMES:
-            ap = detector(scenes, kind)
+            ap = detector(scenes, kind, args.precision)
             line = f"{kind:8} AP50 {np.mean(list(ap.values())):.3f}"
             if kind == "pairs":
                 unseen = [ap[f"{c} {s}"] for c, s in UNSEEN]
@@ -141,10 +142,13 @@ def main() -> None:
             else:
                 line += "   " + "  ".join(f"{k.split()[0]} {v:.2f}" for k, v in ap.items())
             print(line, flush=True)
-        print(f"false detections per image with nothing asked for there: {nothing_there(scenes):.3f}", flush=True)
+        print(
+            f"false detections per image with nothing asked for there: {nothing_there(scenes, args.precision):.3f}",
+            flush=True,
+        )
     if args.only != "detector":
         for segmenter in ("sam2", "sam"):
-            mean, count = masks(scenes, segmenter)
+            mean, count = masks(scenes, segmenter, args.precision)
             print(f"{segmenter:5} mean IoU of masks from detected boxes {mean:.3f}  ({count} objects)", flush=True)
 
 

@@ -3,10 +3,11 @@
     python benchmarks/video.py speed  --weights random --objects 1 4 8    seconds a frame and peak memory
     python benchmarks/video.py memory --weights shapes --frames 2000      resident memory as frames go by
 
-All three run on the same weights and frames, each in a process of its own, in turns. `--weights random` is
-SAM 2.1 hiera-tiny at real size, `shapes` the small model of the package. `speed` fills the memory bank
-first, and then times `--timed` frames. `memory` gives what is resident after 200 and after `--frames`
-frames for the package's session, and after 200 and 400 for the others, which keep every frame.
+All run on the same weights and frames, each in a process of its own, in turns, the package's session with each
+`precision`. `--weights random` is SAM 2.1 hiera-tiny at real size, `shapes` the small model of the package. `speed`
+fills the memory bank first, and then times `--timed` frames; `--peers sam2` leaves transformers out. `memory` gives
+what is resident after 200 and after `--frames` frames for the package's session, and after 200 and 400 for the others,
+which keep every frame.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ import tempfile
 import time
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 SIZE_HW = (480, 854)
+PRECISIONS = ("exact", "balanced", "fast")
 
 
 def frames(count: int) -> Iterator[np.ndarray]:
@@ -44,18 +47,16 @@ def prompts(objects: int) -> np.ndarray:
     return masks
 
 
-def model_of(weights: str) -> tuple[Any, Path]:
-    """A `SAM2Base` and the YAML of its architecture."""
+def checkpoint_of(weights: str) -> tuple[str, Path]:
+    """A checkpoint of SAM 2 and the YAML of its architecture."""
     import sam2
     import torch
     from omegaconf import OmegaConf
 
     from grounded_sam.checkpoints import BUILTIN
-    from grounded_sam.segmenters.sam2 import Sam2
-    from grounded_sam.trackers.sam2 import Sam2Tracker
 
     if weights == "shapes":
-        return Sam2Tracker(checkpoint="builtin:shapes", device="cpu").model, BUILTIN.parent / "sam2.yaml"
+        return "builtin:shapes", BUILTIN.parent / "sam2.yaml"
     architecture = Path(sam2.__file__).parent / "configs" / "sam2.1" / "sam2.1_hiera_t.yaml"
     path = Path(tempfile.gettempdir()) / "grounded_sam-random-hiera-tiny.pt"
     if not path.exists():
@@ -63,7 +64,16 @@ def model_of(weights: str) -> tuple[Any, Path]:
 
         torch.manual_seed(0)
         torch.save(instantiate(OmegaConf.load(architecture).model).state_dict(), path)
-    model = Sam2(str(path), device="cpu").model
+    return str(path), architecture
+
+
+def model_of(weights: str) -> tuple[Any, Path]:
+    """A `SAM2Base` as its authors have it, and the YAML of its architecture."""
+    from grounded_sam.checkpoints import find_file
+    from grounded_sam.segmenters.sam2 import build_model
+
+    checkpoint, architecture = checkpoint_of(weights)
+    model = build_model(architecture, find_file(checkpoint, "sam2"), "SAM 2.1 tiny")
     model.binarize_mask_from_pts_for_mem_enc = True
     return model, architecture
 
@@ -75,16 +85,16 @@ def resident() -> float:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def ours(weights: str, objects: int, count: int) -> Iterator[None]:
+def ours(weights: str, objects: int, count: int, precision: Any = "exact") -> Iterator[None]:
     import supervision as sv
 
     from grounded_sam.detections import mask_boxes
-    from grounded_sam.trackers.sam2 import Sam2Session, Sam2Tracker
+    from grounded_sam.speed.allocator import keep_pages
+    from grounded_sam.trackers.sam2 import Sam2Tracker
 
-    tracker = Sam2Tracker.__new__(Sam2Tracker)
-    tracker.model, _ = model_of(weights)
-    tracker.shared, tracker.prompt, tracker.chunk, tracker.max_prompts = None, "mask", 1, 4
-    session = Sam2Session(tracker, SIZE_HW)
+    keep_pages()
+    checkpoint, _ = checkpoint_of(weights)
+    session = Sam2Tracker(checkpoint=checkpoint, device="cpu", prompt="mask", precision=precision).open(SIZE_HW)
     masks = prompts(objects)
     for t, image in enumerate(frames(count)):
         session.step(image)
@@ -155,7 +165,9 @@ def work(args: argparse.Namespace) -> None:
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(args.threads)
-    run = {"ours": ours, "sam2": sam2, "transformers": transformers}[args.work]
+    kinds = {"sam2": sam2, "transformers": transformers}
+    kinds |= {name: partial(ours, precision=name) for name in PRECISIONS}
+    run = kinds[args.work]
     at: dict[int, float] = {}
     times = []
     begin = time.perf_counter()
@@ -183,18 +195,18 @@ def speed(args: argparse.Namespace) -> None:
     for objects in args.objects:
         rows: dict[str, list[dict[str, Any]]] = {}
         for _ in range(args.rounds):
-            for name in ("ours", "sam2", "transformers"):
+            for name in (*args.precisions, *args.peers):
                 rows.setdefault(name, []).append(child(name, args, objects, args.fill + args.timed))
-        base = min(row["s"] for row in rows["ours"])
+        base = min(row["s"] for row in rows["sam2"])
         for name, results in rows.items():
             seconds, peak = min(row["s"] for row in results), max(row["peak"] for row in results)
-            line = f"{objects} objects  {name:12} {seconds:7.3f} s a frame  x{seconds / base:.2f} of ours"
+            line = f"{objects} objects  {name:12} {seconds:7.3f} s a frame  {seconds / base:.2f} of sam2's"
             print(f"{line}  peak {peak:,.0f} MiB", flush=True)
 
 
 def memory(args: argparse.Namespace) -> None:
     for name, count in (
-        ("ours", args.frames),
+        ("exact", args.frames),
         ("sam2", 200),
         ("sam2", 400),
         ("transformers", 200),
@@ -203,7 +215,7 @@ def memory(args: argparse.Namespace) -> None:
         result = child(name, args, args.objects[0], count)
         text = ", ".join(f"{mib:,.0f} MiB after {frame} frames" for frame, mib in result["at"].items())
         values = list(result["at"].values())
-        grown = f"  ({100 * (values[-1] / values[0] - 1):+.1f}% from the first to the last)" if name == "ours" else ""
+        grown = f"  ({100 * (values[-1] / values[0] - 1):+.1f}% from the first to the last)" if name == "exact" else ""
         print(
             f"{name:12} {count:5} frames, {args.objects[0]} objects: {text}{grown}; peak {result['peak']:,.0f} MiB",
             flush=True,
@@ -220,6 +232,8 @@ def main() -> None:
     parser.add_argument("--timed", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--precisions", nargs="*", choices=PRECISIONS, default=PRECISIONS)
+    parser.add_argument("--peers", nargs="+", choices=["sam2", "transformers"], default=["sam2", "transformers"])
     parser.add_argument("--work", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work:

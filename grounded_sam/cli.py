@@ -101,6 +101,9 @@ def report(summary: Summary, output: Path) -> None:
 
 def main() -> None:
     """Entry point: Hydra composes and runs, a user's mistake ends in one line and exit code 1."""
+    if sys.argv[1:] in (["--help"], ["-h"]):  # what Hydra would compose, which takes it longer than all else
+        print((Path(__file__).parent / "help.txt").read_text(encoding="utf-8"), end="")
+        return
     import hydra
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException

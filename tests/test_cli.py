@@ -56,6 +56,18 @@ def test_help_teaches(tmp_path):
         assert word in text
 
 
+def test_help_is_what_hydra_makes_of_the_config(tmp_path):
+    """It is printed from a file, since composing takes three times as long as the rest; `make help` writes it."""
+    assert run("--help", cwd=tmp_path).stdout == run("--help", "input=null", cwd=tmp_path).stdout
+
+
+def test_help_imports_nothing_heavy(tmp_path):
+    code = "import sys; from grounded_sam.cli import main; sys.argv = ['grounded-sam', '--help']; main(); "
+    code += "sys.exit(str({'cv2', 'hydra', 'numpy', 'supervision', 'torch', 'transformers'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == "set()"
+
+
 def test_the_demo_runs_from_anywhere(tmp_path):
     out = run("preset=demo", "output=here", cwd=tmp_path)
     assert len(list((tmp_path / "here" / "overlay").glob("*.jpg"))) == 4

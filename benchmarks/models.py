@@ -330,7 +330,8 @@ def follow(told: dict[str, Any], words: list[str], text: list[str] | None) -> di
         begin, detecting = time.perf_counter(), model.seconds["detect"]
     row = cost(model.tracker, statistics.median(seconds[-3:]))
     row |= {"ids": [sorted(here) for here in ids], "names": sorted(names)}
-    return row | {"video": len(ids) == told["frames"] and any(a & b for a, b in pairwise(ids))}
+    lasting = len(ids) == told["frames"] and any(a & b for a, b in pairwise(ids))
+    return row | {"video": lasting if any(ids) else None}  # of nothing there is nothing to follow
 
 
 def tracker(told: dict[str, Any], photo: Any) -> dict[str, Any]:
@@ -357,7 +358,8 @@ def tracker(told: dict[str, Any], photo: Any) -> dict[str, Any]:
     if not rows:
         raise refused[0]
     row = next((row for row in rows.values() if row["video"]), next(iter(rows.values())))
-    able = {way: way in rows and bool(rows[way]["names"]) for way in ("clicks", "text")}
+    seen = any(row["names"] for row in rows.values())
+    able = {way: bool(rows[way]["names"]) if way in rows else False if seen else None for way in ("clicks", "text")}
     return row | able | {"clip": f"{size_hw[1]}x{size_hw[0]}", "refused": [str(error) for error in refused]}
 
 

@@ -31,6 +31,8 @@ def speed_up_encoder(model: Any, precision: Precision, compile_: bool) -> None:
     if next(model.parameters()).device.type == "cpu":
         piece_feed_forwards(encoder)
     if precision != "exact" and _bfloat16(model, precision):
+        if precision == "fast":
+            half_attention(encoder)
         half_encoder(encoder)
     if compile_:
         compiled(encoder, "the image encoder of the segmenter")
@@ -54,7 +56,7 @@ def _bfloat16(model: Any, precision: str) -> bool:
 
 
 def half_encoder(encoder: Any) -> None:
-    """Linear layers of the image encoder in bfloat16, and attention between them; norms and sums in 32 bits."""
+    """Linear layers of the image encoder in bfloat16; attention between them, norms and sums in 32 bits."""
     import torch
     from torch import nn
 
@@ -62,6 +64,16 @@ def half_encoder(encoder: Any) -> None:
     for module in encoder.modules():
         if isinstance(module, nn.Linear) and module.weight.dtype == torch.float32:
             half(module)
+
+
+def half_attention(encoder: Any) -> None:
+    """Attention of Hiera in bfloat16, from its queries, keys and values to its outcome."""
+    import torch
+
+    for module in encoder.modules():
+        if type(module).__name__ in ("MultiScaleAttention", "Sam2MultiScaleAttention"):
+            half(module.qkv, torch.bfloat16)
+            half(module.proj, torch.float32)
 
 
 def keep_positions(encoder: Any) -> int:

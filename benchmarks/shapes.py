@@ -70,7 +70,7 @@ NAMES = {
 }
 
 
-def detector(scenes: Scenes, kind: str, precision: str) -> dict[str, float]:
+def detector(scenes: Scenes, kind: str, precision: str = "exact") -> dict[str, float]:
     """AP50 of each class when every scene is asked for `pairs`, `shapes` or `colours`."""
     model = load(preset="shapes", segmenter="none", precision=precision)
     model = Pipeline(model.detector, None, Select(score=0.0, nms=model.settings.nms))
@@ -93,7 +93,7 @@ def detector(scenes: Scenes, kind: str, precision: str) -> dict[str, float]:
     return average_precision(truth, found, len(scenes), names)
 
 
-def nothing_there(scenes: Scenes, precision: str) -> float:
+def nothing_there(scenes: Scenes, precision: str = "exact") -> float:
     """False detections per image at the shipped threshold, asked for ten pairs that are not there."""
     model = load(preset="shapes", segmenter="none", precision=precision)
     wrong = 0
@@ -105,7 +105,7 @@ def nothing_there(scenes: Scenes, precision: str) -> float:
     return wrong / len(scenes)
 
 
-def masks(scenes: Scenes, segmenter: str, precision: str) -> tuple[float, int]:
+def masks(scenes: Scenes, segmenter: str, precision: str = "exact") -> tuple[float, int]:
     """Mean IoU of masks from detected boxes with the truths that the boxes match (IoU 0.5), and their number."""
     model = load(preset="shapes", segmenter=segmenter, precision=precision)
     values: list[float] = []

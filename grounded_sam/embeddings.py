@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 class Embeddings:
     """A folder of image features, within a bound: what was not used for longest goes first.
 
-    Features are told by the pixels of the picture and the weights that made them, so that one folder serves all
-    pictures, models and precisions. Files are safetensors, of some 17 MB each for SAM 2. What cannot be read is as
+    Features are told by the pixels of the picture, the weights that made them and their precision, so that one folder
+    serves all of these. Files are safetensors, of some 17 MB each for SAM 2. What cannot be read is as
     good as not there. Several processes may share a folder.
 
     Args:

@@ -90,6 +90,13 @@ def test_other_weights_and_other_pictures_are_others(pictures, tmp_path, monkeyp
     assert len(calls) == 2
 
 
+def test_each_precision_has_features_of_its_own(pictures, tmp_path):
+    words, folder = ["preset=shapes", "device=cpu", "detector=clicks"], f"cache.folder='{tmp_path}'"
+    for precision in ("exact", "balanced", "fast"):
+        by_hand(words, BOX, folder, f"precision={precision}").segment(pictures[0])
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_a_damaged_file_is_as_good_as_none(pictures, tmp_path, monkeypatch):
     words, folder = ["preset=shapes", "device=cpu", "detector=clicks"], f"cache.folder='{tmp_path}'"
     expected = by_hand(words, BOX, folder).segment(pictures[0])

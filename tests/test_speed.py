@@ -238,6 +238,13 @@ def test_a_tracker_of_another_precision_has_a_model_of_its_own():
     assert Sam2Tracker(segmenter, checkpoint="builtin:shapes", device="cpu").shared is None
 
 
+def test_weights_of_16_bits_are_sampled_as_they_come():
+    """Whose whole numbers end at 256: rows of a table could not be counted in them."""
+    stage = GroundingDino("builtin:shapes", device="cpu", dtype="bfloat16")
+    sampling = [m for m in stage.model.modules() if type(m).__name__ == "MultiScaleDeformableAttention"]
+    assert sampling and all("forward" not in vars(module) for module in sampling)
+
+
 def test_without_bfloat16_precision_is_exact_and_says_so(monkeypatch, caplog):
     monkeypatch.setattr(dino, "has_bfloat16", lambda device: False)
     with caplog.at_level(logging.WARNING):

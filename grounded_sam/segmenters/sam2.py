@@ -129,6 +129,7 @@ class Sam2(PromptedSegmenter):
     ) -> None:
         super().__init__(multimask, chunk, fill_holes, drop_specks, rounds)
         check_precision(precision, compile, "segmenter")
+        self.precision = precision
         where, file, known = hub_file(checkpoint, size)
         #: Which weights these are and where, for a tracker that may share them.
         self.source = (checkpoint, size, pick_device(device), precision)

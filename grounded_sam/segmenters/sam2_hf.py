@@ -220,6 +220,7 @@ class Sam2Hf(PromptedSegmenter):
     ) -> None:
         check_precision(precision, compile, "segmenter")
         super().__init__(multimask, chunk, fill_holes, drop_specks, rounds)
+        self.precision = precision
         #: Which weights these are and where, for a tracker that may share them.
         self.source = (checkpoint, pick_device(device), precision)
         self.model = load_model(checkpoint).to(self.source[1])

@@ -15,6 +15,7 @@ from grounded_sam.detections import merge
 from grounded_sam.detectors.queries import check_settings, load_detector, of_queries, to_corners
 from grounded_sam.errors import ConfigError, VocabularyError
 from grounded_sam.frames import Frame
+from grounded_sam.speed.backends import Backend, Where
 from grounded_sam.speed.grounding_dino import speed_up
 from grounded_sam.speed.levers import Precision, check_precision
 from grounded_sam.vocabulary import Vocabulary
@@ -136,6 +137,9 @@ class GroundingDino:
             measured to gain nothing on CPU.
         precision: `exact` with levers that change no result, `balanced` and `fast` with more bfloat16; see `speed`.
         compile: let `torch.compile` have the layers that take the time; pays for many pictures.
+        backend: what runs the image backbone on the CPU: `torch`, or `openvino`, `onnxruntime` (extras), which convert
+            it anew for pictures of another size.
+        exports: a folder of conversions for such a back end; null: converted anew in each run.
 
     Raises:
         CheckpointError: if the checkpoint cannot be had or is of another family.
@@ -150,11 +154,17 @@ class GroundingDino:
         batch_size: int | None = None,
         precision: Precision = "exact",
         compile: bool = False,
+        backend: Backend = "torch",
+        exports: str | None = None,
     ) -> None:
         if phrase_score not in ("mean", "max"):
             raise ConfigError(f"detector.phrase_score must be mean or max, got {phrase_score!r}")
         check_settings(dtype, batch_size)
         check_precision(precision, compile, "detector")
+        where = Where(backend, exports)
+        where.check(pick_device(device), "detector")
+        if backend != "torch" and dtype != "float32":
+            raise ConfigError(f"detector.backend={backend} takes detector.dtype=float32, got {dtype}")
         import torch
 
         self.device = pick_device(device)
@@ -163,7 +173,7 @@ class GroundingDino:
         self.batch_size = batch_size or (4 if self.device.startswith("cuda") else 1)
         processor, model = load_detector(checkpoint, ("grounding-dino", "mm-grounding-dino"), self.dtype)
         self.model = model.to(self.device)
-        speed_up(self.model, precision, compile)
+        speed_up(self.model, precision, compile, where)
         self.images, self.words = processor.image_processor, processor.tokenizer
         self._prompts: dict[Vocabulary, list[Prompt]] = {}
 

@@ -77,7 +77,7 @@ class PromptedSegmenter:
     """
 
     model: Any
-    precision = "exact"
+    precision, backend = "exact", "torch"
 
     def __init__(self, multimask: bool, chunk: int, fill_holes: int, drop_specks: int, rounds: int) -> None:
         numbers = (("chunk", chunk, 1), ("fill_holes", fill_holes, 0), ("drop_specks", drop_specks, 0))
@@ -111,7 +111,7 @@ class PromptedSegmenter:
         if self.embeddings is not None:
             if self._weights is None:
                 self._weights = digest(self.model.state_dict())
-            key = key_of(image, f"{type(self).__name__} {self.precision} {self._weights}")
+            key = key_of(image, f"{type(self).__name__} {self.precision} {self.backend} {self._weights}")
             known = self.embeddings.get(key, next(self.model.parameters()).device)
             if known is not None:
                 return known  # type: ignore[no-any-return]

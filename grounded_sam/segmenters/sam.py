@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from grounded_sam.checkpoints import BUILTIN, fill, find_file, pick_device
 from grounded_sam.errors import ConfigError
 from grounded_sam.segmenters.prompts import Decoded, PromptedSegmenter, Prompts
+from grounded_sam.speed.backends import Backend, Where
+from grounded_sam.speed.levers import Precision, check_precision
+from grounded_sam.speed.sam2 import speed_up_encoder
 
 #: File of each size in the hub repository, and its SHA-256.
 FILES = {
@@ -56,6 +59,10 @@ class Sam(PromptedSegmenter):
         drop_specks: pixels of the largest separate speck to drop; 0 drops none.
         rounds: how often each prompt is decoded; from the second time on with the box and logits of its mask.
         sha256: checksum that the file must have; the official files' are known.
+        precision: `exact` with levers that change no result, `balanced` and `fast` with more bfloat16; see `speed`.
+        compile: let `torch.compile` have the image encoder; pays for many pictures.
+        backend: what runs the image backbone on the CPU: `torch`, or `openvino`, `onnxruntime` (extras).
+        exports: a folder of conversions for such a back end; null: converted anew in each run.
 
     Raises:
         CheckpointError: if the weights cannot be had, are damaged, or are of another model.
@@ -72,8 +79,16 @@ class Sam(PromptedSegmenter):
         drop_specks: int = 0,
         rounds: int = 1,
         sha256: str | None = None,
+        precision: Precision = "exact",
+        compile: bool = False,
+        backend: Backend = "torch",
+        exports: str | None = None,
     ) -> None:
         super().__init__(multimask, chunk, fill_holes, drop_specks, rounds)
+        check_precision(precision, compile, "segmenter")
+        self.precision, self.backend = precision, backend
+        where = Where(backend, exports)
+        where.check(pick_device(device), "segmenter")
         checkpoint, file, known = hub_file(checkpoint, size)
         path = find_file(checkpoint, "sam", file, sha256 or known)
         from segment_anything import SamPredictor, sam_model_registry
@@ -87,6 +102,7 @@ class Sam(PromptedSegmenter):
             model = sam_model_registry[size]()
         fill(model, path, f"SAM {size}")
         self.model: Any = model.to(pick_device(device)).eval()
+        speed_up_encoder(self.model, precision, compile, where)
         self.predictor = SamPredictor(self.model)
 
     def _encode(self, image: NDArray[np.uint8]) -> None:

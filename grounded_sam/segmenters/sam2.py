@@ -15,6 +15,7 @@ from grounded_sam.checkpoints import BUILTIN, fill, find_file, pick_device
 from grounded_sam.config import undisturbed_hydra
 from grounded_sam.errors import ConfigError
 from grounded_sam.segmenters.prompts import Decoded, PromptedSegmenter, Prompts
+from grounded_sam.speed.backends import Backend, Where
 from grounded_sam.speed.levers import Precision, check_precision
 from grounded_sam.speed.sam2 import speed_up_encoder
 
@@ -108,6 +109,8 @@ class Sam2(PromptedSegmenter):
         sha256: checksum that the file must have; the official files' are known.
         precision: `exact` with levers that change no result, `balanced` and `fast` with more bfloat16; see `speed`.
         compile: let `torch.compile` have the image encoder; pays for many pictures.
+        backend: what runs the image backbone on the CPU: `torch`, or `openvino`, `onnxruntime` (extras).
+        exports: a folder of conversions for such a back end; null: converted anew in each run.
 
     Raises:
         CheckpointError: if the weights cannot be had, are damaged, or are of another model.
@@ -126,14 +129,18 @@ class Sam2(PromptedSegmenter):
         sha256: str | None = None,
         precision: Precision = "exact",
         compile: bool = False,
+        backend: Backend = "torch",
+        exports: str | None = None,
     ) -> None:
         super().__init__(multimask, chunk, fill_holes, drop_specks, rounds)
         check_precision(precision, compile, "segmenter")
-        self.precision = precision
-        where, file, known = hub_file(checkpoint, size)
+        self.precision, self.backend = precision, backend
+        where = Where(backend, exports)
+        where.check(pick_device(device), "segmenter")
+        repo, file, known = hub_file(checkpoint, size)
         #: Which weights these are and where, for a tracker that may share them.
-        self.source = (checkpoint, size, pick_device(device), precision)
-        path = find_file(where, "sam2", file, sha256 or known)
+        self.source = (checkpoint, size, pick_device(device), precision, backend)
+        path = find_file(repo, "sam2", file, sha256 or known)
         with undisturbed_hydra():
             import sam2
             from sam2.sam2_image_predictor import SAM2ImagePredictor
@@ -142,7 +149,7 @@ class Sam2(PromptedSegmenter):
             if path.is_relative_to(BUILTIN):
                 architecture = BUILTIN.parent / "sam2.yaml"
             self.model = build_model(architecture, path, f"SAM 2.1 {size}").to(self.source[2])
-        speed_up_encoder(self.model, precision, compile)
+        speed_up_encoder(self.model, precision, compile, where)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # upstream scripts its transforms; torch has deprecated that
             self.predictor = fit_predictor(SAM2ImagePredictor(self.model), self.model)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from grounded_sam.checkpoints import BUILTIN, builtin, cached_or_fetched, find_folder, load_weights, pick_device
 from grounded_sam.errors import CheckpointError
 from grounded_sam.segmenters.prompts import Decoded, PromptedSegmenter, Prompts
+from grounded_sam.speed.backends import Backend, Where
 from grounded_sam.speed.levers import Precision, check_precision
 from grounded_sam.speed.sam2 import speed_up_encoder
 
@@ -201,6 +202,8 @@ class Sam2Hf(PromptedSegmenter):
         rounds: how often each prompt is decoded; from the second time on with the box and logits of its mask.
         precision: `exact` with levers that change no result, `balanced` and `fast` with more bfloat16; see `speed`.
         compile: let `torch.compile` have the image encoder; pays for many pictures.
+        backend: what runs the image backbone on the CPU: `torch`, or `openvino`, `onnxruntime` (extras).
+        exports: a folder of conversions for such a back end; null: converted anew in each run.
 
     Raises:
         CheckpointError: if the weights cannot be had, or are of another model.
@@ -217,14 +220,18 @@ class Sam2Hf(PromptedSegmenter):
         rounds: int = 1,
         precision: Precision = "exact",
         compile: bool = False,
+        backend: Backend = "torch",
+        exports: str | None = None,
     ) -> None:
         check_precision(precision, compile, "segmenter")
         super().__init__(multimask, chunk, fill_holes, drop_specks, rounds)
-        self.precision = precision
+        self.precision, self.backend = precision, backend
+        where = Where(backend, exports)
+        where.check(pick_device(device), "segmenter")
         #: Which weights these are and where, for a tracker that may share them.
-        self.source = (checkpoint, pick_device(device), precision)
+        self.source = (checkpoint, pick_device(device), precision, backend)
         self.model = load_model(checkpoint).to(self.source[1])
-        speed_up_encoder(self.model, precision, compile)
+        speed_up_encoder(self.model, precision, compile, where)
         self.processor = load_processor(checkpoint, self.model)
         self._features: Callable[[NDArray[np.uint8]], list[Tensor]] = self._own
         self._maps: list[Tensor] | None = None

@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 from grounded_sam.checkpoints import load_checkpoint, pick_device
 from grounded_sam.segmenters.prompts import Decoded, PromptedSegmenter, Prompts
+from grounded_sam.speed.backends import Backend, Where
+from grounded_sam.speed.levers import Precision, check_precision
+from grounded_sam.speed.sam2 import speed_up_encoder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +31,10 @@ class SamHq(PromptedSegmenter):
         fill_holes: pixels of the largest hole in a mask to fill; 0 fills none.
         drop_specks: pixels of the largest separate speck to drop; 0 drops none.
         rounds: how often each prompt is decoded; from the second time on with the box and logits of its mask.
+        precision: `exact` with levers that change no result, `balanced` and `fast` with more bfloat16; see `speed`.
+        compile: let `torch.compile` have the image encoder; pays for many pictures.
+        backend: what runs the image backbone on the CPU: `torch`, or `openvino`, `onnxruntime` (extras).
+        exports: a folder of conversions for such a back end; null: converted anew in each run.
 
     Raises:
         CheckpointError: if the weights cannot be had, or are of another model.
@@ -43,14 +50,23 @@ class SamHq(PromptedSegmenter):
         fill_holes: int = 0,
         drop_specks: int = 0,
         rounds: int = 1,
+        precision: Precision = "exact",
+        compile: bool = False,
+        backend: Backend = "torch",
+        exports: str | None = None,
     ) -> None:
         super().__init__(multimask, chunk, fill_holes, drop_specks, rounds)
+        check_precision(precision, compile, "segmenter")
+        self.precision, self.backend = precision, backend
+        where = Where(backend, exports)
+        where.check(pick_device(device), "segmenter")
         self.hq_only = hq_only
         from transformers import AutoImageProcessor, SamHQModel
 
         parts = [AutoImageProcessor]
         model, self.processor = load_checkpoint(checkpoint, ["sam_hq"], SamHQModel, parts, builtin_kind="sam_hq")
         self.model: Any = model.to(pick_device(device))
+        speed_up_encoder(self.model, precision, compile, where)
         self._maps: tuple[Tensor, Any] | None = None
         self._sizes: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))
 

@@ -6,6 +6,7 @@ import logging
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
+from grounded_sam.speed.backends import Where, convert
 from grounded_sam.speed.levers import (
     Precision,
     compiled,
@@ -26,22 +27,27 @@ log = logging.getLogger(__name__)
 QUERIES = 256
 
 
-def speed_up(model: Any, precision: Precision, compile_: bool) -> None:
+def speed_up(model: Any, precision: Precision, compile_: bool, where: Where) -> None:
     """Pull the levers of a precision on a `GroundingDinoForObjectDetection`, or MM-Grounding-DINO."""
+    elsewhere = where.backend != "torch"
+    if elsewhere:
+        convert(model.model.backbone.conv_encoder.model, where, precision)
     device = model.device
     fold_fusion(model)
     if device.type == "cpu":
         if model.dtype.itemsize == 4:  # rows of the table are counted in it
             bag_samples(model)
         piece_layers(model)
-        piece_feed_forwards(model.model.backbone)
+        if not elsewhere:
+            piece_feed_forwards(model.model.backbone)
     if precision != "exact" and not has_bfloat16(device):
         log.warning("precision=%s is exact here: %s does not multiply in bfloat16", precision, device)
     elif precision != "exact" and model.dtype.itemsize == 4:
         if device.type == "cuda":
             half_everywhere(model)
         else:
-            half_backbone(model)
+            if not elsewhere:
+                half_backbone(model)
             half_feed_forward(model)
             if precision == "fast":
                 half_projections(model)

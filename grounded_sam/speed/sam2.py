@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from grounded_sam.speed.backends import Where, convert
 from grounded_sam.speed.levers import (
     Precision,
     compiled,
@@ -24,10 +25,14 @@ log = logging.getLogger(__name__)
 QUERIES, KEYS = 256, 1024
 
 
-def speed_up_encoder(model: Any, precision: Precision, compile_: bool) -> None:
-    """Pull the levers of a precision on the image encoder of a `SAM2Base` or a video model of transformers."""
+def speed_up_encoder(model: Any, precision: Precision, compile_: bool, where: Where) -> None:
+    """Pull the levers of a precision on the image encoder of a `Sam`, a `SAM2Base` or a model of transformers."""
     encoder = model.image_encoder if hasattr(model, "image_encoder") else model.vision_encoder
     keep_positions(encoder)
+    if where.backend != "torch":
+        backbone = getattr(encoder, "trunk", getattr(encoder, "backbone", encoder))  # SAM's is all one
+        convert(backbone, where, precision)
+        return
     if next(model.parameters()).device.type == "cpu":
         piece_feed_forwards(encoder)
     if precision != "exact" and _bfloat16(model, precision):

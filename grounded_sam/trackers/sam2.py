@@ -14,6 +14,7 @@ from grounded_sam.checkpoints import pick_device
 from grounded_sam.detections import tracked
 from grounded_sam.errors import ConfigError
 from grounded_sam.segmenters.sam2 import Sam2
+from grounded_sam.speed.backends import Backend, Where
 from grounded_sam.speed.levers import Precision, check_precision
 from grounded_sam.speed.sam2 import speed_up_memory
 
@@ -359,7 +360,7 @@ class Sam2Tracker:
     Args:
         segmenter: the pipeline's segmenter, if there is one; where it is a `Sam2` of the same weights, its
             model is used, and images are encoded once for both.
-        checkpoint, size, device, sha256, precision, compile: see `segmenters.sam2.Sam2`.
+        checkpoint, size, device, sha256, precision, compile, backend, exports: see `segmenters.sam2.Sam2`.
         prompt: what a new object is given to the model as: its `mask` or its `box`; `auto`: its mask if it has one.
         max_prompts: conditioning frames kept per object, the first and the latest ones.
         chunk: objects that go through the model at once; null: 16 on CUDA, 1 on the CPU, where a batch gains nothing.
@@ -380,6 +381,8 @@ class Sam2Tracker:
         sha256: str | None = None,
         precision: Precision = "exact",
         compile: bool = False,
+        backend: Backend = "torch",
+        exports: str | None = None,
     ) -> None:
         if prompt not in ("auto", "mask", "box"):
             raise ConfigError(f"tracker.prompt must be auto, mask or box, got {prompt!r}")
@@ -387,10 +390,11 @@ class Sam2Tracker:
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"tracker.{key} must be a whole number from 1, got {value!r}")
         check_precision(precision, compile, "tracker")
-        source = (checkpoint, size, pick_device(device), precision)
+        Where(backend, exports).check(pick_device(device), "tracker")
+        source = (checkpoint, size, pick_device(device), precision, backend)
         same = isinstance(segmenter, Sam2) and segmenter.source == source
         self.shared: Sam2 | None = segmenter if same else None
-        own = {"sha256": sha256, "precision": precision, "compile": compile}
+        own = {"sha256": sha256, "precision": precision, "compile": compile, "backend": backend, "exports": exports}
         self.model = (self.shared or Sam2(checkpoint, size, device, **own)).model  # type: ignore[arg-type]
         speed_up_memory(self.model, precision)
         # As `build_sam2_video_predictor` has it; the image predictor does not look at it.

@@ -16,6 +16,7 @@ from grounded_sam.checkpoints import pick_device
 from grounded_sam.detections import tracked
 from grounded_sam.errors import ConfigError
 from grounded_sam.segmenters.sam2_hf import Sam2Hf, load_model, load_processor
+from grounded_sam.speed.backends import Backend, Where
 from grounded_sam.speed.levers import Precision, check_precision
 from grounded_sam.speed.sam2 import speed_up_encoder, speed_up_memory
 from grounded_sam.trackers.sam2 import mask_prompt, to_mask_input, to_pixels, to_points
@@ -273,7 +274,7 @@ class Sam2HfTracker:
         device: `auto`, `cpu`, `cuda`...
         prompt: what a new object is given to the model as: its `mask` or its `box`; `auto`: its mask if it has one.
         max_prompts: conditioning frames kept per object, the first and the latest ones.
-        precision, compile: see `segmenters.sam2_hf.Sam2Hf`.
+        precision, compile, backend, exports: see `segmenters.sam2_hf.Sam2Hf`.
 
     Raises:
         CheckpointError: if the weights cannot be had, or are of a model that does not track.
@@ -288,19 +289,23 @@ class Sam2HfTracker:
         max_prompts: int = 4,
         precision: Precision = "exact",
         compile: bool = False,
+        backend: Backend = "torch",
+        exports: str | None = None,
     ) -> None:
         if prompt not in ("auto", "mask", "box"):
             raise ConfigError(f"tracker.prompt must be auto, mask or box, got {prompt!r}")
         if isinstance(max_prompts, bool) or not isinstance(max_prompts, int) or max_prompts < 1:
             raise ConfigError(f"tracker.max_prompts must be a whole number from 1, got {max_prompts!r}")
         check_precision(precision, compile, "tracker")
-        source = (checkpoint, pick_device(device), precision)
+        where = Where(backend, exports)
+        where.check(pick_device(device), "tracker")
+        source = (checkpoint, pick_device(device), precision, backend)
         self.shared = segmenter if isinstance(segmenter, Sam2Hf) and segmenter.source == source else None
         if self.shared is not None:
             self.model = self.shared.model
         else:
             self.model = load_model(checkpoint).to(source[1])
-            speed_up_encoder(self.model, precision, compile)
+            speed_up_encoder(self.model, precision, compile, where)
         speed_up_memory(self.model, precision)
         processor = self.shared.processor if self.shared is not None else load_processor(checkpoint, self.model)
         #: Mean and deviation of the pixels that the model was trained with.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -80,11 +81,13 @@ def convert(backbone: nn.Module, where: Where, precision: Precision) -> None:
     plain, weights = backbone.forward, digest(backbone.state_dict())
     known: OrderedDict[str, Callable[[Tensor], Any]] = OrderedDict()
 
-    def forward(_self: Any, pixels: Tensor, **told: Any) -> Any:
+    def forward(_self: Any, *pictures: Tensor, **told: Any) -> Any:
+        (pixels,) = pictures or (told.pop("pixel_values"),)  # as transformers calls them
         key = f"{tuple(pixels.shape)} {sorted(told.items())}"
         if key not in known:
             network = _Network(backbone, plain, told)
-            known[key] = _runner(network, pixels, weights, where, precision)
+            name = hashlib.sha256(f"{weights} {sorted(told.items())}".encode()).hexdigest()
+            known[key] = _runner(network, pixels, name, where, precision)
             if len(known) > SIZES:
                 known.popitem(last=False)
         known.move_to_end(key)
@@ -114,7 +117,7 @@ class _Network:
 
 
 def _runner(
-    network: _Network, pixels: Tensor, weights: str, where: Where, precision: Precision
+    network: _Network, pixels: Tensor, name: str, where: Where, precision: Precision
 ) -> Callable[[Tensor], Any]:
     """A function from pictures of that size to outputs of the backbone, read from `exports` or converted now."""
     from torch.utils import _pytree as pytree
@@ -123,21 +126,21 @@ def _runner(
     with tempfile.TemporaryDirectory() as spare:
         folder = Path(spare)
         if where.exports is not None:
-            folder = Path(where.exports).expanduser() / f"{network.kind}-{size}-{weights[:16]}"
+            folder = Path(where.exports).expanduser() / f"{network.kind}-{size}-{name[:16]}"
         if not (folder / "about.json").is_file():
-            about = _write(network, pixels, weights, where, folder)
+            about = _write(network, pixels, name, where, folder)
         else:
-            about = _read(folder, weights)
+            about = _read(folder, name)
         run = _opened(folder / "backbone.onnx", where.backend, precision)
     tree = pytree.treespec_loads(about["outputs"])
     return lambda given: pytree.tree_unflatten(run(given), tree)
 
 
-def _read(folder: Path, weights: str) -> dict[str, Any]:
+def _read(folder: Path, name: str) -> dict[str, Any]:
     """What is known of a conversion."""
     try:
         about: dict[str, Any] = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        same = about["weights"] == weights and isinstance(about["outputs"], str)
+        same = about["name"] == name and isinstance(about["outputs"], str)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder} holds no conversion that can be read ({error}); delete it") from error
     if not same:
@@ -145,7 +148,7 @@ def _read(folder: Path, weights: str) -> dict[str, Any]:
     return about
 
 
-def _write(network: _Network, pixels: Tensor, weights: str, where: Where, folder: Path) -> dict[str, Any]:
+def _write(network: _Network, pixels: Tensor, name: str, where: Where, folder: Path) -> dict[str, Any]:
     """Convert a backbone into a folder, which is checked against PyTorch if it is to stay."""
     import torch
     from torch import nn
@@ -184,7 +187,7 @@ def _write(network: _Network, pixels: Tensor, weights: str, where: Where, folder
                 raise CheckpointError(
                     f"{network.kind} would be off by {off:.1e} of the largest value in {backend}; say backend=torch"
                 )
-            about = {"weights": weights, "outputs": pytree.treespec_dumps(tree), "off": off}
+            about = {"name": name, "outputs": pytree.treespec_dumps(tree), "off": off}
             (part / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
             log.info("%s in %s is off by %.1e of the largest value", network.kind, backend, off)
             if folder.is_dir():  # another process was faster, or it is the spare one

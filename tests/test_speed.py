@@ -17,6 +17,7 @@ from transformers import AutoModelForZeroShotObjectDetection
 from grounded_sam import ConfigError, load
 from grounded_sam.detections import mask_boxes
 from grounded_sam.detectors.grounding_dino import GroundingDino
+from grounded_sam.segmenters.prompts import Prompts
 from grounded_sam.segmenters.sam2 import Sam2
 from grounded_sam.segmenters.sam2_hf import load_model
 from grounded_sam.shapes.scenes import make_clip, make_scene
@@ -66,7 +67,7 @@ def apart(model, other, inputs):
     return float(logits), float((a.pred_boxes - b.pred_boxes).abs().max())
 
 
-@pytest.mark.parametrize("lever", [dino.fold_fusion, dino.bag_samples])
+@pytest.mark.parametrize("lever", [dino.fold_fusion, dino.bag_samples, dino.fuse_attention])
 @pytest.mark.parametrize(
     ("size_hw", "tokens", "batch", "padded"),
     [((96, 128), 5, 1, 0), ((97, 131), 12, 2, 40), ((96, 96), 40, 1, 0), ((51, 203), 4, 3, 70)],
@@ -112,7 +113,13 @@ def test_bags_are_samples_summed(sizes, batch, queries, spread, seed):
     module = MultiScaleDeformableAttention()
     told = (value, torch.tensor(sizes), sizes, None, places, weights, 64)
     expected = module(*told)
-    np.testing.assert_allclose(dino.bagged_samples(module, *told), expected, atol=1e-4)
+    starts = [torch.full((batch, queries, levels * points), -0.5) for _ in "xy"]
+    offsets = []
+    for axis in range(2):
+        side = torch.tensor([float(size[1 - axis]) for size in sizes])
+        offsets.append((places[..., axis] * side[:, None]).flatten(3))
+    got = dino.bagged_samples(value, sizes, offsets, starts, weights.flatten(3))
+    np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
 def test_what_a_lever_does_not_know_it_leaves_alone(detector, caplog, monkeypatch):
@@ -274,3 +281,48 @@ def test_the_allocator_is_told_once_and_may_be_left_alone():
     with pytest.raises(ConfigError, match="allocator must be keep or system, got 'other'"):
         load("allocator=other", preset="shapes")
     assert load_model("builtin:shapes") is not None
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    place = tmp_path_factory.mktemp("weights")
+    return {name: str(getattr(checkpoints, name)(place / name)) for name in ("sam_hq", "edgetam", "sam3_tracker")}
+
+
+@pytest.mark.parametrize("clicks", [1, 2, 30], ids=["one", "two", "more than pay"])
+@pytest.mark.parametrize("kind", ["sam", "sam2", "sam2_hf", "sam_hq", "edgetam", "sam3_tracker"])
+def test_folded_tokens_give_the_same_logits(kind, clicks, folders):
+    """On weights that make every part matter: of prompts alone and together, with boxes and without."""
+    extra = [f"segmenter.checkpoint='{folders[kind]}'"] if kind in folders else []
+    stage = load("preset=shapes", f"segmenter={kind}", "device=cpu", *extra).segmenter
+    noise = torch.Generator().manual_seed(1)
+    for name, parameter in stage.model.named_parameters():
+        if "mask_decoder" in name:
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=noise)
+    folded = [module for module in stage.model.modules() if _is_folded(module)]
+    assert len(folded) == 5  # two in each of two layers, and the last look
+    rng = np.random.default_rng(0)
+    image = make_scene(rng).image
+    height, width = image.shape[:2]
+    n = 3
+    boxes = np.tile(np.array([[10, 12, 70, 60]], np.float32), (n, 1)) + np.arange(n, dtype=np.float32)[:, None] * 9
+    points = (rng.random((n, clicks, 2)) * [width, height]).astype(np.float32)
+    given = {"points": points, "labels": rng.integers(0, 2, (n, clicks)), "masks": None}
+    prompts = [
+        Prompts(rows=np.arange(n), boxes=boxes, points=None, labels=None, masks=None),
+        Prompts(rows=np.arange(n), boxes=boxes, **given),
+        Prompts(rows=np.arange(n), boxes=None, **given),
+    ]
+    stage._encode(image)
+    found = [stage._decode(prompt) for prompt in prompts]
+    for module in folded:
+        del module.forward
+    for prompt, (_, scores, logits) in zip(prompts, found, strict=True):
+        _, expected_scores, expected = stage._decode(prompt)
+        assert np.ptp(expected, axis=(-2, -1)).min() > 1e-3
+        np.testing.assert_allclose(logits, expected, atol=1e-4 * np.abs(expected).max())
+        np.testing.assert_allclose(scores, expected_scores, atol=1e-4)
+
+
+def _is_folded(module):
+    return getattr(vars(module).get("forward"), "__module__", None) == "grounded_sam.speed.mask_decoder"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,7 @@ def speed_up(model: Any, precision: Precision, compile_: bool, where: Where) -> 
         convert(model.model.backbone.conv_encoder.model, where, precision)
     device = model.device
     fold_fusion(model)
+    fuse_attention(model)
     if device.type == "cpu":
         if model.dtype.itemsize == 4:  # rows of the table are counted in it
             bag_samples(model)
@@ -103,13 +105,12 @@ def folded_fusion(
         )
     keys = self.text_proj(text_features).view(b, t, heads, size) * self.scale
     ask = torch.einsum("bthd,hdw->bhtw", keys, self.vision_proj.weight.view(heads, size, width))
-    shift = torch.einsum("bthd,hd->bht", keys, self.vision_proj.bias.view(heads, size))
-    ask, shift = ask.reshape(b, heads * t, width), shift.reshape(b, 1, heads * t)
-    logits = torch.baddbmm(shift, vision_features, ask.transpose(1, 2))  # (b, n, heads * t)
-    logits = (logits - logits.max()).clamp(-50000, 50000)
+    shift = torch.einsum("bthd,hd->bht", keys, self.vision_proj.bias.view(heads, size)).reshape(b, heads * t, 1)
+    # Places last, so that softmax over a few tokens works on rows of them.
+    logits = torch.baddbmm(shift, ask.reshape(b, heads * t, width), vision_features.transpose(1, 2))
+    logits = (logits - logits.max()).clamp_(-50000, 50000)  # (b, heads * t, n)
 
-    across = logits.transpose(1, 2)  # text looks at the image
-    across = (across - across.amax(-1, keepdim=True)).clamp(-50000, 50000)
+    across = (logits - logits.amax(-1, keepdim=True)).clamp_(-50000, 50000)  # text looks at the image
     if vision_attention_mask is not None:
         across = across.masked_fill(vision_attention_mask[:, None], float("-inf"))
     across = across.softmax(-1)
@@ -117,14 +118,15 @@ def folded_fusion(
     text_out = torch.einsum("bhtw,hdw->bthd", pooled, self.values_vision_proj.weight.view(heads, size, width))
     text_out = self.out_text_proj((text_out + self.values_vision_proj.bias.view(heads, size)).reshape(b, t, -1))
 
-    along = logits.view(b, n, heads, t)  # the image looks at text
+    along = logits.view(b, heads, t, n)  # the image looks at text
     if text_attention_mask is not None:
-        along = along.masked_fill(text_attention_mask[:, None, None], float("-inf"))
-    along = along.softmax(-1)
+        along = along.masked_fill(text_attention_mask[:, None, :, None], float("-inf"))
+    along = along.softmax(2).view(b, heads * t, n)
     values = self.values_text_proj(text_features).view(b, t, heads, size)
     give = torch.einsum("bthd,whd->bhtw", values, self.out_vision_proj.weight.view(width, heads, size))
-    vision_out = torch.baddbmm(self.out_vision_proj.bias, along.view(b, n, -1), give.reshape(b, heads * t, width))
-    by_head = along.permute(0, 2, 1, 3).reshape(b * heads, n, t)
+    give = give.reshape(b, heads * t, width)
+    vision_out = torch.baddbmm(self.out_vision_proj.bias, along.transpose(1, 2), give)
+    by_head = along.view(b * heads, t, n).transpose(1, 2)
     return (vision_out, by_head), (text_out, across.view(b * heads, t, n))
 
 
@@ -133,94 +135,205 @@ def bag_samples(model: nn.Module) -> int:
 
     `MultiScaleDeformableAttention` samples a map per level and head with `grid_sample`, stacks the samples and sums
     them by weight. A query's sum is one bag: four corners of each point are rows of a table of values, bilinear weight
-    times attention are their weights, and nothing is written but the sum.
+    times attention are their weights, and nothing is written but the sum. Offsets are pixels, which the original
+    divides by the sides of maps and multiplies by them again.
     """
     import torch
 
     count = 0
-    for module in model.modules():
-        if type(module).__name__ != "MultiScaleDeformableAttention":
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        if not type(module).__name__.endswith("GroundingDinoMultiscaleDeformableAttention"):
             continue
         noise = torch.Generator().manual_seed(0)
-        sizes = [(5, 7), (3, 4)]
-        value = torch.randn((2, 47, 2, 8), generator=noise)
-        places = torch.rand((2, 6, 2, 2, 3, 2), generator=noise) * 1.4 - 0.2  # some are outside
-        weights = torch.rand((2, 6, 2, 2, 3), generator=noise)
-        inputs = (value, torch.tensor(sizes), sizes, torch.tensor([0, 35]), places, weights, 64)
-        count += swap(module, bagged_samples, inputs, 1e-5, "bag_samples")
+        sizes = [(5 - i % 4, 3 + i % 2) for i in range(module.n_levels)]
+        n = sum(h * w for h, w in sizes)
+        inputs = [torch.randn((2, rows, module.d_model), generator=noise) for rows in (7, n)]
+        told = {
+            "attention_mask": torch.arange(n)[None].expand(2, n) < torch.tensor([[n], [n - 4]]),
+            "encoder_hidden_states": inputs[1],
+            "position_embeddings": torch.randn((2, 7, module.d_model), generator=noise),
+            "spatial_shapes": torch.tensor(sizes),
+            "spatial_shapes_list": sizes,
+        }
+        tried = []
+        for numbers in (2, 4):  # of the encoder, and of the decoder
+            places = torch.rand((2, 7, module.n_levels, numbers), generator=noise) * 1.4 - 0.2  # some are outside
+            vars(module).pop("forward", None)
+            known = {**told, "reference_points": places}
+            tried.append(swap(module, bagged_attention, inputs[:1], 1e-5, "bag_samples", **known))
+        if not all(tried):
+            vars(module).pop("forward", None)
+        count += all(tried)
     return count
 
 
-def bagged_samples(
+def bagged_attention(
     self: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    encoder_hidden_states: Any = None,
+    encoder_attention_mask: Any = None,
+    position_embeddings: Tensor | None = None,
+    reference_points: Any = None,
+    spatial_shapes: Any = None,
+    spatial_shapes_list: Any = None,
+    level_start_index: Any = None,
+    output_attentions: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """`GroundingDinoMultiscaleDeformableAttention.forward` with bags; see `bag_samples`."""
+    import torch
+    from torch.nn.functional import linear
+
+    if position_embeddings is not None:
+        hidden_states = hidden_states + position_embeddings
+    b, q, _ = hidden_states.shape
+    heads, levels, points = self.n_heads, self.n_levels, self.n_points
+    value = self.value_proj(encoder_hidden_states)
+    if attention_mask is not None and not attention_mask.all():
+        value = value.masked_fill(~attention_mask[..., None], 0.0)
+    weights = self.attention_weights(hidden_states).view(b, q, heads, levels * points).softmax(-1)
+    # Those of x first, then those of y.
+    rows, shift = (
+        p.view(-1, 2, *p.shape[1:]).transpose(0, 1).flatten(0, 1) for p in self.sampling_offsets.parameters()
+    )
+    offsets = list(linear(hidden_states, rows, shift).view(b, q, 2, heads, levels * points).unbind(2))
+    starts = []
+    for axis in range(2):
+        side = torch.tensor([size[1 - axis] for size in spatial_shapes_list], dtype=value.dtype)
+        if reference_points.shape[-1] == 4:
+            scale = reference_points[..., 2 + axis] * (side * (0.5 / points))
+            offsets[axis] = offsets[axis] * scale.repeat_interleave(points, -1)[:, :, None]
+        starts.append((reference_points[..., axis] * side - 0.5).repeat_interleave(points, -1))
+    value = value.view(b, -1, heads, self.d_model // heads)
+    out = bagged_samples(value, spatial_shapes_list, offsets, starts, weights)
+    return self.output_proj(out), weights.view(b, q, heads, levels, points)
+
+
+def bagged_samples(
     value: Tensor,
-    value_spatial_shapes: Tensor,
-    value_spatial_shapes_list: list[tuple[int, int]],
-    level_start_index: Tensor,
-    sampling_locations: Tensor,
-    attention_weights: Tensor,
-    im2col_step: int,
+    sizes: Sequence[tuple[int, int]],
+    offsets: Sequence[Tensor],
+    starts: Sequence[Tensor],
+    weights: Tensor,
 ) -> Tensor:
-    """`MultiScaleDeformableAttention.forward` with bags; see `bag_samples`."""
+    """Bilinear samples of maps, summed by weight, in 32-bit floats on the CPU.
+
+    Args:
+        value: `(b, n, heads, width)`, the maps one after the other.
+        sizes: height and width of each.
+        offsets: x and y in pixels of the map, each `(b, q, heads, levels * points)`.
+        starts: what is added to them, each `(b, q, levels * points)`; the middle of the first pixel is 0.
+        weights: of the samples, as `offsets`.
+
+    Returns:
+        `(b, q, heads * width)`.
+    """
     import torch
     from torch.nn.functional import embedding_bag
 
     b, _, heads, width = value.shape
-    q, points = sampling_locations.shape[1], sampling_locations.shape[4]
+    q, count = weights.shape[1], weights.shape[3]
+    points = count // len(sizes)
     # Zeros around each map stand for what is outside.
-    high, wide = (
-        torch.tensor(sides, dtype=value.dtype)[:, None] for sides in zip(*value_spatial_shapes_list, strict=True)
-    )
-    spare = max(w for _, w in value_spatial_shapes_list) + 4  # for corners below the last map, of weight zero
-    area = sum((h + 2) * (w + 2) for h, w in value_spatial_shapes_list) + spare
-    table = value.new_zeros(b, area, heads, width)
-    starts, begin, end = [], 0, 0
-    for h, w in value_spatial_shapes_list:
+    high, wide = (torch.tensor(sides, dtype=value.dtype) for sides in zip(*sizes, strict=True))
+    spare = max(w for _, w in sizes) + 4  # for corners below the last map, of weight zero
+    area = sum((h + 2) * (w + 2) for h, w in sizes) + spare
+    table = value.new_empty(b, area, heads, width)
+    first, begin, end = [], 0, 0
+    for h, w in sizes:
         framed = table[:, end : end + (h + 2) * (w + 2)].view(b, h + 2, w + 2, heads, width)
         framed[:, 1:-1, 1:-1] = value[:, begin : begin + h * w].view(b, h, w, heads, width)
-        starts.append(float(end))
+        for edge in (framed[:, 0], framed[:, -1], framed[:, :, 0], framed[:, :, -1]):
+            edge.zero_()
+        first.append(float(end))
         begin, end = begin + h * w, end + (h + 2) * (w + 2)
+    table[:, end:].zero_()
     rows = table.view(-1, width)
     # Per head, level and point side by side, so that PyTorch works on rows of all of them.
-    full = (heads, len(starts), points)
-    wide, high = (side.expand(full).reshape(-1) for side in (wide, high))
+    wide, high = (side.repeat_interleave(points).repeat(heads) for side in (wide, high))
     # Row of a corner: whole numbers in 32-bit floats, which hold them up to 2^24.
     stride = (wide + 2) * heads
-    first = (torch.tensor(starts)[:, None] * heads + torch.arange(float(heads)).view(heads, 1, 1)).expand(full)
-    first = first.reshape(-1) + stride + heads
+    begins = torch.tensor(first).repeat_interleave(points).repeat(heads) * heads
+    begins += torch.arange(float(heads)).repeat_interleave(count) + stride + heads
     steps: list[Any] = [0, heads, stride.to(torch.int32), (stride + heads).to(torch.int32)]
     out = value.new_empty(b, q, heads * width)
     for i in range(b):
         for begin in range(0, q, QUERIES):
             chosen = slice(begin, begin + QUERIES)
-            place = sampling_locations[i, chosen]
-            n = len(place)
-            weight = attention_weights[i, chosen].reshape(n, -1)
+            weight = weights[i, chosen].reshape(-1, heads * count)
+            n = len(weight)
             shares, corners = [], []
-            for axis, side in enumerate((wide, high)):
-                at = (place[..., axis].reshape(n, -1) * side).sub_(0.5).clamp_(min=-1)
+            for offset, start, side in zip(offsets, starts, (wide, high), strict=True):
+                at = (offset[i, chosen] + start[i, chosen, None]).view(n, -1).clamp_(min=-1)
                 at = torch.minimum(at, side, out=at)
                 corners.append(at.floor())
                 shares.append(at.sub_(corners[-1]))  # of the right or lower corners
             right, lower = shares
-            base = torch.addcmul(first, corners[1], stride).add_(corners[0], alpha=heads).to(torch.int32)
+            base = torch.addcmul(begins, corners[1], stride).add_(corners[0], alpha=heads).to(torch.int32)
             lower = lower.mul_(weight)
             upper = weight - lower
-            index = base.new_empty(n, heads, 4, base.shape[1] // heads)
-            weights = weight.new_empty(index.shape)
+            index = base.new_empty(n, heads, 4, count)
+            by_corner = weight.new_empty(index.shape)
             left = 1 - right
             for k, (down, across) in enumerate(((upper, left), (upper, right), (lower, left), (lower, right))):
                 index[:, :, k] = (base + steps[k]).view(n, heads, -1)
-                weights[:, :, k] = (down * across).view(n, heads, -1)
+                by_corner[:, :, k] = (down * across).view(n, heads, -1)
             index += i * area * heads
             bags = embedding_bag(
                 index.view(n * heads, -1),
                 rows,
-                per_sample_weights=weights.view(n * heads, -1).to(rows.dtype),
+                per_sample_weights=by_corner.view(n * heads, -1),
                 mode="sum",
             )
             out[i, chosen] = bags.view(n, heads * width)
     return out
+
+
+def fuse_attention(model: nn.Module) -> int:
+    """Let PyTorch have the attention between queries, and from them to text, in one call; how many layers were changed.
+
+    Nothing as large as queries by queries is written. The weights of attention, which the layers throw away, are not
+    returned.
+    """
+    import torch
+
+    count = 0
+    modules: list[Any] = list(model.modules())
+    for module in modules:
+        if not type(module).__name__.endswith("GroundingDinoMultiheadAttention"):
+            continue
+        like = module.query.weight
+        noise = torch.Generator(like.device).manual_seed(0)
+        inputs = [
+            torch.randn((2, n, like.shape[1]), generator=noise, device=like.device, dtype=like.dtype) for n in (9, 5, 5)
+        ]
+        mask = torch.zeros(2, 1, 9, 5, device=like.device, dtype=like.dtype)
+        mask[1, ..., 3:] = torch.finfo(like.dtype).min
+        tolerance = 1e-5 if like.dtype == torch.float32 else 2e-2
+        count += swap(module, fused_attention, inputs, tolerance, "fuse_attention", attention_mask=mask)
+    return count
+
+
+def fused_attention(
+    self: Any,
+    queries: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    attention_mask: Tensor | None = None,
+    output_attentions: bool | None = False,
+) -> tuple[Any, ...]:
+    """`GroundingDinoMultiheadAttention.forward` by `scaled_dot_product_attention`; see `fuse_attention`."""
+    from torch.nn.functional import scaled_dot_product_attention
+
+    projected = ((self.query, queries), (self.key, keys), (self.value, values))
+    q, k, v = (
+        layer(x).view(len(x), -1, self.num_attention_heads, self.attention_head_size).transpose(1, 2)
+        for layer, x in projected
+    )
+    out = scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
+    out = self.out_proj(out.transpose(1, 2).flatten(2))
+    return (out, None) if output_attentions else (out,)
 
 
 def piece_layers(model: Any) -> int:
@@ -300,11 +413,13 @@ def half_backbone(model: Any) -> None:
 
 
 def half_projections(model: Any) -> None:
-    """Projections of deformable attention in the encoder in bfloat16; places to sample are computed in 32 bits."""
-    for layer in model.model.encoder.layers:
-        attention = layer.deformable_layer.self_attn
+    """Projections of deformable attention in bfloat16; places to sample are computed in 32 bits."""
+    attentions = [layer.deformable_layer.self_attn for layer in model.model.encoder.layers]
+    for attention in attentions:
         for linear in (attention.value_proj, attention.output_proj, attention.attention_weights):
             half(linear)
+    for layer in model.model.decoder.layers:  # whose values are of the whole picture, the rest of few queries
+        half(layer.encoder_attn.value_proj)
 
 
 def half_everywhere(model: Any) -> None:

@@ -6,6 +6,7 @@ Nothing is ever unpickled with code: safetensors, or `torch.load(weights_only=Tr
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -201,7 +202,8 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             weights: Any = load_file(path)
         else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
+            # Mapped, so that it is not in memory twice while a model is filled; PyTorch's old format cannot be.
+            weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except Exception as error:  # damaged files make both libraries raise all sorts
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"cannot load {path} as weights: {reason}") from error

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import hashlib
 from copy import copy
+from pathlib import Path
 
 import checkpoints
 import numpy as np
@@ -12,6 +13,7 @@ from fakes import CLASSES, boxes
 from safetensors.torch import save_file
 
 from grounded_sam import CheckpointError, load
+from grounded_sam.checkpoints import load_weights
 from grounded_sam.detections import make_detections, mask_boxes
 from grounded_sam.detectors.clicks import Clicks
 from grounded_sam.frames import Frame
@@ -300,6 +302,21 @@ def test_weights_that_are_missing_or_hold_code_are_refused(tmp_path, kind):
         kind(str(tmp_path / "nowhere.pt"))
     with pytest.raises(CheckpointError, match="found 3"):
         kind(str(tmp_path))
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="the system does not show what is mapped")
+def test_weights_are_mapped_and_those_of_the_old_format_load_too(tmp_path):
+    """What is mapped is not held twice: the copy in the file's pages goes when memory is short."""
+    values = {"a": torch.randn(4_000_000), "b": torch.arange(5)}
+    for old in (False, True):
+        path = tmp_path / f"{old}.pt"
+        torch.save({"model": values}, path, _use_new_zipfile_serialization=not old)
+        held = load_weights(path)
+        mapped = any(str(path) in line for line in Path("/proc/self/maps").read_text().splitlines())
+        assert mapped is not old
+        for name, value in values.items():
+            assert torch.equal(held[name], value)
+        del held
 
 
 def test_sam_of_real_size_masks_a_photo_as_its_predictor_does(tmp_path, photos):

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Queries and keys that are multiplied at once: their products stay in a core's second cache.
-QUERIES, KEYS = 256, 1024
+#: Queries and keys that are multiplied at once in 32 bits, and queries in bfloat16: their products stay in the cache.
+QUERIES, KEYS, LOW_QUERIES = 1024, 512, 256
 
 
 def speed_up_encoder(model: Any, precision: Precision, compile_: bool, where: Where) -> None:
@@ -107,17 +107,11 @@ def _hiera_attention(self: Any, hidden_states: Tensor, **_: Any) -> Tensor:
         q = sys.modules[type(self).__module__].do_pool(q.reshape(b, h, w, -1), pool)
         h, w = q.shape[1:3]
         q = q.reshape(b, h * w, heads, -1)
-    q, k, v = ((t.transpose(1, 2)) for t in (q * q.shape[-1] ** -0.5, k, v))
-    if q.shape[2] <= QUERIES:  # windows
-        out = torch.matmul(torch.matmul(q, k.transpose(-1, -2)).softmax(-1), v)
+    q, k, v = ((t.transpose(1, 2)) for t in (q, k, v))
+    if q.shape[2] <= LOW_QUERIES:  # windows
+        out = torch.matmul(torch.matmul(q * q.shape[-1] ** -0.5, k.transpose(-1, -2)).softmax(-1), v)
     else:
-        out = v.new_empty(q.shape)
-        for i in range(b):
-            for head in range(heads):
-                across, values = k[i, head].T, v[i, head]
-                for begin in range(0, q.shape[2], QUERIES):  # whose products with all keys stay in the cache
-                    some = slice(begin, begin + QUERIES)
-                    out[i, head, some] = torch.mm(torch.mm(q[i, head, some], across).softmax(-1), values)
+        out = torch.stack([attend_low(q[:, head], k[:, head], v[:, head]) for head in range(heads)], 1)
     return self.proj(out.transpose(1, 2).reshape(b, h, w, -1))  # type: ignore[no-any-return]
 
 
@@ -144,11 +138,16 @@ def keep_positions(encoder: Any) -> int:
     return count
 
 
-def memory_attentions(model: Any) -> list[Any]:
-    """The modules that look from a frame into memory, whose keys and values are narrower than they are."""
+def memory_attentions(model: Any, own: bool = False) -> list[Any]:
+    """The modules that look from a frame into memory, whose keys and values are narrower than they are.
+
+    Args:
+        model: a `SAM2Base`, or a video model of transformers.
+        own: also those that look from the frame at itself.
+    """
     names = ("RoPEAttention", "Sam2VideoRoPEAttention", "Sam3TrackerVideoRoPEAttention")
     found = [module for module in model.memory_attention.modules() if type(module).__name__ in names]
-    return [m for m in found if m.kv_in_dim < m.internal_dim]
+    return [m for m in found if own or m.kv_in_dim < m.internal_dim]
 
 
 def narrow_values(model: Any) -> int:
@@ -161,12 +160,21 @@ def narrow_values(model: Any) -> int:
 
 
 def half_memory(model: Any) -> int:
-    """Products of memory attention in bfloat16, sums in 32 bits; how many layers were changed."""
-    return sum(_swap(module, True) for module in memory_attentions(model))
+    """Memory attention in bfloat16, sums and norms in 32 bits; how many attentions were changed."""
+    from torch import nn
+
+    count = sum(_swap(module, True) for module in memory_attentions(model, own=True))
+    for module in model.memory_attention.modules():
+        if isinstance(module, nn.Linear) and module.weight.dtype.itemsize == 4:
+            half(module)
+    return count
 
 
 def _swap(module: Any, low: bool) -> bool:
-    """Swap one attention, of either package, after trying it on a frame of 3 by 3 and three memories of the size."""
+    """Swap one attention, of either package, after trying it on a frame of 3 by 3 and three memories of the size.
+
+    One that looks from the frame at itself is tried on the frame.
+    """
     import torch
 
     weight = module.k_proj.weight
@@ -176,16 +184,18 @@ def _swap(module: Any, low: bool) -> bool:
         return torch.randn(shape, generator=noise, device=weight.device, dtype=weight.dtype)
 
     kv, tolerance = module.kv_in_dim, 2e-2 if low or weight.dtype != torch.float32 else 1e-5
-    told: dict[str, Any] = {"num_k_exclude_rope": 2}
+    into_memory = kv < module.internal_dim
+    told: dict[str, Any] = {"num_k_exclude_rope": 2} if into_memory else {}
+    m = 29 if into_memory else 9
     name = "half_memory" if low else "narrow_values"
     if hasattr(module, "out_proj"):
-        inputs: tuple[Any, ...] = (some(2, 9, module.embedding_dim), some(2, 29, kv), some(2, 29, kv))
+        inputs: tuple[Any, ...] = (some(2, 9, module.embedding_dim), some(2, m, kv), some(2, m, kv))
         cis = module.freqs_cis
         done = swap(module, _low if low else _narrow, inputs, tolerance, name, **told)
         module.freqs_cis = cis  # of the trial's size now
         return done
     angle = some(9, module.head_dim)
-    inputs = (some(1, 2, 9, module.hidden_size), some(1, 2, 29, kv), some(1, 2, 29, kv), (angle.cos(), angle.sin()))
+    inputs = (some(1, 2, 9, module.hidden_size), some(1, 2, m, kv), some(1, 2, m, kv), (angle.cos(), angle.sin()))
     return swap(module, _low_hf if low else _narrow_hf, inputs, tolerance, name, **told)
 
 
@@ -215,8 +225,7 @@ def _narrow(self: Any, q: Tensor, k: Tensor, v: Tensor, num_k_exclude_rope: int 
 def _low(self: Any, q: Tensor, k: Tensor, v: Tensor, num_k_exclude_rope: int = 0) -> Tensor:
     """`RoPEAttention.forward` of sam2; see `half_memory`."""
     q, k = _turned(self, q, k, num_k_exclude_rope)
-    v = self._separate_heads(self.v_proj(v), self.num_heads)
-    return self.out_proj(self._recombine_heads(_attend_low(q, k, v)))  # type: ignore[no-any-return]
+    return self.out_proj(self.v_proj(_in_bfloat16(q[:, 0], k[:, 0], v)))  # type: ignore[no-any-return]
 
 
 def _turned_hf(self: Any, query: Tensor, key: Tensor, places: Any, excluded: int) -> tuple[Tensor, Tensor]:
@@ -260,17 +269,34 @@ def _low_hf(
     """`Sam2VideoRoPEAttention.forward` of transformers; see `half_memory`."""
     b, objects = query.shape[:2]
     q, k = _turned_hf(self, query, key, position_embeddings, num_k_exclude_rope)
-    v = self.v_proj(value).view(b * objects, -1, self.num_attention_heads, self.head_dim).transpose(1, 2)
-    out = _attend_low(q, k, v).transpose(1, 2)
-    return self.o_proj(out.reshape(b, objects, -1, self.internal_dim)), None
+    summed = self.v_proj(_in_bfloat16(q[:, 0], k[:, 0], value.flatten(0, 1)))
+    return self.o_proj(summed.view(b, objects, -1, self.internal_dim)), None
 
 
-def _attend_low(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _in_bfloat16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of one head, cast for it and back; see `attend`."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    low = torch.bfloat16
-    return scaled_dot_product_attention(q.to(low), k.to(low), v.to(low)).to(q.dtype)
+    low = [x.to(torch.bfloat16) for x in (q, k, v)]
+    if q.device.type == "cpu":
+        return attend_low(*low).to(q.dtype)
+    return scaled_dot_product_attention(*low).to(q.dtype)
+
+
+def attend_low(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Attention of one head as products of bfloat16 matrices on the CPU; shapes as in `attend`."""
+    import torch
+
+    b, n, width = q.shape
+    out = q.new_empty(b, n, v.shape[-1])
+    q = q * width**-0.5
+    for i in range(b):
+        across = k[i].T
+        for begin in range(0, n, LOW_QUERIES):
+            some = slice(begin, begin + LOW_QUERIES)
+            out[i, some] = torch.mm(torch.mm(q[i, some], across).softmax(-1), v[i])
+    return out
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -103,6 +103,7 @@ def ours(args: argparse.Namespace, precision: str) -> Candidate:
         device="cpu",
         precision=precision,
         compile=args.compile,
+        backend=args.backend,
         text=WORDS[args.weights],
     )
     image, given = read_image(args.photo), inputs_of(args)
@@ -272,6 +273,9 @@ def main() -> None:
     parser.add_argument("--boxes", type=int, default=8)
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--compile", action="store_true", help="let torch.compile have this package's networks")
+    parser.add_argument(
+        "--backend", choices=("torch", "openvino", "onnxruntime"), default="torch", help="of this package's backbones"
+    )
     for hidden in ("--worker", "--dino", "--sam2", "--folder"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -291,6 +295,7 @@ class Worker:
         command = [sys.executable, __file__, str(args.photo), "--weights", args.weights, "--folder", args.folder]
         command += ["--boxes", str(args.boxes), "--dino", args.dino, "--sam2", args.sam2, "--worker", name]
         command += ["--threads", str(args.threads), *(["--compile"] if args.compile else [])]
+        command += ["--backend", args.backend]
         self.log = (Path(args.folder) / f"{name}.log").open("w+")
         environment = os.environ | {"OMP_NUM_THREADS": str(args.threads)}
         self.process = subprocess.Popen(
@@ -365,7 +370,9 @@ def compare(args: argparse.Namespace) -> None:
     cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "sam2"))
     print(f"{datetime.now(UTC).date()}, {cpu[1] if cpu else platform.machine()}, {args.threads} threads, {packages}")
-    print(f"{args.weights} weights{', compiled' if args.compile else ''}, {args.boxes} boxes, {args.rounds} rounds")
+    print(
+        f"{args.weights} weights{', compiled' if args.compile else ''}, {args.backend}, {args.boxes} boxes, {args.rounds} rounds"
+    )
     print(f"products of matrices: {statistics.median(rates) / 1e9:.0f} GFLOP/s")
     counted = running[base].told.get("operations")
     truth = np.load(Path(args.folder) / f"{base}.npz")

@@ -156,7 +156,7 @@ class Pipeline:
             return
         try:
             with self._timed("detect"):
-                detected = self._look(group, vocabulary)
+                detected = self.look(group, vocabulary)
         except ImageError as error:
             if skip is None:
                 raise
@@ -168,7 +168,7 @@ class Pipeline:
             return
         yield from zip(group, detected, strict=True)
 
-    def _look(self, group: list[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
+    def look(self, group: list[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
         """What the detector finds, in tiles or at once."""
         detector = self.detector
         if detector is None:
@@ -362,7 +362,7 @@ class Pipeline:
 
         def look(frame: Frame) -> sv.Detections:
             with self._timed("detect"):
-                boxes = self._look([frame], asked)[0]
+                boxes = self.look([frame], asked)[0]
             return self._finish(frame, boxes, asked, self.segmenter)
 
         found = tracker.follow(frames, asked, look)
@@ -398,7 +398,7 @@ class Pipeline:
                 if asked is not None and number % self.tracking.redetect_every == 0:
                     segmenter = getattr(session, "segmenter", None) or self.segmenter
                     with self._timed("detect"):
-                        boxes = self._look([frame], asked)[0]
+                        boxes = self.look([frame], asked)[0]
                     found = self._finish(frame, boxes, asked, segmenter)
                     here = [] if shown.tracker_id is None else shown.tracker_id.tolist()
                     away = [i for i in tracks.live if i not in here]

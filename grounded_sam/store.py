@@ -84,7 +84,7 @@ SCHEMA = pa.schema(
 )
 
 #: Settings that change how fast a result comes, not what it is.
-INCIDENTAL = {"device", "batch_size", "chunk", "points_per_batch"}
+INCIDENTAL = {"device", "batch_size", "chunk", "points_per_batch", "exports"}
 #: Tables that a reader keeps at once; shards interleave, so several are in use together.
 CACHED = 16
 

@@ -61,7 +61,7 @@ class Backbone(torch.nn.Module):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("segmenter", ["sam", "sam2", "sam2_hf", "sam_hq", "edgetam", "sam3_tracker"])
-def test_masks_are_those_of_torch(segmenter, backend, picture, folders):
+def test_masks_are_those_of_torch(segmenter, backend, picture, folders, tmp_path):
     box = {"class": "it", "box": [20, 20, 120, 110]}
     extra = [f"checkpoints.{segmenter}='{folders[segmenter]}'"] if segmenter in folders else []
     if segmenter in ("edgetam", "sam3_tracker"):
@@ -70,22 +70,24 @@ def test_masks_are_those_of_torch(segmenter, backend, picture, folders):
     def made(backend):
         return load(
             *("preset=shapes", f"segmenter={segmenter}", "detector=clicks", "select.min_area=0", *extra),
-            **{"device": "cpu", "backend": backend, "detector.prompts": [box]},
+            **{"device": "cpu", "backend": backend, "exports": str(tmp_path), "detector.prompts": [box]},
         )
 
     plain, other = made("torch"), made(backend)
     a, b = plain.segment(picture), other.segment(picture)
     np.testing.assert_array_equal(a.mask, b.mask)
     np.testing.assert_allclose(a.data["mask_score"], b.data["mask_score"], atol=1e-4)
+    assert len(list(tmp_path.glob("*/backbone.onnx"))) == 1  # which ran
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("mm", [False, True], ids=["grounding_dino", "mm_grounding_dino"])
 def test_boxes_are_those_of_torch_for_pictures_of_any_size(mm, backend, tmp_path):
-    folder = checkpoints.grounding_dino(tmp_path, mm=mm)
+    folder, kept = checkpoints.grounding_dino(tmp_path / "dino", mm=mm), tmp_path / "kept"
     words = ["select.score=0", "select.nms=null", "select.min_area=0", "segmenter=none"]
     plain, other = (
-        load(f"checkpoints.grounding_dino='{folder}'", *words, device="cpu", backend=b) for b in ("torch", backend)
+        load(f"checkpoints.grounding_dino='{folder}'", f"exports={kept}", *words, device="cpu", backend=b)
+        for b in ("torch", backend)
     )
     rng = np.random.default_rng(0)
     for size in ((90, 120), (120, 90), (90, 120)):
@@ -95,15 +97,16 @@ def test_boxes_are_those_of_torch_for_pictures_of_any_size(mm, backend, tmp_path
         assert len(a) == len(b) > 0
         np.testing.assert_allclose(a.xyxy[order[0]], b.xyxy[order[1]], atol=1e-2)
         np.testing.assert_allclose(a.confidence[order[0]], b.confidence[order[1]], atol=1e-4)
+    assert len(list(kept.glob("*/backbone.onnx"))) == 2
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("tracker", ["sam2", "sam2_hf"])
-def test_a_clip_is_followed_alike(tracker, backend):
+def test_a_clip_is_followed_alike(tracker, backend, tmp_path):
     scenes = make_clip(np.random.default_rng([5, 3]), 4, count=3, size_hw=(180, 260))
     frames, words = [scene.image for scene in scenes], [" ".join(pair) for pair in scenes[0].pairs]
     plain, other = (
-        load(f"tracker={tracker}", f"segmenter={tracker}", preset="shapes", device="cpu", backend=b)
+        load(f"tracker={tracker}", "segmenter=none", f"exports={tmp_path}", preset="shapes", device="cpu", backend=b)
         for b in ("torch", backend)
     )
     for a, b in zip(plain.track(frames, words), other.track(frames, words), strict=True):
@@ -111,6 +114,18 @@ def test_a_clip_is_followed_alike(tracker, backend):
         assert a.detections.tracker_id.tolist() == b.detections.tracker_id.tolist()
         both = (a.detections.mask & b.detections.mask).sum((1, 2))
         assert (both >= 0.995 * (a.detections.mask | b.detections.mask).sum((1, 2))).all()
+    assert len(list(tmp_path.glob("*/backbone.onnx"))) == 2  # of the detector and of the tracker
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("precision", ["balanced", "fast"])
+def test_low_precision_finds_the_same(precision, backend, picture):
+    words = ["red circle", "blue square", "green star", "orange triangle"]
+    a, b = (
+        load(preset="shapes", device="cpu", backend=x, precision=p).segment(picture, words)
+        for x, p in (("torch", "exact"), (backend, precision))
+    )
+    assert len(a) == len(b) and sorted(a.data["class_name"]) == sorted(b.data["class_name"])
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -147,6 +162,26 @@ def test_what_was_converted_once_is_found_again_by_both_back_ends(tmp_path, requ
     assert [path.name.split("-")[:2] for path in tmp_path.iterdir()] == [["Backbone", "1x3x8x8"]]
 
 
+def test_another_process_that_was_faster_is_not_written_over(tmp_path, monkeypatch):
+    pixels = torch.randn(1, 3, 8, 8)
+    first, second = Backbone().eval(), Backbone().eval()
+    convert(first, Where("onnxruntime", str(tmp_path)), "exact")
+    convert(second, Where("onnxruntime", str(tmp_path)), "exact")
+    export, files = torch.onnx.export, []
+
+    def slow(*args, **told):
+        export(*args, **told)
+        if not files:
+            files.append(None)
+            first(pixels)  # has it all done meanwhile
+            files.extend((path, path.stat().st_mtime_ns) for path in tmp_path.glob("Backbone*/*.*") if path.is_file())
+
+    monkeypatch.setattr(torch.onnx, "export", slow)
+    second(pixels)
+    assert len(files) == 3 and all(path.stat().st_mtime_ns == at for path, at in files[1:])
+    assert len(list(tmp_path.iterdir())) == 1
+
+
 def test_conversions_in_memory_are_bounded(monkeypatch):
     backbone = Backbone().eval()
     convert(backbone, Where("onnxruntime"), "exact")
@@ -173,11 +208,16 @@ def test_damaged_conversions_are_named(file, backend, tmp_path):
             backbone(pixels)
 
 
-def test_a_conversion_that_is_off_is_not_kept(tmp_path, monkeypatch):
+@pytest.mark.parametrize("wrong", [0.1, float("nan")])
+def test_a_conversion_that_is_off_is_not_kept(wrong, tmp_path, monkeypatch):
     backbone = Backbone().eval()
     convert(backbone, Where("onnxruntime", str(tmp_path)), "exact")
     opened = backends._opened
-    monkeypatch.setattr(backends, "_opened", lambda *args: lambda x: [y + 0.1 for y in opened(*args)(x)])
+
+    def off(*args):
+        return lambda x: [*opened(*args)(x)[:-1], opened(*args)(x)[-1] + wrong]
+
+    monkeypatch.setattr(backends, "_opened", off)
     with pytest.raises(CheckpointError, match="Backbone would be off by .* in onnxruntime; say backend=torch"):
         backbone(torch.randn(1, 3, 8, 8))
     assert not list(tmp_path.iterdir())

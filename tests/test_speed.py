@@ -138,13 +138,23 @@ def test_what_a_lever_does_not_know_it_leaves_alone(detector, caplog, monkeypatc
     assert all("forward" not in vars(module) for module in changed.modules())
 
 
-@pytest.mark.parametrize(("n", "m", "batch"), [(1, 1, 1), (300, 1500, 1), (256, 1024, 2), (70, 2049, 3)])
+@pytest.mark.parametrize(("n", "m", "batch"), [(1, 1, 1), (memory.QUERIES + 3, 1500, 1), (256, 1024, 2), (70, 2049, 3)])
 def test_attention_by_blocks_is_attention(n, m, batch):
     noise = torch.Generator().manual_seed(n)
     q, k = (torch.randn(batch, size, 32, generator=noise) * 3 for size in (n, m))
     v = torch.randn(batch, m, 8, generator=noise)
     expected = torch.softmax(q.double() @ k.double().transpose(1, 2) / 32**0.5, -1) @ v.double()
     np.testing.assert_allclose(memory.attend(q, k, v), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize(("n", "m", "batch"), [(1, 1, 1), (memory.LOW_QUERIES + 3, 300, 2)])
+def test_attention_in_bfloat16_is_near(n, m, batch):
+    noise = torch.Generator().manual_seed(n)
+    q, k = (torch.randn(batch, size, 32, generator=noise) for size in (n, m))
+    v = torch.randn(batch, m, 8, generator=noise)
+    expected = torch.softmax(q.double() @ k.double().transpose(1, 2) / 32**0.5, -1) @ v.double()
+    got = memory.attend_low(*(x.bfloat16() for x in (q, k, v)))
+    assert float((got - expected).abs().max() / expected.abs().max()) < 0.02
 
 
 def follow(tracker, images, masks):
@@ -211,6 +221,12 @@ def test_one_look_into_memory_is_within_a_hundred_thousandth(kind):
 @pytest.mark.parametrize("kind", [Sam2Tracker, Sam2HfTracker])
 def test_fast_video_stays_close(kind, clip):
     exact, fast = (kind(checkpoint="builtin:shapes", device="cpu", precision=p) for p in ("exact", "fast"))
+    names = {type(module).__name__ for module in fast.model.modules() if "forward" in vars(module)}
+    assert {name.removeprefix("Sam2Video").removeprefix("Sam2") for name in names} >= {"RoPEAttention", "Linear"}
+    assert names & {"MultiScaleAttention", "Sam2MultiScaleAttention"}
+    attentions = memory.memory_attentions(fast.model, own=True)
+    assert len(attentions) == 2 * len(fast.model.memory_attention.layers)
+    assert all("forward" in vars(module) for module in attentions)
     assert worst_iou(follow(exact, *clip), follow(fast, *clip)) > 0.9
 
 
@@ -248,7 +264,8 @@ def test_a_tracker_of_another_precision_has_a_model_of_its_own():
 def test_weights_of_16_bits_are_sampled_as_they_come():
     """Whose whole numbers end at 256: rows of a table could not be counted in them."""
     stage = GroundingDino("builtin:shapes", device="cpu", dtype="bfloat16")
-    sampling = [m for m in stage.model.modules() if type(m).__name__ == "MultiScaleDeformableAttention"]
+    name = "GroundingDinoMultiscaleDeformableAttention"
+    sampling = [module for module in stage.model.modules() if type(module).__name__ == name]
     assert sampling and all("forward" not in vars(module) for module in sampling)
 
 

@@ -6,19 +6,19 @@ import hashlib
 import json
 import logging
 import os
-import shutil
 import tempfile
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal
 
 from grounded_sam.embeddings import digest
 from grounded_sam.errors import CheckpointError, ConfigError
-from grounded_sam.speed.levers import Precision
+from grounded_sam.speed.levers import Precision, furthest, has_bfloat16
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -67,8 +67,9 @@ class Where:
 def convert(backbone: nn.Module, where: Where, precision: Precision) -> None:
     """Let another back end run a backbone whose one input is a batch of pictures.
 
-    It is converted when pictures of a size first come, and again for other sizes, the last `SIZES` of which stay. In
-    OpenVINO it computes in bfloat16 unless `precision` is `exact`; ONNX Runtime computes in 32 bits.
+    It is converted when pictures of a size first come, and again for other sizes, the last `SIZES` of which stay, and
+    checked against PyTorch. In OpenVINO it computes in bfloat16 unless `precision` is `exact`; ONNX Runtime computes in
+    32 bits.
 
     Args:
         backbone: of 32-bit weights on the CPU, whose outputs are tensors in lists, tuples, mappings or outputs of
@@ -78,7 +79,14 @@ def convert(backbone: nn.Module, where: Where, precision: Precision) -> None:
     """
     if where.backend == "torch":
         return
-    plain, weights = backbone.forward, digest(backbone.state_dict())
+    device = next(backbone.parameters()).device
+    if precision != "exact" and not has_bfloat16(device):
+        log.warning("precision=%s is exact in %s: %s does not multiply in bfloat16", precision, where.backend, device)
+        precision = "exact"
+    plain = backbone.forward
+    # What the graph depends on: the code that makes it, and the weights.
+    made_by = [f"{package} {version(package)}" for package in ("torch", "transformers", "sam2", "segment_anything")]
+    told_by = f"{type(backbone).__name__} {digest(backbone.state_dict())} {made_by}"
     known: OrderedDict[str, Callable[[Tensor], Any]] = OrderedDict()
 
     def forward(_self: Any, *pictures: Tensor, **told: Any) -> Any:
@@ -86,7 +94,7 @@ def convert(backbone: nn.Module, where: Where, precision: Precision) -> None:
         key = f"{tuple(pixels.shape)} {sorted(told.items())}"
         if key not in known:
             network = _Network(backbone, plain, told)
-            name = hashlib.sha256(f"{weights} {sorted(told.items())}".encode()).hexdigest()
+            name = hashlib.sha256(f"{told_by} {sorted(told.items())}".encode()).hexdigest()
             known[key] = _runner(network, pixels, name, where, precision)
             if len(known) > SIZES:
                 known.popitem(last=False)
@@ -124,32 +132,31 @@ def _runner(
 
     size = "x".join(str(side) for side in pixels.shape)
     with tempfile.TemporaryDirectory() as spare:
-        folder = Path(spare)
+        folder = Path(spare) / "conversion"
         if where.exports is not None:
             folder = Path(where.exports).expanduser() / f"{network.kind}-{size}-{name[:16]}"
         if not (folder / "about.json").is_file():
-            about = _write(network, pixels, name, where, folder)
-        else:
-            about = _read(folder, name)
+            _write(network, pixels, name, where, folder)
+        tree = _read(folder, name)
         run = _opened(folder / "backbone.onnx", where.backend, precision)
-    tree = pytree.treespec_loads(about["outputs"])
     return lambda given: pytree.tree_unflatten(run(given), tree)
 
 
-def _read(folder: Path, name: str) -> dict[str, Any]:
-    """What is known of a conversion."""
+def _read(folder: Path, name: str) -> Any:
+    """How the outputs of a conversion belong together."""
+    from torch.utils import _pytree as pytree
+
     try:
-        about: dict[str, Any] = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        same = about["name"] == name and isinstance(about["outputs"], str)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        if about["name"] != name:
+            raise ValueError("it was made from other weights")
+        return pytree.treespec_loads(about["outputs"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
         raise CheckpointError(f"{folder} holds no conversion that can be read ({error}); delete it") from error
-    if not same:
-        raise CheckpointError(f"{folder} was converted from other weights; delete it")
-    return about
 
 
-def _write(network: _Network, pixels: Tensor, name: str, where: Where, folder: Path) -> dict[str, Any]:
-    """Convert a backbone into a folder, which is checked against PyTorch if it is to stay."""
+def _write(network: _Network, pixels: Tensor, name: str, where: Where, folder: Path) -> None:
+    """Convert a backbone into a folder, after a check against PyTorch."""
     import torch
     from torch import nn
     from torch.utils import _pytree as pytree
@@ -182,7 +189,7 @@ def _write(network: _Network, pixels: Tensor, name: str, where: Where, folder: P
                     f"{network.kind} cannot be converted: {' '.join(str(error).split())[:300]}; say backend=torch"
                 ) from error
             got = _opened(path, backend, "exact")(pixels)
-            off = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(expected, got, strict=True))
+            off = furthest(expected, got)
             if not off <= TOLERANCE:
                 raise CheckpointError(
                     f"{network.kind} would be off by {off:.1e} of the largest value in {backend}; say backend=torch"
@@ -190,11 +197,11 @@ def _write(network: _Network, pixels: Tensor, name: str, where: Where, folder: P
             about = {"name": name, "outputs": pytree.treespec_dumps(tree), "off": off}
             (part / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
             log.info("%s in %s is off by %.1e of the largest value", network.kind, backend, off)
-            if folder.is_dir():  # another process was faster, or it is the spare one
-                shutil.copytree(part, folder, dirs_exist_ok=True)
-            else:
+            try:
                 os.replace(part, folder)
-    return about
+            except OSError:
+                if not (folder / "about.json").is_file():  # or another process was faster, and its is as good
+                    raise
 
 
 def _opened(path: Path, backend: str, precision: Precision) -> Callable[[Tensor], list[Tensor]]:

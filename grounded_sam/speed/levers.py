@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -48,7 +49,7 @@ def swap(
     with torch.no_grad():
         try:
             before, after = module(*inputs, **told), forward(module, *inputs, **told)
-            error = max(_apart(a, b) for a, b in zip(_tensors(before), _tensors(after), strict=True))
+            error = furthest(_tensors(before), _tensors(after))
         except Exception as failure:  # of code that someone else has changed
             log.warning("%s leaves %s alone: %s", name, type(module).__name__, " ".join(str(failure).split())[:200])
             return False
@@ -65,6 +66,16 @@ def _tensors(out: Any) -> Iterator[Tensor]:
             yield from _tensors(part)
     elif out is not None:
         yield out
+
+
+def furthest(before: Iterable[Tensor], after: Iterable[Tensor]) -> float:
+    """The largest difference of tensors, as a share of the largest value of each; NaN if there is one.
+
+    Raises:
+        ValueError: if they are not as many, or of other shapes.
+    """
+    errors = [_apart(a, b) for a, b in zip(before, after, strict=True)]
+    return max(errors, key=lambda error: (math.isnan(error), error), default=0.0)  # max alone passes over NaN
 
 
 def _apart(a: Tensor, b: Tensor) -> float:

@@ -35,6 +35,8 @@ def speed_up_encoder(model: Any, precision: Precision, compile_: bool, where: Wh
     if where.backend != "torch":
         backbone = getattr(encoder, "trunk", getattr(encoder, "backbone", encoder))  # SAM's is all one
         convert(backbone, where, precision)
+        if compile_:
+            log.warning("compile=true leaves the segmenter alone: %s runs its image encoder", where.backend)
         return
     if next(model.parameters()).device.type == "cpu":
         piece_feed_forwards(encoder)
@@ -75,7 +77,7 @@ def half_encoder(encoder: Any) -> None:
 
 
 def half_attention(encoder: Any) -> int:
-    """Attention of Hiera in bfloat16, from its queries, keys and values to its outcome; how many layers were changed.
+    """Attention of Hiera in bfloat16, from its queries to its outcome, scores too; how many layers were changed.
 
     PyTorch's attention on the CPU is as fast in bfloat16 as it is in 32 bits; products of matrices are twice as fast.
     """
@@ -88,7 +90,7 @@ def half_attention(encoder: Any) -> int:
             half(module.proj, torch.float32)
             if module.qkv.weight.device.type == "cpu":
                 noise = torch.Generator().manual_seed(0)
-                x = torch.randn((2, 6, 8, module.dim), generator=noise)
+                x = torch.randn((1, 36, 32, module.dim), generator=noise)  # more than one block, also if it pools
                 count += swap(module, _hiera_attention, (x,), 3e-2, "half_attention")
     return count
 
@@ -225,7 +227,7 @@ def _narrow(self: Any, q: Tensor, k: Tensor, v: Tensor, num_k_exclude_rope: int 
 def _low(self: Any, q: Tensor, k: Tensor, v: Tensor, num_k_exclude_rope: int = 0) -> Tensor:
     """`RoPEAttention.forward` of sam2; see `half_memory`."""
     q, k = _turned(self, q, k, num_k_exclude_rope)
-    return self.out_proj(self.v_proj(_in_bfloat16(q[:, 0], k[:, 0], v)))  # type: ignore[no-any-return]
+    return self.out_proj(_in_bfloat16(q[:, 0], k[:, 0], v, self.v_proj))  # type: ignore[no-any-return]
 
 
 def _turned_hf(self: Any, query: Tensor, key: Tensor, places: Any, excluded: int) -> tuple[Tensor, Tensor]:
@@ -269,23 +271,25 @@ def _low_hf(
     """`Sam2VideoRoPEAttention.forward` of transformers; see `half_memory`."""
     b, objects = query.shape[:2]
     q, k = _turned_hf(self, query, key, position_embeddings, num_k_exclude_rope)
-    summed = self.v_proj(_in_bfloat16(q[:, 0], k[:, 0], value.flatten(0, 1)))
+    summed = _in_bfloat16(q[:, 0], k[:, 0], value.flatten(0, 1), self.v_proj)
     return self.o_proj(summed.view(b, objects, -1, self.internal_dim)), None
 
 
-def _in_bfloat16(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of one head, cast for it and back; see `attend`."""
+def _in_bfloat16(q: Tensor, k: Tensor, v: Tensor, project: Any) -> Tensor:
+    """Attention of one head with values that are projected, cast for it and back; shapes as in `attend`."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    low = [x.to(torch.bfloat16) for x in (q, k, v)]
+    low = torch.bfloat16
     if q.device.type == "cpu":
-        return attend_low(*low).to(q.dtype)
-    return scaled_dot_product_attention(*low).to(q.dtype)
+        return project(attend_low(q.to(low), k.to(low), v.to(low)).to(q.dtype))  # type: ignore[no-any-return]
+    # Fused kernels want four dimensions, and values as wide as keys.
+    wide = [x[:, None].to(low) for x in (q, k, project(v))]
+    return scaled_dot_product_attention(*wide)[:, 0].to(q.dtype)
 
 
 def attend_low(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention of one head as products of bfloat16 matrices on the CPU; shapes as in `attend`."""
+    """Attention of one head as products of bfloat16 matrices on the CPU, scores too; shapes as in `attend`."""
     import torch
 
     b, n, width = q.shape

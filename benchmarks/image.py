@@ -370,9 +370,8 @@ def compare(args: argparse.Namespace) -> None:
     cpu = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "sam2"))
     print(f"{datetime.now(UTC).date()}, {cpu[1] if cpu else platform.machine()}, {args.threads} threads, {packages}")
-    print(
-        f"{args.weights} weights{', compiled' if args.compile else ''}, {args.backend}, {args.boxes} boxes, {args.rounds} rounds"
-    )
+    how = f"{args.backend}{', compiled' if args.compile else ''}"
+    print(f"{args.weights} weights, {how}, {args.boxes} boxes, {args.rounds} rounds")
     print(f"products of matrices: {statistics.median(rates) / 1e9:.0f} GFLOP/s")
     counted = running[base].told.get("operations")
     truth = np.load(Path(args.folder) / f"{base}.npz")

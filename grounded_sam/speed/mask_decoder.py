@@ -65,7 +65,8 @@ def _ask_hf(
     """`Sam2VideoAttention.forward` of transformers and its kin, from tokens to the image."""
     if attention_similarity is not None or not _pays(self, query.shape[2], self.num_attention_heads):
         return type(self).forward(self, query, key, value, attention_similarity, **told)  # type: ignore[no-any-return]
-    out = ask(self, *(x.flatten(0, 1) for x in (query, key, value)), self.num_attention_heads)
+    q, k, v = (x.flatten(0, 1) for x in (query, key, value))
+    out = ask(self, q, k, v, self.num_attention_heads)
     return _projection(self)(out.view(*query.shape[:3], -1)), None
 
 
@@ -75,8 +76,8 @@ def _answer_hf(
     """`Sam2VideoAttention.forward` of transformers and its kin, from the image to tokens."""
     if attention_similarity is not None or not _pays(self, key.shape[2], self.num_attention_heads):
         return type(self).forward(self, query, key, value, attention_similarity, **told)  # type: ignore[no-any-return]
-    flat = (x.flatten(0, 1) for x in (query, key, value))
-    return answer(self, *flat, self.num_attention_heads, _projection(self)).view(query.shape), None
+    q, k, v = (x.flatten(0, 1) for x in (query, key, value))
+    return answer(self, q, k, v, self.num_attention_heads, _projection(self)).view(query.shape), None
 
 
 def _projection(self: Any) -> Any:

@@ -284,8 +284,8 @@ def _in_bfloat16(q: Tensor, k: Tensor, v: Tensor, project: Any) -> Tensor:
     if q.device.type == "cpu":
         return project(attend_low(q.to(low), k.to(low), v.to(low)).to(q.dtype))  # type: ignore[no-any-return]
     # Fused kernels want four dimensions, and values as wide as keys.
-    wide = [x[:, None].to(low) for x in (q, k, project(v))]
-    return scaled_dot_product_attention(*wide)[:, 0].to(q.dtype)
+    ask, key, value = (x[:, None].to(low) for x in (q, k, project(v)))
+    return scaled_dot_product_attention(ask, key, value)[:, 0].to(q.dtype)
 
 
 def attend_low(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -246,6 +246,20 @@ def test_low_precision_finds_the_same(precision):
 
 
 @needs_bfloat16
+@pytest.mark.parametrize("size_hw", [(96, 128), (131, 97)])
+def test_windows_in_bfloat16_give_nearly_the_same_maps(detector, size_hw):
+    changed = copy.deepcopy(detector)
+    dino.half_backbone(changed)
+    attentions = [m for m in changed.modules() if type(m).__name__ == "SwinAttention"]
+    assert dino.half_windows(changed) == len(attentions) > 0
+    pixels = torch.randn(2, 3, *size_hw, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        maps = [model.model.backbone.conv_encoder.model(pixels).feature_maps for model in (detector, changed)]
+    for a, b in zip(*maps, strict=True):
+        assert float((a - b).abs().max() / a.abs().max()) < 0.03
+
+
+@needs_bfloat16
 def test_stages_have_precisions_of_their_own():
     model = load("detector.precision=fast", "segmenter.precision=exact", preset="shapes", device="cpu")
     dtypes = {p.dtype for p in model.detector.model.parameters()}
@@ -317,7 +331,8 @@ def test_folded_tokens_give_the_same_logits(kind, clicks, folders):
         if "mask_decoder" in name:
             parameter.data += 0.02 * torch.randn(parameter.shape, generator=noise)
     folded = [module for module in stage.model.modules() if _is_folded(module)]
-    assert len(folded) == 5  # two in each of two layers, and the last look
+    # Two in each of two layers, and the last look; and the layers, in the authors' packages.
+    assert len(folded) == (7 if kind in ("sam", "sam2") else 5)
     rng = np.random.default_rng(0)
     image = make_scene(rng).image
     height, width = image.shape[:2]

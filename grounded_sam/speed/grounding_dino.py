@@ -50,6 +50,8 @@ def speed_up(model: Any, precision: Precision, compile_: bool, where: Where) -> 
         else:
             if not elsewhere:
                 half_backbone(model)
+                if precision == "fast":
+                    half_windows(model)
             half_feed_forward(model)
             if precision == "fast":
                 half_projections(model)
@@ -410,6 +412,43 @@ def half_backbone(model: Any) -> None:
     for module in model.model.backbone.modules():
         if isinstance(module, nn.Linear) and module.weight.dtype == torch.float32:
             half(module)
+
+
+def half_windows(model: Any) -> int:
+    """Attention in the windows of Swin in bfloat16, scores too, as in `sam2.half_attention`; how many layers do."""
+    import torch
+
+    count = 0
+    modules: list[Any] = list(model.model.backbone.modules())
+    for module in modules:
+        if type(module).__name__ == "SwinAttention":
+            noise = torch.Generator().manual_seed(0)
+            size = module.relative_position_bias().shape[-1]
+            x = torch.randn((4, size, module.q_proj.in_features), generator=noise)
+            mask = torch.zeros(2, size, size)
+            mask[1, :, size // 2 :] = -100.0
+            count += swap(module, _swin_attention, (x,), 3e-2, "half_windows", attention_mask=mask)
+    return count
+
+
+def _swin_attention(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Any:
+    """`SwinAttention.forward` of transformers; see `half_windows`."""
+    import torch
+    from torch.nn.functional import linear
+
+    n, size, width = hidden_states.shape
+    x = hidden_states.to(torch.bfloat16)
+    q, k, v = (
+        linear(x, layer.weight, layer.bias).view(n, size, -1, self.head_dim).transpose(1, 2)
+        for layer in (self.q_proj, self.k_proj, self.v_proj)
+    )
+    scores = torch.matmul(q * self.scaling, k.transpose(-1, -2))
+    scores += self.relative_position_bias().to(scores.dtype)
+    if attention_mask is not None:
+        by_picture = scores.view(-1, len(attention_mask), *scores.shape[1:])
+        by_picture += attention_mask[:, None].to(scores.dtype)
+    out = torch.matmul(scores.softmax(-1), v).transpose(1, 2).reshape(n, size, width)
+    return linear(out, self.o_proj.weight, self.o_proj.bias).to(hidden_states.dtype), None
 
 
 def half_projections(model: Any) -> None:

@@ -15,7 +15,7 @@ from grounded_sam.speed.levers import (
     piece_feed_forwards,
     swap,
 )
-from grounded_sam.speed.mask_decoder import fold_tokens
+from grounded_sam.speed.mask_decoder import fold_tokens, place_once
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,6 +32,7 @@ def speed_up_encoder(model: Any, precision: Precision, compile_: bool, where: Wh
     keep_positions(encoder)
     if next(model.parameters()).device.type == "cpu":
         fold_tokens(model)
+        place_once(model)
     if where.backend != "torch":
         backbone = getattr(encoder, "trunk", getattr(encoder, "backbone", encoder))  # SAM's is all one
         convert(backbone, where, precision)

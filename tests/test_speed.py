@@ -358,3 +358,30 @@ def test_folded_tokens_give_the_same_logits(kind, clicks, folders):
 
 def _is_folded(module):
     return getattr(vars(module).get("forward"), "__module__", None) == "grounded_sam.speed.mask_decoder"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("precision", ["exact", "balanced", "fast"])
+def test_on_cuda_the_same_is_found_as_on_the_cpu(precision):
+    """The detector under autocast unless `exact`."""
+    rng = np.random.default_rng(8)
+    scenes = [make_scene(rng) for _ in range(5)]
+    words = sorted({" ".join(pair) for scene in scenes for pair in scene.pairs})
+    cpu, cuda = (
+        load(preset="shapes", device=device, precision=p) for device, p in (("cpu", "exact"), ("cuda", precision))
+    )
+    for scene in scenes:
+        a, b = (model.segment(scene.image, words) for model in (cpu, cuda))
+        assert sorted(a.data["class_name"]) == sorted(b.data["class_name"])
+        overlap = sv.mask_iou_batch(a.mask, b.mask)
+        assert len(a) == 0 or overlap.max(1).min() > 0.9
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", [Sam2Tracker, Sam2HfTracker])
+def test_on_cuda_a_video_is_followed_as_on_the_cpu(kind, clip):
+    cpu, cuda = (
+        kind(checkpoint="builtin:shapes", device=device, precision=p)
+        for device, p in (("cpu", "exact"), ("cuda", "fast"))
+    )
+    assert worst_iou(follow(cpu, *clip), follow(cuda, *clip)) > 0.9

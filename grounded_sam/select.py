@@ -129,10 +129,13 @@ def select(found: sv.Detections, settings: Select, vocabulary: Vocabulary) -> sv
 
 
 def _table(found: sv.Detections, rows: NDArray[np.intp], settings: Select) -> NDArray[np.float64]:
-    """Boxes, confidence and what has to be alike of duplicates, as NMS wants them."""
-    assert found.confidence is not None and found.class_id is not None
+    """Boxes, confidence and what has to be alike of duplicates, as NMS wants them.
+
+    For confidence stands the place in the row, since NumPy sorts what is equally confident one way or another.
+    """
+    assert found.class_id is not None
     groups = np.zeros(len(rows)) if settings.nms_across else found.class_id[rows].astype(float)
-    return np.column_stack([found.xyxy[rows], found.confidence[rows], groups])
+    return np.column_stack([found.xyxy[rows], np.arange(len(rows), 0, -1), groups])
 
 
 def _unique(found: sv.Detections, rows: NDArray[np.intp], settings: Select) -> NDArray[np.bool_]:

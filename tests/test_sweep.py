@@ -15,7 +15,7 @@ import yaml
 from checkpoints import grounding_dino
 from fakes import CLASSES, boxes
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -206,6 +206,9 @@ BOXES = st.lists(
 )
 
 
+@example(
+    [*[(0, 0, 5, 5, 1.0, 0)] * 9, *[(0, 0, 5, 5, 0.5, 0)] * 2, (0, 1, 5, 5, 1.0, 0)], 0.5, 0.3, False, 1, None
+)  # equally confident, and sorted one way or another
 @given(
     BOXES,
     st.floats(0.1, 0.9),

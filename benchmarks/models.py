@@ -59,13 +59,6 @@ MAKERS = {name: ("grounding_dino", {"mm": True}) for name in ("mm_grounding_dino
 SETTINGS = {
     "detector=florence2": (["detector.max_new_tokens=32"], "answers of 32 tokens, 3 beams"),
     "detector=everything": ([], "32x32 points"),
-    "tracker=sam3_video": (
-        [
-            "tracker.settings={score_threshold_detection:0.0,new_det_thresh:0.0,max_num_objects:3,hotstart_delay:2,"
-            "hotstart_unmatch_thresh:2,hotstart_dup_thresh:2}"
-        ],
-        "3 objects at most",
-    ),
 }
 #: With these random weights find something, when all that is asked is whether a detector can.
 LOOSE = {
@@ -369,8 +362,13 @@ def tracker(told: dict[str, Any], photo: Any) -> dict[str, Any]:
         raise refused[0]
     row = next((row for row in rows.values() if row["video"]), next(iter(rows.values())))
     seen = any(row["names"] for row in rows.values())
-    able = {way: bool(rows[way]["names"]) if way in rows else False if seen else None for way in ("clicks", "text")}
-    return row | able | {"clip": f"{size_hw[1]}x{size_hw[0]}", "refused": [str(error) for error in refused]}
+    # Random weights may find nothing, which says nothing of what others can.
+    able = {
+        way: (bool(rows[way]["names"]) or None) if way in rows else False if seen else None
+        for way in ("clicks", "text")
+    }
+    note = {} if seen else {"note": "nothing was found"}
+    return row | able | note | {"clip": f"{size_hw[1]}x{size_hw[0]}", "refused": [str(error) for error in refused]}
 
 
 def run_stage(told: dict[str, Any]) -> str:
@@ -435,7 +433,8 @@ def table(rows: dict[str, dict[str, Any]]) -> str:
             cells.append(f"{row['parameters']:,.{0 if row['parameters'] >= 10 else 1}f} M" if row["parameters"] else "")
             cells += [short(row["seconds"]), f"{row['mib']:,.0f}"]
             cells += [{True: "yes", False: "no", None: ""}[row.get(key)] for key in able]
-            cells += [row["code"], weights_licence(row["hub"]), row["weights"]]
+            measured = "; ".join([row["weights"], *([row["note"]] if "note" in row else [])])
+            cells += [row["code"], weights_licence(row["hub"]), measured]
         lines.append(f"| {' | '.join(cells)} |")
     fine = [row for row in rows.values() if "failed" not in row]
     photos, clips = ({row[key] for row in fine if key in row} for key in ("photo", "clip"))

@@ -17,7 +17,7 @@ from grounded_sam.errors import ConfigError, VocabularyError
 from grounded_sam.frames import Frame
 from grounded_sam.speed.backends import Backend, Where
 from grounded_sam.speed.grounding_dino import speed_up
-from grounded_sam.speed.levers import Precision, check_precision
+from grounded_sam.speed.levers import Precision, check_precision, sent
 from grounded_sam.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -198,15 +198,16 @@ class GroundingDino:
         import torch
 
         images = [frame.image for frame in frames]
-        pixels = self.images(images, input_data_format="channels_last", return_tensors="pt").to(self.device)
+        pixels = self.images(images, input_data_format="channels_last", return_tensors="pt")
+        values, mask = (sent(pixels[key], self.device) for key in ("pixel_values", "pixel_mask"))
         with torch.inference_mode(), backbone_once(self.model):
             for prompt in self.prompts(vocabulary):
                 text = torch.tensor([prompt.ids] * len(frames), device=self.device)
                 yield (
                     prompt,
                     self.model(
-                        pixel_values=pixels["pixel_values"].to(self.dtype),
-                        pixel_mask=pixels["pixel_mask"],
+                        pixel_values=values.to(self.dtype),
+                        pixel_mask=mask,
                         input_ids=text,
                         attention_mask=torch.ones_like(text),
                         token_type_ids=torch.zeros_like(text),

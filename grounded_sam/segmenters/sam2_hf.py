@@ -15,7 +15,7 @@ from grounded_sam.checkpoints import BUILTIN, builtin, cached_or_fetched, find_f
 from grounded_sam.errors import CheckpointError
 from grounded_sam.segmenters.prompts import Decoded, PromptedSegmenter, Prompts
 from grounded_sam.speed.backends import Backend, Where
-from grounded_sam.speed.levers import Precision, check_precision
+from grounded_sam.speed.levers import Precision, check_precision, sent
 from grounded_sam.speed.sam2 import speed_up_encoder
 
 if TYPE_CHECKING:
@@ -249,7 +249,7 @@ class Sam2Hf(PromptedSegmenter):
         return other
 
     def _own(self, image: NDArray[np.uint8]) -> list[Tensor]:
-        pixels = self.processor(images=image, return_tensors="pt").pixel_values.to(self.model.device)
+        pixels = sent(self.processor(images=image, return_tensors="pt").pixel_values, self.model.device)
         return list(self.model.get_image_features(pixels, return_dict=True).fpn_hidden_states)
 
     def _encode(self, image: NDArray[np.uint8]) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from grounded_sam.checkpoints import load_checkpoint, pick_device
 from grounded_sam.segmenters.prompts import Decoded, PromptedSegmenter, Prompts
 from grounded_sam.speed.backends import Backend, Where
-from grounded_sam.speed.levers import Precision, check_precision
+from grounded_sam.speed.levers import Precision, check_precision, sent
 from grounded_sam.speed.sam2 import speed_up_encoder
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class SamHq(PromptedSegmenter):
 
         given = self.processor(images=image, input_data_format="channels_last", return_tensors="pt")
         with torch.inference_mode():
-            self._maps = self.model.get_image_embeddings(given["pixel_values"].to(self.model.device))
+            self._maps = self.model.get_image_embeddings(sent(given["pixel_values"], self.model.device))
         height, width = (int(side) for side in given["reshaped_input_sizes"][0])
         self._sizes = ((image.shape[0], image.shape[1]), (height, width))
 

@@ -57,7 +57,7 @@ def speed_up(model: Any, precision: Precision, compile_: bool, where: Where) -> 
                 half_projections(model)
     if compile_:
         for i, layer in enumerate(model.model.encoder.layers):
-            compiled(layer, f"layer {i} of the detector's encoder")
+            compiled(layer, f"layer {i} of the detector's encoder", dynamic=True)
 
 
 def fold_fusion(model: nn.Module) -> int:

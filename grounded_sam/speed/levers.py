@@ -183,12 +183,27 @@ def half_feed_forwards(root: nn.Module) -> None:
             found[2].to(torch.bfloat16)
 
 
-def compiled(module: nn.Module, name: str) -> None:
-    """Let `torch.compile` have a module's forward; where that fails it goes on as it was, with a line in the log."""
+def sent(pixels: Tensor, device: Any) -> Tensor:
+    """Pictures on a device; to CUDA from page-locked memory, so that the next steps are not waited with."""
+    import torch
+
+    if torch.device(device).type == "cuda" and pixels.device.type == "cpu":
+        return pixels.pin_memory().to(device, non_blocking=True)
+    return pixels.to(device)
+
+
+def compiled(module: nn.Module, name: str, dynamic: bool) -> None:
+    """Let `torch.compile` have a module's forward; where that fails it goes on as it was, with a line in the log.
+
+    Args:
+        module: to compile when it first runs.
+        name: for the log.
+        dynamic: false if what goes in always has one shape.
+    """
     import torch
 
     plain = module.forward
-    state = {"run": torch.compile(plain, dynamic=True)}
+    state = {"run": torch.compile(plain, dynamic=dynamic)}
 
     def forward(_self: nn.Module, *inputs: Any, **told: Any) -> Any:
         if state["run"] is plain:

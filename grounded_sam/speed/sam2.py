@@ -46,7 +46,7 @@ def speed_up_encoder(model: Any, precision: Precision, compile_: bool, where: Wh
             half_attention(encoder)
         half_encoder(encoder)
     if compile_:
-        compiled(encoder, "the image encoder of the segmenter")
+        compiled(encoder, "the image encoder of the segmenter", dynamic=False)
 
 
 def speed_up_memory(model: Any, precision: Precision) -> None:

@@ -35,7 +35,7 @@ lint: $(VENV)/installed-dev
 
 # `grounded-sam --help` prints this file, which the suite compares with what Hydra makes of conf.
 help: $(VENV)/installed
-	$(BIN)/grounded-sam --help input=null > grounded_sam/help.part && mv grounded_sam/help.part grounded_sam/help.txt
+	$(BIN)/grounded-sam --help input=null > grounded_sam/cli/help.part && mv grounded_sam/cli/help.part grounded_sam/cli/help.txt
 
 clean:
 	rm -rf $(VENV) build dist outputs multirun *.egg-info

@@ -29,7 +29,7 @@ from lxml import etree
 from pycocotools import mask as coco_mask
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from grounded_sam.sinks.files import Names
+from grounded_sam.files import UniqueNames
 
 #: What a reader gives of an image: its name in the store, and for each object class and mask (or None).
 Read = Iterator[tuple[str, list[tuple[str, Any]]]]
@@ -53,7 +53,7 @@ class Truth:
         for row in rows:
             if row["kind"] == "object":
                 self.objects[row["file"]].append(row)
-        names, self.file = Names(), {}
+        names, self.file = UniqueNames(), {}
         for file, row in self.images.items():
             path = Path(file)
             frame = row["video"] is not None and path.suffix[1:].isdecimal()

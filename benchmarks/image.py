@@ -78,7 +78,7 @@ def inputs_of(args: argparse.Namespace) -> Any:
     from PIL import Image
     from transformers import AutoProcessor
 
-    from grounded_sam.checkpoints import find_folder
+    from grounded_sam.weights.loading import find_folder
 
     processor = AutoProcessor.from_pretrained(find_folder(args.dino, "detector"))
     text = ". ".join(WORDS[args.weights]) + "."
@@ -91,7 +91,7 @@ def ours(args: argparse.Namespace, precision: str) -> Candidate:
     import torch
 
     from grounded_sam import load
-    from grounded_sam.frames import read_image
+    from grounded_sam.media.images import read_image
 
     model: Any = load(
         f"checkpoints.grounding_dino={args.dino}",
@@ -137,15 +137,15 @@ def reference(args: argparse.Namespace, kind: str) -> Candidate:
     from sam2.sam2_image_predictor import SAM2ImagePredictor
     from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
-    from grounded_sam.checkpoints import BUILTIN, find_file, find_folder
     from grounded_sam.segmenters.sam2 import build_model, fit_predictor
+    from grounded_sam.weights.loading import BUILTIN_DIR, find_file, find_folder
 
     folder = find_folder(args.dino, "detector")
     processor = AutoProcessor.from_pretrained(folder)
     detector = AutoModelForZeroShotObjectDetection.from_pretrained(folder, dtype=torch.float32).eval()
     architecture = Path(package.__file__).parent / "configs" / "sam2.1" / "sam2.1_hiera_t.yaml"
     if args.weights == "shapes":
-        architecture = BUILTIN.parent / "sam2.yaml"
+        architecture = BUILTIN_DIR.parent / "sam2.yaml"
     sam2 = build_model(architecture, find_file(args.sam2, "sam2"), "SAM 2.1 tiny")
     assert not any("forward" in vars(module) for module in sam2.modules())  # no lever of ours
     predictor = fit_predictor(SAM2ImagePredictor(sam2), sam2)

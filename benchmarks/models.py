@@ -16,7 +16,7 @@ mean of all), without the time of a detector. What a choice can do is tried out:
 detector=everything, `video` ids that go on from frame to frame (trackers are made to take what they follow for present,
 which weights that never saw such a clip may not).
 Licences of code are those in the metadata of the Python distribution that has the model's class, those of weights are
-in `grounded_sam/models.yaml`.
+in `grounded_sam/weights/models.yaml`.
 
 With `--json` rows are kept as they come, and a later run does only those that are missing, failed, had other weights or
 are named by `--only`. `--readme` puts the table between the two marker lines of a Markdown file.
@@ -73,14 +73,14 @@ LIMIT_S = 3600
 
 def choices() -> list[str]:
     """`group=choice` of every YAML, without those that are passed over."""
-    from grounded_sam.config import conf_dir
+    from grounded_sam.config.hydra import conf_dir
 
     found = [f"{group}={path.stem}" for group in GROUPS for path in sorted((conf_dir() / group).glob("*.yaml"))]
     return [name for name in found if name.partition("=")[2] not in PASSED_OVER]
 
 
 def has(group: str, choice: str) -> bool:
-    from grounded_sam.config import conf_dir
+    from grounded_sam.config.hydra import conf_dir
 
     return (conf_dir() / group / f"{choice}.yaml").is_file()
 
@@ -94,7 +94,7 @@ def plan(name: str) -> tuple[list[str], list[str], list[str]]:
     """The overrides that choose a stage alone, names of the checkpoints it takes, and their ids on the hub."""
     from omegaconf import OmegaConf
 
-    from grounded_sam.config import compose
+    from grounded_sam.config.compose import compose
     from grounded_sam.segmenters.sam2 import SIZES
 
     group, _, choice = name.partition("=")
@@ -146,7 +146,7 @@ def make_checkpoint(told: dict[str, Any]) -> str:
 
 def measure(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """The row of one choice; of one that fails the reason."""
-    from grounded_sam.config import conf_dir
+    from grounded_sam.config.hydra import conf_dir
 
     row: dict[str, Any] = {"asked": args.weights}
     try:
@@ -279,7 +279,7 @@ def detector(told: dict[str, Any], photo: Any) -> dict[str, Any]:
 
 def segmenter(told: dict[str, Any], photo: Any) -> dict[str, Any]:
     from grounded_sam import GroundedSamError, load
-    from grounded_sam.detectors.clicks import Clicks
+    from grounded_sam.detectors.clicks import ClickDetector
 
     model = load(*told["words"], *OPEN, boxes_by_hand(photo.shape[:2]))
     found = model.segment(photo)
@@ -287,7 +287,7 @@ def segmenter(told: dict[str, Any], photo: Any) -> dict[str, Any]:
         raise RuntimeError(f"gave {len(found)} masks for 3 boxes")
     row = cost(model.segmenter, timed(partial(model.segment, photo)))
     height, width = photo.shape[:2]
-    model.detector = Clicks([{"class": "thing", "points": [[width // 2, height // 2]]}])
+    model.detector = ClickDetector([{"class": "thing", "points": [[width // 2, height // 2]]}])
     try:
         clicked = model.segment(photo)
         row["clicks"] = len(clicked) == 1 and clicked.mask is not None
@@ -317,13 +317,13 @@ def say_present(stage: Any) -> None:
 def follow(told: dict[str, Any], words: list[str], text: list[str] | None) -> dict[str, Any]:
     """The frames of the clip through a pipeline: what it costs without the detector, and what came out."""
     from grounded_sam import load
-    from grounded_sam.sources.video import Video
+    from grounded_sam.sources.video import VideoSource
 
     model = load(*words, *OPEN)
     say_present(model.tracker)
     seconds, ids, names = [], [], set()
     begin, detecting = time.perf_counter(), 0.0
-    for result in model.track(Video(told["clip"], stop=told["frames"]), text):
+    for result in model.track(VideoSource(told["clip"], stop=told["frames"]), text):
         found = result.detections
         seconds.append(time.perf_counter() - begin - (model.seconds["detect"] - detecting))
         ids.append(set() if found.tracker_id is None else set(found.tracker_id.tolist()))
@@ -339,9 +339,9 @@ def follow(told: dict[str, Any], words: list[str], text: list[str] | None) -> di
 
 def tracker(told: dict[str, Any], photo: Any) -> dict[str, Any]:
     from grounded_sam import GroundedSamError
-    from grounded_sam.sources.video import Video
+    from grounded_sam.sources.video import VideoSource
 
-    size_hw = next(iter(Video(told["clip"]))).size_hw
+    size_hw = next(iter(VideoSource(told["clip"]))).size_hw
     chosen = [word for word in told["words"] if not word.startswith(("detector=", "segmenter="))]
     ways: dict[str, tuple[list[str], list[str] | None]] = {
         "clicks": ([*told["words"], boxes_by_hand(size_hw)], None),
@@ -375,7 +375,7 @@ def run_stage(told: dict[str, Any]) -> str:
     import torch
     import transformers
 
-    from grounded_sam.frames import read_image
+    from grounded_sam.media.images import read_image
 
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(told["threads"])
@@ -401,10 +401,10 @@ def conditions(told: dict[str, Any]) -> str:
 
 
 def weights_licence(hub: list[str]) -> str:
-    """What `grounded_sam/models.yaml` says of repositories on the hub."""
+    """What `grounded_sam/weights/models.yaml` says of repositories on the hub."""
     import yaml
 
-    path = Path(__file__).parents[1] / "grounded_sam" / "models.yaml"
+    path = Path(__file__).parents[1] / "grounded_sam" / "weights" / "models.yaml"
     known = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
     said = []
     for name in hub:

@@ -22,7 +22,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from independent import clip, pictures
 
-from grounded_sam import load, track_scores
+from grounded_sam import load
+from grounded_sam.evaluation import video_scores as track_scores
 
 
 def run(clips: int, photos: Path | None, overrides: list[str], seed: int = 77, frames: int = 60) -> dict[str, float]:

@@ -53,10 +53,10 @@ def checkpoint_of(weights: str) -> tuple[str, Path]:
     import torch
     from omegaconf import OmegaConf
 
-    from grounded_sam.checkpoints import BUILTIN
+    from grounded_sam.weights.loading import BUILTIN_DIR
 
     if weights == "shapes":
-        return "builtin:shapes", BUILTIN.parent / "sam2.yaml"
+        return "builtin:shapes", BUILTIN_DIR.parent / "sam2.yaml"
     architecture = Path(sam2.__file__).parent / "configs" / "sam2.1" / "sam2.1_hiera_t.yaml"
     path = Path(tempfile.gettempdir()) / "grounded_sam-random-hiera-tiny.pt"
     if not path.exists():
@@ -69,8 +69,8 @@ def checkpoint_of(weights: str) -> tuple[str, Path]:
 
 def model_of(weights: str) -> tuple[Any, Path]:
     """A `SAM2Base` as its authors have it, and the YAML of its architecture."""
-    from grounded_sam.checkpoints import find_file
     from grounded_sam.segmenters.sam2 import build_model
+    from grounded_sam.weights.loading import find_file
 
     checkpoint, architecture = checkpoint_of(weights)
     model = build_model(architecture, find_file(checkpoint, "sam2"), "SAM 2.1 tiny")
@@ -88,8 +88,8 @@ def resident() -> float:
 def ours(weights: str, objects: int, count: int, precision: Any = "exact") -> Iterator[None]:
     import supervision as sv
 
-    from grounded_sam.detections import mask_boxes
-    from grounded_sam.speed.allocator import keep_pages
+    from grounded_sam.acceleration.allocator import keep_pages
+    from grounded_sam.structures.masks import masks_to_xyxy
     from grounded_sam.trackers.sam2 import Sam2Tracker
 
     keep_pages()
@@ -100,7 +100,7 @@ def ours(weights: str, objects: int, count: int, precision: Any = "exact") -> It
         session.step(image)
         if t == 0:
             ids = np.arange(1, objects + 1)
-            session.prompt(sv.Detections(xyxy=mask_boxes(masks), mask=masks, tracker_id=ids))
+            session.prompt(sv.Detections(xyxy=masks_to_xyxy(masks), mask=masks, tracker_id=ids))
         yield
 
 
@@ -128,11 +128,11 @@ def transformers(weights: str, objects: int, count: int) -> Iterator[None]:
     from transformers import Sam2VideoModel, Sam2VideoProcessor, Sam2VideoVideoProcessor
     from transformers.models.sam2 import Sam2ImageProcessor
 
-    from grounded_sam.segmenters.sam2_hf import config_of, rename
+    from grounded_sam.weights.sam2_conversion import rename_weights, video_config
 
     base, architecture = model_of(weights)
-    model = Sam2VideoModel(config_of(architecture))
-    model.load_state_dict(rename(base.state_dict()))
+    model = Sam2VideoModel(video_config(architecture))
+    model.load_state_dict(rename_weights(base.state_dict()))
     model.eval()
     del base
     side = model.config.image_size

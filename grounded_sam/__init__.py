@@ -12,13 +12,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from grounded_sam.errors import CheckpointError, ConfigError, GroundedSamError, ImageError, VocabularyError
-from grounded_sam.vocabulary import Vocabulary
+from grounded_sam.structures.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
-    from grounded_sam.config import load
-    from grounded_sam.frames import Frame, read_image
-    from grounded_sam.pipeline import Pipeline
-    from grounded_sam.select import Select
+    from grounded_sam.config.build import load
+    from grounded_sam.media.images import read_image
+    from grounded_sam.pipeline.pipeline import Pipeline
+    from grounded_sam.pipeline.select import Select
+    from grounded_sam.structures.frame import Frame
 
 __version__ = "0.1.0"
 
@@ -37,11 +38,11 @@ __all__ = [
 ]
 
 _LAZY = {
-    "load": "config",
-    "Frame": "frames",
-    "read_image": "frames",
-    "Pipeline": "pipeline",
-    "Select": "select",
+    "load": "config.build",
+    "Frame": "structures.frame",
+    "read_image": "media.images",
+    "Pipeline": "pipeline.pipeline",
+    "Select": "pipeline.select",
 }
 
 

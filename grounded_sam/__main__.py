@@ -1,3 +1,3 @@
-from grounded_sam.cli import main
+from grounded_sam.cli.main import main
 
 main()

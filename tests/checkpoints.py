@@ -99,9 +99,9 @@ def sam2(path: Path, config: str = "sam2.1_hiera_t.yaml") -> Path:
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
-    from grounded_sam.config import undisturbed_hydra
+    from grounded_sam.hydra_state import preserve_hydra_state
 
-    with undisturbed_hydra():
+    with preserve_hydra_state():
         import sam2 as package
 
         torch.manual_seed(2)
@@ -215,11 +215,11 @@ def sam2_hf(folder: Path) -> Path:
     from transformers import Sam2VideoModel
     from transformers.models.sam2 import Sam2ImageProcessor
 
-    from grounded_sam.segmenters.sam2_hf import config_of
+    from grounded_sam.weights.sam2_conversion import video_config
 
     torch.manual_seed(2)
     yaml = Path(package.__file__).parent / "configs" / "sam2.1" / "sam2.1_hiera_t.yaml"
-    Sam2VideoModel(config_of(yaml)).eval().save_pretrained(folder)
+    Sam2VideoModel(video_config(yaml)).eval().save_pretrained(folder)
     Sam2ImageProcessor().save_pretrained(folder)
     return folder
 

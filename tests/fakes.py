@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import supervision as sv
 
-from grounded_sam.detections import make_detections, mask_boxes, tracked, with_masks
-from grounded_sam.frames import Frame
-from grounded_sam.vocabulary import Vocabulary
+from grounded_sam.structures.detections import make_detections, tracked_detections, with_masks
+from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.masks import masks_to_xyxy
+from grounded_sam.structures.vocabulary import Vocabulary
 
 CLASSES = Vocabulary.parse(["a", "b", "c"])
 
@@ -92,7 +93,7 @@ class Levels:
             levels = [] if frame.index in self.hidden else [v for v in np.unique(frame.image[..., 0]) if v]
             masks = np.array([frame.image[..., 0] == v for v in levels], bool).reshape(-1, *frame.size_hw)
             ids = [int(v) // 100 for v in levels]
-            boxes_ = mask_boxes(masks)
+            boxes_ = masks_to_xyxy(masks)
             found.append(make_detections(boxes_, [0.9] * len(ids), ids, vocabulary, frame.size_hw, masks))
         return found
 
@@ -113,7 +114,7 @@ class ByLevel:
 
         def _find(self, ids: Sequence[int]) -> sv.Detections:
             masks = np.array([self.image[..., 0] == self.levels[i] for i in ids], bool).reshape(-1, *self.size_hw)
-            return tracked(np.array(ids, np.int64), masks, np.ones(len(ids)), np.ones(len(ids)))
+            return tracked_detections(np.array(ids, np.int64), masks, np.ones(len(ids)), np.ones(len(ids)))
 
         def step(self, image: np.ndarray) -> sv.Detections:
             self.image, self.steps = image, self.steps + 1

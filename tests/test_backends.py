@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from grounded_sam import CheckpointError, ConfigError, load
-from grounded_sam.detections import mask_boxes
+from grounded_sam.acceleration import backends
+from grounded_sam.acceleration.backends import BackendSettings, convert
 from grounded_sam.shapes.scenes import make_clip, make_scene
-from grounded_sam.speed import backends
-from grounded_sam.speed.backends import Where, convert
+from grounded_sam.structures.masks import masks_to_xyxy
 
 BACKENDS = ("openvino", "onnxruntime")
 WORDS = ["red circle", "blue square", "green star"]
@@ -68,7 +68,7 @@ class Backbone(torch.nn.Module):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("segmenter", ["sam", "sam2", "sam2_hf", "sam_hq", "edgetam", "sam3_tracker"])
 def test_masks_are_those_of_torch(segmenter, backend, scene, folders, tmp_path):
-    box = {"class": "it", "box": mask_boxes(np.array(scene.masks[:1]))[0].tolist()}
+    box = {"class": "it", "box": masks_to_xyxy(np.array(scene.masks[:1]))[0].tolist()}
     extra = [f"checkpoints.{segmenter}='{folders[segmenter]}'"] if segmenter in folders else []
     if segmenter in ("edgetam", "sam3_tracker"):
         extra[0] = extra[0].replace("checkpoints.", "segmenter.").replace(segmenter, "checkpoint", 1)
@@ -138,7 +138,7 @@ def test_low_precision_finds_the_same(precision, backend, picture):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_outputs_keep_their_form(backend, tmp_path):
     backbone, plain = Backbone().eval(), Backbone().eval()
-    convert(backbone, Where(backend, str(tmp_path / "kept")), "exact")
+    convert(backbone, BackendSettings(backend, str(tmp_path / "kept")), "exact")
     pixels = torch.randn(2, 3, 9, 7)
     with torch.inference_mode():
         expected, got = plain(pixels, more=True), backbone(pixels, more=True)
@@ -155,15 +155,15 @@ def test_outputs_keep_their_form(backend, tmp_path):
 def test_what_was_converted_once_is_found_again_by_both_back_ends(tmp_path, request):
     pixels = torch.randn(1, 3, 8, 8)
     first = Backbone().eval()
-    convert(first, Where("openvino", str(tmp_path)), "exact")
+    convert(first, BackendSettings("openvino", str(tmp_path)), "exact")
     expected = first(pixels)["maps"][0]
     request.getfixturevalue("no_export")
     for backend in BACKENDS:
         again = Backbone().eval()
-        convert(again, Where(backend, str(tmp_path)), "exact")
+        convert(again, BackendSettings(backend, str(tmp_path)), "exact")
         torch.testing.assert_close(again(pixels)["maps"][0], expected, atol=1e-5, rtol=1e-5)
     other = Backbone(seed=1).eval()  # weights of its own, which the file is not for
-    convert(other, Where("openvino", str(tmp_path)), "exact")
+    convert(other, BackendSettings("openvino", str(tmp_path)), "exact")
     with pytest.raises(CheckpointError, match="converted again"):
         other(pixels)
     assert [path.name.split("-")[:2] for path in tmp_path.iterdir()] == [["Backbone", "1x3x8x8"]]
@@ -172,8 +172,8 @@ def test_what_was_converted_once_is_found_again_by_both_back_ends(tmp_path, requ
 def test_another_process_that_was_faster_is_not_written_over(tmp_path, monkeypatch):
     pixels = torch.randn(1, 3, 8, 8)
     first, second = Backbone().eval(), Backbone().eval()
-    convert(first, Where("onnxruntime", str(tmp_path)), "exact")
-    convert(second, Where("onnxruntime", str(tmp_path)), "exact")
+    convert(first, BackendSettings("onnxruntime", str(tmp_path)), "exact")
+    convert(second, BackendSettings("onnxruntime", str(tmp_path)), "exact")
     export, files = torch.onnx.export, []
 
     def slow(*args, **told):
@@ -191,7 +191,7 @@ def test_another_process_that_was_faster_is_not_written_over(tmp_path, monkeypat
 
 def test_conversions_in_memory_are_bounded(monkeypatch):
     backbone = Backbone().eval()
-    convert(backbone, Where("onnxruntime"), "exact")
+    convert(backbone, BackendSettings("onnxruntime"), "exact")
     made = []
     monkeypatch.setattr(backends, "_write", lambda *args, _plain=backends._write: made.append(1) or _plain(*args))
     for side in (4, 5, 6, 7, 8, 8, 7, 6, 5, 4):  # that of 4 has gone when it comes again
@@ -205,7 +205,7 @@ def test_damaged_conversions_are_named(file, backend, tmp_path):
     pixels = torch.randn(1, 3, 8, 8)
     for broken in (False, True):
         backbone = Backbone().eval()
-        convert(backbone, Where(backend, str(tmp_path)), "exact")
+        convert(backbone, BackendSettings(backend, str(tmp_path)), "exact")
         if broken:
             (path,) = tmp_path.glob(f"*/{file}")
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -218,7 +218,7 @@ def test_damaged_conversions_are_named(file, backend, tmp_path):
 @pytest.mark.parametrize("wrong", [0.1, float("nan")])
 def test_a_conversion_that_is_off_is_not_kept(wrong, tmp_path, monkeypatch):
     backbone = Backbone().eval()
-    convert(backbone, Where("onnxruntime", str(tmp_path)), "exact")
+    convert(backbone, BackendSettings("onnxruntime", str(tmp_path)), "exact")
     opened = backends._opened
 
     def off(*args):
@@ -234,7 +234,7 @@ def test_choices_that_cannot_work_are_refused_before_weights_are_read(monkeypatc
     with pytest.raises(ConfigError, match="segmenter.backend must be torch, openvino or onnxruntime, got 'tensorrt'"):
         load("segmenter.backend=tensorrt", preset="shapes")
     with pytest.raises(ConfigError, match="detector.backend=openvino is for the CPU, not for cuda; say device=cpu"):
-        load(preset="shapes", backend="openvino", device="cuda") if torch.cuda.is_available() else Where(
+        load(preset="shapes", backend="openvino", device="cuda") if torch.cuda.is_available() else BackendSettings(
             "openvino"
         ).check("cuda", "detector")
     with pytest.raises(ConfigError, match="takes detector.dtype=float32, got bfloat16"):
@@ -245,7 +245,7 @@ def test_choices_that_cannot_work_are_refused_before_weights_are_read(monkeypatc
 
 
 def run(*words):
-    command = [sys.executable, "-m", "grounded_sam.export", *words]
+    command = [sys.executable, "-m", "grounded_sam.cli.export", *words]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 

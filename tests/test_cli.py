@@ -17,7 +17,7 @@ import pytest
 from checkpoints import grounding_dino
 from pycocotools.coco import COCO
 
-from grounded_sam.store import Reader
+from grounded_sam.formats.store import StoreReader
 
 COMMAND = Path(sys.executable).with_name("grounded-sam")
 
@@ -62,7 +62,7 @@ def test_help_is_what_hydra_makes_of_the_config(tmp_path):
 
 
 def test_help_imports_nothing_heavy(tmp_path):
-    code = "import sys; from grounded_sam.cli import main; sys.argv = ['grounded-sam', '--help']; main(); "
+    code = "import sys; from grounded_sam.cli.main import main; sys.argv = ['grounded-sam', '--help']; main(); "
     code += "sys.exit(str({'cv2', 'hydra', 'numpy', 'supervision', 'torch', 'transformers'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.stderr.strip() == "set()"
@@ -189,7 +189,7 @@ def test_a_multirun_of_presets_and_thresholds(tmp_path):
 
 
 def test_sam2_imported_before_the_command(tmp_path):
-    (tmp_path / "app.py").write_text("import sam2\nfrom grounded_sam.cli import main\nmain()\n")
+    (tmp_path / "app.py").write_text("import sam2\nfrom grounded_sam.cli.main import main\nmain()\n")
     words = ["preset=demo", "sink=none", "output=o"]
     for more in ([], ["-m", "select.score=0.3,0.4"]):
         command = [sys.executable, "app.py", *more, *words]
@@ -316,7 +316,7 @@ def test_all_odd_and_malformed_files_in_one_run(tmp_path, data):
     for annotation in coco.anns.values():
         image = coco.imgs[annotation["image_id"]]
         assert coco.annToMask(annotation).shape == (image["height"], image["width"])
-    reader = Reader(tmp_path / "out" / "store")
+    reader = StoreReader(tmp_path / "out" / "store")
     assert len(reader) == len(coco.imgs)
     assert set(reader.skipped) == set(skipped)
     page = (tmp_path / "out" / "report.html").read_text()
@@ -422,7 +422,7 @@ def test_trackers_and_clicks_from_the_command_line(tmp_path):
 
 def example(folder: Path) -> Path:
     """A folder with the clip of the demo in it."""
-    from grounded_sam.checkpoints import BUILTIN
+    from grounded_sam.weights.loading import BUILTIN_DIR
 
-    (folder / "clip.mp4").write_bytes((BUILTIN.parent / "examples" / "demo" / "clip.mp4").read_bytes())
+    (folder / "clip.mp4").write_bytes((BUILTIN_DIR.parent / "examples" / "demo" / "clip.mp4").read_bytes())
     return folder

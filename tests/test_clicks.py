@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from grounded_sam import ConfigError, ImageError, Pipeline, load
-from grounded_sam.detectors.clicks import Clicks
-from grounded_sam.frames import Frame
+from grounded_sam.detectors.clicks import ClickDetector
+from grounded_sam.structures.frame import Frame
 
 FRAME = Frame(np.zeros((100, 120, 3), np.uint8), 0, "sub/cup.jpg")
 
 
 def test_points_boxes_and_names_become_detections():
-    detector = Clicks(
+    detector = ClickDetector(
         [
             {"class": "cup", "points": [[30, 40], [50, 60]], "labels": [1, 0]},
             {"class": "spoon", "box": [5, 6, 70, 80]},
@@ -35,7 +35,7 @@ def test_a_file_with_entries_for_single_images(tmp_path):
         {"class": "jug", "points": [[3, 4]], "image": "jug.jpg"},
     ]
     path.write_text(json.dumps(entries))
-    detector = Clicks(str(path))
+    detector = ClickDetector(str(path))
     assert detector.detect([FRAME], detector.vocabulary)[0].data["class_name"].tolist() == ["cup"]
     other = Frame(FRAME.image, 0, "x.jpg")
     assert len(detector.detect([other], detector.vocabulary)[0]) == 0
@@ -59,25 +59,25 @@ def test_a_file_with_entries_for_single_images(tmp_path):
 )
 def test_wrong_entries_are_named(entry, says):
     with pytest.raises(ConfigError, match=rf"detector.prompts\[1\]: .*{says}"):
-        Clicks([{"class": "ok", "points": [[1, 1]]}, entry])
+        ClickDetector([{"class": "ok", "points": [[1, 1]]}, entry])
 
 
 def test_missing_and_broken_files(tmp_path):
     with pytest.raises(ConfigError, match=r"detector.prompts is missing"):
-        Clicks(None)
+        ClickDetector(None)
     with pytest.raises(ConfigError, match="cannot read"):
-        Clicks(str(tmp_path / "no.json"))
+        ClickDetector(str(tmp_path / "no.json"))
     (tmp_path / "bad.json").write_text("{")
     with pytest.raises(ConfigError, match="not valid JSON"):
-        Clicks(str(tmp_path / "bad.json"))
+        ClickDetector(str(tmp_path / "bad.json"))
 
 
 def test_points_outside_the_image_and_unknown_classes_are_refused():
-    detector = Clicks([{"class": "cup", "points": [[300, 4]]}])
+    detector = ClickDetector([{"class": "cup", "points": [[300, 4]]}])
     with pytest.raises(ImageError, match=r"outside sub/cup.jpg, which is 120x100 px"):
         detector.detect([FRAME], detector.vocabulary)
     with pytest.raises(ImageError, match="outside"):
-        away = Clicks([{"class": "cup", "box": [200, 10, 300, 20]}])
+        away = ClickDetector([{"class": "cup", "box": [200, 10, 300, 20]}])
         away.detect([FRAME], away.vocabulary)
     small, large = np.zeros((10, 10, 3), np.uint8), np.zeros((50, 400, 3), np.uint8)
     skipped: list = []

@@ -12,9 +12,10 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from grounded_sam import ConfigError, GroundedSamError, ImageError
-from grounded_sam.coco import _wrong_counts
-from grounded_sam.config import build, build_sinks, build_source, compose
-from grounded_sam.sources.coco import Coco
+from grounded_sam.config.build import build, build_sinks, build_source
+from grounded_sam.config.compose import compose
+from grounded_sam.formats.coco import _wrong_counts
+from grounded_sam.sources.coco import CocoSource
 
 BAD = {
     "dangling_category_id": "there is no category 77",
@@ -53,9 +54,9 @@ def test_a_real_file_comes_back_with_its_ids_boxes_and_masks(data, tmp_path):
 
 def test_pixels_are_read_only_when_asked_for(data):
     path = data / "coco_nuts" / "instances.json"
-    frames = list(Coco(path))
+    frames = list(CocoSource(path))
     assert frames[0].image.shape[:2] == frames[0].size_hw
-    missing = list(Coco(path, images=data / "photos"))
+    missing = list(CocoSource(path, images=data / "photos"))
     with pytest.raises(ImageError, match=r"no such file; source.images"):
         _ = missing[0].image
 
@@ -81,7 +82,7 @@ def test_a_bad_entry_is_named_and_the_rest_is_there(data, tmp_path, name):
 
 def test_what_is_no_coco_file_is_refused_in_words(data, tmp_path):
     with pytest.raises(ConfigError, match="truncated.json is not valid JSON"):
-        Coco(data / "malformed" / "coco" / "truncated.json")
+        CocoSource(data / "malformed" / "coco" / "truncated.json")
     for content, says in (
         ([1], "expected an object"),
         ({"images": [], "annotations": []}, "expected a list under 'categories'"),
@@ -90,7 +91,7 @@ def test_what_is_no_coco_file_is_refused_in_words(data, tmp_path):
     ):
         (tmp_path / "x.json").write_text(json.dumps(content))
         with pytest.raises(GroundedSamError, match=says):
-            Coco(tmp_path / "x.json")
+            CocoSource(tmp_path / "x.json")
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=60), st.integers(0, 5))

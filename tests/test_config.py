@@ -13,7 +13,8 @@ from hydra.utils import get_object
 from omegaconf import OmegaConf
 
 from grounded_sam import ConfigError
-from grounded_sam.config import compose, conf_dir, word_of
+from grounded_sam.config.compose import compose, to_override
+from grounded_sam.config.hydra import conf_dir
 
 CHOICES = [
     (group.name, file.stem)
@@ -143,7 +144,7 @@ def test_values_from_python_are_quoted():
     assert model.vocabulary.negatives == ("toy, car",)
     assert model.ask("x").negatives == ("toy, car",)
     for odd in ("a\\b", "a\\\\b", "it's", "a\\'b", "end\\", "", "'"):
-        assert compose([f"text={word_of(odd)}"]).text == odd
+        assert compose([f"text={to_override(odd)}"]).text == odd
     entry = {"class": "toy, car", "box": [1, 2, 30, 40]}
     clicked = load(preset="shapes", segmenter=None, detector="clicks", **{"detector.prompts": [entry]})
     assert clicked.detector.vocabulary.classes == ("toy, car",)

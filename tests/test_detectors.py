@@ -15,7 +15,8 @@ from grounded_sam.detectors.florence2 import Florence2
 from grounded_sam.detectors.omdet_turbo import OmdetTurbo
 from grounded_sam.detectors.owlv2 import Owlv2
 from grounded_sam.detectors.sam3 import Sam3
-from grounded_sam.frames import Frame, read_image
+from grounded_sam.media.images import read_image
+from grounded_sam.structures.frame import Frame
 
 WORDS = ["car", "a red wheel", "dog's toy"]
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from grounded_sam import ConfigError, ImageError, load
-from grounded_sam.embeddings import Embeddings
+from grounded_sam.segmenters.feature_cache import FeatureCache
 from grounded_sam.shapes.scenes import make_scene
 
 CLICK = {"class": "it", "points": [[60, 50]]}
@@ -111,7 +111,7 @@ def test_a_damaged_file_is_as_good_as_none(pictures, tmp_path, monkeypatch):
 
 
 def test_the_bound_holds_and_what_was_used_last_stays(tmp_path):
-    kept = Embeddings(tmp_path, gigabytes=3.5e-4)  # three of these
+    kept = FeatureCache(tmp_path, gigabytes=3.5e-4)  # three of these
     for i in range(3):
         kept.put(str(i), {"a": [torch.full((25_000,), float(i))], "size": (3, 4), "none": None})
         os.utime(tmp_path / f"{i}.safetensors", ns=(i, i))

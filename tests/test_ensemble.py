@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grounded_sam import ConfigError, load
-from grounded_sam.frames import Frame
+from grounded_sam.structures.frame import Frame
 
 pytest.importorskip("ensemble_boxes", reason="the extra ensemble is not installed")
-from grounded_sam.detectors.ensemble import Ensemble
+from grounded_sam.detectors.ensemble import EnsembleDetector
 
 FRAME = Frame(np.zeros((100, 100, 3), np.uint8), 0, "x")
 
@@ -30,7 +30,7 @@ class Finds:
 
 
 def test_one_thing_that_two_detectors_find_is_one_box_between():
-    ours = Ensemble({"a": Finds((10, 10, 50, 50, 0.9, 0)), "b": Finds((14, 10, 54, 50, 0.3, 0))})
+    ours = EnsembleDetector({"a": Finds((10, 10, 50, 50, 0.9, 0)), "b": Finds((14, 10, 54, 50, 0.3, 0))})
     (found,) = ours.detect([FRAME], CLASSES)
     assert len(found) == 1
     np.testing.assert_allclose(found.xyxy[0], [11, 10, 51, 50], atol=1e-4)  # weighted 3 to 1
@@ -39,25 +39,25 @@ def test_one_thing_that_two_detectors_find_is_one_box_between():
 
 def test_what_one_finds_alone_counts_half_and_classes_stay_apart():
     one, other = Finds((10, 10, 50, 50, 0.8, 0)), Finds((10, 10, 50, 50, 0.8, 1), (60, 60, 90, 90, 0.01, 2))
-    (found,) = Ensemble({"a": one, "b": other}).detect([FRAME], CLASSES)
+    (found,) = EnsembleDetector({"a": one, "b": other}).detect([FRAME], CLASSES)
     assert sorted(found.data["class_name"]) == ["a", "b"]  # c is below the floor
     np.testing.assert_allclose(found.confidence, 0.4, atol=1e-6)
-    (found,) = Ensemble({"a": one, "b": other}, score="max").detect([FRAME], CLASSES)
+    (found,) = EnsembleDetector({"a": one, "b": other}, score="max").detect([FRAME], CLASSES)
     np.testing.assert_allclose(found.confidence, 0.8, atol=1e-6)
-    (found,) = Ensemble({"a": one, "b": other}, weights={"b": 0}).detect([FRAME], CLASSES)
+    (found,) = EnsembleDetector({"a": one, "b": other}, weights={"b": 0}).detect([FRAME], CLASSES)
     assert found.confidence.max() == pytest.approx(0.8)
 
 
 def test_a_detectors_own_duplicates_do_not_count():
     doubled = Finds((10, 10, 50, 50, 0.9, 0), (10, 10, 51, 50, 0.1, 0))
-    (found,) = Ensemble({"a": doubled}).detect([FRAME], CLASSES)
+    (found,) = EnsembleDetector({"a": doubled}).detect([FRAME], CLASSES)
     np.testing.assert_allclose(found.xyxy, [[10, 10, 50, 50]])
     assert found.confidence[0] == pytest.approx(0.9)
 
 
 def test_nothing_found_is_nothing_and_batches_are_each_ones_own():
     one, two = Finds(), Finds(batch_size=3)
-    ours = Ensemble({"a": one, "b": two})
+    ours = EnsembleDetector({"a": one, "b": two})
     assert ours.batch_size == 3
     found = ours.detect([FRAME] * 3, CLASSES)
     assert [len(f) for f in found] == [0, 0, 0]
@@ -73,8 +73,8 @@ def test_nothing_found_is_nothing_and_batches_are_each_ones_own():
     )
 )
 def test_a_detector_with_itself_is_itself_up_to_duplicates(rows):
-    (once,) = Ensemble({"a": Finds(*rows)}).detect([FRAME], CLASSES)
-    (twice,) = Ensemble({"a": Finds(*rows), "b": Finds(*rows)}).detect([FRAME], CLASSES)
+    (once,) = EnsembleDetector({"a": Finds(*rows)}).detect([FRAME], CLASSES)
+    (twice,) = EnsembleDetector({"a": Finds(*rows), "b": Finds(*rows)}).detect([FRAME], CLASSES)
     assert sorted(once.class_id) == sorted(twice.class_id)
     assert len(once) <= len(rows)
     assert ((twice.xyxy >= 0) & (twice.xyxy <= 100)).all() and (twice.confidence <= 1).all()
@@ -93,7 +93,7 @@ def test_a_detector_with_itself_is_itself_up_to_duplicates(rows):
 )
 def test_what_cannot_be_merged_is_said(keys, says):
     with pytest.raises(ConfigError, match=says):
-        Ensemble(**{"detectors": {"a": Finds()}, **keys})
+        EnsembleDetector(**{"detectors": {"a": Finds()}, **keys})
 
 
 def test_real_detectors_merge_through_the_config(tmp_path, scenes):

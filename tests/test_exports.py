@@ -26,22 +26,25 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from grounded_sam import ConfigError, Vocabulary
-from grounded_sam.config import compose, make
-from grounded_sam.detections import empty, mask_boxes, with_masks
-from grounded_sam.frames import Frame, read_image
-from grounded_sam.sinks.coco import Coco
-from grounded_sam.sinks.cvat import Cvat
-from grounded_sam.sinks.imagefolder import ImageFolder
-from grounded_sam.sinks.label_studio import LabelStudio, brush_rle
-from grounded_sam.sinks.labelme import LabelMe
-from grounded_sam.sinks.report import Report
+from grounded_sam.config.build import build_node
+from grounded_sam.config.compose import compose
+from grounded_sam.media.images import read_image
+from grounded_sam.sinks.coco import CocoSink
+from grounded_sam.sinks.cvat import CvatSink
+from grounded_sam.sinks.imagefolder import ImageFolderSink
+from grounded_sam.sinks.label_studio import LabelStudioSink, brush_rle
+from grounded_sam.sinks.labelme import LabelMeSink
+from grounded_sam.sinks.report import ReportSink
 from grounded_sam.sinks.splits import Splits
-from grounded_sam.sinks.voc import Voc
-from grounded_sam.sinks.yolo import Yolo
-from grounded_sam.stages import FrameResult, Skipped
+from grounded_sam.sinks.voc import VocSink
+from grounded_sam.sinks.yolo import YoloSink
+from grounded_sam.structures.detections import empty_detections, with_masks
+from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.masks import masks_to_xyxy
+from grounded_sam.structures.results import FrameResult, Skipped
 
 NAMES = ["a.png", "a.jpg", 'sub/ütf8 名前 (1) <x> & "y".png', "clip.mp4/000003"]
-EVERY = [Coco, Yolo, Voc, LabelMe, LabelStudio, Cvat, ImageFolder, Report]
+EVERY = [CocoSink, YoloSink, VocSink, LabelMeSink, LabelStudioSink, CvatSink, ImageFolderSink, ReportSink]
 
 
 def iou(a, b):
@@ -63,7 +66,7 @@ def results(tmp_path_factory) -> list[FrameResult]:
         masks[1] = ((x - 115) ** 2 + (y - 45) ** 2 < 1200) & ((x - 115) ** 2 + (y - 45) ** 2 >= 300)
         masks[2, 85:110, 10:50] = masks[2, 90:119, 60:90] = True
         rows = [
-            (*box, score, cls) for box, score, cls in zip(mask_boxes(masks), (0.9, 0.6, 0.4), (0, 2, 0), strict=True)
+            (*box, score, cls) for box, score, cls in zip(masks_to_xyxy(masks), (0.9, 0.6, 0.4), (0, 2, 0), strict=True)
         ]
         found = with_masks(boxes(*rows, size_hw=(height, width)), masks, np.array([0.9, 0.8, 0.7], np.float32))
         video = "clip.mp4" if name.startswith("clip") else None
@@ -72,7 +75,7 @@ def results(tmp_path_factory) -> list[FrameResult]:
         if video:
             found.tracker_id = np.array([4, 5, 6])
         frame = Frame(image, 3, name, 0.1 if video else None, video, folder / "clip.mp4" if video else path)
-        out.append(FrameResult(frame, found if number != 1 else empty(CLASSES)))
+        out.append(FrameResult(frame, found if number != 1 else empty_detections(CLASSES)))
     return out
 
 
@@ -94,7 +97,7 @@ def by_pixels(points, size_hw):
 
 
 def test_yolo_is_read_by_supervision(results, tmp_path):
-    write(Yolo, results, tmp_path, images="copy")
+    write(YoloSink, results, tmp_path, images="copy")
     folder = tmp_path / "yolo"
     names = yaml.safe_load((folder / "data.yaml").read_text())
     assert names == {"train": "images/train", "val": "images/train", "nc": 3, "names": {0: "a", 1: "b", 2: "c"}}
@@ -121,12 +124,12 @@ def safe(name: str) -> str:
 
 def test_yolo_without_masks_has_boxes(tmp_path):
     found = boxes((10, 20, 30, 60, 0.9, 1))
-    write(Yolo, [FrameResult(Frame(np.zeros((100, 100, 3), np.uint8)), found)], tmp_path)
+    write(YoloSink, [FrameResult(Frame(np.zeros((100, 100, 3), np.uint8)), found)], tmp_path)
     assert (tmp_path / "yolo/labels/train/image.txt").read_text() == "1 0.2 0.4 0.2 0.4\n"
 
 
 def test_voc_is_read_by_lxml_and_supervision(results, tmp_path):
-    write(Voc, results, tmp_path, images="copy")
+    write(VocSink, results, tmp_path, images="copy")
     folder, found = tmp_path / "voc", Counter()
     stems = (folder / "ImageSets" / "Main" / "train.txt").read_text().split("\n")[:-1]
     assert stems == ["a", "a-2", f"sub/{safe(NAMES[2])}", "clip.mp4/000003"]
@@ -152,7 +155,7 @@ def test_voc_is_read_by_lxml_and_supervision(results, tmp_path):
 
 
 def test_labelme_gives_the_masks_back(results, tmp_path):
-    write(LabelMe, results, tmp_path)
+    write(LabelMeSink, results, tmp_path)
     folder, found = tmp_path / "labelme", Counter()
     for stem, result in zip(["a", "a-2", f"sub/{safe(NAMES[2])}", "clip.mp4/000003"], results, strict=True):
         content = json.loads((folder / f"{stem}.json").read_text())
@@ -171,7 +174,7 @@ def test_labelme_gives_the_masks_back(results, tmp_path):
 
 
 def test_label_studio_has_tasks_with_polygons_and_brushes(results, tmp_path):
-    write(LabelStudio, results, tmp_path, regions="both", model_version="mine 2", split={"train": 1.0})
+    write(LabelStudioSink, results, tmp_path, regions="both", model_version="mine 2", split={"train": 1.0})
     folder = tmp_path / "label_studio"
     tasks = json.loads((folder / "tasks.json").read_text())
     config = etree.parse(str(folder / "config.xml"))
@@ -202,7 +205,7 @@ def test_label_studio_has_tasks_with_polygons_and_brushes(results, tmp_path):
 def test_label_studio_accepts_its_predictions(results, tmp_path):
     interface = pytest.importorskip("label_studio_sdk.label_interface", reason="label-studio-sdk is not installed")
     for regions in ("polygon", "brush"):
-        write(LabelStudio, results, tmp_path / regions, regions=regions)
+        write(LabelStudioSink, results, tmp_path / regions, regions=regions)
         folder = tmp_path / regions / "label_studio"
         check = interface.LabelInterface((folder / "config.xml").read_text())
         for task in json.loads((folder / "tasks.json").read_text()):
@@ -248,7 +251,7 @@ def test_a_brush_of_a_large_mask_comes_back():
 
 @pytest.mark.parametrize("shape", ["mask", "polygon"])
 def test_cvat_gives_the_masks_back(results, tmp_path, shape):
-    write(Cvat, results, tmp_path, shape=shape)
+    write(CvatSink, results, tmp_path, shape=shape)
     tree, found = etree.parse(str(tmp_path / "cvat.xml")), Counter()
     assert [label.findtext("name") for label in tree.iterfind("meta/task/labels/label")] == ["a", "b", "c"]
     for image, result in zip(tree.findall("image"), results, strict=True):
@@ -273,7 +276,7 @@ def test_cvat_gives_the_masks_back(results, tmp_path, shape):
 
 
 def test_an_imagefolder_has_a_row_per_picture(results, tmp_path):
-    write(ImageFolder, results, tmp_path, split={"train": 1.0, "val": 0.0})
+    write(ImageFolderSink, results, tmp_path, split={"train": 1.0, "val": 0.0})
     folder, found = tmp_path / "imagefolder" / "train", Counter()
     rows = pq.read_table(folder / "metadata.parquet").to_pylist()
     for row, result in zip(rows, results, strict=True):
@@ -289,7 +292,7 @@ def test_an_imagefolder_has_a_row_per_picture(results, tmp_path):
 
 def test_datasets_loads_an_imagefolder(results, tmp_path):
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
-    write(ImageFolder, results, tmp_path)
+    write(ImageFolderSink, results, tmp_path)
     data = datasets.load_dataset("imagefolder", data_dir=str(tmp_path / "imagefolder"), cache_dir=str(tmp_path / "c"))
     assert [row["image"].size[::-1] for row in data["train"]] == [r.frame.size_hw for r in results]
 
@@ -297,7 +300,7 @@ def test_datasets_loads_an_imagefolder(results, tmp_path):
 def test_coco_per_split_with_ids_of_a_taxonomy(results, tmp_path):
     words = Vocabulary.parse({"classes": {"a": {"id": 18, "supercategory": "x"}, "b": {"id": 3}, "c": {"id": 90}}})
     split = {"train": 0.5, "val": 0.5}
-    with Coco(tmp_path, words, split=split, images="copy") as sink:
+    with CocoSink(tmp_path, words, split=split, images="copy") as sink:
         for result in results:
             sink.write(result)
     found, where = Counter(), Splits(split)
@@ -339,7 +342,7 @@ def test_splits_that_cannot_be_are_refused(split, says):
 def test_pictures_are_linked_where_every_reader_shows_them_as_labelled(photos, tmp_path):
     names = ["truck.jpg", "exif_landscape_6.jpg", "chelsea.png", "chelsea_palette.png", "cmyk_small.jpg", "flower.webp"]
     frames = [Frame(read_image(photos / name), i, name, file=photos / name) for i, name in enumerate(names)]
-    write(Yolo, [FrameResult(frame, empty(CLASSES)) for frame in frames], tmp_path)
+    write(YoloSink, [FrameResult(frame, empty_detections(CLASSES)) for frame in frames], tmp_path)
     put = {path.name: path for path in (tmp_path / "yolo" / "images" / "train").iterdir()}
     assert {name for name, path in put.items() if path.is_symlink()} == {"truck.jpg", "chelsea.png"}
     assert sorted(set(put) - {"truck.jpg", "chelsea.png"}) == [
@@ -366,7 +369,7 @@ def test_a_name_cannot_leave_the_output(kind, tmp_path):
 def test_the_report_is_one_page_with_pictures_and_a_list(results, tmp_path):
     more = [Skipped("bad.jpg", "the <file> is empty")]
     copy = FrameResult(Frame(results[0].frame.image, 9, "copy.png"), results[0].detections)
-    with Report(tmp_path, CLASSES, samples=2) as sink:
+    with ReportSink(tmp_path, CLASSES, samples=2) as sink:
         for result in [*results, copy]:
             sink.write(result)
         sink.skip(more[0])
@@ -396,10 +399,10 @@ def test_wrong_settings_of_a_sink_are_named(kind, tmp_path):
     key = {"report": "samples", "cvat": "shape"}.get(kind, "images")
     cfg = compose([f"sink={kind}", f"sink.{kind}.{key}=nonsense"])
     with pytest.raises(ConfigError, match=f"sink.{kind}.{key}"):
-        make(cfg, f"sink.{kind}", output=tmp_path, vocabulary=CLASSES)
+        build_node(cfg, f"sink.{kind}", output=tmp_path, vocabulary=CLASSES)
 
 
-@pytest.mark.parametrize("kind", [Yolo, Voc, LabelMe, ImageFolder])
+@pytest.mark.parametrize("kind", [YoloSink, VocSink, LabelMeSink, ImageFolderSink])
 def test_a_dataset_of_another_split_is_not_written_over(results, tmp_path, kind):
     write(kind, results, tmp_path, split={"train": 0.5, "val": 0.5})
     write(kind, results, tmp_path, split={"train": 0.5, "val": 0.5})
@@ -414,12 +417,12 @@ def test_pictures_linked_into_their_own_place_stay_what_they_are(results, tmp_pa
     before = (folder / "a.png").read_bytes()
     frame = Frame(results[0].frame.image, 0, "a.png", file=folder / "a.png")
     for _ in range(2):
-        write(Coco, [FrameResult(frame, results[0].detections)], tmp_path, images="link")
+        write(CocoSink, [FrameResult(frame, results[0].detections)], tmp_path, images="link")
     assert (folder / "a.png").read_bytes() == before and not (folder / "a.png").is_symlink()
 
 
 def test_voc_lists_all_parts_and_has_a_mask_for_every_image(results, tmp_path):
-    write(Voc, results, tmp_path, split={"train": 1.0, "val": 0.0})
+    write(VocSink, results, tmp_path, split={"train": 1.0, "val": 0.0})
     folder = tmp_path / "voc"
     for sets in ("Main", "Segmentation"):
         assert (folder / "ImageSets" / sets / "val.txt").read_text() == ""
@@ -428,7 +431,7 @@ def test_voc_lists_all_parts_and_has_a_mask_for_every_image(results, tmp_path):
 
 
 def test_a_report_of_no_samples_and_no_review_still_counts(results, tmp_path):
-    with Report(tmp_path, CLASSES, samples=0, review=0) as sink:
+    with ReportSink(tmp_path, CLASSES, samples=0, review=0) as sink:
         for result in results:
             sink.write(result)
     assert "9 objects of 3 classes in 4 images" in (tmp_path / "report.html").read_text()
@@ -436,7 +439,7 @@ def test_a_report_of_no_samples_and_no_review_still_counts(results, tmp_path):
 
 def test_many_equal_pictures_are_one_group(tmp_path):
     image = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)
-    with Report(tmp_path, CLASSES) as sink:
+    with ReportSink(tmp_path, CLASSES) as sink:
         for i in range(3000):
-            sink.write(FrameResult(Frame(image, i, f"{i}.png"), empty(CLASSES)))
+            sink.write(FrameResult(Frame(image, i, f"{i}.png"), empty_detections(CLASSES)))
         assert len(sink._alike()) == 1

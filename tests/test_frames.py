@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from grounded_sam import ImageError, read_image
-from grounded_sam.frames import Frame, to_frame
+from grounded_sam.structures.frame import Frame, to_frame
 
 
 def close(a: np.ndarray, b: np.ndarray) -> float:

@@ -11,7 +11,7 @@ from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
 from grounded_sam import CheckpointError, Vocabulary, VocabularyError
 from grounded_sam.detectors.grounding_dino import GroundingDino, write_prompts
-from grounded_sam.frames import Frame
+from grounded_sam.structures.frame import Frame
 
 IMAGE = np.random.default_rng(0).integers(0, 255, (120, 170, 3), dtype=np.uint8)
 AWKWARD = ["parking entrance sign", "U.S. flag", "T-shirt?", "car", "taxi"]

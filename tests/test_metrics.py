@@ -16,20 +16,21 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from grounded_sam import ConfigError, Pipeline, Select, Vocabulary
-from grounded_sam.cli import measured
-from grounded_sam.config import build, build_sinks, build_source, compose
-from grounded_sam.detections import make_detections
-from grounded_sam.frames import Frame
-from grounded_sam.select import select
-from grounded_sam.sinks.coco import Coco
-from grounded_sam.sinks.image_metrics import STATS
-from grounded_sam.sinks.metrics import metrics
-from grounded_sam.sinks.voc import Voc
-from grounded_sam.sinks.yolo import Yolo
-from grounded_sam.sources.images import Images
-from grounded_sam.stages import FrameResult
-from grounded_sam.thresholds import best_threshold
-from grounded_sam.truth import read_truth
+from grounded_sam.cli.main import measured
+from grounded_sam.config.build import build, build_sinks, build_source
+from grounded_sam.config.compose import compose
+from grounded_sam.evaluation.image_metrics import STATS
+from grounded_sam.evaluation.thresholds import best_threshold
+from grounded_sam.formats.labels import read_ground_truth
+from grounded_sam.pipeline.select import select
+from grounded_sam.sinks.coco import CocoSink
+from grounded_sam.sinks.metrics import metrics_sink
+from grounded_sam.sinks.voc import VocSink
+from grounded_sam.sinks.yolo import YoloSink
+from grounded_sam.sources.images import ImageSource
+from grounded_sam.structures.detections import make_detections
+from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.results import FrameResult
 
 
 def measure(results, truth, output, *more):
@@ -106,21 +107,21 @@ def halves(folder, masks=True):
     from fakes import Fill
 
     model = Pipeline(Halves(), Fill() if masks else None, vocabulary=CLASSES)
-    return model, list(model.stream(iter(Images(folder)), CLASSES))
+    return model, list(model.stream(iter(ImageSource(folder)), CLASSES))
 
 
-@pytest.mark.parametrize("kind", [Coco, Yolo, Voc])
+@pytest.mark.parametrize("kind", [CocoSink, YoloSink, VocSink])
 @pytest.mark.parametrize("masks", [True, False])
 def test_a_dataset_measured_against_itself_is_perfect(folder, tmp_path, kind, masks):
     _, results = halves(folder, masks)
-    options = {} if kind is Coco else {"images": "copy"}
+    options = {} if kind is CocoSink else {"images": "copy"}
     with kind(tmp_path / "truth", CLASSES, **options) as sink:
         for result in results:
             sink.write(result)
-    place = {Coco: "annotations.json", Yolo: "yolo", Voc: "voc"}[kind]
-    words = Vocabulary.parse(["a", "c"]) if kind is Voc else CLASSES  # VOC names only classes that occur
+    place = {CocoSink: "annotations.json", YoloSink: "yolo", VocSink: "voc"}[kind]
+    words = Vocabulary.parse(["a", "c"]) if kind is VocSink else CLASSES  # VOC names only classes that occur
     found = results
-    if kind is Voc:
+    if kind is VocSink:
         found = [
             FrameResult(
                 r.frame,
@@ -130,7 +131,7 @@ def test_a_dataset_measured_against_itself_is_perfect(folder, tmp_path, kind, ma
             )
             for r in results
         ]
-    with metrics(tmp_path, words, tmp_path / "truth" / place) as sink:
+    with metrics_sink(tmp_path, words, tmp_path / "truth" / place) as sink:
         for result in found:
             sink.write(result)
     assert ("segm" in sink.values) == masks
@@ -159,7 +160,7 @@ def test_matched_missed_and_false_are_listed_with_their_pictures(truth, tmp_path
     # One hit, a second one on the same label, one of the wrong class, one on nothing.
     rows = [(1, 0, 20, 20, 0.9, 0), (0, 0, 20, 19, 0.8, 0), (70, 0, 90, 20, 0.7, 0), (0, 70, 20, 90, 0.6, 2)]
     frame = Frame(np.full((100, 100, 3), 200, np.uint8), 0, "x.png")
-    with metrics(tmp_path, CLASSES, truth) as sink:
+    with metrics_sink(tmp_path, CLASSES, truth) as sink:
         sink.write(FrameResult(frame, boxes(*rows)))
         sink.write(FrameResult(Frame(frame.pixels, 1, "other.png"), boxes()))
     values = json.loads((tmp_path / "metrics.json").read_text())
@@ -182,7 +183,7 @@ def test_a_crowd_is_neither_missed_nor_false(truth, tmp_path):
     content["annotations"][1]["iscrowd"] = 1
     truth.write_text(json.dumps(content))
     rows = [(0, 0, 20, 20, 0.9, 0), (70, 0, 90, 20, 0.7, 1), (42, 42, 50, 50, 0.6, 0)]
-    with metrics(tmp_path, CLASSES, truth) as sink:
+    with metrics_sink(tmp_path, CLASSES, truth) as sink:
         sink.write(FrameResult(Frame(np.zeros((100, 100, 3), np.uint8), 0, "deep/x.png"), boxes(*rows)))
     assert sink.values["at_threshold"]["f1"] == 1.0
     assert sink.values["bbox"]["AP"] == pytest.approx(1.0)
@@ -196,20 +197,20 @@ def test_a_crowd_is_neither_missed_nor_false(truth, tmp_path):
 )
 def test_classes_that_the_truth_has_not_are_named_with_both_sides(truth, tmp_path, words, says):
     with pytest.raises(ConfigError, match=says):
-        metrics(tmp_path, Vocabulary.parse(words), truth)
+        metrics_sink(tmp_path, Vocabulary.parse(words), truth)
 
 
 def test_images_that_nothing_is_known_of_are_named_with_both_sides(truth, tmp_path):
     with (
         pytest.raises(ConfigError, match=r"none of 1 images has labels in .*; it has deep/x.png.*looked at were y.png"),
-        metrics(tmp_path, CLASSES, truth) as sink,
+        metrics_sink(tmp_path, CLASSES, truth) as sink,
     ):
         sink.write(FrameResult(Frame(np.zeros((100, 100, 3), np.uint8), 0, "y.png"), boxes()))
 
 
 def test_a_truth_of_another_size_is_refused(truth, tmp_path):
     with pytest.raises(ConfigError, match=r"x.png has 50x40 px, but 100x100 px in"):
-        metrics(tmp_path, CLASSES, truth).write(
+        metrics_sink(tmp_path, CLASSES, truth).write(
             FrameResult(Frame(np.zeros((40, 50, 3), np.uint8), 0, "x.png"), boxes(size_hw=(40, 50)))
         )
 
@@ -225,11 +226,11 @@ def test_a_truth_of_another_size_is_refused(truth, tmp_path):
 )
 def test_what_is_no_truth_is_refused_in_words(data, name, says):
     with pytest.raises(ConfigError, match=says):
-        read_truth(data / name)
+        read_ground_truth(data / name)
 
 
 def test_the_chosen_metric_is_what_a_sweep_gets(truth, tmp_path):
-    with metrics(tmp_path, CLASSES, truth, metric="at_threshold.recall") as sink:
+    with metrics_sink(tmp_path, CLASSES, truth, metric="at_threshold.recall") as sink:
         sink.write(FrameResult(Frame(np.zeros((100, 100, 3), np.uint8), 0, "x.png"), boxes((0, 0, 20, 20, 0.9, 0))))
     assert measured([sink]) == pytest.approx(1 / 3)
     sink.metric = "segm.AP"
@@ -280,7 +281,7 @@ def test_an_interval_narrows_with_more_images():
 def test_thresholds_are_an_ontology_that_a_run_can_use(truth, tmp_path):
     words = Vocabulary.parse({"classes": {"a": {"phrases": ["aa"], "id": 5}, "b": {"id": 6, "score": 0.9}}}, ["z"])
     rows = [(0, 0, 20, 20, 0.9, 0), (40, 40, 60, 60, 0.6, 0), (0, 70, 20, 90, 0.3, 0)]
-    with metrics(tmp_path, words, truth) as sink:
+    with metrics_sink(tmp_path, words, truth) as sink:
         sink.write(FrameResult(Frame(np.zeros((100, 100, 3), np.uint8), 0, "x.png"), boxes(*rows)))
     tuned = Vocabulary.parse(str(tmp_path / "classes.yaml"))
     assert tuned.class_score == {"a": pytest.approx(0.45), "b": 0.9} and tuned.negatives == ("z",)
@@ -290,13 +291,13 @@ def test_thresholds_are_an_ontology_that_a_run_can_use(truth, tmp_path):
     values = json.loads((tmp_path / "metrics.json").read_text())["thresholds"]
     assert values["a"]["f1"] == 1.0 and values["b"] is None
     with pytest.raises(ConfigError, match="sink.metrics.precision"):
-        metrics(tmp_path, words, truth, precision=2)
+        metrics_sink(tmp_path, words, truth, precision=2)
 
 
 def test_without_its_extra_it_says_what_to_install(truth, tmp_path, monkeypatch):
-    monkeypatch.setattr("grounded_sam.sinks.image_metrics.find_spec", lambda name: None)
+    monkeypatch.setattr("grounded_sam.evaluation.image_metrics.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install 'grounded_sam\[metrics\]'"):
-        metrics(tmp_path, CLASSES, truth)
+        metrics_sink(tmp_path, CLASSES, truth)
 
 
 def test_labels_without_masks_count_as_boxes(truth, tmp_path):
@@ -306,7 +307,7 @@ def test_labels_without_masks_count_as_boxes(truth, tmp_path):
     del content["annotations"][2]["bbox"]  # no box and no mask: of no use
     truth.write_text(json.dumps(content))
     frame = Frame(np.full((100, 100, 3), 200, np.uint8), 0, "x.png")
-    with metrics(tmp_path, CLASSES, truth) as sink:
+    with metrics_sink(tmp_path, CLASSES, truth) as sink:
         sink.write(FrameResult(frame, boxes((0, 0, 20, 20, 0.9, 0), (40, 40, 60, 60, 0.8, 0))))
     assert sink.values["at_threshold"]["matched"] == 2 and sink.values["at_threshold"]["missed"] == 0
     assert "segm" not in sink.values and "2 labels that are not sound" in sink.summary()
@@ -324,20 +325,20 @@ def test_pictures_of_one_name_are_told_apart_by_their_folders(tmp_path):
         (tmp_path / "yolo" / "labels" / part / "0.txt").write_text(line)
     (tmp_path / "yolo" / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [a, b, c]\n")
     for part, row in (("train", (0, 0, 20, 20, 1.0, 0)), ("val", (20, 20, 40, 40, 1.0, 0))):
-        with metrics(tmp_path, CLASSES, tmp_path / "yolo") as sink:
+        with metrics_sink(tmp_path, CLASSES, tmp_path / "yolo") as sink:
             file = tmp_path / "yolo" / "images" / part / "0.png"
             sink.write(FrameResult(Frame(frame.pixels, 0, "0.png", file=file), boxes(row, size_hw=(40, 40))))
         assert sink.values["at_threshold"]["f1"] == 1.0
     with (
         pytest.raises(ConfigError, match=r"none of 1 images has labels"),
-        metrics(tmp_path, CLASSES, tmp_path / "yolo") as sink,
+        metrics_sink(tmp_path, CLASSES, tmp_path / "yolo") as sink,
     ):
         sink.write(FrameResult(frame, boxes()))  # of which part is not known
 
 
 def test_two_pictures_are_not_measured_against_one_label(truth, tmp_path):
     pixels = np.zeros((100, 100, 3), np.uint8)
-    sink = metrics(tmp_path, CLASSES, truth)
+    sink = metrics_sink(tmp_path, CLASSES, truth)
     sink.write(FrameResult(Frame(pixels, 0, "a/x.png"), boxes()))
     with pytest.raises(ConfigError, match=r"a/x.png and b/x.png would both be measured against deep/x.png"):
         sink.write(FrameResult(Frame(pixels, 1, "b/x.png"), boxes()))
@@ -348,7 +349,7 @@ def test_what_touches_a_crowd_is_not_excused(truth, tmp_path):
     content["annotations"][1]["iscrowd"] = 1
     truth.write_text(json.dumps(content))
     rows = [(0, 0, 20, 20, 0.9, 0), (70, 0, 90, 20, 0.7, 1), (58, 58, 90, 90, 0.6, 0)]
-    with metrics(tmp_path, CLASSES, truth) as sink:
+    with metrics_sink(tmp_path, CLASSES, truth) as sink:
         sink.write(FrameResult(Frame(np.zeros((100, 100, 3), np.uint8), 0, "deep/x.png"), boxes(*rows)))
     assert sink.values["at_threshold"]["false"] == 1
 
@@ -363,7 +364,7 @@ def test_classes_and_labels_of_any_name_and_id(tmp_path):
     found = make_detections([[0, 0, 20, 20]], [0.9], [0], words, (40, 40))
     found.mask = np.zeros((1, 40, 40), bool)
     found.mask[0, :20, :20] = True
-    with metrics(tmp_path, words, tmp_path / "truth.json") as sink:
+    with metrics_sink(tmp_path, words, tmp_path / "truth.json") as sink:
         sink.write(FrameResult(Frame(np.zeros((40, 40, 3), np.uint8), 0, "x.png"), found))
     assert sink.value() == pytest.approx(1.0) and "red [/a]" in sink.summary()
     sink.metric = "classes.red [/a].segm.AP"
@@ -389,4 +390,4 @@ def test_damaged_yolo_labels_are_named(about, line, says, tmp_path):
     (tmp_path / "labels" / "0.txt").write_text(line)
     (tmp_path / "data.yaml").write_text(about)
     with pytest.raises(ConfigError, match=says):
-        read_truth(tmp_path)
+        read_ground_truth(tmp_path)

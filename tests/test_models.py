@@ -18,9 +18,10 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from grounded_sam.checkpoints import BUILTIN
-from grounded_sam.config import conf_dir
-from grounded_sam.models import ONE_FILE, every_choice, loaded
+from grounded_sam.config.hydra import conf_dir
+from grounded_sam.config.weights import ONE_FILE, every_choice
+from grounded_sam.weights.hub import loaded
+from grounded_sam.weights.loading import BUILTIN_DIR
 
 ROOT = Path(__file__).parents[1]
 COMMIT = "c0ffee" + "0" * 34
@@ -156,7 +157,7 @@ def run(hub: Hub, tmp_path: Path):
         clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
         clean |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
         out = subprocess.run(
-            [sys.executable, "-m", "grounded_sam.models", *words],
+            [sys.executable, "-m", "grounded_sam.cli.models", *words],
             capture_output=True,
             text=True,
             check=False,
@@ -190,12 +191,12 @@ def complaint(out: subprocess.CompletedProcess[str]) -> str:
 
 def test_the_command_is_installed_and_quick_to_help():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
-    assert project["project"]["scripts"]["grounded-sam-models"] == "grounded_sam.models:main"
-    assert "models.yaml" in project["tool"]["setuptools"]["package-data"]["grounded_sam"]
-    code = "import sys, grounded_sam.models as m; m.parsed(['list']); print({'torch', 'hydra'} & set(sys.modules))"
+    assert project["project"]["scripts"]["grounded-sam-models"] == "grounded_sam.cli.models:main"
+    assert "models.yaml" in project["tool"]["setuptools"]["package-data"]["grounded_sam.weights"]
+    code = "import sys, grounded_sam.cli.models as m; m.parsed(['list']); print({'torch', 'hydra'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
     started = time.monotonic()
-    text = subprocess.check_output([sys.executable, "-m", "grounded_sam.models", "--help"], text=True)
+    text = subprocess.check_output([sys.executable, "-m", "grounded_sam.cli.models", "--help"], text=True)
     assert time.monotonic() - started < 5
     assert "grounded-sam-models fetch detector=" in text and "hf auth login" in text
 
@@ -373,7 +374,7 @@ def test_gated_and_missing_models_leave_the_others_alone(run, hub, cache):
 
 def test_what_fetched_files_are_is_loaded_offline(run, hub, tmp_path):
     """The choice of files against what transformers asks for: the small detector, from the cache alone."""
-    source = BUILTIN / "shapes-detector"
+    source = BUILTIN_DIR / "shapes-detector"
     hub.repos["acme/shapes"] = {p.name: p.read_bytes() for p in source.iterdir()} | {"README.md": b"no"}
     run("fetch", "checkpoints.grounding_dino=acme/shapes", "segmenter=none", "tracker=none")
     code = "from grounded_sam.detectors.grounding_dino import GroundingDino; GroundingDino('acme/shapes')"
@@ -384,15 +385,15 @@ def test_what_fetched_files_are_is_loaded_offline(run, hub, tmp_path):
 
 def test_nothing_to_fetch(run, hub, tmp_path):
     local = tmp_path / "local.safetensors"
-    local.write_bytes((BUILTIN / "shapes-sam2.safetensors").read_bytes())
+    local.write_bytes((BUILTIN_DIR / "shapes-sam2.safetensors").read_bytes())
     out = run("fetch", "preset=shapes", "checkpoints.sam2=local.safetensors", "tracker=none")
     assert "detector=grounding_dino: builtin:shapes is part of the package, there is nothing to fetch" in out.stdout
     assert "segmenter=sam2: local.safetensors lies in local.safetensors, there is nothing to fetch" in out.stdout
     assert "tracker=none: takes no weights" in out.stdout
     assert not hub.fetched
     assert run("path", "preset=shapes", "tracker=none").stdout.splitlines() == [
-        str(BUILTIN / "shapes-detector"),
-        str(BUILTIN / "shapes-sam2.safetensors"),
+        str(BUILTIN_DIR / "shapes-detector"),
+        str(BUILTIN_DIR / "shapes-sam2.safetensors"),
     ]
     assert "part of the package" in run("list", "preset=shapes").stdout
 

@@ -11,8 +11,8 @@ from fakes import CLASSES, Fill, Halves
 from PIL import Image
 
 from grounded_sam import ConfigError, GroundedSamError, ImageError, Pipeline, Select, load
-from grounded_sam.sinks.coco import Coco
-from grounded_sam.sources.images import Images
+from grounded_sam.sinks.coco import CocoSink
+from grounded_sam.sources.images import ImageSource
 
 
 def test_stages_run_in_order_and_results_are_detections(folder):
@@ -83,7 +83,7 @@ def test_a_detector_with_masks_needs_no_segmenter():
 def test_a_run_over_a_folder_counts_skips_and_reports(folder, tmp_path):
     (folder / "bad.png").write_bytes(b"no picture")
     model = Pipeline(Halves(), Fill(), Select(score=0.5), CLASSES)
-    summary = model.run(Images(folder), [Coco(tmp_path, CLASSES)], tmp_path, CLASSES)
+    summary = model.run(ImageSource(folder), [CocoSink(tmp_path, CLASSES)], tmp_path, CLASSES)
     assert (summary.images, summary.empty, dict(summary.objects)) == (4, 0, {"a": 4})
     assert [s.file for s in summary.skipped] == ["bad.png"]
     assert json.loads((tmp_path / "skipped.json").read_text())[0]["file"] == "bad.png"
@@ -94,7 +94,7 @@ def test_if_every_picture_is_bad_the_run_fails(tmp_path):
         (tmp_path / f"{i}.png").write_bytes(b"x")
     out = tmp_path / "out"
     with pytest.raises(ImageError, match="none of 3 pictures could be used"):
-        Pipeline(Halves(), None, None, CLASSES).run(Images(tmp_path), [], out, CLASSES)
+        Pipeline(Halves(), None, None, CLASSES).run(ImageSource(tmp_path), [], out, CLASSES)
     assert len(json.loads((out / "skipped.json").read_text())) == 3
 
 
@@ -106,7 +106,7 @@ def test_an_interruption_keeps_what_was_written(folder, tmp_path):
             return super().detect(frames, vocabulary)
 
     model = Pipeline(Impatient(), Fill(), None, CLASSES)
-    summary = model.run(Images(folder), [Coco(tmp_path, CLASSES)], tmp_path, CLASSES)
+    summary = model.run(ImageSource(folder), [CocoSink(tmp_path, CLASSES)], tmp_path, CLASSES)
     assert summary.interrupted and summary.images == 2
     assert len(json.loads((tmp_path / "annotations.json").read_text())["images"]) == 2
 

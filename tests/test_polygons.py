@@ -11,7 +11,7 @@ from hypothesis.extra import numpy as hnp
 from PIL import Image, ImageDraw
 from pycocotools import mask as coco_mask
 
-from grounded_sam.sinks.polygons import joined, outlines
+from grounded_sam.structures.masks import join_loops, mask_outlines
 
 MASKS = hnp.arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 12)))
 
@@ -32,7 +32,7 @@ def iou(a, b):
 
 @given(MASKS)
 def test_a_part_with_its_holes_comes_back_exactly_from_pycocotools(mask):
-    polygons = [joined([part]).reshape(-1).tolist() for part in outlines(mask, "edges")]
+    polygons = [join_loops([part]).reshape(-1).tolist() for part in mask_outlines(mask, "edges")]
     assert bool(polygons) == bool(mask.any())
     if polygons:
         assert np.array_equal(by_pycocotools(polygons, mask.shape), mask)
@@ -41,13 +41,13 @@ def test_a_part_with_its_holes_comes_back_exactly_from_pycocotools(mask):
 @given(MASKS)
 def test_all_parts_in_one_polygon_come_back_exactly_from_pycocotools(mask):
     if mask.any():
-        polygon = joined(outlines(mask, "edges")).reshape(-1).tolist()
+        polygon = join_loops(mask_outlines(mask, "edges")).reshape(-1).tolist()
         assert np.array_equal(by_pycocotools([polygon], mask.shape), mask)
 
 
 @given(MASKS)
 def test_loops_through_pixels_come_back_exactly_from_opencv(mask):
-    parts = outlines(mask, "pixels")
+    parts = mask_outlines(mask, "pixels")
     if parts:
         assert np.array_equal(by_opencv([loop for part in parts for loop in part], mask.shape), mask)
 
@@ -69,7 +69,7 @@ def shapes_with_holes():
 
 def test_one_polygon_per_object_loses_little_however_it_is_filled(shapes_with_holes):
     for mask in shapes_with_holes:
-        polygon = joined(outlines(mask, "pixels"))
+        polygon = join_loops(mask_outlines(mask, "pixels"))
         assert iou(by_opencv([polygon], mask.shape), mask) > 0.98
         canvas = Image.new("1", mask.shape[::-1])
         ImageDraw.Draw(canvas).polygon([tuple(p) for p in polygon], fill=1, outline=1)
@@ -77,4 +77,4 @@ def test_one_polygon_per_object_loses_little_however_it_is_filled(shapes_with_ho
 
 
 def test_nothing_has_no_outline():
-    assert outlines(np.zeros((5, 5), bool), "edges") == []
+    assert mask_outlines(np.zeros((5, 5), bool), "edges") == []

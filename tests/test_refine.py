@@ -7,8 +7,9 @@ import pytest
 from fakes import CLASSES, boxes
 
 from grounded_sam import ConfigError, Pipeline, Select, load
-from grounded_sam.detections import mask_boxes, with_masks
-from grounded_sam.refine import Refine
+from grounded_sam.pipeline.refine import Refine
+from grounded_sam.structures.detections import with_masks
+from grounded_sam.structures.masks import masks_to_xyxy
 
 IMAGE = np.zeros((100, 100, 3), np.uint8)
 
@@ -71,7 +72,7 @@ def test_it_goes_through_the_config_and_a_wrong_value_is_said(scenes):
     model = load("refine.boxes=true", "refine.score=product", preset="shapes")
     found = model.segment(scenes[0].image, names)
     assert len(found) == len(plain) > 0
-    np.testing.assert_array_equal(found.xyxy, mask_boxes(np.asarray(found.mask)))
+    np.testing.assert_array_equal(found.xyxy, masks_to_xyxy(np.asarray(found.mask)))
     product = plain.confidence * plain.data["mask_score"].clip(0, 1)
     np.testing.assert_allclose(np.sort(found.confidence), np.sort(product), atol=1e-6)
     for value in ("refine.boxes=2", "refine.score=best"):

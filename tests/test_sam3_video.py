@@ -16,10 +16,10 @@ import torch
 from PIL import Image
 
 from grounded_sam import ConfigError, GroundedSamError, VocabularyError, load
-from grounded_sam.cli import main
-from grounded_sam.frames import to_frame
+from grounded_sam.cli.main import main
+from grounded_sam.structures.frame import to_frame
+from grounded_sam.structures.vocabulary import Vocabulary
 from grounded_sam.trackers.sam3_video import Sam3VideoSession, Sam3VideoTracker, _Kernels
-from grounded_sam.vocabulary import Vocabulary
 
 SIZE = (72, 96)
 WORDS = Vocabulary.parse({"car": ["a", "b"], "dog": ["c"]}, ["d"])  # prompts 0 to 3
@@ -251,9 +251,9 @@ def test_a_video_needs_neither_detector_nor_segmenter(folder, video, monkeypatch
     model = load(*words_for(folder), "select.score=0.905", text={"car": ["a", "b"], "dog": ["c"]})
     assert model.detector is None and model.segmenter is None
     put_into(model.tracker.model, [*CARS, GHOST], monkeypatch)
-    from grounded_sam.sources.video import Video
+    from grounded_sam.sources.video import VideoSource
 
-    results = [result.detections for result in model.track(Video(video))]
+    results = [result.detections for result in model.track(VideoSource(video))]
     assert len(results) == 20
     assert [seen.tracker_id.tolist() for seen in results[:6]] == [[1]] * 5 + [[1, 2]]  # select drops the first
     assert results[8].data["class_name"].tolist() == ["car", "dog"]

@@ -13,14 +13,15 @@ from fakes import CLASSES, boxes
 from safetensors.torch import save_file
 
 from grounded_sam import CheckpointError, load
-from grounded_sam.checkpoints import load_weights
-from grounded_sam.detections import make_detections, mask_boxes
-from grounded_sam.detectors.clicks import Clicks
-from grounded_sam.frames import Frame
-from grounded_sam.segmenters.prompts import clean, group_prompts
+from grounded_sam.detectors.clicks import ClickDetector
+from grounded_sam.segmenters.base import clean_mask, group_prompts
 from grounded_sam.segmenters.sam import Sam
 from grounded_sam.segmenters.sam2 import Sam2, fit_predictor
 from grounded_sam.segmenters.sam2_hf import Sam2Hf
+from grounded_sam.structures.detections import make_detections
+from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.masks import masks_to_xyxy
+from grounded_sam.weights.loading import load_weights
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +118,7 @@ def test_rounds_prompt_again_with_the_masks_own_box_and_logits(embedded, scenes,
     for box, mask, score in zip(loose.xyxy, found.mask, found.data["mask_score"], strict=True):
         masks, scores, logits = predictor.predict(multimask_output=multimask, box=box)
         best = int(scores.argmax())
-        around = mask_boxes(masks[best : best + 1] > 0)[0]
+        around = masks_to_xyxy(masks[best : best + 1] > 0)[0]
         expected, expected_score = by_hand(predictor, multimask, box=around, mask_input=logits[best : best + 1])
         assert (mask == expected).mean() > 0.9999
         assert score == pytest.approx(expected_score, abs=1e-4)
@@ -160,7 +161,7 @@ def test_clicks_equal_those_of_the_authors_predictor(embedded, scenes, name):
         {"class": "b", "points": points[:1], "box": box},
         {"class": "c", "box": box},
     ]
-    detector = Clicks(entries)
+    detector = ClickDetector(entries)
     found = detector.detect([Frame(scene.image)], detector.vocabulary)[0]
     out = embedded[name].segment(scene.image, found)
     prompts = [
@@ -183,7 +184,7 @@ def test_mask_prompts_are_followed(embedded, scenes, tmp_path, name):
     scene = scenes[0]
     Image.fromarray(scene.masks[-1].astype(np.uint8) * 255).save(tmp_path / "m.png")
     x1, y1, x2, y2 = (float(v) for v in scene.xyxy[-1])
-    detector = Clicks([{"class": "a", "mask": str(tmp_path / "m.png"), "box": [x1, y1, x2, y2]}])
+    detector = ClickDetector([{"class": "a", "mask": str(tmp_path / "m.png"), "box": [x1, y1, x2, y2]}])
     found = embedded[name].segment(scene.image, detector.detect([Frame(scene.image)], detector.vocabulary)[0])
     truth = scene.masks[-1]
     assert (found.mask[0] & truth).sum() / (found.mask[0] | truth).sum() > 0.7
@@ -197,10 +198,10 @@ def test_several_masks_alone_are_prompts_too(embedded, scenes, tmp_path, name):
     for i, mask in enumerate(scene.masks[:2]):
         Image.fromarray(mask.astype(np.uint8) * 255).save(tmp_path / f"{i}.png")
         entries.append({"class": "a", "mask": str(tmp_path / f"{i}.png")})
-    detector = Clicks(entries)
+    detector = ClickDetector(entries)
     found = embedded[name].segment(scene.image, detector.detect([Frame(scene.image)], detector.vocabulary)[0])
     assert found.mask.shape == (2, *scene.image.shape[:2])
-    one = Clicks(entries[1:])
+    one = ClickDetector(entries[1:])
     alone = embedded[name].segment(scene.image, one.detect([Frame(scene.image)], one.vocabulary)[0])
     assert np.array_equal(found.mask[1], alone.mask[0])
 
@@ -257,11 +258,11 @@ def test_holes_are_filled_and_specks_dropped():
     mask[10:12, 10:12] = False  # a hole of 4
     mask[15:25, 15:25] = False  # a hole of 100
     mask[35:37, 35:37] = True  # a speck of 4
-    clean(mask, fill_holes=20, drop_specks=20)
+    clean_mask(mask, fill_holes=20, drop_specks=20)
     assert mask[10, 10] and not mask[20, 20] and not mask[35, 35]
     only = np.zeros((20, 20), bool)
     only[:2, :2] = only[10:13, 10:13] = True
-    clean(only, 0, 50)
+    clean_mask(only, 0, 50)
     assert only.sum() == 9
 
 

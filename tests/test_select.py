@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grounded_sam import ConfigError, Select
-from grounded_sam.detections import with_masks
-from grounded_sam.select import select
+from grounded_sam.pipeline.select import select
+from grounded_sam.structures.detections import with_masks
 
 
 def masked(found: sv.Detections, shrink: list[int]) -> sv.Detections:

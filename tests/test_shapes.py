@@ -63,7 +63,7 @@ def test_clips_send_objects_away_and_bring_them_back():
 
 
 def test_training_never_sees_the_four_pairs():
-    from grounded_sam.shapes.train_detector import EXTRA, SEEN
+    from grounded_sam.shapes.training.detector import EXTRA, SEEN
 
     assert set(KEPT_OUT) == UNSEEN
     assert not UNSEEN & set(SEEN + EXTRA)

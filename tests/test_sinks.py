@@ -13,15 +13,16 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from grounded_sam import ConfigError, Vocabulary
-from grounded_sam.detections import empty, with_masks
-from grounded_sam.frames import Frame
-from grounded_sam.sinks.coco import Coco
-from grounded_sam.sinks.files import Names
-from grounded_sam.sinks.jsonl import JsonLines
-from grounded_sam.sinks.masks import Masks
-from grounded_sam.sinks.overlay import Overlay, draw
-from grounded_sam.sinks.youtube_vis import YoutubeVis
-from grounded_sam.stages import FrameResult
+from grounded_sam.files import UniqueNames
+from grounded_sam.media.draw import draw_detections
+from grounded_sam.sinks.coco import CocoSink
+from grounded_sam.sinks.jsonl import JsonLinesSink
+from grounded_sam.sinks.masks import MasksSink
+from grounded_sam.sinks.overlay import OverlaySink
+from grounded_sam.sinks.youtube_vis import YoutubeVisSink
+from grounded_sam.structures.detections import empty_detections, with_masks
+from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.results import FrameResult
 
 
 def result(name: str = "a.png", masks: bool = True, seed: int = 0) -> FrameResult:
@@ -37,11 +38,11 @@ def result(name: str = "a.png", masks: bool = True, seed: int = 0) -> FrameResul
     return FrameResult(Frame(image, 0, name), found)
 
 
-NOTHING = FrameResult(Frame(np.zeros((30, 20, 3), np.uint8), 1, "leer/名前 (1).jpg"), empty(CLASSES))
+NOTHING = FrameResult(Frame(np.zeros((30, 20, 3), np.uint8), 1, "leer/名前 (1).jpg"), empty_detections(CLASSES))
 
 
 def test_coco_is_read_back_by_pycocotools(tmp_path):
-    with Coco(tmp_path, CLASSES) as sink:
+    with CocoSink(tmp_path, CLASSES) as sink:
         first = result()
         sink.write(first)
         sink.write(NOTHING)
@@ -58,7 +59,7 @@ def test_coco_is_read_back_by_pycocotools(tmp_path):
 
 
 def test_coco_polygons_give_the_masks_back_with_their_holes(tmp_path):
-    with Coco(tmp_path, CLASSES, segmentation="polygon") as sink:
+    with CocoSink(tmp_path, CLASSES, segmentation="polygon") as sink:
         first = result()
         sink.write(first)
     coco = COCO(tmp_path / "annotations.json")
@@ -67,7 +68,7 @@ def test_coco_polygons_give_the_masks_back_with_their_holes(tmp_path):
 
 
 def test_coco_without_masks_still_has_boxes(tmp_path):
-    with Coco(tmp_path, CLASSES) as sink:
+    with CocoSink(tmp_path, CLASSES) as sink:
         sink.write(result(masks=False))
     coco = COCO(tmp_path / "annotations.json")
     assert "segmentation" not in coco.anns[1]
@@ -75,7 +76,7 @@ def test_coco_without_masks_still_has_boxes(tmp_path):
 
 
 def test_an_interrupted_run_leaves_a_whole_coco_file(tmp_path):
-    with pytest.raises(KeyboardInterrupt), Coco(tmp_path, CLASSES) as sink:
+    with pytest.raises(KeyboardInterrupt), CocoSink(tmp_path, CLASSES) as sink:
         sink.write(result())
         raise KeyboardInterrupt
     assert len(COCO(tmp_path / "annotations.json").anns) == 2
@@ -83,14 +84,14 @@ def test_an_interrupted_run_leaves_a_whole_coco_file(tmp_path):
 
 
 def test_coco_of_nothing_is_valid(tmp_path):
-    with Coco(tmp_path, CLASSES):
+    with CocoSink(tmp_path, CLASSES):
         pass
     assert json.loads((tmp_path / "annotations.json").read_text())["images"] == []
 
 
 def test_overlay_has_the_size_of_the_frame_and_changes_where_objects_are(tmp_path):
     first = result()
-    with Overlay(tmp_path, CLASSES, format="png", boxes=False, labels=False) as sink:
+    with OverlaySink(tmp_path, CLASSES, format="png", boxes=False, labels=False) as sink:
         sink.write(first)
         sink.write(NOTHING)
     drawn = np.asarray(Image.open(tmp_path / "overlay" / "a.png"))
@@ -104,14 +105,14 @@ def test_overlay_has_the_size_of_the_frame_and_changes_where_objects_are(tmp_pat
 def test_labels_of_other_scripts_are_drawn():
     first = result()
     words = first.detections
-    plain = draw(first.frame.image, words)
+    plain = draw_detections(first.frame.image, words)
     words.data["class_name"] = np.array(["Straßenschild", "знак"])
-    assert (draw(first.frame.image, words) != plain).any()
+    assert (draw_detections(first.frame.image, words) != plain).any()
 
 
 def test_masks_one_by_one(tmp_path):
     first = result("sub/a.png")
-    with Masks(tmp_path, CLASSES) as sink:
+    with MasksSink(tmp_path, CLASSES) as sink:
         sink.write(first)
     files = sorted((tmp_path / "masks" / "sub" / "a.png").iterdir())
     assert [f.name for f in files] == ["000_a.png", "001_c.png"]
@@ -120,7 +121,7 @@ def test_masks_one_by_one(tmp_path):
 
 
 def test_label_maps_have_a_legend_and_the_surer_object_on_top(tmp_path):
-    with Masks(tmp_path, CLASSES, mode="labels") as sink:
+    with MasksSink(tmp_path, CLASSES, mode="labels") as sink:
         sink.write(result())
         sink.write(NOTHING)
     values = np.asarray(Image.open(tmp_path / "masks" / "a.png"))
@@ -135,18 +136,19 @@ def test_more_than_255_classes_need_sixteen_bits(tmp_path):
     many = Vocabulary.parse([f"class {i}" for i in range(300)])
     first = result()
     first.detections.class_id[:] = 299
-    with Masks(tmp_path, many, mode="labels") as sink:
+    with MasksSink(tmp_path, many, mode="labels") as sink:
         sink.write(first)
     assert np.asarray(Image.open(tmp_path / "masks" / "a.png")).max() == 300
 
 
 def test_masks_without_a_segmenter_are_refused(tmp_path):
-    with Masks(tmp_path, CLASSES) as sink, pytest.raises(ConfigError, match="needs masks"):
+    with MasksSink(tmp_path, CLASSES) as sink, pytest.raises(ConfigError, match="needs masks"):
         sink.write(result(masks=False))
 
 
 @pytest.mark.parametrize(
-    ("sink", "key"), [(Overlay, "format"), (Overlay, "colour_by"), (Coco, "segmentation"), (Masks, "mode")]
+    ("sink", "key"),
+    [(OverlaySink, "format"), (OverlaySink, "colour_by"), (CocoSink, "segmentation"), (MasksSink, "mode")],
 )
 def test_wrong_settings_name_their_key(tmp_path, sink, key):
     with pytest.raises(ConfigError, match=key):
@@ -155,7 +157,7 @@ def test_wrong_settings_name_their_key(tmp_path, sink, key):
 
 @given(st.lists(st.text(min_size=1, max_size=30), max_size=12))
 def test_output_names_never_collide_nor_leave_their_folder(names):
-    give = Names()
+    give = UniqueNames()
     paths = [give(name, ".png") for name in names]
     assert len({str(p).casefold() for p in paths}) == len(paths)
     for path in paths:
@@ -165,7 +167,7 @@ def test_output_names_never_collide_nor_leave_their_folder(names):
 
 
 def test_duplicate_stems_stay_apart():
-    give = Names()
+    give = UniqueNames()
     assert [str(give(n, ".png")) for n in ("a.png", "a.jpg", "A.PNG", "../a.png", "/etc/a")] == [
         "a.png",
         "a.jpg.png",
@@ -179,16 +181,16 @@ def test_thin_masks_still_have_polygons(tmp_path):
     first = result()
     first.detections.mask[0] = False
     first.detections.mask[0, 7, 3:30] = True
-    with Coco(tmp_path, CLASSES, segmentation="polygon") as sink:
+    with CocoSink(tmp_path, CLASSES, segmentation="polygon") as sink:
         sink.write(first)
     coco = COCO(tmp_path / "annotations.json")
     assert coco.annToMask(coco.anns[1]).shape == (60, 80)
 
 
 def test_a_run_that_never_began_leaves_the_file_of_the_last(tmp_path):
-    with Coco(tmp_path, CLASSES) as sink:
+    with CocoSink(tmp_path, CLASSES) as sink:
         sink.write(result())
-    with pytest.raises(ValueError), Coco(tmp_path, CLASSES):
+    with pytest.raises(ValueError), CocoSink(tmp_path, CLASSES):
         raise ValueError
     assert len(COCO(tmp_path / "annotations.json").anns) == 2
 
@@ -197,14 +199,14 @@ def test_masks_of_an_earlier_run_do_not_stay(tmp_path):
     for threshold in (0.0, 0.7):
         found = result()
         kept = found.detections[found.detections.confidence > threshold]
-        with Masks(tmp_path, CLASSES) as sink:
+        with MasksSink(tmp_path, CLASSES) as sink:
             sink.write(FrameResult(found.frame, kept))
     assert [p.name for p in (tmp_path / "masks" / "a.png").iterdir()] == ["000_a.png"]
 
 
 def test_very_long_names_and_pictures_fit(tmp_path):
-    wide = FrameResult(Frame(np.zeros((2, 66_000, 3), np.uint8), 0, "名" * 120 + ".png"), empty(CLASSES))
-    with Overlay(tmp_path, CLASSES) as sink:
+    wide = FrameResult(Frame(np.zeros((2, 66_000, 3), np.uint8), 0, "名" * 120 + ".png"), empty_detections(CLASSES))
+    with OverlaySink(tmp_path, CLASSES) as sink:
         sink.write(wide)
     (file,) = (tmp_path / "overlay").iterdir()
     assert Image.open(file).size == (66_000, 2)
@@ -220,7 +222,7 @@ def tracked_result(t: int) -> FrameResult:
 
 
 def test_track_ids_go_into_coco_and_json_lines(tmp_path):
-    with Coco(tmp_path, CLASSES) as coco_sink, JsonLines(tmp_path, CLASSES) as lines_sink:
+    with CocoSink(tmp_path, CLASSES) as coco_sink, JsonLinesSink(tmp_path, CLASSES) as lines_sink:
         for t in range(3):
             coco_sink.write(tracked_result(t))
             lines_sink.write(tracked_result(t))
@@ -236,7 +238,7 @@ def test_track_ids_go_into_coco_and_json_lines(tmp_path):
 
 
 def test_youtube_vis_has_an_entry_per_track(tmp_path):
-    with YoutubeVis(tmp_path, CLASSES) as sink:
+    with YoutubeVisSink(tmp_path, CLASSES) as sink:
         for t in range(3):
             sink.write(tracked_result(t))
     made = json.loads((tmp_path / "youtube_vis.json").read_text())
@@ -251,7 +253,7 @@ def test_youtube_vis_has_an_entry_per_track(tmp_path):
 
 def test_maps_of_tracks_for_davis_and_mots(tmp_path):
     for mode in ("davis", "mots"):
-        with Masks(tmp_path / mode, CLASSES, mode=mode) as sink:
+        with MasksSink(tmp_path / mode, CLASSES, mode=mode) as sink:
             for t in range(2):
                 sink.write(tracked_result(t))
     found = tracked_result(0).detections
@@ -265,7 +267,9 @@ def test_maps_of_tracks_for_davis_and_mots(tmp_path):
     assert (mots[found.mask[0]] == 1007).all()  # the more confident on top
 
 
-@pytest.mark.parametrize(("kind", "keys"), [(YoutubeVis, {}), (Masks, {"mode": "davis"}), (Masks, {"mode": "mots"})])
+@pytest.mark.parametrize(
+    ("kind", "keys"), [(YoutubeVisSink, {}), (MasksSink, {"mode": "davis"}), (MasksSink, {"mode": "mots"})]
+)
 def test_formats_of_tracks_refuse_what_has_none(tmp_path, kind, keys):
     with pytest.raises(ConfigError, match="needs tracks"), kind(tmp_path, CLASSES, **keys) as sink:
         sink.write(result())

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from grounded_sam import ConfigError, ImageError
-from grounded_sam.sources.images import Images
+from grounded_sam.sources.images import ImageSource
 
 
 def picture(path: Path) -> Path:
@@ -28,13 +28,13 @@ def tree(tmp_path):
 
 
 def test_a_folder_is_searched_in_natural_order(tree):
-    source = Images(tree)
+    source = ImageSource(tree)
     assert [frame.name for frame in source] == ["a.jpg", "b/2.png", "b/10.png", "b/UPPER.JPG"]
     assert [frame.index for frame in source] == [0, 1, 2, 3]
 
 
 def test_bad_files_and_videos_are_listed_and_the_rest_goes_on(tree):
-    source = Images(tree)
+    source = ImageSource(tree)
     assert len(list(source)) == 4
     assert {s.file: s.reason for s in source.skipped} == {
         "clip.mp4": "a video; source=images reads pictures",
@@ -43,20 +43,20 @@ def test_bad_files_and_videos_are_listed_and_the_rest_goes_on(tree):
 
 
 def test_one_file_a_glob_and_a_listing(tree, tmp_path, monkeypatch):
-    assert [f.name for f in Images(tree / "a.jpg")] == ["a.jpg"]
-    assert [f.name for f in Images(f"{tree}/**/*.png") if "broken" not in f.name] == ["2.png", "10.png"]
+    assert [f.name for f in ImageSource(tree / "a.jpg")] == ["a.jpg"]
+    assert [f.name for f in ImageSource(f"{tree}/**/*.png") if "broken" not in f.name] == ["2.png", "10.png"]
     listing = tmp_path / "list.txt"
     listing.write_text("a.jpg\n\n# none\nb/10.png\n", encoding="utf-8")
-    assert [f.name for f in Images(listing)] == ["a.jpg", "b/10.png"]
+    assert [f.name for f in ImageSource(listing)] == ["a.jpg", "b/10.png"]
     monkeypatch.chdir(tree)
-    assert [f.name for f in Images("*.jpg")] == ["a.jpg"]
+    assert [f.name for f in ImageSource("*.jpg")] == ["a.jpg"]
 
 
 def test_names_stay_apart_when_files_come_from_several_folders(tmp_path):
     one, two = picture(tmp_path / "x" / "same.png"), picture(tmp_path / "y" / "same.png")
     listing = tmp_path / "list.txt"
     listing.write_text(f"{one}\n{two}\n")
-    assert [f.name for f in Images(listing)] == ["x/same.png", "y/same.png"]
+    assert [f.name for f in ImageSource(listing)] == ["x/same.png", "y/same.png"]
 
 
 @pytest.mark.parametrize(
@@ -74,16 +74,16 @@ def test_an_input_without_pictures_is_refused(tree, monkeypatch, given, says):
     (tree / "empty").mkdir()
     monkeypatch.chdir(tree)
     with pytest.raises(ConfigError, match=says):
-        Images(given)
+        ImageSource(given)
 
 
 def test_a_single_bad_file_is_an_error(tree):
     with pytest.raises(ImageError, match="empty"):
-        list(Images(tree / "b" / "broken.png"))
+        list(ImageSource(tree / "b" / "broken.png"))
 
 
 def test_pictures_are_decoded_only_when_asked_for(tree):
-    source = iter(Images(tree))
+    source = iter(ImageSource(tree))
     (tree / "b" / "10.png").write_bytes(b"")
     assert [frame.name for frame in source] == ["a.jpg", "b/2.png", "b/UPPER.JPG"]
 
@@ -95,7 +95,7 @@ def test_links_are_followed_but_not_in_circles_and_old_outputs_are_left_out(tree
     (tree / "b" / "circle").symlink_to(tree)
     (tree / "run" / ".hydra").mkdir(parents=True)
     picture(tree / "run" / "overlay" / "a.jpg")
-    assert [f.name for f in Images(tree)] == ["a.jpg", "b/2.png", "b/10.png", "b/UPPER.JPG", "link/far.png"]
+    assert [f.name for f in ImageSource(tree)] == ["a.jpg", "b/2.png", "b/10.png", "b/UPPER.JPG", "link/far.png"]
 
 
 def test_strange_names_neither_crash_nor_get_lost(tmp_path):
@@ -104,7 +104,7 @@ def test_strange_names_neither_crash_nor_get_lost(tmp_path):
         (tmp_path / os.fsdecode(b"caf\xe9.png")).write_bytes((tmp_path / "1²3.png").read_bytes())
     except OSError:
         pytest.skip("this file system takes only UTF-8 names")
-    names = {f.name for f in Images(tmp_path)}
+    names = {f.name for f in ImageSource(tmp_path)}
     assert names == {"1²3.png", "caf\\xe9.png"}
     for name in names:
         name.encode()

@@ -15,17 +15,18 @@ from hypothesis import strategies as st
 from transformers import AutoModelForZeroShotObjectDetection
 
 from grounded_sam import ConfigError, load
-from grounded_sam.detections import mask_boxes
+from grounded_sam.acceleration import allocator
+from grounded_sam.acceleration import grounding_dino as dino
+from grounded_sam.acceleration import patching as levers
+from grounded_sam.acceleration import sam2 as memory
 from grounded_sam.detectors.grounding_dino import GroundingDino
-from grounded_sam.segmenters.prompts import Prompts
+from grounded_sam.segmenters.base import Prompts
 from grounded_sam.segmenters.sam2 import Sam2
-from grounded_sam.segmenters.sam2_hf import load_model
 from grounded_sam.shapes.scenes import make_clip, make_scene
-from grounded_sam.speed import allocator, levers
-from grounded_sam.speed import grounding_dino as dino
-from grounded_sam.speed import sam2 as memory
+from grounded_sam.structures.masks import masks_to_xyxy
 from grounded_sam.trackers.sam2 import Sam2Tracker
 from grounded_sam.trackers.sam2_hf import Sam2HfTracker
+from grounded_sam.weights.sam2_video import load_video_model
 
 needs_bfloat16 = pytest.mark.skipif(
     not levers.has_bfloat16(torch.device("cpu")), reason="this processor does not multiply in bfloat16"
@@ -165,7 +166,7 @@ def follow(tracker, images, masks):
         seen = session.step(image)
         if t == 0:
             ids = np.arange(1, len(masks) + 1)
-            seen = session.prompt(sv.Detections(xyxy=mask_boxes(masks), mask=masks, tracker_id=ids))
+            seen = session.prompt(sv.Detections(xyxy=masks_to_xyxy(masks), mask=masks, tracker_id=ids))
         out.append({int(i): mask for i, mask in zip(seen.tracker_id, seen.mask, strict=True)})
     session.close()
     return out
@@ -311,7 +312,7 @@ def test_the_allocator_is_told_once_and_may_be_left_alone():
     assert allocator.keep_pages() is sys.platform.startswith("linux")
     with pytest.raises(ConfigError, match="allocator must be keep or system, got 'other'"):
         load("allocator=other", preset="shapes")
-    assert load_model("builtin:shapes") is not None
+    assert load_video_model("builtin:shapes") is not None
 
 
 @pytest.fixture(scope="module")
@@ -357,7 +358,7 @@ def test_folded_tokens_give_the_same_logits(kind, clicks, folders):
 
 
 def _is_folded(module):
-    return getattr(vars(module).get("forward"), "__module__", None) == "grounded_sam.speed.mask_decoder"
+    return getattr(vars(module).get("forward"), "__module__", None) == "grounded_sam.acceleration.mask_decoder"
 
 
 @pytest.mark.cuda

@@ -21,15 +21,16 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from grounded_sam import ConfigError, Pipeline, Vocabulary
-from grounded_sam.association import Tracking
-from grounded_sam.config import build, build_sinks, build_source, compose
-from grounded_sam.sinks.coco import Coco
-from grounded_sam.sinks.overlay import Overlay
-from grounded_sam.sinks.store import Store
-from grounded_sam.sources.auto import Auto
-from grounded_sam.sources.images import Images
-from grounded_sam.sources.stored import Stored
-from grounded_sam.store import SCHEMA, VERSION, Reader
+from grounded_sam.config.build import build, build_sinks, build_source
+from grounded_sam.config.compose import compose
+from grounded_sam.formats.store import SCHEMA, VERSION, StoreReader
+from grounded_sam.pipeline.tracks import TrackSettings
+from grounded_sam.sinks.coco import CocoSink
+from grounded_sam.sinks.overlay import OverlaySink
+from grounded_sam.sinks.store import StoreSink
+from grounded_sam.sources.auto import AutoSource
+from grounded_sam.sources.images import ImageSource
+from grounded_sam.sources.stored import StoreSource
 
 COMMAND = Path(sys.executable).with_name("grounded-sam")
 
@@ -49,8 +50,8 @@ def label(pictures: Path, output: Path, *more, detector=None, settings=None, **o
     """Store what the fakes find; returns the detector and the summary."""
     detector = detector or Halves()
     model = Pipeline(detector, Fill(), vocabulary=CLASSES)
-    store = Store(output, CLASSES, settings, **options)
-    return detector, model.run(Images(pictures), [store, *more], output, CLASSES)
+    store = StoreSink(output, CLASSES, settings, **options)
+    return detector, model.run(ImageSource(pictures), [store, *more], output, CLASSES)
 
 
 def test_rows_say_what_was_found_and_where(folder, tmp_path):
@@ -80,7 +81,7 @@ def test_images_without_objects_are_stored_too(folder, tmp_path):
 
     label(folder, tmp_path, detector=Nothing())
     assert [(row["kind"], row["objects"]) for row in rows(tmp_path / "store")] == [("image", 0)] * 4
-    assert [len(frame.found) for frame in Stored(tmp_path)] == [0] * 4
+    assert [len(frame.found) for frame in StoreSource(tmp_path)] == [0] * 4
     detector, _ = label(folder, tmp_path)
     assert detector.calls == []
 
@@ -88,9 +89,9 @@ def test_images_without_objects_are_stored_too(folder, tmp_path):
 def test_a_store_is_replayed_as_it_was(folder, tmp_path):
     model = Pipeline(Halves(), Fill(), vocabulary=CLASSES)
     label(folder, tmp_path, part_images=3)
-    source = Stored(tmp_path)
+    source = StoreSource(tmp_path)
     assert source.vocabulary == CLASSES and len(source) == 4
-    direct = list(model.stream(iter(Images(folder)), CLASSES))
+    direct = list(model.stream(iter(ImageSource(folder)), CLASSES))
     for frame, result in zip(source, direct, strict=True):
         assert frame.found == result.detections
         assert (frame.name, frame.size_hw) == (result.frame.name, result.frame.size_hw)
@@ -110,10 +111,10 @@ def test_through_the_config_a_store_needs_no_model_and_can_be_narrowed(folder, t
 
 
 def test_a_second_run_computes_nothing_and_other_sinks_still_get_everything(folder, tmp_path):
-    label(folder, tmp_path, Coco(tmp_path, CLASSES))
+    label(folder, tmp_path, CocoSink(tmp_path, CLASSES))
     first = (tmp_path / "annotations.json").read_bytes()
     before = latest(tmp_path / "store")
-    detector, summary = label(folder, tmp_path, Coco(tmp_path, CLASSES), Overlay(tmp_path, CLASSES))
+    detector, summary = label(folder, tmp_path, CocoSink(tmp_path, CLASSES), OverlaySink(tmp_path, CLASSES))
     assert detector.calls == [] and (summary.images, summary.stored) == (4, 4)
     assert (tmp_path / "annotations.json").read_bytes() == first
     assert len(list((tmp_path / "overlay").rglob("*.jpg"))) == 4
@@ -128,18 +129,18 @@ def test_only_new_and_changed_pictures_are_computed(folder, tmp_path):
     Image.new("RGB", (30, 20), "blue").save(folder / "9.png")
     detector, _ = label(folder, tmp_path)
     assert sum(detector.calls) == 2
-    assert [(f.name, f.size_hw) for f in Stored(tmp_path)][1] == ("1.png", (40, 50))
-    assert [f.name for f in Stored(tmp_path)] == ["0.png", "1.png", "9.png", "sub/2.png", "sub/3.png"]
+    assert [(f.name, f.size_hw) for f in StoreSource(tmp_path)][1] == ("1.png", (40, 50))
+    assert [f.name for f in StoreSource(tmp_path)] == ["0.png", "1.png", "9.png", "sub/2.png", "sub/3.png"]
 
 
 def test_a_moved_folder_is_known_by_its_content(folder, tmp_path):
     label(folder, tmp_path)
     moved = folder.rename(tmp_path / "elsewhere")
-    detector, summary = label(moved, tmp_path, Overlay(tmp_path, CLASSES))
+    detector, summary = label(moved, tmp_path, OverlaySink(tmp_path, CLASSES))
     assert detector.calls == [] and not summary.skipped  # pixels are read from where they are now
     assert len(list((tmp_path / "overlay").rglob("*.jpg"))) == 4
     assert np.array_equal(
-        next(iter(Stored(tmp_path, root=moved))).image, np.asarray(Image.open(moved / "0.png").convert("RGB"))
+        next(iter(StoreSource(tmp_path, root=moved))).image, np.asarray(Image.open(moved / "0.png").convert("RGB"))
     )
 
 
@@ -149,10 +150,10 @@ def test_a_skipped_file_is_tried_again_and_noted_once(folder, tmp_path):
     _, summary = label(folder, tmp_path)
     assert [s.file for s in summary.skipped] == ["bad.png"]
     assert [row["kind"] for row in rows(tmp_path / "store")].count("skipped") == 1
-    assert [s.file for s in Stored(tmp_path).skipped] == ["bad.png"]
+    assert [s.file for s in StoreSource(tmp_path).skipped] == ["bad.png"]
     Image.new("RGB", (30, 20)).save(folder / "bad.png")
     detector, summary = label(folder, tmp_path)
-    assert sum(detector.calls) == 1 and not summary.skipped and not Stored(tmp_path).skipped
+    assert sum(detector.calls) == 1 and not summary.skipped and not StoreSource(tmp_path).skipped
 
 
 def test_other_settings_are_refused_unless_told_to_extend(folder, tmp_path):
@@ -170,12 +171,12 @@ def test_other_classes_are_refused_and_extended_with(folder, tmp_path):
     label(folder, tmp_path)
     other = Vocabulary.parse(["c", "d"])
     with pytest.raises(ConfigError, match="vocabulary.classes"):
-        Store(tmp_path, other)
-    store = Store(tmp_path, other, resume="extend")
+        StoreSink(tmp_path, other)
+    store = StoreSink(tmp_path, other, resume="extend")
     assert store.classes.classes == ("c", "d", "a", "b")
     Image.new("RGB", (30, 20)).save(folder / "new.png")
     model = Pipeline(Halves(), Fill(), vocabulary=other)
-    model.run(Images(folder), [store, Coco(tmp_path, store.classes)], tmp_path, other)
+    model.run(ImageSource(folder), [store, CocoSink(tmp_path, store.classes)], tmp_path, other)
     content = json.loads((tmp_path / "annotations.json").read_text())
     names = {c["id"]: c["name"] for c in content["categories"]}
     assert [names[a["category_id"]] for a in content["annotations"]] == [
@@ -218,7 +219,7 @@ def test_a_full_disk_ends_in_words_and_leaves_what_is_whole(folder, tmp_path, mo
     monkeypatch.undo()
     assert len(list((tmp_path / "store").iterdir())) == 3  # two parts and the settings
     detector, _ = label(folder, tmp_path)
-    assert sum(detector.calls) == 2 and len(Stored(tmp_path)) == 4
+    assert sum(detector.calls) == 2 and len(StoreSource(tmp_path)) == 4
 
 
 def test_where_nothing_can_be_written_it_says_so(folder, tmp_path):
@@ -232,7 +233,7 @@ def test_a_damaged_part_is_named(folder, tmp_path):
     part = next((tmp_path / "store").glob("part-*"))
     part.write_bytes(part.read_bytes()[:100])
     with pytest.raises(ConfigError, match=rf"{part.name} cannot be read.*delete it"):
-        Stored(tmp_path)
+        StoreSource(tmp_path)
 
 
 def test_a_store_of_a_later_version_is_refused(folder, tmp_path):
@@ -240,7 +241,7 @@ def test_a_store_of_a_later_version_is_refused(folder, tmp_path):
     about = next((tmp_path / "store").glob("_run-*"))
     about.write_text(about.read_text().replace('"schema": 1', '"schema": 99'))
     with pytest.raises(ConfigError, match="schema version 99"):
-        Stored(tmp_path)
+        StoreSource(tmp_path)
 
 
 def test_pictures_that_are_gone_are_listed_and_the_rest_goes_on(folder, tmp_path):
@@ -268,8 +269,10 @@ def clip(path: Path, frames: int = 12) -> None:
 
 def follow(folder: Path, output: Path, *more, detector=None, **options):
     detector = detector or Levels()
-    model = Pipeline(detector, None, vocabulary=CLASSES, tracker=ByLevel(), tracking=Tracking(redetect_every=5))
-    return detector, model.run(Auto(folder), [Store(output, CLASSES, **options), *more], output, CLASSES, CLASSES)
+    model = Pipeline(detector, None, vocabulary=CLASSES, tracker=ByLevel(), tracking=TrackSettings(redetect_every=5))
+    return detector, model.run(
+        AutoSource(folder), [StoreSink(output, CLASSES, **options), *more], output, CLASSES, CLASSES
+    )
 
 
 def test_videos_are_stored_with_tracks_and_known_once_they_are_whole(tmp_path):
@@ -284,14 +287,14 @@ def test_videos_are_stored_with_tracks_and_known_once_they_are_whole(tmp_path):
     assert [(row["file"], row["frame"]) for row in whole] == [("a.mkv", 12)]
     assert {row["tracker_id"] for row in stored if row["kind"] == "object" and row["video"]} == {1}
     before = latest(tmp_path / "store")
-    detector, summary = follow(folder, tmp_path, Coco(tmp_path, CLASSES), Overlay(tmp_path, CLASSES))
+    detector, summary = follow(folder, tmp_path, CocoSink(tmp_path, CLASSES), OverlaySink(tmp_path, CLASSES))
     assert detector.looked == [] and summary.stored == 13 and latest(tmp_path / "store") == before
     content = json.loads((tmp_path / "annotations.json").read_text())
     assert [image["frame"] for image in content["images"][1:]] == list(range(12))
     assert {a["track_id"] for a in content["annotations"] if a["image_id"] > 1} == {1}
     with av.open(str(tmp_path / "overlay" / "a.mkv.mp4")) as video:
         assert sum(1 for _ in video.decode(video=0)) == 12
-    frames = [frame for frame in Stored(tmp_path) if frame.video]
+    frames = [frame for frame in StoreSource(tmp_path) if frame.video]
     assert [frame.index for frame in frames] == list(range(12))
     assert all((frame.image[20, 15 + 2 * t] > 100).all() for t, frame in enumerate(frames[:10]))
 
@@ -308,10 +311,10 @@ def test_a_video_that_was_left_in_its_middle_is_done_again(tmp_path):
             return super().detect(frames, vocabulary)
 
     _, summary = follow(folder, tmp_path / "out", detector=Stops(), part_images=2)
-    assert summary.interrupted and 0 < len(Stored(tmp_path / "out")) < 12
+    assert summary.interrupted and 0 < len(StoreSource(tmp_path / "out")) < 12
     follow(folder, tmp_path / "out")
     follow(folder, tmp_path / "undisturbed")
-    kept = Reader(tmp_path / "out" / "store")
+    kept = StoreReader(tmp_path / "out" / "store")
     assert len(kept) == 12
     assert latest(tmp_path / "out" / "store") == latest(tmp_path / "undisturbed" / "store")
 
@@ -354,7 +357,7 @@ def test_killed_at_twenty_random_moments_it_ends_as_if_undisturbed(tmp_path):
             kills += process.poll() is None
             process.send_signal(signal.SIGKILL)
     assert kills == 20
-    done = len(Reader(tmp_path / "killed" / "store"))
+    done = len(StoreReader(tmp_path / "killed" / "store"))
     assert 0 < done < 400
     last = subprocess.run(words, capture_output=True, text=True, check=True, env=ENV)
     assert f"{done} of them stored before" in last.stdout
@@ -373,14 +376,14 @@ def test_shards_of_a_sweep_write_into_one_store(tmp_path):
     subprocess.run(words, capture_output=True, check=True, env=ENV)
     subprocess.run(command(folder, tmp_path / "one"), capture_output=True, check=True, env=ENV)
     assert latest(tmp_path / "shards" / "store") == latest(tmp_path / "one" / "store")
-    replayed = [list(Stored(tmp_path / name)) for name in ("shards", "one")]
+    replayed = [list(StoreSource(tmp_path / name)) for name in ("shards", "one")]
     assert [f.name for f in replayed[0]] == [f.name for f in replayed[1]]
     own = json.loads((tmp_path / "shards" / "1" / "annotations.json").read_text())
     assert [i["file_name"] for i in own["images"]] == [f"{i:04d}.png" for i in range(7, 15)]
-    parts = [list(Stored(tmp_path / "one", shard=i, num_shards=3)) for i in range(3)]
+    parts = [list(StoreSource(tmp_path / "one", shard=i, num_shards=3)) for i in range(3)]
     assert sorted(f.name for part in parts for f in part) == sorted(f.name for f in replayed[1])
     with pytest.raises(ConfigError, match=r"source.shard must be below source.num_shards=2"):
-        Images(folder, shard=2, num_shards=2)
+        ImageSource(folder, shard=2, num_shards=2)
 
 
 @pytest.mark.parametrize(
@@ -408,7 +411,7 @@ def test_a_worker_that_dies_leaves_a_store_that_the_next_run_completes(tmp_path,
     assert (tmp_path / "dead").exists()
     if launcher == "joblib":  # Ray starts a task again by itself
         assert first.returncode
-        assert 0 < len(Reader(tmp_path / "shards" / "store")) < 80
+        assert 0 < len(StoreReader(tmp_path / "shards" / "store")) < 80
     subprocess.run(words, capture_output=True, check=True, env=ENV, timeout=300)
     subprocess.run(command(folder, tmp_path / "one"), capture_output=True, check=True, env=ENV)
     # The settings differ by the class of the detector alone.
@@ -421,9 +424,9 @@ def test_ontologies_of_several_runs_are_joined_whatever_their_phrases(folder, tm
     second = Vocabulary.parse({"classes": {"car": {"id": 9}, "bus": {"id": 3, "colour": "red"}}})
     for words, options in ((first, {}), (second, {"resume": "extend"})):
         Image.new("RGB", (30, 20 + len(words))).save(folder / f"{len(words)}.png")
-        store = Store(tmp_path, words, **options)
-        Pipeline(Halves(), Fill(), vocabulary=words).run(Images(folder), [store], tmp_path, words)
-    whole = Stored(tmp_path).vocabulary
+        store = StoreSink(tmp_path, words, **options)
+        Pipeline(Halves(), Fill(), vocabulary=words).run(ImageSource(folder), [store], tmp_path, words)
+    whole = StoreSource(tmp_path).vocabulary
     assert whole.classes == ("vehicle", "car", "bus") and whole.category_ids == (3, 9, 10)
     assert whole.palette()[2] == "#ff0000"
 
@@ -433,23 +436,23 @@ def test_videos_of_one_name_in_two_folders_stay_two(tmp_path):
         (tmp_path / name).mkdir()
         clip(tmp_path / name / "a.mkv", frames)
         follow(tmp_path / name, tmp_path / "out")
-    assert len(Stored(tmp_path / "out")) == 13
+    assert len(StoreSource(tmp_path / "out")) == 13
     for name in ("x", "y"):
         detector, _ = follow(tmp_path / name, tmp_path / "out")
         assert detector.looked == []
 
 
 def test_two_passages_through_a_stream_are_not_mixed(tmp_path):
-    from grounded_sam.frames import Frame
-    from grounded_sam.stages import FrameResult
+    from grounded_sam.structures.frame import Frame
+    from grounded_sam.structures.results import FrameResult
 
     found = Halves().detect([Frame(np.zeros((10, 10, 3), np.uint8))], CLASSES)[0]
     for count in (10, 3):
-        with Store(tmp_path, CLASSES) as store:
+        with StoreSink(tmp_path, CLASSES) as store:
             for t in range(count):
                 frame = Frame(np.zeros((10, 10, 3), np.uint8), t, f"camera-0/{t}", t / 10, "camera-0")
                 store.write(FrameResult(frame, found))
-    assert [frame.index for frame in Stored(tmp_path)] == [0, 1, 2]
+    assert [frame.index for frame in StoreSource(tmp_path)] == [0, 1, 2]
 
 
 def test_a_mended_video_is_not_listed_any_more(tmp_path, data):
@@ -462,7 +465,7 @@ def test_a_mended_video_is_not_listed_any_more(tmp_path, data):
     assert [s.file for s in summary.skipped] == ["a.mp4"] and summary.stored == 0
     (folder / "a.mp4").write_bytes((data / "malformed" / "rotation_90.mp4").read_bytes())
     _, summary = follow(folder, tmp_path / "out")
-    assert not summary.skipped and not Stored(tmp_path / "out").skipped
+    assert not summary.skipped and not StoreSource(tmp_path / "out").skipped
 
 
 def test_a_missing_video_is_listed_and_the_rest_is_exported(tmp_path):
@@ -482,7 +485,7 @@ def test_a_missing_video_is_listed_and_the_rest_is_exported(tmp_path):
 def test_a_link_to_nowhere_stops_nothing(folder, tmp_path):
     (folder / "gone.mp4").symlink_to(tmp_path / "nowhere.mp4")
     (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
-    source = Auto(folder)
+    source = AutoSource(folder)
     assert len([frame for frame in source if frame.size_hw]) == 4
     assert {s.file for s in source.skipped} == {"gone.mp4", "gone.png"}
 
@@ -504,7 +507,7 @@ def test_a_shard_of_nothing_but_bad_files_does_not_end_the_sweep(tmp_path):
         (folder / f"{i:04d}.png").write_bytes(b"")
     words = command(folder, tmp_path / "out", "-m", "source.shard=0,1,2,3", "source.num_shards=4")
     subprocess.run(words, capture_output=True, check=True, env=ENV)
-    assert len(Reader(tmp_path / "out" / "store")) == 6
+    assert len(StoreReader(tmp_path / "out" / "store")) == 6
 
 
 def test_pandas_style_readers_open_the_folder(folder, tmp_path):

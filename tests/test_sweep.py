@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from grounded_sam import ConfigError, Select, Vocabulary
-from grounded_sam.config import compose
-from grounded_sam.detections import packed
-from grounded_sam.predictions import Predictions, floors_of, note_floor, read_floor
-from grounded_sam.select import select
-from grounded_sam.sinks.coco import Coco
-from grounded_sam.stages import FrameResult
-from grounded_sam.sweep import report
+from grounded_sam.cli.report import write_report
+from grounded_sam.config.compose import compose
+from grounded_sam.pipeline.prediction_cache import PredictionCache, read_sweep_floor, sweep_floors, write_sweep_floor
+from grounded_sam.pipeline.select import select
+from grounded_sam.sinks.coco import CocoSink
+from grounded_sam.structures.masks import pack_masks
+from grounded_sam.structures.results import FrameResult
 
 COMMAND = Path(sys.executable).with_name("grounded-sam")
 CLASSES_ASKED = ["red shape", "green shape", "blue shape", "yellow shape"]
@@ -35,14 +35,15 @@ CLASSES_ASKED = ["red shape", "green shape", "blue shape", "yellow shape"]
 @pytest.fixture(scope="module")
 def labelled(tmp_path_factory) -> Path:
     """Scenes with their true masks as COCO."""
-    from grounded_sam.detections import make_detections, mask_boxes
-    from grounded_sam.frames import Frame
     from grounded_sam.shapes.scenes import make_scene
+    from grounded_sam.structures.detections import make_detections
+    from grounded_sam.structures.frame import Frame
+    from grounded_sam.structures.masks import masks_to_xyxy
 
     place = tmp_path_factory.mktemp("sample")
     (place / "in").mkdir()
     words = Vocabulary.parse(CLASSES_ASKED)
-    with Coco(place, words, file="truth.json") as sink:
+    with CocoSink(place, words, file="truth.json") as sink:
         for i in range(5):
             scene = make_scene(np.random.default_rng([77, i]), count=4, size_hw=(160, 200))
             Image.fromarray(scene.image).save(place / "in" / f"{i}.png")
@@ -50,7 +51,7 @@ def labelled(tmp_path_factory) -> Path:
             rows = [k for k, name in enumerate(named) if name in words.classes]
             masks = np.array([scene.masks[k] for k in rows], bool).reshape(-1, 160, 200)
             ids = [words.classes.index(named[k]) for k in rows]
-            found = make_detections(mask_boxes(masks), np.ones(len(ids)), ids, words, (160, 200), masks)
+            found = make_detections(masks_to_xyxy(masks), np.ones(len(ids)), ids, words, (160, 200), masks)
             sink.write(FrameResult(Frame(scene.image, i, f"{i}.png"), found))
     return place
 
@@ -100,7 +101,7 @@ def test_every_point_of_a_sweep_equals_a_run_of_its_own(labelled, tmp_path):
     run(labelled, tmp_path / "again", *again)
     assert measured(tmp_path / "again")["segm"]["AP"] == max(values)
     # And the table can be made again.
-    text = report(tmp_path / "s")
+    text = write_report(tmp_path / "s")
     assert "8 jobs" in text and "preset=best" in text
 
 
@@ -189,8 +190,8 @@ def test_ready_made_sweeps_are_parameters_of_the_sweeper(name, labelled, tmp_pat
     ],
 )
 def test_what_a_sweep_asks_for_is_read_from_its_words(tmp_path, words, expected):
-    note_floor(tmp_path, words)
-    assert tuple(read_floor(tmp_path)[key] for key in ("shared", "score", "nms", "by_class")) == expected
+    write_sweep_floor(tmp_path, words)
+    assert tuple(read_sweep_floor(tmp_path)[key] for key in ("shared", "score", "nms", "by_class")) == expected
 
 
 BOXES = st.lists(
@@ -223,13 +224,13 @@ def test_selecting_from_what_was_kept_for_all_is_selecting_at_once(rows, score, 
     for several in ("own", "any", [0.3, 0.5, 0.7]):
         if isinstance(several, list) and nms is None:
             continue  # not a point of that sweep
-        keep = object.__new__(Predictions)
-        keep.floors = floors_of(settings, CLASSES, {"score": 0.05, "nms": several})
+        keep = object.__new__(PredictionCache)
+        keep.floors = sweep_floors(settings, CLASSES, {"score": 0.05, "nms": several})
         kept = keep.keep(found, CLASSES)
         assert select(kept, settings, CLASSES) == select(found, settings, CLASSES)
-        assert select(packed(kept), settings, CLASSES) == select(packed(found), settings, CLASSES)
+        assert select(pack_masks(kept), settings, CLASSES) == select(pack_masks(found), settings, CLASSES)
 
 
 def test_a_folder_without_jobs_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="no job of a sweep"):
-        report(tmp_path)
+        write_report(tmp_path)

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from grounded_sam import ConfigError, Vocabulary, load
-from grounded_sam.detections import make_detections
-from grounded_sam.frames import Frame
-from grounded_sam.tiles import Tiles
+from grounded_sam.pipeline.tiles import Tiles
+from grounded_sam.structures.detections import make_detections
+from grounded_sam.structures.frame import Frame
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 

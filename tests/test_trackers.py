@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from grounded_sam import CheckpointError, ConfigError, load
-from grounded_sam.detections import mask_boxes
 from grounded_sam.segmenters.sam2 import Sam2
 from grounded_sam.segmenters.sam2_hf import Sam2Hf
 from grounded_sam.shapes.scenes import make_clip
+from grounded_sam.structures.masks import masks_to_xyxy
 from grounded_sam.trackers.sam2 import Sam2Tracker
 from grounded_sam.trackers.sam2_hf import Sam2HfTracker
 
@@ -70,7 +70,7 @@ def upstream(model, folder, prompts, **flags):
 def masked(masks, ids=None) -> sv.Detections:
     masks = np.array(masks)
     ids = range(1, len(masks) + 1) if ids is None else ids
-    return sv.Detections(xyxy=mask_boxes(masks), mask=masks, tracker_id=np.array(list(ids)))
+    return sv.Detections(xyxy=masks_to_xyxy(masks), mask=masks, tracker_id=np.array(list(ids)))
 
 
 def clicked(tracker_id, points, labels=None, box=None) -> sv.Detections:
@@ -139,7 +139,7 @@ def test_equal_to_the_authors_predictor_on_a_real_video(trackers, data, kind, ne
 @pytest.mark.parametrize("kind", KINDS)
 def test_equal_with_several_objects_boxes_clicks_and_corrections(trackers, clip, kind):
     folder, frames, masks = clip
-    box = mask_boxes(np.array(masks))[1]
+    box = masks_to_xyxy(np.array(masks))[1]
     rows, columns = np.nonzero(masks[2])
     middle = [int(columns.mean()), int(rows.mean())]
     beside = [5, 5]
@@ -256,7 +256,7 @@ def test_masks_of_a_keyframe_are_the_segmenters(clip, segments, tracks):
     segmenter = segments("builtin:shapes", device="cpu")
     session = tracks(segmenter, "builtin:shapes", device="cpu").open(frames[0].shape[:2])
     session.step(frames[0])
-    boxes = sv.Detections(xyxy=mask_boxes(np.array(masks)), confidence=np.ones(3), class_id=np.zeros(3, int))
+    boxes = sv.Detections(xyxy=masks_to_xyxy(np.array(masks)), confidence=np.ones(3), class_id=np.zeros(3, int))
     shared, own = session.segmenter.segment(frames[0], boxes), segmenter.segment(frames[0], boxes)
     for a, b in zip(shared.mask, own.mask, strict=True):
         assert (a & b).sum() / (a | b).sum() > 0.95

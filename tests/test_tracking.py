@@ -12,10 +12,10 @@ from fakes import CLASSES, ByLevel, Levels, boxes
 from PIL import Image
 
 from grounded_sam import ConfigError, ImageError, Pipeline, Vocabulary
-from grounded_sam.association import Tracking, Tracks
-from grounded_sam.detectors.clicks import Clicks
-from grounded_sam.frames import Frame
-from grounded_sam.sources.video import Video
+from grounded_sam.detectors.clicks import ClickDetector
+from grounded_sam.pipeline.tracks import TrackManager, TrackSettings
+from grounded_sam.sources.video import VideoSource
+from grounded_sam.structures.frame import Frame
 
 TEXT = ["small", "middle", "large"]
 
@@ -34,7 +34,7 @@ def film(frames: int, *things: tuple[int, range, int]) -> list[np.ndarray]:
 
 def run(frames, detector=None, text=TEXT, clicks=None, **rules):
     tracker = ByLevel()
-    model = Pipeline(detector or Levels(), tracker=tracker, tracking=Tracking(**rules))
+    model = Pipeline(detector or Levels(), tracker=tracker, tracking=TrackSettings(**rules))
     return list(model.track(frames, text, clicks)), tracker.sessions[0] if tracker.sessions else None
 
 
@@ -93,7 +93,7 @@ def test_a_track_that_the_tracker_lost_is_found_again_by_a_detection_nearby():
 
     frames = film(14, (50, range(14), 2))
     for reach, want in ((1.0, [1]), (0.0, [2])):
-        model = Pipeline(Levels(), tracker=Forgetful(), tracking=Tracking(redetect_every=4, reach=reach))
+        model = Pipeline(Levels(), tracker=Forgetful(), tracking=TrackSettings(redetect_every=4, reach=reach))
         results = list(model.track(frames, TEXT))
         assert ids(results)[3] == [1] and ids(results)[5:8] == [[]] * 3
         assert ids(results)[-1] == want
@@ -145,7 +145,7 @@ def test_results_come_frame_by_frame_and_closing_frees_everything():
 def test_a_video_file_leaves_no_thread_behind(tmp_path):
     for i, image in enumerate(film(30, (50, range(30), 2))):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
-    results = Pipeline(Levels(), tracker=ByLevel()).track(Video(tmp_path), TEXT)
+    results = Pipeline(Levels(), tracker=ByLevel()).track(VideoSource(tmp_path), TEXT)
     next(results)
     results.close()
     gc.collect()
@@ -179,7 +179,7 @@ def test_clicks_alone_from_a_file_and_a_correction(tmp_path):
     assert ids(results) == [[2]] * 8
     assert results[3].detections.xyxy[0, 0] == 5 and results[4].detections.xyxy[0, 0] == 44
     (tmp_path / "c.json").write_text(json.dumps([{"class": "thing", "points": [[4, 12]]}]))
-    model = Pipeline(Clicks(str(tmp_path / "c.json")), tracker=ByLevel())
+    model = Pipeline(ClickDetector(str(tmp_path / "c.json")), tracker=ByLevel())
     assert ids(model.track(frames)) == [[1]] * 8
 
 
@@ -193,7 +193,7 @@ def test_clicks_alone_from_a_file_and_a_correction(tmp_path):
 )
 def test_wrong_clicks_name_their_entry(entry, says):
     with pytest.raises(ConfigError, match=says):
-        Clicks([entry])
+        ClickDetector([entry])
 
 
 def test_without_tracker_or_words_it_says_so():
@@ -218,12 +218,12 @@ def test_a_tracker_is_built_only_when_a_video_comes():
 
 def test_a_tracker_of_boxes_gives_ids_to_what_every_frame_has():
     trackers = pytest.importorskip("trackers", reason="the package trackers is not installed")
-    from grounded_sam.trackers.boxes import Boxes
+    from grounded_sam.trackers.boxes import BoxTracker
 
     video = film(14, (50, range(14), 2), (150, range(3, 10), 40))
     settings = {"minimum_consecutive_frames": 1, "track_activation_threshold": 0.5}
     detector = Levels()
-    model = Pipeline(detector, tracker=Boxes(settings=settings), tracking=Tracking(lost_patience=2))
+    model = Pipeline(detector, tracker=BoxTracker(settings=settings), tracking=TrackSettings(lost_patience=2))
     results = list(model.track(video, TEXT))
     assert detector.looked == list(range(14))
     # As the package itself gives them to the same boxes, under ids that count from 1.
@@ -245,9 +245,9 @@ def test_a_tracker_of_boxes_gives_ids_to_what_every_frame_has():
 @pytest.mark.parametrize("method", ["bytetrack", "ocsort", "sort", "cbiou"])
 def test_every_method_of_boxes_follows_a_thing(method):
     pytest.importorskip("trackers", reason="the package trackers is not installed")
-    from grounded_sam.trackers.boxes import Boxes
+    from grounded_sam.trackers.boxes import BoxTracker
 
-    tracker = Boxes(method=method, settings={"minimum_consecutive_frames": 1})
+    tracker = BoxTracker(method=method, settings={"minimum_consecutive_frames": 1})
     model = Pipeline(Levels(), tracker=tracker)
     for _ in range(2):  # each video begins anew
         results = list(model.track(film(10, (50, range(10), 2)), TEXT))
@@ -257,28 +257,29 @@ def test_every_method_of_boxes_follows_a_thing(method):
 @pytest.mark.parametrize("method", ["bytetrack", "ocsort", "sort", "cbiou"])
 def test_boxes_follow_what_select_lets_through_by_default(method):
     pytest.importorskip("trackers", reason="the package trackers is not installed")
-    from grounded_sam.config import compose, make
+    from grounded_sam.config.build import build_node
+    from grounded_sam.config.compose import compose
 
     cfg = compose(["tracker=boxes", f"tracker.method={method}", "tracker.settings={minimum_consecutive_frames: 2}"])
     found = boxes((10, 10, 50, 50, 0.35, 0))
     frames = [Frame(np.zeros((100, 100, 3), np.uint8), i, str(i)) for i in range(6)]
-    seen = [len(out) for _, out in make(cfg, "tracker").follow(iter(frames), CLASSES, lambda _: found)]
+    seen = [len(out) for _, out in build_node(cfg, "tracker").follow(iter(frames), CLASSES, lambda _: found)]
     assert seen[-3:] == [1, 1, 1]
 
 
 def test_what_boxes_cannot_do_is_said():
     pytest.importorskip("trackers", reason="the package trackers is not installed")
-    from grounded_sam.trackers.boxes import Boxes
+    from grounded_sam.trackers.boxes import BoxTracker
 
     video = film(3, (50, range(3), 2))
     with pytest.raises(ConfigError, match="cannot be given clicks"):
-        list(Pipeline(Levels(), tracker=Boxes()).track(video, TEXT, [{"class": "small", "points": [[5, 10]]}]))
+        list(Pipeline(Levels(), tracker=BoxTracker()).track(video, TEXT, [{"class": "small", "points": [[5, 10]]}]))
     with pytest.raises(ConfigError, match="track.direction=both needs"):
-        list(Pipeline(Levels(), tracker=Boxes(), tracking=Tracking(direction="both")).track(video, TEXT))
+        list(Pipeline(Levels(), tracker=BoxTracker(), tracking=TrackSettings(direction="both")).track(video, TEXT))
     with pytest.raises(ConfigError, match="must be one of bytetrack"):
-        Boxes(method="deepsort")
+        BoxTracker(method="deepsort")
     with pytest.raises(ConfigError, match="do not fit ocsort"):
-        Boxes(method="ocsort", settings={"patience": 3})
+        BoxTracker(method="ocsort", settings={"patience": 3})
 
 
 def test_ids_of_other_trackers_are_adopted_by_the_rules():
@@ -287,7 +288,7 @@ def test_ids_of_other_trackers_are_adopted_by_the_rules():
         out.tracker_id = np.array([row[3] for row in rows], np.int64)
         return out
 
-    tracks = Tracks(Tracking(new_track_score=0.5, max_objects=2, lost_patience=1))
+    tracks = TrackManager(TrackSettings(new_track_score=0.5, max_objects=2, lost_patience=1))
     here, there = (0, 0, 20, 20), (40, 40, 60, 60)
     seen = tracks.adopt(found((here, 0.4, 0, 7), (there, 0.8, 1, 9)))
     assert seen.tracker_id.tolist() == [1]  # 7 is not sure enough

@@ -13,16 +13,17 @@ import pytest
 from PIL import Image
 
 from grounded_sam import ConfigError, ImageError
-from grounded_sam.sinks.mp4 import Mp4
-from grounded_sam.sources.auto import Auto
-from grounded_sam.sources.video import Video, ahead
+from grounded_sam.media.mp4 import Mp4Writer
+from grounded_sam.media.prefetch import prefetch
+from grounded_sam.sources.auto import AutoSource
+from grounded_sam.sources.video import VideoSource
 
 
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory):
     """20 frames of 48x64 px whose gray says which frame it is."""
     path = tmp_path_factory.mktemp("clips") / "clip.mp4"
-    video = Mp4(path, crf=5)
+    video = Mp4Writer(path, crf=5)
     for i in range(20):
         video.write(np.full((48, 64, 3), 10 * i + 20, np.uint8), i / 10)
     video.close()
@@ -34,7 +35,7 @@ def grays(frames):
 
 
 def test_frames_come_in_order_with_numbers_times_and_names(clip):
-    video = Video(clip)
+    video = VideoSource(clip)
     frames = list(video)
     assert len(video) == len(frames) == 20
     assert grays(frames) == [frame.index for frame in frames] == list(range(20))
@@ -44,7 +45,7 @@ def test_frames_come_in_order_with_numbers_times_and_names(clip):
 
 
 def test_start_stop_stride_and_size(clip):
-    video = Video(clip, start=4, stop=15, stride=3, max_side=32)
+    video = VideoSource(clip, start=4, stop=15, stride=3, max_side=32)
     frames = list(video)
     assert grays(frames) == [frame.index for frame in frames] == [4, 7, 10, 13]
     assert len(video) == 4
@@ -63,7 +64,7 @@ def test_start_stop_stride_and_size(clip):
 )
 def test_numbers_out_of_range_name_their_key(clip, keys, says):
     with pytest.raises(ConfigError, match=says):
-        Video(clip, **keys)
+        VideoSource(clip, **keys)
 
 
 def test_an_input_that_is_none_is_refused(tmp_path):
@@ -73,9 +74,9 @@ def test_an_input_that_is_none_is_refused(tmp_path):
         (None, "missing"),
     ):
         with pytest.raises(ConfigError, match=says):
-            Video(given)
+            VideoSource(given)
     with pytest.raises(ConfigError, match="no frame in"):
-        Video(tmp_path)
+        VideoSource(tmp_path)
 
 
 #: Of every video file of the test data: frames, size, and what is said of it.
@@ -95,7 +96,7 @@ FILES = {
 @pytest.mark.parametrize("name", FILES)
 def test_every_codec_and_damage(data, name):
     least, size, says = FILES[name]
-    video = Video(data / "malformed" / name)
+    video = VideoSource(data / "malformed" / name)
     frames = list(video)
     assert len(frames) >= least
     assert says is not None or len(frames) == least
@@ -110,26 +111,26 @@ def test_every_codec_and_damage(data, name):
 @pytest.mark.parametrize("name", ["audio_only.mp4", "random_bytes.mp4", "truncated_moov_last.mp4", "zero_bytes.mp4"])
 def test_what_is_no_video_is_refused_in_words(data, name):
     with pytest.raises(ImageError, match=name):
-        list(Video(data / "malformed" / name))
+        list(VideoSource(data / "malformed" / name))
 
 
 def test_rotation_is_applied_the_right_way_round(data):
     import cv2
 
     path = data / "malformed" / "rotation_90.mp4"
-    ours = next(iter(Video(path))).image
+    ours = next(iter(VideoSource(path))).image
     theirs = cv2.VideoCapture(str(path)).read()[1][..., ::-1]
     assert np.abs(ours.astype(int) - theirs).mean() < 3
 
 
 def test_a_varying_frame_rate_keeps_its_times(data):
-    times = np.array([frame.time_s for frame in Video(data / "malformed" / "vfr.mp4")])
+    times = np.array([frame.time_s for frame in VideoSource(data / "malformed" / "vfr.mp4")])
     assert np.diff(times).min() == pytest.approx(1 / 24, abs=1e-3)
     assert np.diff(times).max() == pytest.approx(7 / 24, abs=1e-3)
 
 
 def test_a_folder_of_frames_leaves_out_what_does_not_fit(data):
-    video = Video(data / "malformed" / "frames_mixed")
+    video = VideoSource(data / "malformed" / "frames_mixed")
     assert [frame.name for frame in video] == ["1.jpg", "2.jpg", "10.jpg", "13.JPG", "frame_12.jpg"]
     reasons = {skipped.file: skipped.reason for skipped in video.skipped}
     assert "120x67" in reasons["11.jpg"] and "damaged" in reasons["14.jpg"]
@@ -138,7 +139,7 @@ def test_a_folder_of_frames_leaves_out_what_does_not_fit(data):
 def test_a_glob_in_natural_order(tmp_path):
     for i in (10, 2, 1):
         Image.fromarray(np.full((20, 20, 3), i, np.uint8)).save(tmp_path / f"f{i}.png")
-    frames = list(Video(f"{tmp_path}/f*.png", fps=2))
+    frames = list(VideoSource(f"{tmp_path}/f*.png", fps=2))
     assert [frame.name for frame in frames] == ["f1.png", "f2.png", "f10.png"]
     assert [frame.time_s for frame in frames] == [0, 0.5, 1.0]
 
@@ -148,18 +149,18 @@ def test_a_url(clip):
     handler.log_message = lambda *_: None
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
-        video = Video(f"http://127.0.0.1:{server.server_port}/clip.mp4")
+        video = VideoSource(f"http://127.0.0.1:{server.server_port}/clip.mp4")
         assert grays(video) == list(range(20))
         with pytest.raises(TypeError):
             len(video)
         with pytest.raises(ImageError, match="not a video that can be opened"):
-            list(Video(f"http://127.0.0.1:{server.server_port}/nothing.mp4"))
+            list(VideoSource(f"http://127.0.0.1:{server.server_port}/nothing.mp4"))
         server.shutdown()
 
 
 def test_a_huge_frame_is_refused_before_it_is_decoded(clip):
     with pytest.raises(ImageError, match="more than the 1,000 pixels"):
-        list(Video(clip, max_pixels=1000))
+        list(VideoSource(clip, max_pixels=1000))
 
 
 def test_decoding_is_ahead_but_bounded_and_ends_when_closed():
@@ -173,7 +174,7 @@ def test_decoding_is_ahead_but_bounded_and_ends_when_closed():
         finally:
             closed.append(True)
 
-    items = ahead(work(), 3)
+    items = prefetch(work(), 3)
     assert [next(items) for _ in range(5)] == list(range(5))
     items.close()
     assert closed == [True]
@@ -186,7 +187,7 @@ def test_an_error_of_the_decoder_arrives():
         yield 1
         raise ImageError("broken")
 
-    items = ahead(work(), 2)
+    items = prefetch(work(), 2)
     assert next(items) == 1
     with pytest.raises(ImageError, match="broken"):
         next(items)
@@ -197,8 +198,8 @@ def test_pictures_and_videos_of_one_folder(clip, tmp_path):
     Image.fromarray(np.full((20, 20, 3), 9, np.uint8)).save(tmp_path / "a.png")
     (tmp_path / "sub" / "b.mp4").write_bytes(clip.read_bytes())
     (tmp_path / "bad.mp4").write_bytes(b"nothing")
-    source = Auto(tmp_path, stop=3)
-    assert len(Auto(clip)) == 20
+    source = AutoSource(tmp_path, stop=3)
+    assert len(AutoSource(clip)) == 20
     assert [(frame.name, frame.video) for frame in source] == [
         ("a.png", None),
         ("sub/b.mp4/000000", "sub/b.mp4"),
@@ -207,11 +208,11 @@ def test_pictures_and_videos_of_one_folder(clip, tmp_path):
     ]
     assert [(s.file, "not a video" in s.reason) for s in source.skipped] == [("bad.mp4", True)]
     with pytest.raises(ImageError, match="not a video"):
-        list(Auto(tmp_path / "bad.mp4"))
+        list(AutoSource(tmp_path / "bad.mp4"))
 
 
 def test_an_mp4_keeps_times_and_pads_odd_sizes(tmp_path):
-    video = Mp4(tmp_path / "x.mp4")
+    video = Mp4Writer(tmp_path / "x.mp4")
     times = [1.0, 1.1, 1.5, 1.6]
     for time_s in times:
         video.write(np.full((31, 45, 3), 90, np.uint8), time_s)
@@ -249,8 +250,8 @@ def loud(tmp_path_factory):
 
 
 def test_sound_is_kept_from_the_first_frame_to_the_last(loud, tmp_path):
-    video = Mp4(tmp_path / "x.mp4", sound_from=str(loud))
-    for frame in Video(loud, start=10, stop=30):
+    video = Mp4Writer(tmp_path / "x.mp4", sound_from=str(loud))
+    for frame in VideoSource(loud, start=10, stop=30):
         video.write(frame.image, frame.time_s)
     video.close()
     with av.open(str(tmp_path / "x.mp4")) as container:
@@ -265,11 +266,11 @@ def test_the_annotated_video_of_a_run_has_the_length_and_sound_of_its_source(lou
     from fakes import Halves
 
     from grounded_sam import Pipeline, Vocabulary
-    from grounded_sam.sinks.overlay import Overlay
+    from grounded_sam.sinks.overlay import OverlaySink
 
     vocabulary = Vocabulary.parse(["a", "b"])
-    sink = Overlay(tmp_path, vocabulary, sound_from=str(loud.parent))
-    Pipeline(Halves()).run(Auto(loud.parent), [sink], tmp_path, vocabulary)
+    sink = OverlaySink(tmp_path, vocabulary, sound_from=str(loud.parent))
+    Pipeline(Halves()).run(AutoSource(loud.parent), [sink], tmp_path, vocabulary)
     with av.open(str(tmp_path / "overlay" / "loud.mp4")) as container:
         assert container.duration / 1e6 == pytest.approx(3.0, abs=0.1)
         assert len(container.streams.audio) == 1
@@ -278,4 +279,4 @@ def test_the_annotated_video_of_a_run_has_the_length_and_sound_of_its_source(lou
 
 def test_a_camera_that_is_not_there_is_named():
     with pytest.raises(ImageError, match="camera 97 cannot be opened"):
-        next(iter(Video(97)))
+        next(iter(VideoSource(97)))

@@ -13,16 +13,17 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from grounded_sam import ConfigError, Pipeline
-from grounded_sam.config import build, build_sinks, build_source, compose
-from grounded_sam.detections import make_detections
-from grounded_sam.frames import Frame
-from grounded_sam.masklets import Masklets, frame_key
-from grounded_sam.sinks.masks import Masks
-from grounded_sam.sinks.metrics import metrics
-from grounded_sam.sinks.youtube_vis import YoutubeVis
-from grounded_sam.stages import FrameResult
-from grounded_sam.track_scores import VideoScores, mean, tracking
-from grounded_sam.truth import read_truth
+from grounded_sam.config.build import build, build_sinks, build_source
+from grounded_sam.config.compose import compose
+from grounded_sam.evaluation.video_scores import VideoScores, mean_scores, trackeval_metrics
+from grounded_sam.formats.labels import read_ground_truth
+from grounded_sam.formats.video_masks import LabelledVideos, frame_key
+from grounded_sam.sinks.masks import MasksSink
+from grounded_sam.sinks.metrics import metrics_sink
+from grounded_sam.sinks.youtube_vis import YoutubeVisSink
+from grounded_sam.structures.detections import make_detections
+from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.results import FrameResult
 
 
 def measure(results, truth, output, *more):
@@ -116,7 +117,7 @@ def test_both_rules_for_objects_that_come_late_are_met(shifted, reference, tmp_p
 
 
 def test_folders_of_pngs_are_read_as_the_json_they_come_from(shifted, tmp_path):
-    video = Masklets(shifted / "truth.json").videos["sav_000001"]
+    video = LabelledVideos(shifted / "truth.json").videos["sav_000001"]
     assert [key % 4 for key in video.frames] == [0] * 31
     for key in video.frames:
         masks = video.read(key)
@@ -125,7 +126,7 @@ def test_folders_of_pngs_are_read_as_the_json_they_come_from(shifted, tmp_path):
             folder.mkdir(parents=True, exist_ok=True)
             mask = masks.get(number, np.zeros(video.size_hw, bool))
             Image.fromarray(mask.astype(np.uint8) * 255).save(folder / f"{key:05d}.png")
-    single = read_truth(tmp_path / "objects").videos["sav_000001"]
+    single = read_ground_truth(tmp_path / "objects").videos["sav_000001"]
     assert single.frames == video.frames
     for key in video.frames[::7]:
         one, other = single.read(key), video.read(key)
@@ -158,7 +159,7 @@ def test_trackeval_measures_the_same_j_and_f(truth, found):
         video.add(*({n: drawn(square) for n, square in side[t].items()} for side in (truth, found)))
     data = video.for_trackeval()
     if not data["num_gt_ids"]:
-        assert mean(list(video.by_object().values()))["davis_all_frames"]["JF"] == -1
+        assert mean_scores(list(video.by_object().values()))["davis_all_frames"]["JF"] == -1
         return
     for key, side in (("gt_dets", truth), ("tracker_dets", found)):
         masks = [
@@ -168,7 +169,7 @@ def test_trackeval_measures_the_same_j_and_f(truth, found):
     metric = trackeval.JAndF()
     metric.optim_type = "J&F"
     theirs = metric.eval_sequence(data)
-    ours = mean(list(video.by_object().values()))["davis_all_frames"]
+    ours = mean_scores(list(video.by_object().values()))["davis_all_frames"]
     # Assignments of the same value may be different ones; then J and F alone are not the same, their mean is.
     assert ours["JF"] == pytest.approx(theirs["J&F"])
 
@@ -178,7 +179,7 @@ def test_hota_idf1_and_switches_of_a_known_case():
     video, mask = VideoScores(), drawn((4, 4, 10))
     for t in range(10):
         video.add({1: mask}, {7 if t < 5 else 8: mask})
-    whole, single = tracking({"a": video.for_trackeval()})
+    whole, single = trackeval_metrics({"a": video.for_trackeval()})
     assert whole == single["a"]
     assert whole["IDSW"] == 1 and whole["IDF1"] == pytest.approx(0.5) and whole["MOTA"] == pytest.approx(0.9)
     assert whole["HOTA"] == pytest.approx(np.sqrt(0.5)) and whole["DetA"] == pytest.approx(1.0)
@@ -197,12 +198,12 @@ class Steps(Halves):
 
 def test_what_the_sinks_write_of_tracks_is_perfect_truth_of_them(tmp_path):
     results = list(Steps().results())
-    with YoutubeVis(tmp_path, CLASSES) as sink, Masks(tmp_path, CLASSES, mode="davis") as maps:
+    with YoutubeVisSink(tmp_path, CLASSES) as sink, MasksSink(tmp_path, CLASSES, mode="davis") as maps:
         for result in results:
             sink.write(result)
             maps.write(result)
     for truth in (tmp_path / "youtube_vis.json", tmp_path / "masks"):
-        with metrics(tmp_path, CLASSES, truth, metric="tracking.HOTA") as sink:
+        with metrics_sink(tmp_path, CLASSES, truth, metric="tracking.HOTA") as sink:
             for result in results:
                 sink.write(result)
         assert sink.values["davis_all_frames"]["JF"] == 1 and sink.values["sav"]["JF"] == 1
@@ -214,10 +215,10 @@ def test_what_the_sinks_write_of_tracks_is_perfect_truth_of_them(tmp_path):
 
 def test_tracks_of_another_class_are_no_match(tmp_path):
     results = list(Steps().results())
-    with YoutubeVis(tmp_path, CLASSES) as sink:
+    with YoutubeVisSink(tmp_path, CLASSES) as sink:
         for result in results:
             sink.write(result)
-    with metrics(tmp_path, CLASSES, tmp_path / "youtube_vis.json") as sink:
+    with metrics_sink(tmp_path, CLASSES, tmp_path / "youtube_vis.json") as sink:
         for result in results:
             found = result.detections
             swapped = make_detections(
@@ -247,16 +248,16 @@ def test_what_cannot_be_measured_is_said(tmp_path, data):
     none = make_detections([], [], [], CLASSES, (480, 854))
     with (
         pytest.raises(ConfigError, match=r"no frame has labels in .*blackswan.*looked at were other.mp4.*source=video"),
-        metrics(tmp_path, CLASSES, truth) as sink,
+        metrics_sink(tmp_path, CLASSES, truth) as sink,
     ):
         sink.write(FrameResult(frame, none))
     small = Frame(np.zeros((48, 85, 3), np.uint8), 0, "00000.jpg", 0.0, "blackswan")
     with pytest.raises(ConfigError, match="00000.jpg has 85x48 px, but 854x480 px in"):
-        metrics(tmp_path, CLASSES, truth).write(FrameResult(small, none))
+        metrics_sink(tmp_path, CLASSES, truth).write(FrameResult(small, none))
     found = make_detections([[0, 0, 9, 9]], [1], [0], CLASSES, (480, 854))
     frame = Frame(np.zeros((480, 854, 3), np.uint8), 0, "00000.jpg", 0.0, "blackswan")
     with pytest.raises(ConfigError, match="needs tracks with masks"):
-        metrics(tmp_path, CLASSES, truth).write(FrameResult(frame, found))
+        metrics_sink(tmp_path, CLASSES, truth).write(FrameResult(frame, found))
 
 
 @pytest.mark.parametrize(
@@ -281,7 +282,7 @@ def test_damaged_labels_of_videos_are_named(content, says, tmp_path):
     path = tmp_path / "labels.json"
     path.write_text(json.dumps(content))
     with pytest.raises(ConfigError, match=f"labels.json.*{says}"):
-        for video in read_truth(path).videos.values():
+        for video in read_ground_truth(path).videos.values():
             video.read(video.frames[0])
 
 
@@ -297,7 +298,7 @@ def maps(folder, *values):
 def test_videos_may_have_numbers_for_names_and_255_is_void(tmp_path):
     maps(tmp_path / "0001", [1, 2, 255], [1])
     maps(tmp_path / "0002", [255], [255])
-    found = read_truth(tmp_path).videos
+    found = read_ground_truth(tmp_path).videos
     assert list(found) == ["0001", "0002"]
     assert list(found["0001"].read(0)) == [1, 2] and list(found["0002"].read(1)) == [255]
     assert found["0001"].names == {0: "000000", 1: "000001"}
@@ -306,7 +307,7 @@ def test_videos_may_have_numbers_for_names_and_255_is_void(tmp_path):
 def test_of_sav_labels_by_hand_and_automatic_ones_the_first_count(tmp_path, shifted):
     for end in ("manual", "auto"):
         (tmp_path / f"sav_000001_{end}.json").write_bytes((shifted / "truth.json").read_bytes())
-    assert list(read_truth(tmp_path).videos) == ["sav_000001"]
+    assert list(read_ground_truth(tmp_path).videos) == ["sav_000001"]
 
 
 def test_frames_are_matched_by_the_number_their_name_ends_in():

@@ -8,14 +8,14 @@ from typing import Any, Literal
 import numpy as np
 import supervision as sv
 
-from grounded_sam.detections import check, make_detections, pick
 from grounded_sam.errors import ConfigError
-from grounded_sam.frames import Frame
-from grounded_sam.stages import Detector
-from grounded_sam.vocabulary import Vocabulary
+from grounded_sam.structures.detections import make_detections, select_rows, validate_detections
+from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.protocols import Detector
+from grounded_sam.structures.vocabulary import Vocabulary
 
 
-class Ensemble:
+class EnsembleDetector:
     """What several detectors find, boxes of one thing as one box: their mean, weighted by confidence.
 
     The fusion is `weighted_boxes_fusion` of the package `ensemble-boxes` (extra `ensemble`). A detector's own
@@ -79,10 +79,10 @@ class Ensemble:
         for start in range(0, len(frames), size):
             group = frames[start : start + size]
             for frame, boxes in zip(group, detector.detect(group, vocabulary), strict=True):
-                found = check(boxes, vocabulary, frame.size_hw, f"detector {name}")
+                found = validate_detections(boxes, vocabulary, frame.size_hw, f"detector {name}")
                 assert found.confidence is not None
                 found.mask = None
-                out.append(pick(found, found.confidence >= self.floor).with_nms(self.iou))
+                out.append(select_rows(found, found.confidence >= self.floor).with_nms(self.iou))
         return out
 
     def _one(self, frame: Frame, found: Sequence[sv.Detections], vocabulary: Vocabulary) -> sv.Detections:

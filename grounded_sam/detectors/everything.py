@@ -8,13 +8,13 @@ from typing import Any
 import numpy as np
 import supervision as sv
 
-from grounded_sam.detections import empty, make_detections
 from grounded_sam.errors import ConfigError
-from grounded_sam.frames import Frame
-from grounded_sam.vocabulary import Vocabulary
+from grounded_sam.structures.detections import empty_detections, make_detections
+from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.vocabulary import Vocabulary
 
 
-class Everything:
+class EverythingDetector:
     """Masks of everything in a picture, over the authors' generators for SAM and SAM 2.
 
     Confidence is the predicted IoU. All detections are of one class: `object`, or the one that `text`
@@ -69,7 +69,7 @@ class Everything:
         with torch.inference_mode():
             found = self.generator.generate(frame.image)
         if not found:
-            return empty(vocabulary)
+            return empty_detections(vocabulary)
         xywh = np.array([f["bbox"] for f in found], np.float32)
         # Upstream's boxes end on the last pixel; here the right and bottom edges are exclusive.
         xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:] + 1], 1)

@@ -9,12 +9,12 @@ import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
-from grounded_sam.checkpoints import load_checkpoint, pick_device
-from grounded_sam.detections import make_detections, merge
-from grounded_sam.detectors.queries import check_settings, phrases_of, without_look_alikes
+from grounded_sam.detectors.queries import check_settings, drop_negatives, phrases_of
 from grounded_sam.errors import ConfigError
-from grounded_sam.frames import Frame
-from grounded_sam.vocabulary import Vocabulary
+from grounded_sam.structures.detections import make_detections, merge_detections
+from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.vocabulary import Vocabulary
+from grounded_sam.weights.loading import load_checkpoint, pick_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -85,7 +85,7 @@ class Florence2:
                 else:
                     ones, ids = np.ones(len(boxes)), np.full(len(boxes), owner)
                     parts.append(make_detections(boxes, ones, ids, vocabulary, frame.size_hw))
-        return without_look_alikes(merge(parts, vocabulary), against, np.full(len(against), np.inf))
+        return drop_negatives(merge_detections(parts, vocabulary), against, np.full(len(against), np.inf))
 
     def _answer(self, seen: Tensor, frame: Frame, phrase: str) -> str:
         """What the model writes of a phrase, given the features `(1, tokens, d)` of the image."""

@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import supervision as sv
 
-from grounded_sam.checkpoints import pick_device
-from grounded_sam.detections import merge
-from grounded_sam.detectors.queries import check_settings, load_detector, of_queries, to_corners
+from grounded_sam.acceleration.backends import Backend, BackendSettings
+from grounded_sam.acceleration.grounding_dino import speed_up
+from grounded_sam.acceleration.patching import Precision, check_precision, to_device
+from grounded_sam.detectors.queries import check_settings, cxcywh_to_xyxy, detections_from_queries, load_detector
 from grounded_sam.errors import ConfigError, VocabularyError
-from grounded_sam.frames import Frame
-from grounded_sam.speed.backends import Backend, Where
-from grounded_sam.speed.grounding_dino import speed_up
-from grounded_sam.speed.levers import Precision, check_precision, sent
-from grounded_sam.vocabulary import Vocabulary
+from grounded_sam.structures.detections import merge_detections
+from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.vocabulary import Vocabulary
+from grounded_sam.weights.loading import pick_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -161,7 +161,7 @@ class GroundingDino:
             raise ConfigError(f"detector.phrase_score must be mean or max, got {phrase_score!r}")
         check_settings(dtype, batch_size)
         check_precision(precision, compile, "detector")
-        where = Where(backend, exports)
+        where = BackendSettings(backend, exports)
         where.check(pick_device(device), "detector")
         if backend != "torch" and dtype != "float32":
             raise ConfigError(f"detector.backend={backend} takes detector.dtype=float32, got {dtype}")
@@ -199,7 +199,7 @@ class GroundingDino:
 
         images = [frame.image for frame in frames]
         pixels = self.images(images, input_data_format="channels_last", return_tensors="pt")
-        values, mask = (sent(pixels[key], self.device) for key in ("pixel_values", "pixel_mask"))
+        values, mask = (to_device(pixels[key], self.device) for key in ("pixel_values", "pixel_mask"))
         with torch.inference_mode(), backbone_once(self.model):
             for prompt in self.prompts(vocabulary):
                 text = torch.tensor([prompt.ids] * len(frames), device=self.device)
@@ -222,6 +222,6 @@ class GroundingDino:
                 scores = phrase_scores(logits.float().sigmoid(), prompt.spans, self.phrase_score)
                 owners = [owner for owner, _, _ in prompt.spans]
                 height, width = frame.size_hw
-                corners = to_corners(boxes, (width, height))
-                part.append(of_queries(scores.cpu().numpy(), owners, corners, vocabulary, frame.size_hw))
-        return [merge(part, vocabulary) for part in parts]
+                corners = cxcywh_to_xyxy(boxes, (width, height))
+                part.append(detections_from_queries(scores.cpu().numpy(), owners, corners, vocabulary, frame.size_hw))
+        return [merge_detections(part, vocabulary) for part in parts]

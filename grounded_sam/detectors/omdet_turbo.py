@@ -8,12 +8,12 @@ from typing import Any, Literal
 import numpy as np
 import supervision as sv
 
-from grounded_sam.checkpoints import pick_device
-from grounded_sam.detections import make_detections
-from grounded_sam.detectors.queries import check_settings, load_detector, phrases_of, to_corners
+from grounded_sam.detectors.queries import check_settings, cxcywh_to_xyxy, load_detector, phrases_of
 from grounded_sam.errors import VocabularyError
-from grounded_sam.frames import Frame
-from grounded_sam.vocabulary import Vocabulary
+from grounded_sam.structures.detections import make_detections
+from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.vocabulary import Vocabulary
+from grounded_sam.weights.loading import pick_device
 
 
 class OmdetTurbo:
@@ -77,7 +77,7 @@ class OmdetTurbo:
         for frame, logits, boxes in zip(frames, out.decoder_class_logits, out.decoder_coord_logits, strict=True):
             scores = logits[:, : len(phrases)].float().sigmoid().cpu().numpy()
             height, width = frame.size_hw
-            corners = to_corners(boxes, (width, height))
+            corners = cxcywh_to_xyxy(boxes, (width, height))
             kept = np.asarray(owners)[scores.argmax(1)] >= 0
             by_class = np.stack(
                 [scores[:, np.asarray(owners) == i].max(1, initial=0.0) for i in range(len(vocabulary))], 1

@@ -8,11 +8,18 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import supervision as sv
 
-from grounded_sam.checkpoints import pick_device
-from grounded_sam.detectors.queries import check_settings, load_detector, of_queries, phrases_of, to_corners
+from grounded_sam.detectors.queries import (
+    check_settings,
+    cxcywh_to_xyxy,
+    detections_from_queries,
+    load_detector,
+    phrases_of,
+)
 from grounded_sam.errors import ConfigError, VocabularyError
-from grounded_sam.frames import Frame, read_image
-from grounded_sam.vocabulary import Vocabulary
+from grounded_sam.media.images import read_image
+from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.vocabulary import Vocabulary
+from grounded_sam.weights.loading import pick_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,7 +127,9 @@ class Owlv2:
         for frame, scores, given in zip(frames, logits.float().sigmoid().cpu().numpy(), boxes, strict=True):
             height, width = frame.size_hw
             scale = (max(height, width), max(height, width)) if padded else (width, height)
-            found.append(of_queries(scores, owners, to_corners(given, scale), vocabulary, frame.size_hw))
+            found.append(
+                detections_from_queries(scores, owners, cxcywh_to_xyxy(given, scale), vocabulary, frame.size_hw)
+            )
         return found
 
 

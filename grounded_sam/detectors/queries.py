@@ -9,10 +9,10 @@ import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
-from grounded_sam.checkpoints import load_checkpoint
-from grounded_sam.detections import make_detections, pick
 from grounded_sam.errors import ConfigError
-from grounded_sam.vocabulary import Vocabulary
+from grounded_sam.structures.detections import make_detections, select_rows
+from grounded_sam.structures.vocabulary import Vocabulary
+from grounded_sam.weights.loading import load_checkpoint
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,14 +42,14 @@ def phrases_of(vocabulary: Vocabulary) -> tuple[list[str], list[int]]:
     return [phrase for phrase, _ in named], [owner for _, owner in named]
 
 
-def to_corners(boxes: Tensor, scale_wh: tuple[float, float]) -> NDArray[np.float32]:
+def cxcywh_to_xyxy(boxes: Tensor, scale_wh: tuple[float, float]) -> NDArray[np.float32]:
     """Boxes `(q, 4)` as centre and size, 0 to 1, to corners in pixels."""
     centres = boxes.float().cpu().numpy()
     corners = np.concatenate([centres[:, :2] - centres[:, 2:] / 2, centres[:, :2] + centres[:, 2:] / 2], 1)
     return corners * np.array([*scale_wh, *scale_wh])
 
 
-def of_queries(
+def detections_from_queries(
     scores: NDArray[Any],
     owners: Sequence[int],
     xyxy: NDArray[Any],
@@ -70,7 +70,7 @@ def of_queries(
     return make_detections(xyxy[named], confidence[named], owner[named], vocabulary, size_hw)
 
 
-def without_look_alikes(found: sv.Detections, boxes: NDArray[Any], scores: NDArray[Any]) -> sv.Detections:
+def drop_negatives(found: sv.Detections, boxes: NDArray[Any], scores: NDArray[Any]) -> sv.Detections:
     """Without what a surer box of a negative phrase overlaps, IoU from 0.5; for models whose phrases do not compete.
 
     Args:
@@ -82,4 +82,4 @@ def without_look_alikes(found: sv.Detections, boxes: NDArray[Any], scores: NDArr
     assert found.confidence is not None
     overlap = sv.box_iou_batch(found.xyxy, np.asarray(boxes, np.float32))
     surer = np.asarray(scores)[None] > found.confidence[:, None]
-    return pick(found, ~((overlap >= 0.5) & surer).any(1))
+    return select_rows(found, ~((overlap >= 0.5) & surer).any(1))

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import supervision as sv
 
-from grounded_sam.checkpoints import load_checkpoint, pick_device
-from grounded_sam.detections import make_detections, merge
-from grounded_sam.detectors.clicks import Click, load_entries, read_click
-from grounded_sam.detectors.queries import check_settings, phrases_of, without_look_alikes
+from grounded_sam.detectors.queries import check_settings, drop_negatives, phrases_of
 from grounded_sam.errors import ConfigError, ImageError, VocabularyError
-from grounded_sam.frames import Frame
-from grounded_sam.vocabulary import Vocabulary
+from grounded_sam.structures.clicks import Click, read_click, read_json_entries
+from grounded_sam.structures.detections import make_detections, merge_detections
+from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.vocabulary import Vocabulary
+from grounded_sam.weights.loading import load_checkpoint, pick_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -151,7 +151,7 @@ class Sam3:
                 ids = np.full(len(confidence), owner)
                 parts.append(make_detections(boxes, confidence, ids, vocabulary, frame.size_hw, masks))
         boxes, scores = [box for _, box in against], [score for score, _ in against]
-        return without_look_alikes(merge(parts, vocabulary), np.array(boxes), np.array(scores))
+        return drop_negatives(merge_detections(parts, vocabulary), np.array(boxes), np.array(scores))
 
 
 def tokens_of(phrase: str, words: Any) -> Any:
@@ -173,7 +173,7 @@ def read_exemplars(entries: str | Sequence[Mapping[str, Any]] | None) -> list[tu
         ConfigError: if the file cannot be read or an entry is wrong, naming the entry.
     """
     if isinstance(entries, str):
-        entries = load_entries(Path(entries).expanduser(), "detector.exemplars")
+        entries = read_json_entries(Path(entries).expanduser(), "detector.exemplars")
     out = []
     for i, entry in enumerate(entries or ()):
         where = f"detector.exemplars[{i}]"

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import supervision as sv
 
-from grounded_sam.detections import empty, pick
 from grounded_sam.errors import ConfigError
-from grounded_sam.frames import Frame
-from grounded_sam.vocabulary import Vocabulary
+from grounded_sam.structures.detections import empty_detections, select_rows
+from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.vocabulary import Vocabulary
 
 
-class Stored:
+class StoredDetector:
     """Hands on what `source=stored` or `source=coco` has of a frame.
 
     Classes keep their names; one that is a phrase of an asked class becomes that class, and one that is
@@ -35,9 +35,9 @@ class Stored:
         named = {phrase: i for i, phrases in enumerate(vocabulary.phrases) for phrase in phrases}
         named |= {name: i for i, name in enumerate(vocabulary.classes)}
         names = [str(name) for name in frame.found.data.get("class_name", [])]
-        found = pick(frame.found, np.array([name in named for name in names], bool))
+        found = select_rows(frame.found, np.array([name in named for name in names], bool))
         if not len(found):
-            return empty(vocabulary)
+            return empty_detections(vocabulary)
         ids = np.array([named[name] for name in names if name in named], np.int64)
         data = {**found.data, "class_name": np.array(vocabulary.classes, dtype=str)[ids]}
         if not self.masks:

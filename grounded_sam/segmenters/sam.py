@@ -7,12 +7,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from grounded_sam.checkpoints import BUILTIN, fill, find_file, pick_device
+from grounded_sam.acceleration.backends import Backend, BackendSettings
+from grounded_sam.acceleration.patching import Precision, check_precision
+from grounded_sam.acceleration.sam2 import speed_up_encoder
 from grounded_sam.errors import ConfigError
-from grounded_sam.segmenters.prompts import Decoded, PromptedSegmenter, Prompts
-from grounded_sam.speed.backends import Backend, Where
-from grounded_sam.speed.levers import Precision, check_precision
-from grounded_sam.speed.sam2 import speed_up_encoder
+from grounded_sam.segmenters.base import Decoded, PromptedSegmenter, Prompts
+from grounded_sam.weights.loading import BUILTIN_DIR, find_file, load_into, pick_device
 
 #: File of each size in the hub repository, and its SHA-256.
 FILES = {
@@ -87,20 +87,20 @@ class Sam(PromptedSegmenter):
         super().__init__(multimask, chunk, fill_holes, drop_specks, rounds)
         check_precision(precision, compile, "segmenter")
         self.precision, self.backend = precision, backend
-        where = Where(backend, exports)
+        where = BackendSettings(backend, exports)
         where.check(pick_device(device), "segmenter")
         checkpoint, file, known = hub_file(checkpoint, size)
         path = find_file(checkpoint, "sam", file, sha256 or known)
         from segment_anything import SamPredictor, sam_model_registry
 
-        if path.is_relative_to(BUILTIN):
+        if path.is_relative_to(BUILTIN_DIR):
             from hydra.utils import instantiate
             from omegaconf import OmegaConf
 
-            model = instantiate(OmegaConf.load(BUILTIN.parent / "sam.yaml"), _convert_="all")
+            model = instantiate(OmegaConf.load(BUILTIN_DIR.parent / "sam.yaml"), _convert_="all")
         else:
             model = sam_model_registry[size]()
-        fill(model, path, f"SAM {size}")
+        load_into(model, path, f"SAM {size}")
         self.model: Any = model.to(pick_device(device)).eval()
         speed_up_encoder(self.model, precision, compile, where)
         self.predictor = SamPredictor(self.model)

@@ -11,13 +11,13 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from grounded_sam.checkpoints import BUILTIN, fill, find_file, pick_device
-from grounded_sam.config import undisturbed_hydra
+from grounded_sam.acceleration.backends import Backend, BackendSettings
+from grounded_sam.acceleration.patching import Precision, check_precision
+from grounded_sam.acceleration.sam2 import speed_up_encoder
 from grounded_sam.errors import ConfigError
-from grounded_sam.segmenters.prompts import Decoded, PromptedSegmenter, Prompts
-from grounded_sam.speed.backends import Backend, Where
-from grounded_sam.speed.levers import Precision, check_precision
-from grounded_sam.speed.sam2 import speed_up_encoder
+from grounded_sam.hydra_state import preserve_hydra_state
+from grounded_sam.segmenters.base import Decoded, PromptedSegmenter, Prompts
+from grounded_sam.weights.loading import BUILTIN_DIR, find_file, load_into, pick_device
 
 #: Hub repository of each size of SAM 2.1, file in it, its SHA-256, and config in the sam2 package.
 SIZES = {
@@ -80,7 +80,7 @@ def build_model(architecture: Path, path: Path, what: str) -> Any:
     }
     OmegaConf.update(cfg, "model.sam_mask_decoder_extra_args", extra, force_add=True)
     model = instantiate(cfg.model)
-    fill(model, path, what)
+    load_into(model, path, what)
     return model.eval()
 
 
@@ -135,19 +135,19 @@ class Sam2(PromptedSegmenter):
         super().__init__(multimask, chunk, fill_holes, drop_specks, rounds)
         check_precision(precision, compile, "segmenter")
         self.precision, self.backend = precision, backend
-        where = Where(backend, exports)
+        where = BackendSettings(backend, exports)
         where.check(pick_device(device), "segmenter")
         repo, file, known = hub_file(checkpoint, size)
         #: Which weights these are and where, for a tracker that may share them.
         self.source = (checkpoint, size, pick_device(device), precision, backend)
         path = find_file(repo, "sam2", file, sha256 or known)
-        with undisturbed_hydra():
+        with preserve_hydra_state():
             import sam2
             from sam2.sam2_image_predictor import SAM2ImagePredictor
 
             architecture = Path(sam2.__file__).parent / "configs" / "sam2.1" / SIZES[size][3]
-            if path.is_relative_to(BUILTIN):
-                architecture = BUILTIN.parent / "sam2.yaml"
+            if path.is_relative_to(BUILTIN_DIR):
+                architecture = BUILTIN_DIR.parent / "sam2.yaml"
             self.model = build_model(architecture, path, f"SAM 2.1 {size}").to(self.source[2])
         speed_up_encoder(self.model, precision, compile, where)
         with warnings.catch_warnings():
@@ -220,7 +220,7 @@ class Sam2(PromptedSegmenter):
 
     def mask_generator(self, **settings: Any) -> Any:
         """The authors' `SAM2AutomaticMaskGenerator` over this model."""
-        with undisturbed_hydra():
+        with preserve_hydra_state():
             from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
 
         with warnings.catch_warnings():

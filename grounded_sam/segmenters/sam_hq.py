@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from grounded_sam.checkpoints import load_checkpoint, pick_device
-from grounded_sam.segmenters.prompts import Decoded, PromptedSegmenter, Prompts
-from grounded_sam.speed.backends import Backend, Where
-from grounded_sam.speed.levers import Precision, check_precision, sent
-from grounded_sam.speed.sam2 import speed_up_encoder
+from grounded_sam.acceleration.backends import Backend, BackendSettings
+from grounded_sam.acceleration.patching import Precision, check_precision, to_device
+from grounded_sam.acceleration.sam2 import speed_up_encoder
+from grounded_sam.segmenters.base import Decoded, PromptedSegmenter, Prompts
+from grounded_sam.weights.loading import load_checkpoint, pick_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,7 +58,7 @@ class SamHq(PromptedSegmenter):
         super().__init__(multimask, chunk, fill_holes, drop_specks, rounds)
         check_precision(precision, compile, "segmenter")
         self.precision, self.backend = precision, backend
-        where = Where(backend, exports)
+        where = BackendSettings(backend, exports)
         where.check(pick_device(device), "segmenter")
         self.hq_only = hq_only
         from transformers import AutoImageProcessor, SamHQModel
@@ -75,7 +75,7 @@ class SamHq(PromptedSegmenter):
 
         given = self.processor(images=image, input_data_format="channels_last", return_tensors="pt")
         with torch.inference_mode():
-            self._maps = self.model.get_image_embeddings(sent(given["pixel_values"], self.model.device))
+            self._maps = self.model.get_image_embeddings(to_device(given["pixel_values"], self.model.device))
         height, width = (int(side) for side in given["reshaped_input_sizes"][0])
         self._sizes = ((image.shape[0], image.shape[1]), (height, width))
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from grounded_sam.media.mp4 import Mp4Writer
 from grounded_sam.shapes.scenes import COLOURS, Scene, Thing, draw, make_background
-from grounded_sam.sinks.mp4 import Mp4
 
 FRAMES, FPS, SIZE_HW = 96, 24, (240, 360)
 
@@ -37,7 +37,7 @@ def scene(t: int) -> Scene:
 
 
 def main() -> None:
-    video = Mp4(Path(sys.argv[1]), crf=24)
+    video = Mp4Writer(Path(sys.argv[1]), crf=24)
     for t in range(FRAMES):
         video.write(scene(t).image, t / FPS)
     video.close()

@@ -17,7 +17,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from grounded_sam.detections import mask_boxes
+from grounded_sam.structures.masks import masks_to_xyxy
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 COLOURS = {
@@ -181,7 +181,7 @@ def draw(
     return Scene(
         image=np.clip(image, 0, 255).astype(np.uint8),
         masks=masks[keep],
-        xyxy=mask_boxes(masks[keep]),
+        xyxy=masks_to_xyxy(masks[keep]),
         pairs=tuple((things[i].colour, things[i].shape) for i in keep),
         ids=names[keep].astype(np.int64),
     )

@@ -9,35 +9,21 @@ from types import TracebackType
 from typing import IO, Any, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
-from grounded_sam.detections import area_of, segmentation_of
 from grounded_sam.errors import ConfigError
-from grounded_sam.sinks.files import written_whole
-from grounded_sam.sinks.pictures import Handling, Pictures
-from grounded_sam.sinks.polygons import joined, outlines
+from grounded_sam.files import atomic_write
+from grounded_sam.sinks.dataset_images import DatasetImages, Handling
 from grounded_sam.sinks.splits import Splits
-from grounded_sam.stages import FrameResult
-from grounded_sam.vocabulary import Vocabulary
+from grounded_sam.structures.masks import (
+    coco_segmentation,
+    encode_polygons,
+    mask_area,
+)
+from grounded_sam.structures.results import FrameResult
+from grounded_sam.structures.vocabulary import Vocabulary
 
 
-def encode_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    """A mask `(H, W) bool` as compressed COCO RLE with `counts` as text."""
-    from pycocotools import mask as coco_mask
-
-    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}
-
-
-def encode_polygons(mask: NDArray[np.bool_]) -> list[list[float]]:
-    """A mask `(H, W) bool` as COCO polygons along the edges of its pixels, one a part.
-
-    A hole is tied to its outline by a line there and back. `pycocotools` makes the same mask of them.
-    """
-    return [joined([part]).reshape(-1).tolist() for part in outlines(mask, "edges")]
-
-
-class Coco:
+class CocoSink:
     """All frames in `annotations.json`, or with a split in `annotations_<part>.json` each.
 
     Category ids are those of the ontology, or class ids plus 1; image and annotation ids count from 1.
@@ -72,11 +58,11 @@ class Coco:
             raise ConfigError(f"sink.coco.file must be a plain file name, got {file!r}")
         self.path = Path(output) / file
         self.vocabulary, self.segmentation = vocabulary, segmentation
-        self.split, self.pictures = Splits(split, seed), Pictures(images, "sink.coco.images")
+        self.split, self.pictures = Splits(split, seed), DatasetImages(images, "sink.coco.images")
         self.images = self.annotations = 0
         self._lines: dict[tuple[str | None, str], IO[str]] = {}
 
-    def __enter__(self) -> Coco:
+    def __enter__(self) -> CocoSink:
         return self
 
     def _file(self, part: str | None) -> Path:
@@ -119,8 +105,8 @@ class Coco:
             "score": round(float(found.confidence[i]), 6),
         }
         if "rle" in found.data:
-            entry["area"] = area_of(found, i)
-            entry["segmentation"] = segmentation_of(found, i)
+            entry["area"] = mask_area(found, i)
+            entry["segmentation"] = coco_segmentation(found, i)
             if self.segmentation == "polygon":
                 assert result.detections.mask is not None
                 entry["segmentation"] = encode_polygons(np.asarray(result.detections.mask[i], bool))
@@ -141,7 +127,7 @@ class Coco:
             "categories": self.vocabulary.categories(),
         }
         for part in self._parts():
-            with written_whole(self._file(part)) as beside, beside.open("w", encoding="utf-8") as out:
+            with atomic_write(self._file(part)) as beside, beside.open("w", encoding="utf-8") as out:
                 out.write(json.dumps(head, ensure_ascii=False)[:-1])
                 for key in ("images", "annotations"):
                     out.write(f',\n"{key}": [')

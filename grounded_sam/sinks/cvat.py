@@ -9,15 +9,14 @@ from xml.sax.saxutils import XMLGenerator
 
 import numpy as np
 
-from grounded_sam.detections import mask_boxes
 from grounded_sam.errors import ConfigError
-from grounded_sam.sinks.polygons import joined, outlines
 from grounded_sam.sinks.splits import Splits
-from grounded_sam.stages import FrameResult
-from grounded_sam.vocabulary import Vocabulary
+from grounded_sam.structures.masks import join_loops, mask_outlines, masks_to_xyxy
+from grounded_sam.structures.results import FrameResult
+from grounded_sam.structures.vocabulary import Vocabulary
 
 
-class Cvat:
+class CvatSink:
     """`cvat.xml`, which a task with the same pictures takes under "Upload annotations", CVAT 1.1.
 
     Objects have the attributes `score` and, of videos, `track_id`. Masks are exact; polygons go along the edges
@@ -46,7 +45,7 @@ class Cvat:
         self.images = self.objects = 0
         self._out: IO[str] | None = None
 
-    def __enter__(self) -> Cvat:
+    def __enter__(self) -> CvatSink:
         return self
 
     def _begin(self) -> None:
@@ -108,12 +107,12 @@ class Cvat:
             if not mask.any():
                 return
             if self.shape == "mask":
-                x1, y1, x2, y2 = mask_boxes(mask[None])[0].astype(int).tolist()
+                x1, y1, x2, y2 = masks_to_xyxy(mask[None])[0].astype(int).tolist()
                 runs = _runs(mask[y1:y2, x1:x2].reshape(-1))
                 tag = "mask"
                 place = {"rle": ", ".join(map(str, runs)), "left": x1, "top": y1, "width": x2 - x1, "height": y2 - y1}
             else:
-                polygon = joined(outlines(mask, "edges"))
+                polygon = join_loops(mask_outlines(mask, "edges"))
                 tag, place = "polygon", {"points": ";".join(f"{x:.2f},{y:.2f}" for x, y in polygon)}
         self._open(tag, **common, **place)
         self._leaf("attribute", f"{float(found.confidence[i]):.4f}", name="score")

@@ -11,13 +11,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import supervision as sv
 
-from grounded_sam.detections import area_of, segmentation_of
 from grounded_sam.errors import ConfigError
-from grounded_sam.sinks.files import written_whole
-from grounded_sam.sinks.pictures import Handling, Pictures
+from grounded_sam.files import atomic_write
+from grounded_sam.sinks.dataset_images import DatasetImages, Handling
 from grounded_sam.sinks.splits import Splits
-from grounded_sam.stages import FrameResult
-from grounded_sam.vocabulary import Vocabulary
+from grounded_sam.structures.masks import coco_segmentation, mask_area
+from grounded_sam.structures.results import FrameResult
+from grounded_sam.structures.vocabulary import Vocabulary
 
 #: Of an object; a row has a list of each.
 OBJECT = {
@@ -42,7 +42,7 @@ SCHEMA = pa.schema(
 GROUP = 256
 
 
-class ImageFolder:
+class ImageFolderSink:
     """Under `imagefolder/` a folder per part, for `datasets.load_dataset("imagefolder", data_dir=...)`.
 
     A row has `image`, `file`, `width`, `height` and `objects`, with a list each of `bbox` (x, y, width,
@@ -69,12 +69,12 @@ class ImageFolder:
         if images == "none":
             raise ConfigError("sink.imagefolder.images must be link or copy: the format is a folder of images")
         self.folder, self.vocabulary = Path(output) / "imagefolder", vocabulary
-        self.split, self.pictures = Splits(split, seed), Pictures(images, "sink.imagefolder.images")
+        self.split, self.pictures = Splits(split, seed), DatasetImages(images, "sink.imagefolder.images")
         self.images = self.objects = 0
         self._rows: dict[str, list[dict[str, Any]]] = {}
         self._files: dict[str, Any] = {}
 
-    def __enter__(self) -> ImageFolder:
+    def __enter__(self) -> ImageFolderSink:
         return self
 
     def write(self, result: FrameResult) -> None:
@@ -96,13 +96,13 @@ class ImageFolder:
     def _object(self, found: sv.Detections, i: int) -> dict[str, Any]:
         assert found.class_id is not None and found.confidence is not None
         x1, y1, x2, y2 = (round(float(v), 3) for v in found.xyxy[i])
-        rle = segmentation_of(found, i)
+        rle = coco_segmentation(found, i)
         return {
             "bbox": [x1, y1, x2 - x1, y2 - y1],
             "category": int(found.class_id[i]),
             "name": str(found.data["class_name"][i]),
             "score": float(found.confidence[i]),
-            "area": (x2 - x1) * (y2 - y1) if rle is None else float(area_of(found, i)),
+            "area": (x2 - x1) * (y2 - y1) if rle is None else float(mask_area(found, i)),
             "segmentation": rle,
             "track_id": None if found.tracker_id is None else int(found.tracker_id[i]),
         }
@@ -123,7 +123,7 @@ class ImageFolder:
             beside = self.folder / part / ".metadata.parquet.part"
             beside.replace(self.folder / part / "metadata.parquet")
         if self._files:
-            with written_whole(self.folder / "categories.json") as beside:
+            with atomic_write(self.folder / "categories.json") as beside:
                 beside.write_text(json.dumps(self.vocabulary.classes, ensure_ascii=False, indent=1), encoding="utf-8")
 
     def summary(self) -> str:

@@ -7,12 +7,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from grounded_sam.detections import segmentation_of
-from grounded_sam.stages import FrameResult
-from grounded_sam.vocabulary import Vocabulary
+from grounded_sam.structures.masks import coco_segmentation
+from grounded_sam.structures.results import FrameResult
+from grounded_sam.structures.vocabulary import Vocabulary
 
 
-class JsonLines:
+class JsonLinesSink:
     """`results.jsonl`: a line per frame as soon as it is done, for programs that follow a run.
 
     A line has `file`, `frame` (its number), `time_s` (in a video), `width`, `height` and `objects`, each
@@ -29,7 +29,7 @@ class JsonLines:
         self.path, self.masks, self.count = Path(output) / "results.jsonl", masks, 0
         self._out: IO[str] | None = None
 
-    def __enter__(self) -> JsonLines:
+    def __enter__(self) -> JsonLinesSink:
         return self
 
     def write(self, result: FrameResult) -> None:
@@ -59,7 +59,7 @@ class JsonLines:
         if "mask_score" in found.data:
             entry["mask_score"] = round(float(found.data["mask_score"][i]), 6)
         if self.masks and "rle" in found.data:
-            entry["segmentation"] = segmentation_of(found, i)
+            entry["segmentation"] = coco_segmentation(found, i)
         return entry
 
     def __exit__(

@@ -13,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grounded_sam.errors import ConfigError
-from grounded_sam.sinks.files import written_whole
-from grounded_sam.sinks.pictures import Handling, Pictures
-from grounded_sam.sinks.polygons import joined, outlines
+from grounded_sam.files import atomic_write
+from grounded_sam.sinks.dataset_images import DatasetImages, Handling
 from grounded_sam.sinks.splits import Splits
-from grounded_sam.stages import FrameResult
-from grounded_sam.vocabulary import Vocabulary
+from grounded_sam.structures.masks import join_loops, mask_outlines
+from grounded_sam.structures.results import FrameResult
+from grounded_sam.structures.vocabulary import Vocabulary
 
 #: Bits of the four sizes of runs in Label Studio's RLE.
 SIZES = (3, 4, 8, 16)
@@ -48,7 +48,7 @@ def brush_rle(mask: NDArray[np.bool_]) -> list[int]:
     return [int(byte) for byte in np.packbits(np.frombuffer(text.encode(), np.uint8) - ord("0"))]
 
 
-class LabelStudio:
+class LabelStudioSink:
     """Under `label_studio/` a `tasks.json` to import, `config.xml` for the project, and `images/`.
 
     To serve the pictures from disk, start Label Studio with `LOCAL_FILES_SERVING_ENABLED=true` and
@@ -86,14 +86,14 @@ class LabelStudio:
         from grounded_sam import __version__
 
         self.folder, self.vocabulary = Path(output) / "label_studio", vocabulary
-        self.split, self.pictures = Splits(split, seed), Pictures(images, "sink.label_studio.images")
+        self.split, self.pictures = Splits(split, seed), DatasetImages(images, "sink.label_studio.images")
         self.regions, self.url = regions, url
         self.model_version = model_version or f"grounded_sam {__version__}"
         self.images = self.objects = 0
         self._kinds: set[str] = set()
         self._tasks: IO[str] | None = None
 
-    def __enter__(self) -> LabelStudio:
+    def __enter__(self) -> LabelStudioSink:
         return self
 
     def write(self, result: FrameResult) -> None:
@@ -123,7 +123,7 @@ class LabelStudio:
         else:
             mask = np.asarray(found.mask[i], bool)
             if self.regions != "brush" and mask.any():
-                points = np.minimum(joined(outlines(mask, "edges")) * scale, 100).tolist()
+                points = np.minimum(join_loops(mask_outlines(mask, "edges")) * scale, 100).tolist()
                 values["polygon"] = {"points": points, "closed": True}
             if self.regions != "polygon" and mask.any():
                 values["brush"] = {"format": "rle", "rle": brush_rle(mask)}
@@ -164,7 +164,7 @@ class LabelStudio:
         self._tasks.write("\n]\n")
         self._tasks.close()
         Path(self._tasks.name).replace(self.folder / "tasks.json")
-        with written_whole(self.folder / "config.xml") as beside:
+        with atomic_write(self.folder / "config.xml") as beside:
             beside.write_text(self._config(), encoding="utf-8")
 
     def summary(self) -> str:

@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from grounded_sam.sinks.files import written_whole
-from grounded_sam.sinks.pictures import Handling, Pictures
-from grounded_sam.sinks.polygons import joined, outlines
+from grounded_sam.files import atomic_write
+from grounded_sam.sinks.dataset_images import DatasetImages, Handling
 from grounded_sam.sinks.splits import Splits
-from grounded_sam.stages import FrameResult
-from grounded_sam.vocabulary import Vocabulary
+from grounded_sam.structures.masks import join_loops, mask_outlines
+from grounded_sam.structures.results import FrameResult
+from grounded_sam.structures.vocabulary import Vocabulary
 
 
-class LabelMe:
+class LabelMeSink:
     """Under `labelme/` pictures, each with the JSON that LabelMe opens with it.
 
     Masks become polygons through the outermost pixels, a shape per part, and parts of one object share its
@@ -41,10 +41,10 @@ class LabelMe:
         images: Handling = "link",
     ) -> None:
         self.folder, self.vocabulary = Path(output) / "labelme", vocabulary
-        self.split, self.pictures = Splits(split, seed), Pictures(images, "sink.labelme.images")
+        self.split, self.pictures = Splits(split, seed), DatasetImages(images, "sink.labelme.images")
         self.images = self.objects = 0
 
-    def __enter__(self) -> LabelMe:
+    def __enter__(self) -> LabelMeSink:
         return self
 
     def write(self, result: FrameResult) -> None:
@@ -63,7 +63,7 @@ class LabelMe:
             "imageHeight": frame.size_hw[0],
             "imageWidth": frame.size_hw[1],
         }
-        with written_whole(folder / f"{stem}.json") as beside:
+        with atomic_write(folder / f"{stem}.json") as beside:
             beside.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
         self.images += 1
         self.objects += len(found)
@@ -73,7 +73,7 @@ class LabelMe:
             kind, shapes = "rectangle", [found.xyxy[i].reshape(2, 2).astype(float)]
         else:
             kind = "polygon"
-            shapes = [joined([part]) for part in outlines(np.asarray(found.mask[i], bool), "pixels")]
+            shapes = [join_loops([part]) for part in mask_outlines(np.asarray(found.mask[i], bool), "pixels")]
             shapes = [shape if len(shape) >= 3 else np.resize(shape, (3, 2)) for shape in shapes]
         common: dict[str, Any] = {
             "label": str(found.data["class_name"][i]),
@@ -89,7 +89,7 @@ class LabelMe:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self.images:
-            with written_whole(self.folder / "labels.txt") as beside:  # for `labelme --labels`
+            with atomic_write(self.folder / "labels.txt") as beside:  # for `labelme --labels`
                 beside.write_text("".join(f"{name}\n" for name in self.vocabulary.classes), encoding="utf-8")
 
     def summary(self) -> str:

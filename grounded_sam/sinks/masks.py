@@ -11,22 +11,13 @@ import numpy as np
 import supervision as sv
 
 from grounded_sam.errors import ConfigError
-from grounded_sam.sinks.files import Names, safe_part, written_whole
-from grounded_sam.stages import FrameResult
-from grounded_sam.vocabulary import Vocabulary
+from grounded_sam.files import UniqueNames, atomic_write, safe_filename
+from grounded_sam.media.draw import davis_palette
+from grounded_sam.structures.results import FrameResult
+from grounded_sam.structures.vocabulary import Vocabulary
 
 
-def davis_palette() -> list[int]:
-    """The 256 colours of DAVIS and PASCAL VOC: the bits of an id, spread over red, green and blue."""
-    colours = []
-    for number in range(256):
-        for channel in range(3):
-            bits = [(number >> (3 * place + channel)) & 1 for place in range(8)]
-            colours.append(sum(bit << (7 - place) for place, bit in enumerate(bits)) & 255)
-    return colours
-
-
-class Masks:
+class MasksSink:
     """PNG masks under `masks/`.
 
     With `mode: objects` a folder per frame with one picture per object, `<number>_<class>.png`, 255 on
@@ -50,9 +41,9 @@ class Masks:
             raise ConfigError(f"sink.masks.mode must be objects, labels, davis or mots, got {mode!r}")
         self.folder = Path(output) / "masks"
         self.vocabulary, self.mode = vocabulary, mode
-        self.names, self.count = Names(), 0
+        self.names, self.count = UniqueNames(), 0
 
-    def __enter__(self) -> Masks:
+    def __enter__(self) -> MasksSink:
         return self
 
     def write(self, result: FrameResult) -> None:
@@ -74,7 +65,7 @@ class Masks:
             old.unlink()
         for i, name in enumerate(found.data.get("class_name", [])):
             assert found.mask is not None
-            with written_whole(folder / f"{i:03d}_{safe_part(str(name))}.png") as part:
+            with atomic_write(folder / f"{i:03d}_{safe_filename(str(name))}.png") as part:
                 Image.fromarray(np.asarray(found.mask[i], np.uint8) * 255).save(part, format="PNG")
             self.count += 1
 
@@ -92,10 +83,10 @@ class Masks:
             colours = [sv.ColorPalette.DEFAULT.by_idx(i).as_rgb() for i in range(255)]
             picture.putpalette([0, 0, 0, *(channel for colour in colours for channel in colour)])
         if not self.count:
-            with written_whole(self.folder / "legend.json") as part:
+            with atomic_write(self.folder / "legend.json") as part:
                 legend = {0: "background"} | {i + 1: name for i, name in enumerate(self.vocabulary.classes)}
                 part.write_text(json.dumps(legend, ensure_ascii=False, indent=1), encoding="utf-8")
-        with written_whole(self.folder / self.names(result.frame.name, ".png")) as part:
+        with atomic_write(self.folder / self.names(result.frame.name, ".png")) as part:
             picture.save(part, format="PNG")
         self.count += 1
 
@@ -120,9 +111,7 @@ class Masks:
         picture = Image.fromarray(values.astype(np.uint8) if few else values)
         if few:
             picture.putpalette(davis_palette())
-        with written_whole(
-            self.folder / self.names(Path(result.frame.name).with_suffix("").as_posix(), ".png")
-        ) as part:
+        with atomic_write(self.folder / self.names(Path(result.frame.name).with_suffix("").as_posix(), ".png")) as part:
             picture.save(part, format="PNG")
         self.count += 1
 

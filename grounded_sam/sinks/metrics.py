@@ -5,16 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from grounded_sam.config import in_sweep
+from grounded_sam.config.hydra import in_sweep
 from grounded_sam.errors import ConfigError
-from grounded_sam.masklets import Masklets
-from grounded_sam.sinks.image_metrics import ImageMetrics
-from grounded_sam.sinks.video_metrics import VideoMetrics
-from grounded_sam.truth import read_truth
-from grounded_sam.vocabulary import Vocabulary
+from grounded_sam.evaluation.image_metrics import ImageMetrics
+from grounded_sam.evaluation.video_metrics import VideoMetrics
+from grounded_sam.formats.labels import read_ground_truth
+from grounded_sam.formats.video_masks import LabelledVideos
+from grounded_sam.structures.vocabulary import Vocabulary
 
 
-def metrics(
+def metrics_sink(
     output: Path,
     vocabulary: Vocabulary,
     truth: str | Path | None = None,
@@ -49,7 +49,7 @@ def metrics(
         raise ConfigError(f"sink.metrics.precision must be null or a number above 0 and up to 1, got {precision!r}")
     if objects not in ("best", "ids", "one"):
         raise ConfigError(f"sink.metrics.objects must be best, ids or one, got {objects!r}")
-    labels = read_truth(truth)
-    if isinstance(labels, Masklets):
+    labels = read_ground_truth(truth)
+    if isinstance(labels, LabelledVideos):
         return VideoMetrics(output, vocabulary, labels, float(iou), metric, errors, objects)
     return ImageMetrics(output, vocabulary, labels, float(iou), metric, errors, precision)

@@ -3,83 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-import numpy as np
-import supervision as sv
-from numpy.typing import NDArray
-
 from grounded_sam.errors import ConfigError
-from grounded_sam.sinks.files import Names, written_whole
-from grounded_sam.sinks.mp4 import Mp4
-from grounded_sam.stages import FrameResult
-from grounded_sam.vocabulary import Vocabulary
+from grounded_sam.files import UniqueNames, atomic_write
+from grounded_sam.media.draw import draw_detections
+from grounded_sam.media.mp4 import Mp4Writer
+from grounded_sam.structures.results import FrameResult
+from grounded_sam.structures.vocabulary import Vocabulary
 
 
-@cache
-def font() -> str:
-    """A font with Latin, Greek and Cyrillic letters; matplotlib, which supervision needs, ships it."""
-    import matplotlib
-
-    return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
-
-
-def draw(
-    image: NDArray[np.uint8],
-    found: sv.Detections,
-    masks: bool = True,
-    boxes: bool = True,
-    labels: bool = True,
-    opacity: float = 0.5,
-    colour_by: Literal["class", "object"] | None = None,
-    palette: Sequence[str] | None = None,
-) -> NDArray[np.uint8]:
-    """Detections drawn over an RGB image `(H, W, 3) uint8`; returns a new one of the same size.
-
-    Without `colour_by`, tracked objects have colours of their own and others that of their class; `palette`
-    has a colour `#rrggbb` for each class, by default supervision's.
-    """
-    scene = image[..., ::-1].copy()  # supervision draws in BGR
-    if not len(found):
-        return scene[..., ::-1]
-    tracked = found.tracker_id is not None
-    lookup = sv.ColorLookup.TRACK if tracked else sv.ColorLookup.INDEX
-    if colour_by == "class" or (colour_by is None and not tracked):
-        lookup = sv.ColorLookup.CLASS
-    colours = sv.ColorPalette.DEFAULT
-    if palette is not None and lookup == sv.ColorLookup.CLASS:
-        colours = sv.ColorPalette.from_hex(list(palette))
-    size_wh = (image.shape[1], image.shape[0])
-    thickness = sv.calculate_optimal_line_thickness(size_wh)
-    if masks and found.mask is not None:
-        scene = sv.MaskAnnotator(colours, opacity=opacity, color_lookup=lookup).annotate(scene, found)
-        scene = sv.PolygonAnnotator(colours, thickness=max(1, thickness // 2), color_lookup=lookup).annotate(
-            scene, found
-        )
-    if boxes:
-        scene = sv.BoxAnnotator(colours, thickness=thickness, color_lookup=lookup).annotate(scene, found)
-    if labels:
-        assert found.confidence is not None
-        texts = [f"{name} {score:.2f}" for name, score in zip(found.data["class_name"], found.confidence, strict=True)]
-        if found.tracker_id is not None:
-            texts = [f"#{i} {text}" for i, text in zip(found.tracker_id.tolist(), texts, strict=True)]
-        size = int(np.clip(min(size_wh) / 32, 9, 72))
-        scene = sv.RichLabelAnnotator(
-            colours,
-            font_path=font(),
-            font_size=size,
-            text_padding=max(2, size // 5),
-            color_lookup=lookup,
-            smart_position=True,
-        ).annotate(scene, found, texts)
-    return np.ascontiguousarray(scene[..., ::-1])
-
-
-class Overlay:
+class OverlaySink:
     """Under `overlay/` one picture per picture and one MP4 per video, at their original size.
 
     Args:
@@ -119,18 +55,18 @@ class Overlay:
         self.sound_from = None if sound_from is None else os.path.expanduser(str(sound_from))
         self.crf = crf
         self.palette = vocabulary.palette()
-        self.names, self.count = Names(), 0
+        self.names, self.count = UniqueNames(), 0
         self.clips = 0
-        self._current: tuple[str, Mp4] | None = None  # the video on its way
+        self._current: tuple[str, Mp4Writer] | None = None  # the video on its way
 
-    def __enter__(self) -> Overlay:
+    def __enter__(self) -> OverlaySink:
         return self
 
     def write(self, result: FrameResult) -> None:
         from PIL import Image
 
         frame = result.frame
-        picture = draw(
+        picture = draw_detections(
             frame.image,
             result.detections,
             self.masks,
@@ -144,12 +80,12 @@ class Overlay:
             if self._current is None or self._current[0] != frame.video:
                 self._close()  # an encoder holds frames, so there is one at a time
                 path = self.folder / self.names(frame.video, ".mp4")
-                self._current = frame.video, Mp4(path, self._sound(frame.video), self.crf)
+                self._current = frame.video, Mp4Writer(path, self._sound(frame.video), self.crf)
                 self.clips += 1
             self._current[1].write(picture, frame.time_s or 0.0)
             return
         kind = "png" if max(picture.shape) > 65_500 else self.format  # more, JPEG cannot hold
-        with written_whole(self.folder / self.names(result.frame.name, f".{kind}")) as part:
+        with atomic_write(self.folder / self.names(result.frame.name, f".{kind}")) as part:
             Image.fromarray(picture).save(part, format="JPEG" if kind == "jpg" else "PNG", quality=92)
         self.count += 1
 

@@ -20,12 +20,12 @@ import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
-from grounded_sam.detections import pick
 from grounded_sam.errors import ConfigError, ImageError
-from grounded_sam.sinks.files import written_whole
-from grounded_sam.sinks.overlay import draw
-from grounded_sam.stages import FrameResult, Skipped
-from grounded_sam.vocabulary import Vocabulary
+from grounded_sam.files import atomic_write
+from grounded_sam.media.draw import draw_detections
+from grounded_sam.structures.detections import select_rows
+from grounded_sam.structures.results import FrameResult, Skipped
+from grounded_sam.structures.vocabulary import Vocabulary
 
 #: Bins of the score histograms.
 BINS = 20
@@ -43,7 +43,7 @@ class _Class:
     sheet: list[tuple[str, str]] = field(default_factory=list)  # picture, caption
 
 
-class Report:
+class ReportSink:
     """`report.html`, a page in one file, and `review.csv`.
 
     The page has counts, a histogram of scores and a contact sheet per class (a random sample of its objects),
@@ -82,7 +82,7 @@ class Report:
         self._thumbs: list[NDArray[np.uint8]] = []
         self._csv: IO[str] | None = None
 
-    def __enter__(self) -> Report:
+    def __enter__(self) -> ReportSink:
         return self
 
     def _row(self, file: str, reason: str, **more: Any) -> None:
@@ -154,7 +154,7 @@ class Report:
         margin = 0.3 * max(x2 - x1, y2 - y1) + 8
         left, top = max(0, int(x1 - margin)), max(0, int(y1 - margin))
         right, bottom = min(width, int(x2 + margin) + 1), min(height, int(y2 + margin) + 1)
-        return self._picture(result, pick(result.detections, [i]), (left, top, right, bottom))
+        return self._picture(result, select_rows(result.detections, [i]), (left, top, right, bottom))
 
     def _whole(self, result: FrameResult) -> str:
         height, width = result.frame.size_hw
@@ -185,7 +185,7 @@ class Report:
             class_id=found.class_id,
             data={"class_name": found.data.get("class_name", np.empty(0, str))},
         )
-        drawn = draw(image, shown, labels=False, colour_by="class", palette=self.palette)
+        drawn = draw_detections(image, shown, labels=False, colour_by="class", palette=self.palette)
         out = io.BytesIO()
         Image.fromarray(drawn).save(out, format="JPEG", quality=80)
         return f"data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}"
@@ -257,7 +257,7 @@ class Report:
         assert self._csv is not None
         self._csv.close()
         Path(self._csv.name).replace(self.folder / "review.csv")
-        with written_whole(self.folder / "report.html") as beside:
+        with atomic_write(self.folder / "report.html") as beside:
             beside.write_text(self._page(alike), encoding="utf-8")
 
     def _page(self, alike: list[list[str]]) -> str:

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from grounded_sam.errors import ConfigError
-from grounded_sam.frames import Frame
-from grounded_sam.sinks.files import written_whole
+from grounded_sam.files import atomic_write
+from grounded_sam.structures.frame import Frame
 
 
 class Splits:
@@ -46,7 +46,7 @@ class Splits:
         note, own = folder / ".split", {"ratios": self.ratios, "seed": self.seed if self.ratios else 0}
         if note.is_file() and json.loads(note.read_text(encoding="utf-8")) != own:
             raise ConfigError(f"{folder} holds a dataset of another split or seed; delete it, or choose another output")
-        with written_whole(note) as beside:
+        with atomic_write(note) as beside:
             beside.write_text(json.dumps(own), encoding="utf-8")
 
     @property

@@ -18,16 +18,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import supervision as sv
 
-from grounded_sam.detections import area_of
 from grounded_sam.errors import ConfigError
-from grounded_sam.sinks.files import written_whole
-from grounded_sam.stages import FrameResult, Skipped
-from grounded_sam.store import SCHEMA, VERSION, Reader, digest_of, essential, fingerprint, runs
-from grounded_sam.vocabulary import Vocabulary
+from grounded_sam.files import atomic_write
+from grounded_sam.formats.store import (
+    SCHEMA,
+    VERSION,
+    StoreReader,
+    essential_settings,
+    file_digest,
+    fingerprint,
+    read_runs,
+)
+from grounded_sam.structures.masks import mask_area
+from grounded_sam.structures.results import FrameResult, Skipped
+from grounded_sam.structures.vocabulary import Vocabulary
 
 
-class Store:
-    """Rows as `grounded_sam.store` describes them, under `store/`.
+class StoreSink:
+    """Rows as `grounded_sam.formats.store` describes them, under `store/`.
 
     A part is written when it has enough images or is old enough, beside its place, and renamed into it; an
     interruption of any kind loses at most the part in memory. Run again into the same folder, what is stored
@@ -68,7 +76,7 @@ class Store:
         self.part_images, self.part_seconds = part_images, part_seconds
         self.replay = True  # whether anyone wants to have what is stored
         self._check(resume)
-        self._reader = Reader(self.folder)
+        self._reader = StoreReader(self.folder)
         #: The classes of the run, and after them those that are stored beside.
         self.classes = vocabulary.joined(self._reader.vocabulary) if len(self._reader) else vocabulary
         self._digests: dict[str, str] = {}
@@ -80,23 +88,23 @@ class Store:
         self.images = self.objects = self.before = 0
 
     def _check(self, resume: str) -> None:
-        others = [run for run in runs(self.folder) if run["fingerprint"] != self.fingerprint]
+        others = [run for run in read_runs(self.folder) if run["fingerprint"] != self.fingerprint]
         if others and resume == "same":
             changes = _changes(
-                others[-1], {"settings": essential(self.settings), "vocabulary": asdict(self.vocabulary)}
+                others[-1], {"settings": essential_settings(self.settings), "vocabulary": asdict(self.vocabulary)}
             )
             raise ConfigError(
                 f"{self.folder} was made with other settings ({'; '.join(changes[:5]) or 'of another version'}); "
                 "choose another output, or resume=extend to keep what is there and add to it"
             )
 
-    def __enter__(self) -> Store:
+    def __enter__(self) -> StoreSink:
         return self
 
     def stored(self, name: str, files: list[Path]) -> Iterable[FrameResult] | None:
         """What is stored of a picture or a whole video of this content; None if nothing is."""
         try:
-            digest = digest_of(files)
+            digest = file_digest(files)
         except OSError:  # it will be told of when it is read
             return None
         known = self._reader.known(name, files, digest, self.classes)
@@ -159,7 +167,7 @@ class Store:
         try:
             if not about.exists():
                 self._describe(about, now.isoformat())
-            with written_whole(part) as beside:
+            with atomic_write(part) as beside:
                 pq.write_table(pa.Table.from_pylist(self._rows, SCHEMA), beside, compression="zstd")
                 with beside.open("rb") as written:
                     os.fsync(written.fileno())
@@ -178,7 +186,7 @@ class Store:
             "schema": VERSION,
             "fingerprint": self.fingerprint,
             "created": now,
-            "settings": essential(self.settings),
+            "settings": essential_settings(self.settings),
             "vocabulary": asdict(self.vocabulary),
             "versions": {name: version(name) for name in libraries},
         }
@@ -210,7 +218,7 @@ def _object(found: sv.Detections, i: int) -> dict[str, Any]:
         **dict(zip(("x1", "y1", "x2", "y2"), found.xyxy[i].tolist(), strict=True)),
     }
     if "rle" in found.data:
-        row |= {"area": area_of(found, i), "counts": found.data["rle"][i]["counts"].decode("ascii")}
+        row |= {"area": mask_area(found, i), "counts": found.data["rle"][i]["counts"].decode("ascii")}
     if "mask_score" in found.data:
         row["mask_score"] = float(found.data["mask_score"][i])
     if found.tracker_id is not None:

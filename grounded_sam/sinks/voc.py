@@ -12,15 +12,15 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
-from grounded_sam.sinks.files import written_whole
-from grounded_sam.sinks.masks import davis_palette
-from grounded_sam.sinks.pictures import Handling, Pictures
+from grounded_sam.files import atomic_write
+from grounded_sam.media.draw import davis_palette
+from grounded_sam.sinks.dataset_images import DatasetImages, Handling
 from grounded_sam.sinks.splits import Splits
-from grounded_sam.stages import FrameResult
-from grounded_sam.vocabulary import Vocabulary
+from grounded_sam.structures.results import FrameResult
+from grounded_sam.structures.vocabulary import Vocabulary
 
 
-class Voc:
+class VocSink:
     """Under `voc/` the folders of VOC2012: Annotations, JPEGImages, SegmentationClass, SegmentationObject, ImageSets.
 
     Boxes are whole pixels from 1, both ends included. In `SegmentationObject` pixel value k is the k-th
@@ -46,13 +46,13 @@ class Voc:
         images: Handling = "link",
     ) -> None:
         self.folder, self.vocabulary = Path(output) / "voc", vocabulary
-        self.split, self.pictures = Splits(split, seed), Pictures(images, "sink.voc.images")
+        self.split, self.pictures = Splits(split, seed), DatasetImages(images, "sink.voc.images")
         self.images = self.objects = 0
         self._lists: dict[str, IO[str]] = {}
         self._masks = False  # whether there are any
         self._bare: list[tuple[str, tuple[int, int]]] = []  # images without objects
 
-    def __enter__(self) -> Voc:
+    def __enter__(self) -> VocSink:
         return self
 
     def write(self, result: FrameResult) -> None:
@@ -62,7 +62,7 @@ class Voc:
         part, stem = self.split(frame) or "train", self.pictures.stem(frame)
         picture = self.pictures.put(frame, self.folder / "JPEGImages", stem)
         self._list(part, stem)
-        with written_whole(self.folder / "Annotations" / f"{stem}.xml") as beside:
+        with atomic_write(self.folder / "Annotations" / f"{stem}.xml") as beside:
             tree = self._tree(result, picture)
             ElementTree.indent(tree)
             beside.write_bytes(ElementTree.tostring(tree, encoding="utf-8", xml_declaration=True))
@@ -124,7 +124,7 @@ class Voc:
         picture = Image.fromarray(pixels.astype(np.uint8) if few else pixels)
         if few:
             picture.putpalette(davis_palette())
-        with written_whole(path) as beside:
+        with atomic_write(path) as beside:
             picture.save(beside, format="PNG")
 
     def __exit__(
@@ -139,13 +139,13 @@ class Voc:
             place = Path(lines.name).with_name(f"{part}.txt")
             Path(lines.name).replace(place)
             if self._masks:
-                with written_whole(self.folder / "ImageSets" / "Segmentation" / place.name) as beside:
+                with atomic_write(self.folder / "ImageSets" / "Segmentation" / place.name) as beside:
                     shutil.copyfile(place, beside)
         for stem, size_hw in self._bare if self._masks else ():
             for name in ("SegmentationObject", "SegmentationClass"):
                 self._save(self.folder / name / f"{stem}.png", np.zeros(size_hw, np.uint16))
         if self._lists:
-            with written_whole(self.folder / "classes.txt") as beside:
+            with atomic_write(self.folder / "classes.txt") as beside:
                 beside.write_text("".join(f"{name}\n" for name in self.vocabulary.classes), encoding="utf-8")
 
     def summary(self) -> str:

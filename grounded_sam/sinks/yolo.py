@@ -10,15 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from grounded_sam.sinks.files import written_whole
-from grounded_sam.sinks.pictures import Handling, Pictures
-from grounded_sam.sinks.polygons import joined, outlines
+from grounded_sam.files import atomic_write
+from grounded_sam.sinks.dataset_images import DatasetImages, Handling
 from grounded_sam.sinks.splits import Splits
-from grounded_sam.stages import FrameResult
-from grounded_sam.vocabulary import Vocabulary
+from grounded_sam.structures.masks import join_loops, mask_outlines
+from grounded_sam.structures.results import FrameResult
+from grounded_sam.structures.vocabulary import Vocabulary
 
 
-class Yolo:
+class YoloSink:
     """Under `yolo/` a `data.yaml`, `images/<part>/` and `labels/<part>/`, one line per object.
 
     A line is the class number and a polygon through the outermost pixels, as shares of width and height; not a
@@ -45,10 +45,10 @@ class Yolo:
         images: Handling = "link",
     ) -> None:
         self.folder, self.vocabulary = Path(output) / "yolo", vocabulary
-        self.split, self.pictures = Splits(split, seed), Pictures(images, "sink.yolo.images")
+        self.split, self.pictures = Splits(split, seed), DatasetImages(images, "sink.yolo.images")
         self.counts: Counter[str] = Counter()
 
-    def __enter__(self) -> Yolo:
+    def __enter__(self) -> YoloSink:
         return self
 
     def write(self, result: FrameResult) -> None:
@@ -58,7 +58,7 @@ class Yolo:
         part, stem = self.split(frame) or "train", self.pictures.stem(frame)
         self.pictures.put(frame, self.folder / "images" / part, stem)
         lines = [line for i in range(len(found)) if (line := self._line(found, i, frame.size_hw))]
-        with written_whole(self.folder / "labels" / part / f"{stem}.txt") as beside:
+        with atomic_write(self.folder / "labels" / part / f"{stem}.txt") as beside:
             beside.write_text("".join(f"{line}\n" for line in lines), encoding="ascii")
         self.counts[part] += 1
         self.counts["objects"] += len(lines)
@@ -69,10 +69,10 @@ class Yolo:
             x1, y1, x2, y2 = found.xyxy[i].tolist()
             shares = [(x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height]
         else:
-            parts = outlines(np.asarray(found.mask[i], bool), "pixels")
+            parts = mask_outlines(np.asarray(found.mask[i], bool), "pixels")
             if not parts:
                 return ""
-            polygon = joined(parts)
+            polygon = join_loops(parts)
             if len(polygon) < 3:  # a single pixel or a line of them
                 polygon = np.resize(polygon, (3, 2))
             # A quarter of a pixel in: readers round down or to the nearest, and both arrive at the pixel.
@@ -91,7 +91,7 @@ class Yolo:
         lines += [f"  {i}: {json.dumps(name, ensure_ascii=False)}" for i, name in enumerate(self.vocabulary.classes)]
         for name in names:
             (self.folder / "images" / name).mkdir(parents=True, exist_ok=True)
-        with written_whole(self.folder / "data.yaml") as beside:
+        with atomic_write(self.folder / "data.yaml") as beside:
             beside.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def summary(self) -> str:

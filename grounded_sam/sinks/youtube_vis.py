@@ -8,14 +8,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from grounded_sam.detections import area_of, segmentation_of
 from grounded_sam.errors import ConfigError
-from grounded_sam.sinks.files import written_whole
-from grounded_sam.stages import FrameResult
-from grounded_sam.vocabulary import Vocabulary
+from grounded_sam.files import atomic_write
+from grounded_sam.structures.masks import coco_segmentation, mask_area
+from grounded_sam.structures.results import FrameResult
+from grounded_sam.structures.vocabulary import Vocabulary
 
 
-class YoutubeVis:
+class YoutubeVisSink:
     """`youtube_vis.json` as the YouTube-VIS (2019, 2021) and OVIS tools read it.
 
     `videos` list their `file_names`; an annotation is a track, with `segmentations` (COCO RLE or null),
@@ -34,7 +34,7 @@ class YoutubeVis:
         self.tracks: dict[tuple[str, int], dict[str, Any]] = {}
         self._masks: IO[bytes] | None = None
 
-    def __enter__(self) -> YoutubeVis:
+    def __enter__(self) -> YoutubeVisSink:
         return self
 
     def write(self, result: FrameResult) -> None:
@@ -54,7 +54,11 @@ class YoutubeVis:
             track = self.tracks.setdefault((name, tracker_id), {"places": {}})
             track |= {"class_id": int(found.class_id[i]), "score": float(found.confidence[i])}
             x1, y1, x2, y2 = (round(float(v), 3) for v in found.xyxy[i])
-            entry = {"rle": segmentation_of(found, i), "area": area_of(found, i), "bbox": [x1, y1, x2 - x1, y2 - y1]}
+            entry = {
+                "rle": coco_segmentation(found, i),
+                "area": mask_area(found, i),
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+            }
             track["places"][video["length"]] = self._masks.tell()
             self._masks.write(json.dumps(entry).encode() + b"\n")
         video["length"] += 1
@@ -96,7 +100,7 @@ class YoutubeVis:
             "categories": self.vocabulary.categories(),
             "videos": list(self.videos.values()),
         }
-        with written_whole(self.path) as part, part.open("w", encoding="utf-8") as out:
+        with atomic_write(self.path) as part, part.open("w", encoding="utf-8") as out:
             out.write(json.dumps(head, ensure_ascii=False)[:-1] + ',\n"annotations": [')
             for number, annotation in enumerate(self._annotations()):
                 out.write((",\n" if number else "\n") + json.dumps(annotation))

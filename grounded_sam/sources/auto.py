@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from grounded_sam.errors import ConfigError, ImageError
-from grounded_sam.frames import MAX_PIXELS, Frame
-from grounded_sam.sources.images import Images, check_shard, find_files, name_of, part_of
-from grounded_sam.sources.video import Video, is_stream
-from grounded_sam.stages import FrameResult, Skipped
+from grounded_sam.media.files import find_files, relative_name
+from grounded_sam.media.images import MAX_PIXELS
+from grounded_sam.media.video import is_stream
+from grounded_sam.sources.images import ImageSource
+from grounded_sam.sources.shards import check_shard, shard_of
+from grounded_sam.sources.video import VideoSource
+from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.results import FrameResult, Skipped
 
 
-class Auto:
+class AutoSource:
     """Pictures as `Images` reads them, then every video, one after the other, as `Video` does.
 
     The input is a picture, a video, a folder of both, a glob or a list of paths of both, a camera's number
@@ -47,11 +51,11 @@ class Auto:
         check_shard(shard, num_shards)
         self.num_shards = num_shards
 
-        def video(path: Any, name: str | None = None) -> Video:
-            return Video(path, start, stop, stride, max_side, max_pixels=max_pixels, name=name)
+        def video(path: Any, name: str | None = None) -> VideoSource:
+            return VideoSource(path, start, stop, stride, max_side, max_pixels=max_pixels, name=name)
 
-        self.images: Images | None = None
-        self.videos: list[Video] = []
+        self.images: ImageSource | None = None
+        self.videos: list[VideoSource] = []
         self._passed: list[Skipped] = []
         self._stored: Callable[[str, list[Path]], Iterable[FrameResult] | None] | None = None
         if input is not None and is_stream(input):
@@ -60,18 +64,18 @@ class Auto:
         pictures, clips, root = find_files(str(input)) if input is not None and str(input) else ([], [], None)
         self.single = len(pictures) + len(clips) == 1
         if pictures or root is None:
-            self.images = Images(None if input is None else str(input), max_pixels, shard, num_shards)
+            self.images = ImageSource(None if input is None else str(input), max_pixels, shard, num_shards)
             self.images.skipped.clear()  # the videos
         elif not clips:
             raise ConfigError(f"no picture and no video in {input}")
         assert root is not None
-        for clip in part_of(clips, shard, num_shards):
+        for clip in shard_of(clips, shard, num_shards):
             try:
-                self.videos.append(video(clip, name_of(clip, root)))
+                self.videos.append(video(clip, relative_name(clip, root)))
             except ConfigError as error:  # a link to nowhere, a line of a list
                 if self.single or clip.is_file():  # or a setting that is wrong for all
                     raise
-                self._passed.append(Skipped(name_of(clip, root), str(error)))
+                self._passed.append(Skipped(relative_name(clip, root), str(error)))
 
     @property
     def stored(self) -> Callable[[str, list[Path]], Iterable[FrameResult] | None] | None:

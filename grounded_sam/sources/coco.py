@@ -10,14 +10,15 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from grounded_sam.coco import CocoFile
 from grounded_sam.errors import ConfigError, ImageError
-from grounded_sam.frames import MAX_PIXELS, Frame, read_image
-from grounded_sam.sources.images import check_shard, part_of
-from grounded_sam.stages import Skipped
+from grounded_sam.formats.coco import CocoFile
+from grounded_sam.media.images import MAX_PIXELS, read_image
+from grounded_sam.sources.shards import check_shard, shard_of
+from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.results import Skipped
 
 
-class Coco:
+class CocoSource:
     """The images of a COCO file with their annotations, for `detector=stored`.
 
     Pictures are opened when a stage or sink wants their pixels.
@@ -51,7 +52,7 @@ class Coco:
         self.skipped: list[Skipped] = list(self.file.notes)
         self.max_pixels = max_pixels
         self.num_shards = num_shards
-        self._images = part_of(self.file.images, shard, num_shards)
+        self._images = shard_of(self.file.images, shard, num_shards)
         beside = (about or self.file.path).parent
         self.folders = [Path(str(images)).expanduser()] if images else [beside, beside / "images"]
 

@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from grounded_sam.errors import ConfigError
-from grounded_sam.frames import MAX_PIXELS, Frame
-from grounded_sam.sources.images import check_shard, part_of
-from grounded_sam.stages import Skipped
-from grounded_sam.store import Reader, find_store
+from grounded_sam.formats.store import StoreReader, find_store
+from grounded_sam.media.images import MAX_PIXELS
+from grounded_sam.sources.shards import check_shard, shard_of
+from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.results import Skipped
 
 
-class Stored:
+class StoreSource:
     """The images of a store with what was found in them, for `detector=stored`.
 
     Pictures and videos are opened when a stage or sink wants their pixels, where they lay when they were
@@ -41,11 +42,11 @@ class Stored:
         if input is None or not str(input):
             raise ConfigError("input is missing: give a folder that sink=store wrote, e.g. input=labels")
         check_shard(shard, num_shards)
-        self._reader = Reader(find_store(str(input)), max_pixels, None if root is None else str(root))
+        self._reader = StoreReader(find_store(str(input)), max_pixels, None if root is None else str(root))
         self.vocabulary = self._reader.vocabulary
         self.skipped: list[Skipped] = list(self._reader.skipped.values())
         self.num_shards = num_shards
-        self._keys = part_of(list(self._reader.keys()), shard, num_shards)
+        self._keys = shard_of(list(self._reader.keys()), shard, num_shards)
 
     def __len__(self) -> int:
         return sum(self._reader.count(key) for key in self._keys)

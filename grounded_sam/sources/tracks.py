@@ -10,18 +10,20 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from grounded_sam.detections import empty, make_detections, mask_boxes
 from grounded_sam.errors import ConfigError, ImageError
-from grounded_sam.frames import MAX_PIXELS, Frame, read_image
-from grounded_sam.masklets import Masklet, Masklets
-from grounded_sam.stages import Skipped
-from grounded_sam.vocabulary import Vocabulary
+from grounded_sam.formats.video_masks import LabelledVideo, LabelledVideos
+from grounded_sam.media.images import MAX_PIXELS, read_image
+from grounded_sam.structures.detections import empty_detections, make_detections
+from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.masks import masks_to_xyxy
+from grounded_sam.structures.results import Skipped
+from grounded_sam.structures.vocabulary import Vocabulary
 
 #: Of the frames of such datasets.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
-class Tracks:
+class LabelledVideoSource:
     """The frames of labelled videos with their objects, for `detector=stored`.
 
     Objects keep their numbers as `tracker_id` and have the confidence 1; where they have no class it is `object`.
@@ -51,7 +53,7 @@ class Tracks:
             raise ConfigError(f"input={input}: no such file or folder")
         if isinstance(fps, bool) or not isinstance(fps, int | float) or not fps > 0:
             raise ConfigError(f"source.fps must be a number above 0, got {fps!r}")
-        self.masklets = Masklets(path)
+        self.masklets = LabelledVideos(path)
         self.vocabulary = self.masklets.vocabulary or Vocabulary.parse(["object"])
         self.images = None if images is None else Path(str(images)).expanduser()
         self.fps, self.max_pixels = fps, max_pixels
@@ -72,15 +74,15 @@ class Tracks:
                     masks = np.stack([found[number] for number in numbers])
                     names = [(video.classes or {}).get(number, "object") for number in numbers]
                     ids = [self.vocabulary.classes.index(name) for name in names]
-                    boxes = mask_boxes(masks)
+                    boxes = masks_to_xyxy(masks)
                     rows = make_detections(boxes, np.ones(len(ids)), ids, self.vocabulary, video.size_hw, masks)
                 else:
-                    rows = empty(self.vocabulary)
+                    rows = empty_detections(self.vocabulary)
                 rows.tracker_id = np.array(numbers, np.int64)
                 pixels = partial(self._read, video, name)
                 yield Frame(pixels, index, name, index / self.fps, video.name, None, video.size_hw, rows)
 
-    def _read(self, video: Masklet, name: str) -> NDArray[np.uint8]:
+    def _read(self, video: LabelledVideo, name: str) -> NDArray[np.uint8]:
         if self.images is None:
             raise ImageError(f"{name}: the picture is not known; source.images says where the frames are")
         path = next((p for end in SUFFIXES if (p := self.images / f"{name}{end}").is_file()), None)

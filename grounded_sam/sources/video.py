@@ -14,20 +14,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grounded_sam.errors import ConfigError, ImageError
-from grounded_sam.frames import MAX_PIXELS, Frame, read_image
-from grounded_sam.sources.images import ahead, common_folder, name_of, natural, picture_files
-from grounded_sam.stages import FrameResult, Skipped
-
-#: What a URL may begin with; ffmpeg knows more protocols, some of which read local files.
-SCHEMES = {"http", "https", "rtsp", "rtsps", "rtmp", "rtmps", "srt", "udp"}
-
-
-def is_stream(input: Any) -> bool:
-    """Whether an input is a camera's number or a URL."""
-    return str(input).isdecimal() or "://" in str(input)
+from grounded_sam.media.files import common_folder, natural_key, picture_files, relative_name
+from grounded_sam.media.images import MAX_PIXELS, read_image
+from grounded_sam.media.prefetch import prefetch
+from grounded_sam.media.video import SCHEMES, _kinds, _reason, _video_stream, downscale, is_stream, rotate_upright
+from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.results import FrameResult, Skipped
 
 
-class Video:
+class VideoSource:
     """Frames of a video in order, with their numbers and times.
 
     Video files (whatever PyAV reads) come with rotation applied and with the times that the file gives
@@ -113,7 +108,7 @@ class Video:
             found = picture_files([Path(hit) for hit in glob.glob(os.path.expanduser(self.input), recursive=True)])
         if not found:
             raise ConfigError(f"no frame in {self.input}")
-        return sorted(found, key=lambda p: natural(p.as_posix()))
+        return sorted(found, key=lambda p: natural_key(p.as_posix()))
 
     def __len__(self) -> int:
         """How many frames will come at most.
@@ -150,7 +145,7 @@ class Video:
             yield from results
             return
         got = False
-        with closing(ahead(self._taken(), self.ahead)) as frames:
+        with closing(prefetch(self._taken(), self.ahead)) as frames:
             for frame in frames:
                 got = True
                 yield frame
@@ -220,7 +215,7 @@ class Video:
 
                     def make(picture: Any = picture, size: tuple[int, int] = size) -> NDArray[np.uint8]:
                         rgb = picture.reformat(*size, format="rgb24", interpolation=Interpolation.AREA)
-                        return upright(rgb.to_ndarray(), picture.rotation)
+                        return rotate_upright(rgb.to_ndarray(), picture.rotation)
 
                     yield index, time_s - first, make, f"{self.name}/{index:06d}"
                     index += 1
@@ -250,11 +245,11 @@ class Video:
                 reason = f"a frame of {size[0]}x{size[1]} px, the first one has {first[0][0]}x{first[0][1]} px"
                 self.skipped.append(Skipped(name, reason))
                 return None
-            return shrunk(image, self._size(*size))
+            return downscale(image, self._size(*size))
 
         assert self.fps is not None
         for index, path in enumerate(self.files):
-            name = name_of(path, root)
+            name = relative_name(path, root)
             yield index, index / self.fps, lambda p=path, n=name: make(p, n), name
 
     def _camera(self) -> Generator[tuple[int, float, Any, str]]:
@@ -276,35 +271,7 @@ class Video:
                 size = self._size(picture.shape[1], picture.shape[0])
                 rgb = np.ascontiguousarray(picture[..., ::-1])
                 now = time.monotonic() - begun
-                yield index, now, lambda rgb=rgb, size=size: shrunk(rgb, size), f"{self.name}/{index:06d}"
+                yield index, now, lambda rgb=rgb, size=size: downscale(rgb, size), f"{self.name}/{index:06d}"
                 index += 1
         finally:
             camera.release()
-
-
-def upright(image: NDArray[np.uint8], degrees: int) -> NDArray[np.uint8]:
-    """Turn a frame as its video's display matrix says; PyAV gives counter-clockwise degrees."""
-    return np.ascontiguousarray(np.rot90(image, round(degrees / 90) % 4)) if degrees else image
-
-
-def shrunk(image: NDArray[np.uint8], size_wh: tuple[int, int]) -> NDArray[np.uint8]:
-    """A picture at a smaller size, by area."""
-    import cv2
-
-    if (image.shape[1], image.shape[0]) == size_wh:
-        return image
-    return np.asarray(cv2.resize(image, size_wh, interpolation=cv2.INTER_AREA), np.uint8)
-
-
-def _video_stream(container: Any) -> Any:
-    """The first video stream that is no cover picture."""
-    cover = 0x400  # AV_DISPOSITION_ATTACHED_PIC
-    return next((s for s in container.streams.video if not int(s.disposition) & cover), None)
-
-
-def _kinds(container: Any) -> str:
-    return ", ".join(sorted({s.type for s in container.streams})) or "nothing"
-
-
-def _reason(error: BaseException) -> str:
-    return str(getattr(error, "strerror", None) or error).split("; ")[0].split(": ")[0].strip() or type(error).__name__

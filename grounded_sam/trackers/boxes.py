@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import supervision as sv
 
-from grounded_sam.detections import pick
 from grounded_sam.errors import ConfigError
-from grounded_sam.frames import Frame
-from grounded_sam.vocabulary import Vocabulary
+from grounded_sam.structures.detections import select_rows
+from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.vocabulary import Vocabulary
 
 METHODS = {
     "bytetrack": "ByteTrackTracker",
@@ -29,7 +29,7 @@ THRESHOLDS = {
 }
 
 
-class Boxes:
+class BoxTracker:
     """Associates boxes from frame to frame by motion and overlap; no memory of looks, and nothing between detections.
 
     For when masks per frame are enough: detector and segmenter work on every frame, so `track.redetect_every` has no
@@ -80,6 +80,6 @@ class Boxes:
             seen = tracker.update(given)
             ids = np.empty(0, np.int64) if seen.tracker_id is None else np.asarray(seen.tracker_id, np.int64)
             named = np.flatnonzero(ids >= 0)
-            out = pick(found, np.asarray(seen.data["row"], np.intp)[named] if len(named) else [])
+            out = select_rows(found, np.asarray(seen.data["row"], np.intp)[named] if len(named) else [])
             out.tracker_id = ids[named]
             yield frame, out

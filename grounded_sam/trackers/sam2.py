@@ -10,67 +10,17 @@ import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
-from grounded_sam.checkpoints import pick_device
-from grounded_sam.detections import tracked
+from grounded_sam.acceleration.backends import Backend, BackendSettings
+from grounded_sam.acceleration.patching import Precision, check_precision
+from grounded_sam.acceleration.sam2 import speed_up_memory
 from grounded_sam.errors import ConfigError
 from grounded_sam.segmenters.sam2 import Sam2
-from grounded_sam.speed.backends import Backend, Where
-from grounded_sam.speed.levers import Precision, check_precision
-from grounded_sam.speed.sam2 import speed_up_memory
+from grounded_sam.structures.detections import tracked_detections
+from grounded_sam.trackers.prompting import mask_prompt, to_mask_input, to_pixels, to_points
+from grounded_sam.weights.loading import pick_device
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-#: ImageNet's, as in sam2's `load_video_frames`.
-MEAN, STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
-
-
-def to_pixels(image: NDArray[np.uint8], side: int, device: Any = "cpu", mean: Any = MEAN, std: Any = STD) -> Tensor:
-    """A frame `(H, W, 3) uint8` as the square that SAM 2 sees, `(1, 3, side, side) float32`.
-
-    As sam2's `load_video_frames` does it: Pillow's bicubic resize, then mean and deviation, by default ImageNet's.
-    """
-    import torch
-    from PIL import Image
-
-    square = np.array(Image.fromarray(image).resize((side, side)), np.float32) / 255
-    pixels = torch.from_numpy((square - mean) / std)
-    return pixels.permute(2, 0, 1)[None].to(device)
-
-
-def to_mask_input(mask: NDArray[np.bool_], side: int, device: Any = "cpu") -> Tensor:
-    """A mask `(H, W) bool` at the model's size, `(1, 1, side, side)` of 0 and 1; as `add_new_mask` does it."""
-    import torch
-
-    given = torch.from_numpy(np.ascontiguousarray(mask))[None, None].float().to(device)
-    if mask.shape != (side, side):
-        given = torch.nn.functional.interpolate(given, (side, side), mode="bilinear", antialias=True)
-    return (given >= 0.5).float()
-
-
-def to_points(
-    found: sv.Detections, i: int, size_hw: tuple[int, int], side: int
-) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-    """Box corners (labels 2 and 3) and clicks (1 and 0) of a detection, in pixels of the model's square."""
-    points, labels = np.empty((0, 2), np.float32), np.empty(0, np.int32)
-    if "prompt_box" not in found.data or found.data["prompt_box"][i]:
-        points, labels = found.xyxy[i].reshape(2, 2).astype(np.float32), np.array([2, 3], np.int32)
-    clicks = found.data["points"][i] if "points" in found.data else None
-    if clicks is not None:
-        points = np.concatenate([points, np.asarray(clicks, np.float32)])
-        labels = np.concatenate([labels, np.asarray(found.data["labels"][i], np.int32)])
-    height, width = size_hw
-    return points * np.array([side / width, side / height], np.float32), labels
-
-
-def mask_prompt(found: sv.Detections, i: int, default: str) -> NDArray[np.bool_] | None:
-    """The mask `(H, W)` that detection `i` is prompted with; None if it is its box or its clicks.
-
-    Clicks (columns of `detectors.clicks`) are taken as they were made; the rest as `default` says.
-    """
-    if "points" in found.data:
-        return found.data["prompt_mask"][i]  # type: ignore[no-any-return]
-    return None if found.mask is None or default == "box" else np.asarray(found.mask[i], bool)
 
 
 @dataclass
@@ -171,7 +121,7 @@ class Sam2Session:
         numbers, masks, there, scores = (np.concatenate(column) for column in zip(*parts, strict=True))
         order = {tracker_id: n for n, tracker_id in enumerate(self.memories)}
         sort = np.argsort([order[i] for i in numbers.tolist()]).astype(np.intp)
-        return tracked(numbers[sort], masks[sort], there[sort], scores[sort])
+        return tracked_detections(numbers[sort], masks[sort], there[sort], scores[sort])
 
     def prompt(self, found: sv.Detections) -> sv.Detections:
         """Add or correct objects on the frame of the last `step`.
@@ -208,7 +158,7 @@ class Sam2Session:
                 there.append(sure[0])
                 scores.append(best[0])
         masks_out = np.array(masks, bool).reshape(-1, *self.size_hw)
-        return tracked(found.tracker_id, masks_out, np.array(there), np.array(scores))
+        return tracked_detections(found.tracker_id, masks_out, np.array(there), np.array(scores))
 
     def guess(self, ids: Sequence[int]) -> sv.Detections:
         """Where objects that the last `step` did not see would be, if the model is wrong about their absence."""
@@ -221,7 +171,7 @@ class Sam2Session:
             assert logits is not None
             sized = torch.nn.functional.interpolate(logits, self.size_hw, mode="bilinear", align_corners=False)
             mask[:] = (sized[0, 0] > 0).cpu().numpy()
-        return tracked(np.array(known, np.int64), masks, np.zeros(len(known)), np.zeros(len(known)))
+        return tracked_detections(np.array(known, np.int64), masks, np.zeros(len(known)), np.zeros(len(known)))
 
     def forget(self, tracker_id: int) -> None:
         """Drop what an object left in memory since its prompts."""
@@ -390,7 +340,7 @@ class Sam2Tracker:
             if value is not None and (not isinstance(value, int) or value < 1):
                 raise ConfigError(f"tracker.{key} must be a whole number from 1, got {value!r}")
         check_precision(precision, compile, "tracker")
-        Where(backend, exports).check(pick_device(device), "tracker")
+        BackendSettings(backend, exports).check(pick_device(device), "tracker")
         source = (checkpoint, size, pick_device(device), precision, backend)
         same = isinstance(segmenter, Sam2) and segmenter.source == source
         self.shared: Sam2 | None = segmenter if same else None

@@ -12,14 +12,15 @@ import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
-from grounded_sam.checkpoints import pick_device
-from grounded_sam.detections import tracked
+from grounded_sam.acceleration.backends import Backend, BackendSettings
+from grounded_sam.acceleration.patching import Precision, check_precision
+from grounded_sam.acceleration.sam2 import speed_up_encoder, speed_up_memory
 from grounded_sam.errors import ConfigError
-from grounded_sam.segmenters.sam2_hf import Sam2Hf, load_model, load_processor
-from grounded_sam.speed.backends import Backend, Where
-from grounded_sam.speed.levers import Precision, check_precision
-from grounded_sam.speed.sam2 import speed_up_encoder, speed_up_memory
-from grounded_sam.trackers.sam2 import mask_prompt, to_mask_input, to_pixels, to_points
+from grounded_sam.segmenters.sam2_hf import Sam2Hf
+from grounded_sam.structures.detections import tracked_detections
+from grounded_sam.trackers.prompting import mask_prompt, to_mask_input, to_pixels, to_points
+from grounded_sam.weights.loading import pick_device
+from grounded_sam.weights.sam2_video import load_image_processor, load_video_model
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -101,7 +102,7 @@ class Sam2HfSession:
             for tracker_id, out in outs.items():
                 self._memorise(tracker_id, out, prompted=False)
             masks, there = self._out(list(outs.values()))
-        return tracked(np.array(self.ids, np.int64), masks, there, np.array(scores))
+        return tracked_detections(np.array(self.ids, np.int64), masks, there, np.array(scores))
 
     def prompt(self, found: sv.Detections) -> sv.Detections:
         """Add or correct objects on the frame of the last `step`; see `Sam2Session.prompt`."""
@@ -148,7 +149,7 @@ class Sam2HfSession:
         for i, mask in enumerate(given):
             if mask is not None:
                 masks[i] = mask
-        return tracked(found.tracker_id, masks, there, np.array(scores))
+        return tracked_detections(found.tracker_id, masks, there, np.array(scores))
 
     def guess(self, ids: Sequence[int]) -> sv.Detections:
         """Where objects that the last `step` did not see would be; see `Sam2Session.guess`."""
@@ -156,7 +157,7 @@ class Sam2HfSession:
         masks = np.zeros((len(known), *self.size_hw), bool)
         for mask, tracker_id in zip(masks, known, strict=True):
             mask[:] = self._sized(self._guesses[tracker_id])
-        return tracked(np.array(known, np.int64), masks, np.zeros(len(known)), np.zeros(len(known)))
+        return tracked_detections(np.array(known, np.int64), masks, np.zeros(len(known)), np.zeros(len(known)))
 
     def forget(self, tracker_id: int) -> None:
         """Drop what an object left in memory since its prompts."""
@@ -297,17 +298,17 @@ class Sam2HfTracker:
         if isinstance(max_prompts, bool) or not isinstance(max_prompts, int) or max_prompts < 1:
             raise ConfigError(f"tracker.max_prompts must be a whole number from 1, got {max_prompts!r}")
         check_precision(precision, compile, "tracker")
-        where = Where(backend, exports)
+        where = BackendSettings(backend, exports)
         where.check(pick_device(device), "tracker")
         source = (checkpoint, pick_device(device), precision, backend)
         self.shared = segmenter if isinstance(segmenter, Sam2Hf) and segmenter.source == source else None
         if self.shared is not None:
             self.model = self.shared.model
         else:
-            self.model = load_model(checkpoint).to(source[1])
+            self.model = load_video_model(checkpoint).to(source[1])
             speed_up_encoder(self.model, precision, compile, where)
         speed_up_memory(self.model, precision)
-        processor = self.shared.processor if self.shared is not None else load_processor(checkpoint, self.model)
+        processor = self.shared.processor if self.shared is not None else load_image_processor(checkpoint, self.model)
         #: Mean and deviation of the pixels that the model was trained with.
         self.normal = (np.array(processor.image_mean, np.float32), np.array(processor.image_std, np.float32))
         self.prompt, self.max_prompts = prompt, max_prompts

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import supervision as sv
 
-from grounded_sam.checkpoints import load_checkpoint, pick_device
-from grounded_sam.detections import empty, make_detections, mask_boxes
-from grounded_sam.detectors.queries import check_settings, phrases_of, without_look_alikes
+from grounded_sam.detectors.queries import check_settings, drop_negatives, phrases_of
 from grounded_sam.detectors.sam3 import tokens_of
 from grounded_sam.errors import ConfigError
-from grounded_sam.frames import Frame
-from grounded_sam.vocabulary import Vocabulary
+from grounded_sam.structures.detections import empty_detections, make_detections
+from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.masks import masks_to_xyxy
+from grounded_sam.structures.vocabulary import Vocabulary
+from grounded_sam.weights.loading import load_checkpoint, pick_device
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -145,16 +146,16 @@ class Sam3VideoSession:
         masks, ids = done["masks"].cpu().numpy(), done["object_ids"].numpy()
         scores = done["scores"].float().numpy()
         owners = np.array([self._owners[self.state.obj_id_to_prompt_id[i]] for i in ids.tolist()], np.int64)
-        boxes = mask_boxes(masks)
+        boxes = masks_to_xyxy(masks)
         named = (owners >= 0) & masks.any((1, 2))
         if not named.any():
-            found = empty(self.vocabulary)
+            found = empty_detections(self.vocabulary)
             found.mask, found.tracker_id = np.zeros((0, *frame.size_hw), bool), np.empty(0, np.int64)
             return frame, found
         size_hw = frame.size_hw
         found = make_detections(boxes[named], scores[named], owners[named], self.vocabulary, size_hw, masks[named])
         found.tracker_id = ids[named]
-        return frame, without_look_alikes(found, boxes[owners < 0], scores[owners < 0])
+        return frame, drop_negatives(found, boxes[owners < 0], scores[owners < 0])
 
     def prune(self, waiting: set[int]) -> None:
         """Drop what neither later frames nor those that wait can reach.

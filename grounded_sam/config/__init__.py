@@ -1,0 +1,1 @@
+"""Composing the config and building stages from it."""

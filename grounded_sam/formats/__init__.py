@@ -1,0 +1,1 @@
+"""Label formats, read and written."""

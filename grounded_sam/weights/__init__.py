@@ -1,0 +1,1 @@
+"""Model weights: the hub, its cache, loading and conversion."""

@@ -1,4 +1,4 @@
-# `make demo` and `make test` are all that a fresh machine with Python 3.11 or newer needs.
+# `make demo` and `make test` work on a new machine with Python 3.11 or newer.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -6,8 +6,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: demo test lint help clean
 
-# sam2 is built from source and wants torch while it builds: with torch in place first, and without
-# build isolation, torch is not fetched a second time. Its CUDA extension is not needed.
+# sam2 is built from source, which needs torch. Installing torch first and building without isolation avoids downloading
+# it twice. The CUDA extension of sam2 is not needed.
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --constraint constraints.txt torch torchvision setuptools wheel
@@ -22,7 +22,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 
 demo: $(VENV)/installed
 	$(BIN)/grounded-sam preset=demo output=outputs/demo
-	@echo "The pictures lie in outputs/demo/overlay"
+	@echo "The images are in outputs/demo/overlay"
 
 test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
@@ -33,7 +33,7 @@ test: $(VENV)/installed-dev
 lint: $(VENV)/installed-dev
 	$(BIN)/pre-commit run --all-files
 
-# `grounded-sam --help` prints this file, which the suite compares with what Hydra makes of conf.
+# `grounded-sam --help` prints this file; a test compares it with the help that Hydra composes from conf/.
 help: $(VENV)/installed
 	$(BIN)/grounded-sam --help input=null > grounded_sam/cli/help.part && mv grounded_sam/cli/help.part grounded_sam/cli/help.txt
 

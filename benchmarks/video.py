@@ -1,12 +1,12 @@
-"""Tracking through this package's session, sam2's `propagate_in_video` and transformers' streaming session.
+"""Tracking with this package's session, sam2's `propagate_in_video` and transformers' streaming session.
 
-    python benchmarks/video.py speed  --weights random --objects 1 4 8    seconds a frame and peak memory
-    python benchmarks/video.py memory --weights shapes --frames 2000      resident memory as frames go by
+    python benchmarks/video.py speed  --weights random --objects 1 4 8    seconds per frame and peak memory
+    python benchmarks/video.py memory --weights shapes --frames 2000      resident memory over time
 
-All run on the same weights and frames, each in a process of its own, in turns, the package's session with each
-`precision`. `--weights random` is SAM 2.1 hiera-tiny at real size, `shapes` the small model of the package. `speed`
-fills the memory bank first, and then times `--timed` frames; `--peers sam2` leaves transformers out. `memory` gives
-what is resident after 200 and after `--frames` frames for the package's session, and after 200 and 400 for the others,
+All use the same weights and frames. Each runs in its own process, in turns; this package's session runs with each
+`precision`. `--weights random` is SAM 2.1 hiera-tiny at real size, `shapes` the embedded model. `speed` fills the
+memory bank first, then times `--timed` frames; `--peers sam2` leaves transformers out. `memory` prints the resident
+memory after 200 and after `--frames` frames for this package's session, and after 200 and 400 frames for the others,
 which keep every frame.
 """
 
@@ -30,8 +30,8 @@ SIZE_HW = (480, 854)
 PRECISIONS = ("exact", "balanced", "fast")
 
 
-def frames(count: int) -> Iterator[np.ndarray]:
-    """A loop of 60 frames of moving shapes at DAVIS's size."""
+def make_frames(count: int) -> Iterator[np.ndarray]:
+    """Yield frames of moving shapes at DAVIS's size: a clip of 60, played forward and backward."""
     from grounded_sam.shapes.scenes import make_clip
 
     clip = [s.image for s in make_clip(np.random.default_rng(1), 60, count=4, size_hw=SIZE_HW)]
@@ -39,16 +39,16 @@ def frames(count: int) -> Iterator[np.ndarray]:
         yield clip[min(t % 118, 118 - t % 118)]
 
 
-def prompts(objects: int) -> np.ndarray:
-    """Masks of the objects on the first frame: squares side by side."""
+def make_prompts(objects: int) -> np.ndarray:
+    """Return masks for the first frame, rectangles side by side, `(objects, H, W) bool`."""
     masks = np.zeros((objects, *SIZE_HW), bool)
     for i, mask in enumerate(masks):
         mask[60 + 200 * (i % 2) : 200 + 200 * (i % 2), 20 + 100 * i : 110 + 100 * i] = True
     return masks
 
 
-def checkpoint_of(weights: str) -> tuple[str, Path]:
-    """A checkpoint of SAM 2 and the YAML of its architecture."""
+def find_checkpoint(weights: str) -> tuple[str, Path]:
+    """Return a checkpoint of SAM 2 and the YAML file of its architecture."""
     import sam2
     import torch
     from omegaconf import OmegaConf
@@ -67,36 +67,37 @@ def checkpoint_of(weights: str) -> tuple[str, Path]:
     return str(path), architecture
 
 
-def model_of(weights: str) -> tuple[Any, Path]:
-    """A `SAM2Base` as its authors have it, and the YAML of its architecture."""
-    from grounded_sam.segmenters.sam2 import build_model
+def build_base_model(weights: str) -> tuple[Any, Path]:
+    """Return an unmodified `SAM2Base`, and the YAML file of its architecture."""
+    from grounded_sam.segmenters.sam2 import build_sam2
     from grounded_sam.weights.loading import find_file
 
-    checkpoint, architecture = checkpoint_of(weights)
-    model = build_model(architecture, find_file(checkpoint, "sam2"), "SAM 2.1 tiny")
+    checkpoint, architecture = find_checkpoint(weights)
+    model = build_sam2(architecture, find_file(checkpoint, "sam2"), "SAM 2.1 tiny")
     model.binarize_mask_from_pts_for_mem_enc = True
     return model, architecture
 
 
-def resident() -> float:
-    """MiB of this process that are in memory."""
+def resident_mib() -> float:
+    """Return the resident memory of this process in MiB."""
     import os
 
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def ours(weights: str, objects: int, count: int, precision: Any = "exact") -> Iterator[None]:
+def run_package(weights: str, objects: int, count: int, precision: Any = "exact") -> Iterator[None]:
+    """Track with this package's session; yield after every frame."""
     import supervision as sv
 
-    from grounded_sam.acceleration.allocator import keep_pages
+    from grounded_sam.acceleration.allocator import keep_freed_memory
     from grounded_sam.structures.masks import masks_to_xyxy
     from grounded_sam.trackers.sam2 import Sam2Tracker
 
-    keep_pages()
-    checkpoint, _ = checkpoint_of(weights)
+    keep_freed_memory()
+    checkpoint, _ = find_checkpoint(weights)
     session = Sam2Tracker(checkpoint=checkpoint, device="cpu", prompt="mask", precision=precision).open(SIZE_HW)
-    masks = prompts(objects)
-    for t, image in enumerate(frames(count)):
+    masks = make_prompts(objects)
+    for t, image in enumerate(make_frames(count)):
         session.step(image)
         if t == 0:
             ids = np.arange(1, objects + 1)
@@ -104,33 +105,35 @@ def ours(weights: str, objects: int, count: int, precision: Any = "exact") -> It
         yield
 
 
-def sam2(weights: str, objects: int, count: int) -> Iterator[None]:
+def run_sam2(weights: str, objects: int, count: int) -> Iterator[None]:
+    """Track with sam2's video predictor; yield after every frame."""
     from PIL import Image
     from sam2.sam2_video_predictor import SAM2VideoPredictor
 
-    predictor, _ = model_of(weights)
+    predictor, _ = build_base_model(weights)
     predictor.__class__ = SAM2VideoPredictor
     predictor.fill_hole_area, predictor.non_overlap_masks = 0, False
     predictor.clear_non_cond_mem_around_input = predictor.add_all_frames_to_correct_as_cond = False
     with tempfile.TemporaryDirectory() as folder:
-        for t, image in enumerate(frames(count)):
+        for t, image in enumerate(make_frames(count)):
             Image.fromarray(image).save(f"{folder}/{t:05d}.jpg", quality=95)
         state = predictor.init_state(folder)
-    for i, mask in enumerate(prompts(objects)):
+    for i, mask in enumerate(make_prompts(objects)):
         predictor.add_new_mask(state, 0, i + 1, mask)
     for _, _, logits in predictor.propagate_in_video(state):
         (logits > 0).numpy()
         yield
 
 
-def transformers(weights: str, objects: int, count: int) -> Iterator[None]:
+def run_transformers(weights: str, objects: int, count: int) -> Iterator[None]:
+    """Track with transformers' streaming session; yield after every frame."""
     import torch
     from transformers import Sam2VideoModel, Sam2VideoProcessor, Sam2VideoVideoProcessor
     from transformers.models.sam2 import Sam2ImageProcessor
 
     from grounded_sam.weights.sam2_conversion import rename_weights, video_config
 
-    base, architecture = model_of(weights)
+    base, architecture = build_base_model(weights)
     model = Sam2VideoModel(video_config(architecture))
     model.load_state_dict(rename_weights(base.state_dict()))
     model.eval()
@@ -142,14 +145,14 @@ def transformers(weights: str, objects: int, count: int) -> Iterator[None]:
     )
     session = processor.init_video_session(inference_device="cpu", dtype=torch.float32)
     with torch.inference_mode():
-        for t, image in enumerate(frames(count)):
+        for t, image in enumerate(make_frames(count)):
             inputs = processor(images=image, return_tensors="pt")
             if t == 0:
                 processor.add_inputs_to_inference_session(
                     inference_session=session,
                     frame_idx=0,
                     obj_ids=list(range(1, objects + 1)),
-                    input_masks=list(prompts(objects)),
+                    input_masks=list(make_prompts(objects)),
                     original_size=SIZE_HW,
                 )
             out = model(inference_session=session, frame=inputs.pixel_values[0])
@@ -158,53 +161,66 @@ def transformers(weights: str, objects: int, count: int) -> Iterator[None]:
 
 
 def work(args: argparse.Namespace) -> None:
-    """One implementation in this process; a line of JSON at the end."""
+    """Run one implementation in this process, and print a line of JSON at the end."""
     import resource
 
     import torch
 
     warnings.simplefilter("ignore")
     torch.set_num_threads(args.threads)
-    kinds = {"sam2": sam2, "transformers": transformers}
-    kinds |= {name: partial(ours, precision=name) for name in PRECISIONS}
-    run = kinds[args.work]
-    at: dict[int, float] = {}
+    trackers = {"sam2": run_sam2, "transformers": run_transformers}
+    trackers |= {name: partial(run_package, precision=name) for name in PRECISIONS}
+    run = trackers[args.work]
+    resident_after: dict[int, float] = {}
     times = []
-    begin = time.perf_counter()
+    start = time.perf_counter()
     for t, _ in enumerate(run(args.weights, args.objects[0], args.frames)):
         now = time.perf_counter()
-        times.append(now - begin)
-        begin = now
+        times.append(now - start)
+        start = now
         if t + 1 in (200, 400, args.frames):
-            at[t + 1] = resident()
+            resident_after[t + 1] = resident_mib()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(json.dumps({"s": float(np.median(times[-args.timed :])), "peak": peak, "at": at}))
+    print(json.dumps({"s": float(np.median(times[-args.timed :])), "peak": peak, "resident_after": resident_after}))
 
 
-def child(name: str, args: argparse.Namespace, objects: int, count: int) -> dict[str, Any]:
-    words = [args.mode, "--work", name, "--weights", args.weights, "--objects", str(objects), "--frames", str(count)]
-    words += ["--timed", str(args.timed), "--threads", str(args.threads)]
-    done = subprocess.run([sys.executable, __file__, *words], capture_output=True, text=True, check=False)
-    if done.returncode:
-        sys.exit(done.stderr)
-    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+def run_process(name: str, args: argparse.Namespace, objects: int, count: int) -> dict[str, Any]:
+    """Run one implementation in a process of its own; see `work`."""
+    arguments = [
+        args.mode,
+        "--work",
+        name,
+        "--weights",
+        args.weights,
+        "--objects",
+        str(objects),
+        "--frames",
+        str(count),
+    ]
+    arguments += ["--timed", str(args.timed), "--threads", str(args.threads)]
+    process = subprocess.run([sys.executable, __file__, *arguments], capture_output=True, text=True, check=False)
+    if process.returncode:
+        sys.exit(process.stderr)
+    result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
     return result
 
 
 def speed(args: argparse.Namespace) -> None:
+    """Print seconds per frame and peak memory of all implementations."""
     for objects in args.objects:
         rows: dict[str, list[dict[str, Any]]] = {}
         for _ in range(args.rounds):
             for name in (*args.precisions, *args.peers):
-                rows.setdefault(name, []).append(child(name, args, objects, args.fill + args.timed))
-        base = min(row["s"] for row in rows["sam2"])
+                rows.setdefault(name, []).append(run_process(name, args, objects, args.fill + args.timed))
+        baseline = min(row["s"] for row in rows["sam2"])
         for name, results in rows.items():
             seconds, peak = min(row["s"] for row in results), max(row["peak"] for row in results)
-            line = f"{objects} objects  {name:12} {seconds:7.3f} s a frame  {seconds / base:.2f} of sam2's"
+            line = f"{objects} objects  {name:12} {seconds:7.3f} s per frame  {seconds / baseline:.2f} of sam2's"
             print(f"{line}  peak {peak:,.0f} MiB", flush=True)
 
 
 def memory(args: argparse.Namespace) -> None:
+    """Print how resident memory grows."""
     for name, count in (
         ("exact", args.frames),
         ("sam2", 200),
@@ -212,12 +228,12 @@ def memory(args: argparse.Namespace) -> None:
         ("transformers", 200),
         ("transformers", 400),
     ):
-        result = child(name, args, args.objects[0], count)
-        text = ", ".join(f"{mib:,.0f} MiB after {frame} frames" for frame, mib in result["at"].items())
-        values = list(result["at"].values())
-        grown = f"  ({100 * (values[-1] / values[0] - 1):+.1f}% from the first to the last)" if name == "exact" else ""
+        result = run_process(name, args, args.objects[0], count)
+        text = ", ".join(f"{mib:,.0f} MiB after {frame} frames" for frame, mib in result["resident_after"].items())
+        values = list(result["resident_after"].values())
+        growth = f"  ({100 * (values[-1] / values[0] - 1):+.1f}%)" if name == "exact" else ""
         print(
-            f"{name:12} {count:5} frames, {args.objects[0]} objects: {text}{grown}; peak {result['peak']:,.0f} MiB",
+            f"{name:12} {count:5} frames, {args.objects[0]} objects: {text}{growth}; peak {result['peak']:,.0f} MiB",
             flush=True,
         )
 
@@ -227,7 +243,7 @@ def main() -> None:
     parser.add_argument("mode", choices=["speed", "memory"])
     parser.add_argument("--weights", choices=["random", "shapes"], default="random")
     parser.add_argument("--objects", type=int, nargs="+", default=[3])
-    parser.add_argument("--frames", type=int, default=2000, help="of `memory`, for the package's session")
+    parser.add_argument("--frames", type=int, default=2000, help="frames of `memory`, for this package's session")
     parser.add_argument("--fill", type=int, default=17, help="frames of `speed` before the timed ones")
     parser.add_argument("--timed", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=1)

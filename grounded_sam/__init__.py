@@ -1,10 +1,10 @@
-"""Name things in words, get masks with class labels.
+"""Segment what text names: Grounding DINO and SAM / SAM 2 as stages that can be swapped.
 
 >>> from grounded_sam import load
 >>> model = load(detector="grounding_dino", segmenter="sam2")     # doctest: +SKIP
->>> found = model.segment("street.jpg", ["car", "wheel"])         # doctest: +SKIP
+>>> detections = model.segment("street.jpg", ["car", "wheel"])    # doctest: +SKIP
 
-Importing this imports neither torch nor Hydra; `load` does.
+Importing the package imports neither torch nor Hydra; `load` does.
 """
 
 from __future__ import annotations

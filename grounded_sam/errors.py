@@ -1,21 +1,21 @@
-"""The errors a user can mend. The command prints their message as one line and exits with 1."""
+"""Errors that a user can fix. The command prints their message as one line and exits with code 1."""
 
 
 class GroundedSamError(Exception):
-    """Base of everything this package raises on purpose; says what was expected and what came."""
+    """Base class of the errors of this package; the message says what was expected and what was given."""
 
 
 class ConfigError(GroundedSamError):
-    """A key, a choice or a combination of choices that cannot work."""
+    """Raised for a config key, a value or a combination of settings that cannot work."""
 
 
 class VocabularyError(GroundedSamError, ValueError):
-    """Text that names no class, or names one in two ways."""
+    """Raised for text that names no class, or one class twice."""
 
 
 class ImageError(GroundedSamError):
-    """A file or array that is no usable picture."""
+    """Raised for a file or an array that cannot be used as an image."""
 
 
 class CheckpointError(GroundedSamError):
-    """Weights that are missing, damaged, or of another model."""
+    """Raised for weights that are missing, damaged or those of another model."""

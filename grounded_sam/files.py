@@ -1,48 +1,115 @@
-"""Files that appear whole or not at all, under names that cannot collide or leave their folder."""
+"""Files that appear whole or not at all, under names that are unique and stay in their folder."""
 
 from __future__ import annotations
 
 import os
 import re
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import TextIOWrapper
 from pathlib import Path
 
 
+class PendingFile:
+    """A file that grows during a run under a temporary name, and gets its own name when it is complete.
+
+    Args:
+        path: File to write. Its folder is created.
+        shared: Whether other processes may write the same file at the same time; the last one wins.
+
+    Attributes:
+        path: The file.
+        part: Temporary path beside it, to write to.
+    """
+
+    def __init__(self, path: Path, *, shared: bool = False) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.path = path
+        self.part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part" if shared else f".{path.name}.part")
+        self.discard()  # left by a process that was killed; it may be a link
+        self._text: TextIOWrapper | None = None
+
+    @property
+    def text(self) -> TextIOWrapper:
+        """The temporary file as a UTF-8 text stream, opened when first read; `commit` closes it."""
+        if self._text is None:
+            self._text = self.part.open("w", encoding="utf-8", newline="")  # line ends as written, on every system
+        return self._text
+
+    def commit(self) -> None:
+        """Rename the temporary file to `path`, which is replaced."""
+        if self._text is not None:
+            self._text.close()
+        os.replace(self.part, self.path)
+
+    def discard(self) -> None:
+        """Remove the temporary file, if there is one."""
+        self.part.unlink(missing_ok=True)
+
+
 @contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """Give a path beside `path` to write to; rename it into place at the end, remove it on error."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.unlink(missing_ok=True)  # of a process that was killed; it may be a link
+def atomic_write(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside `path` to write to; rename it at the end, or remove it on an error.
+
+    Args:
+        path: File to write. Its folder is created.
+        shared: Whether other processes may write the same file at the same time; the last one wins.
+    """
+    pending = PendingFile(path, shared=shared)
     try:
-        yield part
-        os.replace(part, path)
+        yield pending.part
+        pending.commit()
     finally:
-        part.unlink(missing_ok=True)
+        pending.discard()
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file that appears whole or not at all.
+
+    Args:
+        path: File to write. Its folder is created.
+        text: Its content.
+    """
+    with atomic_write(path) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 class UniqueNames:
-    """Relative output names for frames: the frame's own, made safe, never the same twice."""
+    """Make relative output paths from names, safe on every file system and never the same twice.
+
+    >>> names = UniqueNames()
+    >>> [str(names(name, ".png")) for name in ("a/b.png", "a/b.png", "../c.jpg")]
+    ['a/b.png', 'a/b-2.png', 'c.jpg.png']
+    """
 
     def __init__(self) -> None:
         self._taken: set[str] = set()
 
     def __call__(self, name: str, suffix: str) -> Path:
-        """`sub/photo.png` to `sub/photo.png` if it has `suffix` already, else `sub/photo.png<suffix>`."""
+        """Return the path for a name.
+
+        Args:
+            name: Name with `/` between folders; it cannot lead out of the output folder.
+            suffix: Suffix of the path, such as `.png`, appended unless the name ends with it; empty for none.
+        """
         parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
         safe = "/".join(safe_filename(part) for part in parts) or "image"
-        base = safe if suffix and safe.lower().endswith(suffix) else safe + suffix
-        stem, ending = (base[: -len(suffix)], suffix) if suffix else (base, "")
-        free, count = base, 1
-        while free.casefold() in self._taken:
+        path = safe if suffix and safe.lower().endswith(suffix) else safe + suffix
+        stem, ending = (path[: -len(suffix)], suffix) if suffix else (path, "")
+        count = 1
+        while path.casefold() in self._taken:  # some file systems ignore case
             count += 1
-            free = f"{stem}-{count}{ending}"
-        self._taken.add(free.casefold())
-        return Path(free)
+            path = f"{stem}-{count}{ending}"
+        self._taken.add(path.casefold())
+        return Path(path)
 
 
-def safe_filename(part: str) -> str:
-    """A file name of any system: letters of all scripts stay, what a file system forbids becomes `_`."""
-    safe = re.sub(r'[<>:"/\\|?*\x00-\x1f\ud800-\udfff]', "_", part).rstrip(". ")
+def safe_filename(name: str) -> str:
+    """Return a file name that every file system takes: letters of all scripts stay, forbidden characters become `_`.
+
+    >>> safe_filename("who?.png")
+    'who_.png'
+    """
+    safe = re.sub(r'[<>:"/\\|?*\x00-\x1f\ud800-\udfff]', "_", name).rstrip(". ")
     return safe.encode()[:200].decode("utf-8", "ignore") or "_"  # file systems count bytes

@@ -1,4 +1,4 @@
-"""From words on the command line to stages: the config folder, composing, building."""
+"""Read and preserve Hydra's global state."""
 
 from __future__ import annotations
 
@@ -8,15 +8,26 @@ from contextlib import contextmanager
 
 @contextmanager
 def preserve_hydra_state() -> Iterator[None]:
-    """Leave Hydra's global state as it was: importing `sam2` seizes it, composing needs it free.
+    """Restore Hydra's global state afterwards: importing `sam2` initializes it, and composing resets it.
 
-    So a Hydra app may follow on `load`. Who wants `sam2.build_sam.build_sam2` after `load`, which
-    counts on the state that the import leaves, says `hydra.initialize_config_module("sam2")` first.
+    So a Hydra app can start after `load()`. To call `sam2.build_sam.build_sam2` afterwards, which needs the state that
+    its import leaves, first run `hydra.initialize_config_module("sam2")`.
+
+    >>> with preserve_hydra_state():
+    ...     import sam2
     """
     from hydra.core.global_hydra import GlobalHydra
 
-    held = GlobalHydra.instance().hydra
+    previous = GlobalHydra.instance().hydra
     try:
         yield
     finally:
-        GlobalHydra.instance().hydra = held
+        GlobalHydra.instance().hydra = previous
+
+
+def in_sweep() -> bool:
+    """Return whether this process runs a job of a sweep (`--multirun`)."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
+
+    return HydraConfig.initialized() and HydraConfig.get().mode == RunMode.MULTIRUN

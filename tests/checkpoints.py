@@ -1,4 +1,4 @@
-"""Randomly initialised checkpoints of the real classes, saved as a user would have them."""
+"""Checkpoints of the real classes with random weights, saved as a user would have them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WORDS = (
 
 
 def tokenizer(size: int = 2000) -> BertTokenizerFast:
-    """BERT's scheme with some words, every letter as a piece, and delimiters at BERT's own ids."""
+    """Return a BERT tokenizer with some words, all letters as tokens, and the special tokens at BERT's ids."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789"
     pieces = [*WORDS, *letters, *(f"##{c}" for c in letters), "##ing", "##van", "-", "'", ","]
     vocabulary = dict(SPECIAL)
@@ -59,7 +59,7 @@ SMALL = {
 
 
 def grounding_dino(folder: Path, full: bool = False, mm: bool = False, max_text_len: int = 256, seed: int = 0) -> Path:
-    """A Grounding DINO (or MM-Grounding-DINO) with random weights: real size (Swin-T, BERT-base) or small."""
+    """Save a Grounding DINO or MM-Grounding-DINO with random weights, of real size (Swin-T, BERT-base) or small."""
     torch.manual_seed(seed)
     words = tokenizer(30522 if full else 2000)
     text = {"model_type": "bert", "vocab_size": len(words)}
@@ -72,12 +72,12 @@ def grounding_dino(folder: Path, full: bool = False, mm: bool = False, max_text_
     )
     sizes = {} if full else SMALL
     model = make(kind(text_config=text, max_text_len=max_text_len, **sizes)).eval()
-    with torch.no_grad():  # fresh weights all but ignore the text; make it matter
+    with torch.no_grad():  # initial weights nearly ignore the text
         for name, weight in model.named_parameters():
             if name.endswith(("vision_param", "text_param")):
                 weight.fill_(0.5)
             elif "bbox_embed" in name or name.endswith(("sampling_offsets.weight", "attention_weights.weight")):
-                weight.normal_(0, 0.05)  # zero as they come, so that boxes would say nothing
+                weight.normal_(0, 0.05)  # initialized to zero, which makes all boxes equal
     model.save_pretrained(folder)
     size = {} if full else {"size": {"shortest_edge": 96, "longest_edge": 160}}
     GroundingDinoProcessor(GroundingDinoImageProcessor(**size), words).save_pretrained(folder)
@@ -85,7 +85,7 @@ def grounding_dino(folder: Path, full: bool = False, mm: bool = False, max_text_
 
 
 def sam(path: Path) -> Path:
-    """SAM vit_b with random weights, as `.pth`."""
+    """Save SAM vit_b with random weights as a `.pth` file."""
     from segment_anything import sam_model_registry
 
     torch.manual_seed(1)
@@ -95,7 +95,7 @@ def sam(path: Path) -> Path:
 
 
 def sam2(path: Path, config: str = "sam2.1_hiera_t.yaml") -> Path:
-    """SAM 2.1 hiera-tiny with random weights, as `.pt` with the wrapping of the official files."""
+    """Save SAM 2.1 hiera-tiny with random weights as a `.pt` file in the format of the official ones."""
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
@@ -113,7 +113,7 @@ def sam2(path: Path, config: str = "sam2.1_hiera_t.yaml") -> Path:
 
 
 def owlv2(folder: Path, full: bool = False, seed: int = 0) -> Path:
-    """An OWLv2 with random weights: of the size of owlv2-base-patch16-ensemble, or small."""
+    """Save an OWLv2 with random weights, of the size of owlv2-base-patch16-ensemble or small."""
     from transformers import (
         CLIPTokenizerFast,
         Owlv2Config,
@@ -136,7 +136,7 @@ def owlv2(folder: Path, full: bool = False, seed: int = 0) -> Path:
         else Owlv2Config(text_config=text, vision_config=vision, projection_dim=32)
     )
     model = Owlv2ForObjectDetection(config).eval()
-    with torch.no_grad():  # fresh heads give all boxes one size and all classes one score
+    with torch.no_grad():  # initial heads give all boxes one size and all classes one score
         for head in (model.box_head, model.class_head, model.objectness_head):
             for weight in head.parameters():
                 weight.normal_(0, 0.05 if full else 0.3)
@@ -151,7 +151,7 @@ CLIP_WORDS = 49408
 
 
 def clip_tokenizer(kind: type, size: int | None = None) -> object:
-    """CLIP's scheme: letters, and letters that end a word; with `size` the two delimiters are the last of so many."""
+    """Return a CLIP tokenizer of single letters; with `size`, padded to that many tokens, the delimiters last."""
     letters = "abcdefghijklmnopqrstuvwxyz0123456789,.-' "
     pieces = ["!", *letters, *(f"{c}</w>" for c in letters)]
     pieces += [f"[unused{i}]" for i in range(len(pieces), (size or 0) - 2)]
@@ -160,9 +160,9 @@ def clip_tokenizer(kind: type, size: int | None = None) -> object:
 
 
 def omdet_turbo(folder: Path, full: bool = False, seed: int = 0) -> Path:
-    """An OmDet-Turbo with random weights: of the size of omdet-turbo-swin-tiny-hf, or small.
+    """Save an OmDet-Turbo with random weights, of the size of omdet-turbo-swin-tiny-hf or small.
 
-    The backbone of the real one is timm's Swin-T; without timm it is transformers', of the same size.
+    The real one has timm's Swin-T as its backbone; without timm it is that of transformers, of the same size.
     """
     from transformers import (
         CLIPTokenizerFast,
@@ -186,7 +186,7 @@ def omdet_turbo(folder: Path, full: bool = False, seed: int = 0) -> Path:
         "text_config": text,
         "backbone_config": backbone,
         "image_size": 96,
-        "apply_layernorm_after_vision_backbone": False,  # it is for backbones of timm, channels last
+        "apply_layernorm_after_vision_backbone": False,  # only for backbones of timm, which are channels-last
         "encoder_hidden_dim": 16,
         "decoder_hidden_dim": 16,
         "encoder_in_channels": [32, 64, 128],
@@ -210,7 +210,7 @@ def omdet_turbo(folder: Path, full: bool = False, seed: int = 0) -> Path:
 
 
 def sam2_hf(folder: Path) -> Path:
-    """SAM 2.1 hiera-tiny of transformers with random weights."""
+    """Save SAM 2.1 hiera-tiny of transformers with random weights."""
     import sam2 as package
     from transformers import Sam2VideoModel
     from transformers.models.sam2 import Sam2ImageProcessor
@@ -225,7 +225,7 @@ def sam2_hf(folder: Path) -> Path:
 
 
 def sam3_tracker(folder: Path, full: bool = False, seed: int = 0) -> Path:
-    """SAM 3's tracker with random weights: of real size, or with a small image encoder."""
+    """Save SAM 3's tracker with random weights, of real size or with a small image encoder."""
     from transformers import Sam3ImageProcessor, Sam3TrackerVideoConfig, Sam3TrackerVideoModel
 
     torch.manual_seed(seed)
@@ -249,9 +249,9 @@ def sam3_tracker(folder: Path, full: bool = False, seed: int = 0) -> Path:
 
 
 def edgetam(folder: Path, full: bool = False, seed: int = 0) -> Path:
-    """EdgeTAM with random weights: of real size, or for pictures of a quarter of the side.
+    """Save EdgeTAM with random weights, of real size or for images of a quarter of the side.
 
-    The image encoder of the real one is timm's RepViT-M1; the small one, and without timm both, have SAM 2's Hiera-T.
+    The real one has timm's RepViT-M1 as its image encoder; the small one, and without timm both, have SAM 2's Hiera-T.
     """
     from transformers import EdgeTamVideoConfig, EdgeTamVideoModel
     from transformers.models.sam2 import Sam2ImageProcessor
@@ -277,7 +277,7 @@ def edgetam(folder: Path, full: bool = False, seed: int = 0) -> Path:
 
 
 def sam_hq(folder: Path, full: bool = False, seed: int = 0) -> Path:
-    """A SAM-HQ with random weights: vit_b, or small."""
+    """Save a SAM-HQ with random weights, vit_b or small."""
     from transformers import SamHQConfig, SamHQModel, SamImageProcessor
 
     torch.manual_seed(seed)
@@ -301,7 +301,7 @@ def sam_hq(folder: Path, full: bool = False, seed: int = 0) -> Path:
 
 
 def sam3_config(side: int, words: Any, width: int = 32) -> dict[str, Any]:
-    """The settings of a small SAM 3 for pictures of `side` px."""
+    """Return the config of a small SAM 3 for images of `side` px."""
     backbone = {"model_type": "sam3_vit_model", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     backbone |= {"num_attention_heads": 2, "image_size": side, "patch_size": 14, "window_size": 4}
     backbone |= {"global_attn_indexes": [1], "pretrain_image_size": 56}
@@ -321,6 +321,7 @@ def sam3_config(side: int, words: Any, width: int = 32) -> dict[str, Any]:
 
 
 def sam3_words(full: bool) -> Any:
+    """Return the tokenizer of a SAM 3, of real size or small."""
     from transformers import CLIPTokenizerFast
 
     words = clip_tokenizer(CLIPTokenizerFast, CLIP_WORDS if full else None)
@@ -329,7 +330,7 @@ def sam3_words(full: bool) -> Any:
 
 
 def stir_sam3(model: torch.nn.Module, deviation: float) -> None:
-    """Fresh heads give all queries one score and one box."""
+    """Randomize the heads of a SAM 3, whose initial weights give all queries one score and one box."""
     parts = ("detr_decoder", "dot_product", "mask_decoder", "text_projection")
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -338,7 +339,7 @@ def stir_sam3(model: torch.nn.Module, deviation: float) -> None:
 
 
 def sam3(folder: Path, full: bool = False, seed: int = 0) -> Path:
-    """A SAM 3 with random weights: of real size, or small."""
+    """Save a SAM 3 with random weights, of real size or small."""
     from transformers import Sam3Config, Sam3ImageProcessor, Sam3Model
 
     torch.manual_seed(seed)
@@ -352,10 +353,13 @@ def sam3(folder: Path, full: bool = False, seed: int = 0) -> Path:
 
 
 def sam3_video(folder: Path, full: bool = False, seed: int = 0, **settings: Any) -> Path:
-    """A SAM 3 for videos with random weights: of real size, or small.
+    """Save a SAM 3 for videos with random weights, of real size or small.
 
     Args:
-        settings: of `Sam3VideoConfig`, such as thresholds that random weights reach.
+        folder: Where to save it.
+        full: Whether it has the real size.
+        seed: Seed of the weights.
+        settings: Arguments of `Sam3VideoConfig`, such as thresholds that random weights reach.
     """
     from transformers import Sam3ImageProcessor, Sam3VideoConfig, Sam3VideoModel, Sam3VideoProcessor
     from transformers.models.sam2_video import Sam2VideoVideoProcessor
@@ -384,7 +388,7 @@ def sam3_video(folder: Path, full: bool = False, seed: int = 0, **settings: Any)
 
 
 def florence2(folder: Path, full: bool = False, seed: int = 0) -> Path:
-    """A Florence-2 with random weights, small or of the size of Florence-2-base, that writes locations now and then."""
+    """Save a Florence-2 with random weights, small or of the size of Florence-2-base, that outputs some locations."""
     from transformers import (
         CLIPImageProcessor,
         Florence2Config,
@@ -415,7 +419,7 @@ def florence2(folder: Path, full: bool = False, seed: int = 0) -> Path:
         vision |= {"num_groups": [1, 2, 2, 2], "window_size": 4}
     config = Florence2Config(text_config=text, vision_config=vision, image_token_id=words.image_token_id)
     model = Florence2ForConditionalGeneration(config).eval()
-    with torch.no_grad():  # fresh weights write one token for ever
+    with torch.no_grad():  # initial weights repeat one token
         shared = model.get_input_embeddings().weight
         shared.normal_(0, 0.05)
         shared[words.convert_tokens_to_ids("<loc_0>") :] *= 3

@@ -1,3 +1,5 @@
+"""Fixtures that many tests share."""
+
 from __future__ import annotations
 
 import os
@@ -12,6 +14,7 @@ DATA = Path(os.environ.get("GROUNDED_SAM_TEST_DATA", ROOT.parent / "shared" / "d
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip the tests that are marked `cuda` where there is no CUDA device."""
     import torch
 
     if not torch.cuda.is_available():
@@ -22,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def data() -> Path:
-    """Real photos and malformed files, from outside the repository."""
+    """Return the folder of real photos and malformed files, which is not part of the repository."""
     if not DATA.is_dir():
         pytest.skip(f"no test data at {DATA}; set GROUNDED_SAM_TEST_DATA")
     return DATA
@@ -30,12 +33,13 @@ def data() -> Path:
 
 @pytest.fixture(scope="session")
 def photos(data: Path) -> Path:
+    """Return the folder of real photos."""
     return data / "photos"
 
 
 @pytest.fixture(scope="session")
 def scenes() -> list:
-    """A few scenes with truth, the same every time."""
+    """Return four scenes with ground truth, the same in every run."""
     from grounded_sam.shapes.scenes import make_scene
 
     return [make_scene(np.random.default_rng([42, i]), count=4, size_hw=(200, 260)) for i in range(4)]
@@ -43,17 +47,17 @@ def scenes() -> list:
 
 @pytest.fixture
 def folder(tmp_path: Path, scenes: list) -> Path:
-    """A folder of scenes as picture files."""
-    place = tmp_path / "pictures"
-    (place / "sub").mkdir(parents=True)
+    """Write the scenes to `0.png`, `1.png`, `sub/2.png` and `sub/3.png` in a folder and return it."""
+    path = tmp_path / "photos"
+    (path / "sub").mkdir(parents=True)
     for i, scene in enumerate(scenes):
-        Image.fromarray(scene.image).save(place / ("sub" if i > 1 else "") / f"{i}.png")
-    return place
+        Image.fromarray(scene.image).save(path / ("sub" if i > 1 else "") / f"{i}.png")
+    return path
 
 
 @pytest.fixture(scope="session")
 def shapes():
-    """The pipeline of the embedded models, with SAM 2."""
+    """Return the pipeline of the models that are part of the package, with SAM 2."""
     from grounded_sam import load
 
     return load(preset="shapes")

@@ -1,4 +1,4 @@
-"""Stages without weights, and builders of detections."""
+"""Stages without weights, and a helper that makes detections."""
 
 from __future__ import annotations
 
@@ -20,10 +20,15 @@ CLASSES = Vocabulary.parse(["a", "b", "c"])
 
 
 class Halves:
-    """A detector that finds the left half of every picture as class 0, the right half as the last.
+    """A detector whose boxes are the left half of each image (first class) and the right half (last class).
 
     Args:
-        delay: seconds that a picture takes.
+        score: Confidence of the left half; the right half has half of it.
+        batch_size: Frames per call.
+        delay: Seconds to sleep per frame.
+
+    Attributes:
+        calls: Number of frames in each call so far.
     """
 
     def __init__(self, score: float = 0.9, batch_size: int = 1, delay: float = 0.0) -> None:
@@ -32,21 +37,18 @@ class Halves:
 
     def detect(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
         self.calls.append(len(frames))
-        found = []
+        scores, class_ids = [self.score, self.score / 2], [0, len(vocabulary) - 1]
+        results = []
         for frame in frames:
             time.sleep(self.delay)
             height, width = frame.size_hw
-            boxes = [[0, 0, width / 2, height], [width / 2, 0, width, height]]
-            found.append(
-                make_detections(
-                    boxes, [self.score, self.score / 2], [0, len(vocabulary) - 1], vocabulary, frame.size_hw
-                )
-            )
-        return found
+            xyxy = [[0, 0, width / 2, height], [width / 2, 0, width, height]]
+            results.append(make_detections(xyxy, scores, class_ids, vocabulary, frame.size_hw))
+        return results
 
 
 class Fill:
-    """A segmenter whose masks are the boxes, filled."""
+    """A segmenter whose masks are the filled boxes."""
 
     def segment(self, image: np.ndarray, detections: sv.Detections) -> sv.Detections:
         masks = np.zeros((len(detections), *image.shape[:2]), bool)
@@ -56,50 +58,65 @@ class Fill:
 
 
 class Dies(Halves):
-    """`Halves` in a process that is killed at its `after`-th picture, the first time; `flag` is then a folder."""
+    """`Halves` that kills its process at its `after`-th call, once.
+
+    Args:
+        flag: Path of a folder that is created before the process is killed; if it exists, nothing is killed.
+        after: Number of the call, from 1.
+        delay: Seconds to sleep per frame.
+    """
 
     def __init__(self, flag: str, after: int, delay: float = 0.0) -> None:
         super().__init__(delay=delay)
         self.flag, self.after = Path(flag), after
 
     def detect(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
-        found = super().detect(frames, vocabulary)
+        detections = super().detect(frames, vocabulary)
         if len(self.calls) == self.after and not self.flag.exists():
             self.flag.mkdir()
             os.kill(os.getpid(), signal.SIGKILL)
-        return found
+        return detections
 
 
 def boxes(*rows: tuple[float, float, float, float, float, int], size_hw: tuple[int, int] = (100, 100)) -> sv.Detections:
-    """Detections from rows of x1, y1, x2, y2, score, class."""
+    """Make detections from rows of x1, y1, x2, y2, score and class id."""
     table = np.array(rows, float).reshape(-1, 6)
     return make_detections(table[:, :4], table[:, 4], table[:, 5], CLASSES, size_hw)
 
 
 class Levels:
-    """A detector that finds every gray level above 0 as an object; class `level // 100`, unless hidden.
+    """A detector to which every gray level above 0 is an object of class `level // 100`.
 
     Args:
-        hidden: frames (by index) in which nothing is found.
+        hidden: Numbers of the frames in which it detects nothing.
+
+    Attributes:
+        detected_frames: Numbers of the frames that were passed to it, in order.
     """
 
     def __init__(self, hidden: Sequence[int] = ()) -> None:
-        self.hidden, self.looked = set(hidden), []
+        self.hidden = set(hidden)
+        self.detected_frames: list[int] = []
 
     def detect(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
-        found = []
+        results = []
         for frame in frames:
-            self.looked.append(frame.index)
+            self.detected_frames.append(frame.index)
             levels = [] if frame.index in self.hidden else [v for v in np.unique(frame.image[..., 0]) if v]
             masks = np.array([frame.image[..., 0] == v for v in levels], bool).reshape(-1, *frame.size_hw)
-            ids = [int(v) // 100 for v in levels]
-            boxes_ = masks_to_xyxy(masks)
-            found.append(make_detections(boxes_, [0.9] * len(ids), ids, vocabulary, frame.size_hw, masks))
-        return found
+            class_ids = [int(v) // 100 for v in levels]
+            scores = [0.9] * len(levels)
+            xyxy = masks_to_xyxy(masks)
+            results.append(make_detections(xyxy, scores, class_ids, vocabulary, frame.size_hw, masks))
+        return results
 
 
 class ByLevel:
-    """A tracker that remembers the gray level under a prompt and finds it again; no memory leaks into it."""
+    """A tracker that stores the gray level under a prompt and returns the pixels of that level in later frames.
+
+    Attributes:
+        sessions: All sessions so far.
+    """
 
     def __init__(self) -> None:
         self.sessions: list[ByLevel.Session] = []
@@ -109,26 +126,35 @@ class ByLevel:
         return self.sessions[-1]
 
     class Session:
+        """A session of `ByLevel`.
+
+        Attributes:
+            levels: Gray level of each object, by tracker id.
+            closed: Whether `close` was called.
+            steps: Number of frames so far.
+        """
+
         def __init__(self, size_hw: tuple[int, int]) -> None:
             self.size_hw, self.levels, self.closed, self.steps = size_hw, {}, False, 0
 
-        def _find(self, ids: Sequence[int]) -> sv.Detections:
+        def _segment(self, ids: Sequence[int]) -> sv.Detections:
             masks = np.array([self.image[..., 0] == self.levels[i] for i in ids], bool).reshape(-1, *self.size_hw)
             return tracked_detections(np.array(ids, np.int64), masks, np.ones(len(ids)), np.ones(len(ids)))
 
         def step(self, image: np.ndarray) -> sv.Detections:
             self.image, self.steps = image, self.steps + 1
-            return self._find(list(self.levels))
+            return self._segment(list(self.levels))
 
-        def prompt(self, found: sv.Detections) -> sv.Detections:
-            for i, tracker_id in enumerate(found.tracker_id.tolist()):
-                if "points" in found.data and found.data["points"][i] is not None:
-                    x, y = found.data["points"][i][0].astype(int)
+        def prompt(self, detections: sv.Detections) -> sv.Detections:
+            data = detections.data
+            for i, tracker_id in enumerate(detections.tracker_id.tolist()):
+                if "points" in data and data["points"][i] is not None:
+                    x, y = data["points"][i][0].astype(int)
                     self.levels[tracker_id] = self.image[y, x, 0]
                 else:
-                    mask = found.data["prompt_mask"][i] if "points" in found.data else found.mask[i]
+                    mask = data["prompt_mask"][i] if "points" in data else detections.mask[i]
                     self.levels[tracker_id] = np.bincount(self.image[mask][:, 0]).argmax()
-            return self._find(found.tracker_id.tolist())
+            return self._segment(detections.tracker_id.tolist())
 
         def remove(self, tracker_id: int) -> None:
             del self.levels[tracker_id]

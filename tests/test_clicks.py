@@ -7,12 +7,13 @@ import pytest
 
 from grounded_sam import ConfigError, ImageError, Pipeline, load
 from grounded_sam.detectors.clicks import ClickDetector
+from grounded_sam.pipeline.images import process_images
 from grounded_sam.structures.frame import Frame
 
-FRAME = Frame(np.zeros((100, 120, 3), np.uint8), 0, "sub/cup.jpg")
+FRAME = Frame(pixels=np.zeros((100, 120, 3), np.uint8), index=0, name="sub/cup.jpg")
 
 
-def test_points_boxes_and_names_become_detections():
+def test_points_and_boxes_become_detections():
     detector = ClickDetector(
         [
             {"class": "cup", "points": [[30, 40], [50, 60]], "labels": [1, 0]},
@@ -21,14 +22,14 @@ def test_points_boxes_and_names_become_detections():
         ]
     )
     assert detector.vocabulary.classes == ("cup", "spoon")
-    found = detector.detect([FRAME], detector.vocabulary)[0]
-    assert found.class_id.tolist() == [0, 1, 0]
-    assert found.confidence.tolist() == [1, 1, 1]
-    assert found.xyxy.tolist() == [[30, 40, 31, 41], [5, 6, 70, 80], [10, 10, 11, 11]]
-    assert found.data["prompt_box"].tolist() == [False, True, False]
+    detections = detector.detect([FRAME], detector.vocabulary)[0]
+    assert detections.class_id.tolist() == [0, 1, 0]
+    assert detections.confidence.tolist() == [1, 1, 1]
+    assert detections.xyxy.tolist() == [[30, 40, 31, 41], [5, 6, 70, 80], [10, 10, 11, 11]]
+    assert detections.data["prompt_box"].tolist() == [False, True, False]
 
 
-def test_a_file_with_entries_for_single_images(tmp_path):
+def test_entries_of_a_file_apply_to_the_images_they_name(tmp_path):
     path = tmp_path / "clicks.json"
     entries = [
         {"class": "cup", "points": [[3, 4]], "image": "cup.jpg"},
@@ -37,32 +38,32 @@ def test_a_file_with_entries_for_single_images(tmp_path):
     path.write_text(json.dumps(entries))
     detector = ClickDetector(str(path))
     assert detector.detect([FRAME], detector.vocabulary)[0].data["class_name"].tolist() == ["cup"]
-    other = Frame(FRAME.image, 0, "x.jpg")
+    other = Frame(pixels=FRAME.image, index=0, name="x.jpg")
     assert len(detector.detect([other], detector.vocabulary)[0]) == 0
 
 
 @pytest.mark.parametrize(
-    ("entry", "says"),
+    ("entry", "message"),
     [
         ({"points": [[1, 2]]}, "class is missing"),
-        ({"class": "a"}, "give points, a box or a mask"),
+        ({"class": "a"}, "expected points, a box or a mask"),
         ({"class": "a", "point": [[1, 2]]}, "unknown key 'point'; the keys are box, class"),
         ({"class": "a", "points": [[1, 2, 3]]}, r"points must be \[\[x, y\], ...\]"),
         ({"class": "a", "points": "here"}, "points must be numbers"),
-        ({"class": "a", "points": [[1, 2]], "labels": [1, 0]}, "labels must be one of 1"),
-        ({"class": "a", "points": [[1, 2]], "labels": [3]}, "labels must be one of 1"),
+        ({"class": "a", "points": [[1, 2]], "labels": [1, 0]}, "labels must have one value per point"),
+        ({"class": "a", "points": [[1, 2]], "labels": [3]}, "labels must have one value per point"),
         ({"class": "a", "box": [9, 9, 1, 1]}, "x1 < x2"),
         ({"class": "a", "box": [1, 2, 3]}, "box must be"),
-        ({"class": "a", "mask": "nowhere.png"}, "there is no mask nowhere.png"),
+        ({"class": "a", "mask": "nowhere.png"}, "mask nowhere.png does not exist"),
         ("cup", "expected a mapping"),
     ],
 )
-def test_wrong_entries_are_named(entry, says):
-    with pytest.raises(ConfigError, match=rf"detector.prompts\[1\]: .*{says}"):
+def test_malformed_entries_are_named(entry, message):
+    with pytest.raises(ConfigError, match=rf"detector.prompts\[1\]: .*{message}"):
         ClickDetector([{"class": "ok", "points": [[1, 1]]}, entry])
 
 
-def test_missing_and_broken_files(tmp_path):
+def test_missing_and_invalid_files_are_errors(tmp_path):
     with pytest.raises(ConfigError, match=r"detector.prompts is missing"):
         ClickDetector(None)
     with pytest.raises(ConfigError, match="cannot read"):
@@ -72,7 +73,7 @@ def test_missing_and_broken_files(tmp_path):
         ClickDetector(str(tmp_path / "bad.json"))
 
 
-def test_points_outside_the_image_and_unknown_classes_are_refused():
+def test_prompts_outside_the_image_and_unknown_classes_are_errors():
     detector = ClickDetector([{"class": "cup", "points": [[300, 4]]}])
     with pytest.raises(ImageError, match=r"outside sub/cup.jpg, which is 120x100 px"):
         detector.detect([FRAME], detector.vocabulary)
@@ -81,13 +82,13 @@ def test_points_outside_the_image_and_unknown_classes_are_refused():
         away.detect([FRAME], away.vocabulary)
     small, large = np.zeros((10, 10, 3), np.uint8), np.zeros((50, 400, 3), np.uint8)
     skipped: list = []
-    frames = iter([Frame(small, 0, "small"), Frame(large, 1, "large")])
-    results = list(Pipeline(detector).stream(frames, detector.vocabulary, skip=skipped.append))
+    frames = iter([Frame(pixels=small, index=0, name="small"), Frame(pixels=large, index=1, name="large")])
+    results = list(process_images(frames, detector.vocabulary, Pipeline(detector).stages, on_skipped=skipped.append))
     assert [r.frame.name for r in results] == ["large"]
     assert [s.file for s in skipped] == ["small"]
     from grounded_sam import Vocabulary
 
-    with pytest.raises(ConfigError, match="'cup', which text has not"):
+    with pytest.raises(ConfigError, match="not in text: 'cup'"):
         detector.detect([FRAME], Vocabulary.parse(["dog"]))
 
 
@@ -99,7 +100,7 @@ def test_a_click_on_a_shape_gives_its_mask(scenes):
         middle = [float(columns[0]), float(rows[0])]
     prompts = f"detector.prompts=[{{class: it, points: [{middle}]}}]"
     model = load(prompts, "segmenter.multimask=true", preset="shapes", detector="clicks")
-    found = model.segment(scene.image)
-    assert found.data["class_name"].tolist() == ["it"]
+    detections = model.segment(scene.image)
+    assert detections.data["class_name"].tolist() == ["it"]
     truth = scene.masks[-1]
-    assert (found.mask[0] & truth).sum() / (found.mask[0] | truth).sum() > 0.5
+    assert (detections.mask[0] & truth).sum() / (detections.mask[0] | truth).sum() > 0.5

@@ -1,4 +1,4 @@
-"""COCO files as input: good ones replayed exactly, bad entries named, the rest intact."""
+"""Tests of COCO files as input: valid ones are replayed exactly, invalid entries are named and the others used."""
 
 from __future__ import annotations
 
@@ -14,30 +14,33 @@ from pycocotools.coco import COCO
 from grounded_sam import ConfigError, GroundedSamError, ImageError
 from grounded_sam.config.build import build, build_sinks, build_source
 from grounded_sam.config.compose import compose
-from grounded_sam.formats.coco import _wrong_counts
+from grounded_sam.formats.coco import counts_problem
+from grounded_sam.pipeline.runner import Runner
 from grounded_sam.sources.coco import CocoSource
+from grounded_sam.structures.request import Request
 
 BAD = {
     "dangling_category_id": "there is no category 77",
     "dangling_image_id": "there is no image 999",
-    "duplicate_ids": "another annotation has the id 1 too",
+    "duplicate_ids": "another annotation has the same id 1",
     "empty_segmentation": "the segmentation is empty",
     "nan_bbox": "four finite numbers",
-    "outside_image": "reaches outside the 800x600 px image",
-    "rle_wrong_size": r"its RLE is of size \[10, 10\]",
+    "outside_image": "extends outside the 800x600 px image",
+    "rle_wrong_size": r"its RLE has the size \[10, 10\]",
     "short_polygon": "at least three points",
 }
 
 
-def replay(path, output, *more):
-    cfg = compose(["source=coco", f"input='{path}'", "sink=coco", *more])
+def replay(path, output, *overrides):
+    """Write a COCO file anew with the command's stages; return the summary and the new file."""
+    cfg = compose(["source=coco", f"input='{path}'", "sink=coco", *overrides])
     source, model = build_source(cfg), build(cfg)
-    words = source.vocabulary
-    summary = model.run(source, build_sinks(cfg, output, words), output, words)
+    vocabulary = source.vocabulary
+    summary = Runner(model, source, build_sinks(cfg, output, vocabulary), output, Request.for_classes(vocabulary)).run()
     return summary, COCO(output / "annotations.json")
 
 
-def test_a_real_file_comes_back_with_its_ids_boxes_and_masks(data, tmp_path):
+def test_a_real_file_keeps_its_ids_boxes_and_masks(data, tmp_path):
     path = data / "coco_nuts" / "instances.json"
     before = COCO(path)
     summary, after = replay(path, tmp_path)
@@ -45,66 +48,66 @@ def test_a_real_file_comes_back_with_its_ids_boxes_and_masks(data, tmp_path):
     old = [a for i in before.imgs for a in before.loadAnns(before.getAnnIds(i))]
     new = [a for i in after.imgs for a in after.loadAnns(after.getAnnIds(i))]
     assert len(new) == len(old)
-    by_place = {(after.imgs[a["image_id"]]["file_name"], a["category_id"], tuple(a["bbox"])): a for a in new}
+    by_box = {(after.imgs[a["image_id"]]["file_name"], a["category_id"], tuple(a["bbox"])): a for a in new}
     for annotation in old:
         name = before.imgs[annotation["image_id"]]["file_name"]
-        same = by_place[name, annotation["category_id"], tuple(annotation["bbox"])]
+        same = by_box[name, annotation["category_id"], tuple(annotation["bbox"])]
         assert np.array_equal(after.annToMask(same), before.annToMask(annotation))
 
 
-def test_pixels_are_read_only_when_asked_for(data):
+def test_pixels_are_read_only_when_needed(data):
     path = data / "coco_nuts" / "instances.json"
     frames = list(CocoSource(path))
     assert frames[0].image.shape[:2] == frames[0].size_hw
     missing = list(CocoSource(path, images=data / "photos"))
-    with pytest.raises(ImageError, match=r"no such file; source.images"):
+    with pytest.raises(ImageError, match=r"no such file; set source.images"):
         _ = missing[0].image
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_a_bad_entry_is_named_and_the_rest_is_there(data, tmp_path, name):
+def test_an_invalid_entry_is_named_and_the_others_are_used(data, tmp_path, name):
     good = json.loads((data / "coco_nuts" / "instances.json").read_text())
     bad = json.loads((data / "malformed" / "coco" / f"{name}.json").read_text())
     alone, _ = replay(data / "malformed" / "coco" / f"{name}.json", tmp_path / "alone")
     assert len(alone.skipped) == 1
-    # The bad entries among good ones of other images.
-    rest = [a for a in good["annotations"] if a["image_id"] != 0]
-    kept = [{**a, "id": a["id"] + 1000} for a in rest]
-    (tmp_path / "both.json").write_text(json.dumps({**good, "annotations": [*kept, *bad["annotations"]]}))
+    # The invalid entries among valid ones of other images.
+    others = [a for a in good["annotations"] if a["image_id"] != 0]
+    renumbered = [{**a, "id": a["id"] + 1000} for a in others]
+    (tmp_path / "both.json").write_text(json.dumps({**good, "annotations": [*renumbered, *bad["annotations"]]}))
     summary, after = replay(tmp_path / "both.json", tmp_path / "both")
     notes = [s for s in summary.skipped if s.file.startswith("annotation")]
-    expected = "no mask, where others" if name == "empty_segmentation" else BAD[name]
+    expected = "no mask, although other" if name == "empty_segmentation" else BAD[name]
     assert len(notes) == 1
     with pytest.raises(AssertionError, match=expected):
         raise AssertionError(notes[0].reason)
-    assert sum(after.imgs[a["image_id"]]["file_name"] != "0.jpg" for a in after.anns.values()) == len(rest)
+    assert sum(after.imgs[a["image_id"]]["file_name"] != "0.jpg" for a in after.anns.values()) == len(others)
 
 
-def test_what_is_no_coco_file_is_refused_in_words(data, tmp_path):
+def test_files_that_are_not_coco_are_refused(data, tmp_path):
     with pytest.raises(ConfigError, match="truncated.json is not valid JSON"):
         CocoSource(data / "malformed" / "coco" / "truncated.json")
-    for content, says in (
+    for content, message in (
         ([1], "expected an object"),
         ({"images": [], "annotations": []}, "expected a list under 'categories'"),
         ({"images": [{"id": 1}], "annotations": [], "categories": []}, "names no class"),
         ({"images": [{"id": 1}], "annotations": [], "categories": [{"id": 1, "name": "a"}]}, "an image needs id"),
     ):
         (tmp_path / "x.json").write_text(json.dumps(content))
-        with pytest.raises(GroundedSamError, match=says):
+        with pytest.raises(GroundedSamError, match=message):
             CocoSource(tmp_path / "x.json")
 
 
 @given(st.lists(st.booleans(), min_size=1, max_size=60), st.integers(0, 5))
-def test_counts_are_judged_as_pycocotools_reads_them(pixels, cut):
+def test_rle_counts_are_checked_as_pycocotools_reads_them(pixels, cut):
     mask = np.asfortranarray(np.array(pixels, np.uint8)[:, None])
     counts = coco_mask.encode(mask)["counts"].decode()
-    assert _wrong_counts(counts, len(pixels)) is None
-    assert _wrong_counts(counts, len(pixels) + 1) is not None
+    assert counts_problem(counts, len(pixels)) is None
+    assert counts_problem(counts, len(pixels) + 1) is not None
     shorter = counts[: len(counts) - cut]
-    assert cut == 0 or _wrong_counts(shorter, len(pixels)) is not None
+    assert cut == 0 or counts_problem(shorter, len(pixels)) is not None
 
 
-def test_stored_boxes_can_get_other_masks(data, tmp_path):
+def test_masks_can_be_made_anew_for_the_boxes_of_a_file(data, tmp_path):
     path = data / "coco_nuts" / "instances.json"
     with pytest.raises(ConfigError, match=r"detector.masks=false"):
         build(compose(["source=coco", f"input='{path}'", "segmenter=sam2", "preset=shapes"]))
@@ -115,7 +118,7 @@ def test_stored_boxes_can_get_other_masks(data, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"bbox": None}, None),
         ({"track_id": None, "score": None}, None),
@@ -126,20 +129,20 @@ def test_stored_boxes_can_get_other_masks(data, tmp_path):
         ({"id": [1]}, "the id must be a number"),
     ],
 )
-def test_odd_entries_are_used_or_noted_and_never_stop_the_rest(data, tmp_path, change, says):
+def test_unusual_entries_are_used_or_noted(data, tmp_path, change, message):
     content = json.loads((data / "coco_nuts" / "instances.json").read_text())
     content["annotations"][5] |= change
     (tmp_path / "x.json").write_text(json.dumps(content))
     summary, after = replay(tmp_path / "x.json", tmp_path)
-    assert len(after.anns) == 78 - bool(says)
+    assert len(after.anns) == 78 - bool(message)
     notes = [s.reason for s in summary.skipped if s.file.startswith("annotation")]
-    assert len(notes) == bool(says)
-    if says:
-        with pytest.raises(AssertionError, match=says):
+    assert len(notes) == bool(message)
+    if message:
+        with pytest.raises(AssertionError, match=message):
             raise AssertionError(notes[0])
 
 
-def test_categories_that_a_detector_could_not_tell_apart_are_still_labels(data, tmp_path):
+def test_category_names_may_differ_only_in_case(data, tmp_path):
     content = json.loads((data / "coco_nuts" / "instances.json").read_text())
     content["categories"][1] |= {"name": "Date", "supercategory": None}
     (tmp_path / "x.json").write_text(json.dumps(content))

@@ -1,4 +1,4 @@
-"""OWLv2 and OmDet-Turbo on random weights: what transformers' own processors make of the same."""
+"""Detectors on random weights, compared with the processors of transformers."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from grounded_sam.detectors.sam3 import Sam3
 from grounded_sam.media.images import read_image
 from grounded_sam.structures.frame import Frame
 
-WORDS = ["car", "a red wheel", "dog's toy"]
+PHRASES = ["car", "a red wheel", "dog's toy"]
 
 
 @pytest.fixture(scope="module")
@@ -33,111 +33,117 @@ def omdet(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def frames(photos):
-    """Wide, narrow and odd."""
+    """A wide image, a narrow one, and one of odd width."""
     names = ["coffee.png", "chelsea.png", "orientation/hopper_orientation_2.jpg"]
-    pictures = [read_image(photos / name) for name in names]
-    pictures[2] = np.ascontiguousarray(pictures[2][:, :77])
-    return [Frame(picture, i, str(i)) for i, picture in enumerate(pictures)]
+    images = [read_image(photos / name) for name in names]
+    images[2] = np.ascontiguousarray(images[2][:, :77])
+    return [Frame(pixels=image, index=i, name=str(i)) for i, image in enumerate(images)]
 
 
-def same(found, theirs, width, height):
-    """Boxes as sets of rows, since queries of equal score have no order; ours are cut to the image."""
-    boxes = theirs["boxes"].numpy().astype(np.float32)
-    boxes[:, 0::2] = boxes[:, 0::2].clip(0, width)
-    boxes[:, 1::2] = boxes[:, 1::2].clip(0, height)
-    inside = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-    rows = np.column_stack([theirs["labels"].numpy(), theirs["scores"].numpy(), boxes])[inside]
-    ours = np.column_stack([found.class_id, found.confidence, found.xyxy])
-    assert len(ours) == len(rows) > 0
-    order, other = (np.lexsort(table.round(3).T[::-1]) for table in (ours, rows))
-    np.testing.assert_allclose(ours[order], rows[other], atol=1e-2)
-    np.testing.assert_allclose(ours[order][:, 1], rows[other][:, 1], atol=1e-4)
+def clip_boxes(boxes, size_hw):
+    """Clip boxes of a processor to the image, as detectors do, and return which ones are not empty then."""
+    height, width = size_hw
+    clipped = boxes.numpy().astype(np.float32).clip(0, np.array([width, height, width, height], np.float32))
+    return clipped, (clipped[:, 2] > clipped[:, 0]) & (clipped[:, 3] > clipped[:, 1])
 
 
-def test_owlv2_gives_what_its_processor_gives(owlv2, frames):
+def assert_same(detections, expected, size_hw):
+    """Compare detections with a processor's as sets, since queries with equal scores have no order."""
+    boxes, inside = clip_boxes(expected["boxes"], size_hw)
+    wanted = np.column_stack([expected["labels"].numpy(), expected["scores"].numpy(), boxes])[inside]
+    actual = np.column_stack([detections.class_id, detections.confidence, detections.xyxy])
+    assert len(actual) == len(wanted) > 0
+    order, wanted_order = (np.lexsort(table.round(3).T[::-1]) for table in (actual, wanted))
+    np.testing.assert_allclose(actual[order], wanted[wanted_order], atol=1e-2)
+    np.testing.assert_allclose(actual[order][:, 1], wanted[wanted_order][:, 1], atol=1e-4)
+
+
+def test_owlv2_equals_its_processor(owlv2, frames):
     from transformers import Owlv2ForObjectDetection, Owlv2Processor
 
     processor, model = Owlv2Processor.from_pretrained(owlv2), Owlv2ForObjectDetection.from_pretrained(owlv2)
-    found = Owlv2(str(owlv2), batch_size=3).detect(frames, Vocabulary.parse(WORDS))
-    for frame, ours in zip(frames, found, strict=True):
-        inputs = processor(text=[WORDS], images=frame.image, return_tensors="pt")
+    results = Owlv2(str(owlv2), batch_size=3).detect(frames, Vocabulary.parse(PHRASES))
+    for frame, detections in zip(frames, results, strict=True):
+        inputs = processor(text=[PHRASES], images=frame.image, return_tensors="pt")
         with torch.inference_mode():
             out = model(**inputs)
-        (theirs,) = processor.post_process_grounded_object_detection(out, 0.0, torch.tensor([frame.size_hw]))
-        same(ours, theirs, frame.size_hw[1], frame.size_hw[0])
-        assert len(set(ours.class_id.tolist())) > 1
+        (expected,) = processor.post_process_grounded_object_detection(out, 0.0, torch.tensor([frame.size_hw]))
+        assert_same(detections, expected, frame.size_hw)
+        assert len(set(detections.class_id.tolist())) > 1
 
 
-def test_omdet_turbo_gives_what_its_processor_gives(omdet, frames):
+def test_omdet_turbo_equals_its_processor(omdet, frames):
     from transformers import OmDetTurboForObjectDetection, OmDetTurboProcessor
 
     processor = OmDetTurboProcessor.from_pretrained(omdet)
     model = OmDetTurboForObjectDetection.from_pretrained(omdet)
-    found = OmdetTurbo(str(omdet), batch_size=3).detect(frames, Vocabulary.parse(WORDS))
-    for frame, ours in zip(frames, found, strict=True):
-        inputs = processor(images=frame.image, text=WORDS, return_tensors="pt")
+    results = OmdetTurbo(str(omdet), batch_size=3).detect(frames, Vocabulary.parse(PHRASES))
+    for frame, detections in zip(frames, results, strict=True):
+        inputs = processor(images=frame.image, text=PHRASES, return_tensors="pt")
         with torch.inference_mode():
             out = model(**inputs)
-        (theirs,) = processor.post_process_grounded_object_detection(
+        (expected,) = processor.post_process_grounded_object_detection(
             out, threshold=0.0, nms_threshold=1.0, target_sizes=[frame.size_hw]
         )
-        same(ours, theirs, frame.size_hw[1], frame.size_hw[0])
+        assert_same(detections, expected, frame.size_hw)
 
 
-@pytest.mark.parametrize("kind", [Owlv2, OmdetTurbo])
-def test_phrases_make_classes_and_negatives_vanish(kind, owlv2, omdet, frames):
-    model = kind(str(owlv2 if kind is Owlv2 else omdet))
-    alone = model.detect(frames[:1], Vocabulary.parse(WORDS))[0]
-    joined = model.detect(frames[:1], Vocabulary.parse({"thing": WORDS[:2], "toy": WORDS[2]}))[0]
-    assert set(joined.data["class_name"]) <= {"thing", "toy"}
-    if kind is Owlv2:  # one query, one detection: the best phrase's
-        np.testing.assert_array_equal(joined.confidence, alone.confidence)
-        np.testing.assert_array_equal(joined.class_id, np.where(alone.class_id < 2, 0, 1))
-        negative = model.detect(frames[:1], Vocabulary.parse(WORDS[:2], [WORDS[2]]))[0]
-        assert len(negative) == (alone.class_id < 2).sum() > 0
-    many = model.detect(frames[:1], Vocabulary.parse([f"thing {i}" for i in range(60)]))[0]
+@pytest.mark.parametrize("detector_class", [Owlv2, OmdetTurbo])
+def test_phrases_are_merged_to_classes_and_negatives_dropped(detector_class, owlv2, omdet, frames):
+    detector = detector_class(str(owlv2 if detector_class is Owlv2 else omdet))
+    separate = detector.detect(frames[:1], Vocabulary.parse(PHRASES))[0]
+    merged = detector.detect(frames[:1], Vocabulary.parse({"thing": PHRASES[:2], "toy": PHRASES[2]}))[0]
+    assert set(merged.data["class_name"]) <= {"thing", "toy"}
+    if detector_class is Owlv2:  # each query gives one detection, of its best phrase
+        np.testing.assert_array_equal(merged.confidence, separate.confidence)
+        np.testing.assert_array_equal(merged.class_id, np.where(separate.class_id < 2, 0, 1))
+        positive = detector.detect(frames[:1], Vocabulary.parse(PHRASES[:2], [PHRASES[2]]))[0]
+        assert len(positive) == (separate.class_id < 2).sum() > 0
+    many = detector.detect(frames[:1], Vocabulary.parse([f"thing {i}" for i in range(60)]))[0]
     assert len(many) > 0 and many.class_id.max() < 60
-    with pytest.raises(VocabularyError, match="takes 16 of a phrase|longer than the 77 tokens"):
-        model.detect(frames[:1], Vocabulary.parse(["x" * 90]))
+    with pytest.raises(VocabularyError, match="takes 16 per phrase|longer than the 77 tokens"):
+        detector.detect(frames[:1], Vocabulary.parse(["x" * 90]))
 
 
-def test_examples_are_found_like_image_guided_detection_finds_them(owlv2, frames, photos, tmp_path):
+def test_owlv2_examples_equal_image_guided_detection(owlv2, frames, photos, tmp_path):
     from transformers import Owlv2ForObjectDetection, Owlv2Processor
 
     crop = tmp_path / "cup.png"
     Image.fromarray(frames[0].image[100:300, 150:400]).save(crop)
     examples = {"cup": [str(crop), {"image": str(photos / "coffee.png"), "box": [150, 100, 400, 300]}]}
-    model = Owlv2(str(owlv2), examples=examples)
-    assert model.vocabulary.classes == ("cup",)
-    found = model.detect(frames[1:2], model.vocabulary)[0]
+    detector = Owlv2(str(owlv2), examples=examples)
+    assert detector.vocabulary.classes == ("cup",)
+    detections = detector.detect(frames[1:2], detector.vocabulary)[0]
     processor = Owlv2Processor.from_pretrained(owlv2)
     upstream = Owlv2ForObjectDetection.from_pretrained(owlv2)
     inputs = processor(images=frames[1].image, query_images=read_image(crop), return_tensors="pt")
     with torch.inference_mode():
         out = upstream.image_guided_detection(**inputs)
     scores = out.logits[0, :, 0].sigmoid().numpy()
-    away = np.abs(found.confidence[:, None] - scores[None]).min(1)  # boxes outside the image are dropped
-    assert len(found) > 10 and away.max() < 1e-4
-    # Beside words, and through the pipeline without any.
-    both = model.detect(frames[1:2], Vocabulary.parse(["dog", "cup"]))[0]
-    assert both.confidence.max() >= found.confidence.max() - 1e-6
-    words = f"detector.examples={{cup: ['{crop}']}}"
-    pipeline = load(words, f"checkpoints.owlv2={owlv2}", "select.score=0", detector="owlv2", segmenter=None)
+    nearest = np.abs(detections.confidence[:, None] - scores[None]).min(1)  # boxes outside the image are dropped
+    assert len(detections) > 10 and nearest.max() < 1e-4
+    # Together with text, and through the pipeline without any text.
+    with_text = detector.detect(frames[1:2], Vocabulary.parse(["dog", "cup"]))[0]
+    assert with_text.confidence.max() >= detections.confidence.max() - 1e-6
+    override = f"detector.examples={{cup: ['{crop}']}}"
+    pipeline = load(override, f"checkpoints.owlv2={owlv2}", "select.score=0", detector="owlv2", segmenter=None)
     assert set(pipeline.detect(frames[1].image).data["class_name"]) == {"cup"}
 
 
 @pytest.mark.parametrize(
-    ("examples", "says"),
+    ("examples", "message"),
     [
-        ({"cup": [{"image": "x.png"}]}, "expected a picture or"),
+        ({"cup": [{"image": "PHOTO"}]}, "expected an image or"),
         ({"cup": []}, "no example"),
-        ({"cup": [{"image": "PHOTO", "box": [900, 900, 950, 950]}]}, "nothing of the box .* 600x400 px"),
+        ({"cup": [{"image": "PHOTO", "box": [900, 900, 950, 950]}]}, "box .* lies outside .* 600x400 px"),
     ],
 )
-def test_what_is_no_example_is_said_before_a_model_loads(examples, says, photos):
-    for one in examples["cup"]:
-        one["image"] = str(photos / "coffee.png")
-    with pytest.raises(ConfigError, match=f"detector.examples.cup.*{says}"):
+def test_malformed_examples_are_refused_before_a_model_loads(examples, message, photos):
+    examples = {
+        name: [{**entry, "image": str(photos / "coffee.png")} for entry in entries]
+        for name, entries in examples.items()
+    }
+    with pytest.raises(ConfigError, match=f"detector.examples.cup.*{message}"):
         Owlv2("no/where", examples=examples)
 
 
@@ -153,86 +159,95 @@ def sam3(tmp_path_factory):
     return checkpoints.sam3(tmp_path_factory.mktemp("models") / "sam3")
 
 
-def test_sam3_gives_what_its_processor_gives(sam3, frames):
+def sam3_upstream(folder):
+    """Return model and processor of transformers."""
     from transformers import AutoTokenizer, Sam3ImageProcessor, Sam3Model, Sam3Processor
 
-    model = Sam3Model.from_pretrained(sam3)
-    processor = Sam3Processor(Sam3ImageProcessor.from_pretrained(sam3), AutoTokenizer.from_pretrained(sam3))
-    ours = Sam3(str(sam3), floor=0.0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return Sam3Model.from_pretrained(folder), Sam3Processor(Sam3ImageProcessor.from_pretrained(folder), tokenizer)
+
+
+def assert_same_instances(detections, expected, size_hw):
+    """Compare detections with SAM 3's processor, and return which of its instances lie inside the image."""
+    boxes, inside = clip_boxes(expected["boxes"], size_hw)
+    assert len(detections) == inside.sum() > 0
+    np.testing.assert_allclose(detections.confidence, expected["scores"].numpy()[inside], atol=1e-4)
+    np.testing.assert_allclose(detections.xyxy, boxes[inside], atol=1e-2)
+    return inside
+
+
+def test_sam3_equals_its_processor(sam3, frames):
+    model, processor = sam3_upstream(sam3)
+    detector = Sam3(str(sam3), min_score=0.0)
     for frame in frames:
-        found = ours.detect([frame], Vocabulary.parse(WORDS))[0]
-        for class_id, phrase in enumerate(WORDS):
+        detections = detector.detect([frame], Vocabulary.parse(PHRASES))[0]
+        for class_id, phrase in enumerate(PHRASES):
             inputs = processor(images=frame.image, text=phrase, return_tensors="pt")
             with torch.inference_mode():
                 out = model(**inputs)
-            (theirs,) = processor.post_process_instance_segmentation(out, threshold=0.0, target_sizes=[frame.size_hw])
-            mine = found[found.class_id == class_id]
-            boxes = theirs["boxes"].numpy().clip(0, np.array([frame.size_hw[1], frame.size_hw[0]] * 2))
-            inside = (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-            assert len(mine) == inside.sum() > 0
-            np.testing.assert_allclose(mine.confidence, theirs["scores"].numpy()[inside], atol=1e-4)
-            np.testing.assert_allclose(mine.xyxy, boxes[inside], atol=1e-2)
-            assert (mine.mask == theirs["masks"].numpy().astype(bool)[inside]).mean() > 0.9999
+            (expected,) = processor.post_process_instance_segmentation(out, threshold=0.0, target_sizes=[frame.size_hw])
+            actual = detections[detections.class_id == class_id]
+            inside = assert_same_instances(actual, expected, frame.size_hw)
+            assert (actual.mask == expected["masks"].numpy().astype(bool)[inside]).mean() > 0.9999
 
 
-def test_sam3_needs_no_segmenter_and_can_have_one(sam3, frames):
-    whole = load(f"checkpoints.sam3={sam3}", "select.score=0", "detector.floor=0", preset="shapes", detector="sam3")
-    assert whole.segmenter is None
-    found = whole.segment(frames[0].image, WORDS)
-    assert found.mask.shape == (len(found), *frames[0].size_hw) and "mask_score" not in found.data
-    words = (f"checkpoints.sam3={sam3}", "select.score=0", "detector.floor=0", "detector.own_masks=false")
-    boxes = load(*words, preset="shapes", detector="sam3")
-    assert "mask_score" in boxes.segment(frames[0].image, WORDS[:1]).data
-    # A floor leaves out what is less sure; a negative phrase takes what it is surer of.
-    all_of_it = Sam3(str(sam3), floor=0.0).detect(frames[:1], Vocabulary.parse(WORDS[:1]))[0]
-    middle = float(np.median(all_of_it.confidence))
-    above = Sam3(str(sam3), floor=middle).detect(frames[:1], Vocabulary.parse(WORDS[:1]))[0]
-    assert len(above) == (all_of_it.confidence > middle).sum() > 0
-    left = Sam3(str(sam3), floor=0.0).detect(frames[:1], Vocabulary.parse(WORDS[:1], WORDS[1:]))[0]
-    assert len(left) < len(all_of_it)
-    with pytest.raises(VocabularyError, match="takes 32 of a phrase"):
+def test_sam3_needs_no_segmenter_but_can_use_one(sam3, frames):
+    overrides = (f"checkpoints.sam3={sam3}", "select.score=0", "detector.min_score=0")
+    pipeline = load(*overrides, preset="shapes", detector="sam3")
+    assert pipeline.segmenter is None
+    detections = pipeline.segment(frames[0].image, PHRASES)
+    assert detections.mask.shape == (len(detections), *frames[0].size_hw) and "mask_score" not in detections.data
+    pipeline = load(*overrides, "detector.own_masks=false", preset="shapes", detector="sam3")
+    assert "mask_score" in pipeline.segment(frames[0].image, PHRASES[:1]).data
+
+
+def test_sam3_drops_low_scores_and_detections_of_negatives(sam3, frames):
+    every = Sam3(str(sam3), min_score=0.0).detect(frames[:1], Vocabulary.parse(PHRASES[:1]))[0]
+    median = float(np.median(every.confidence))
+    above = Sam3(str(sam3), min_score=median).detect(frames[:1], Vocabulary.parse(PHRASES[:1]))[0]
+    assert len(above) == (every.confidence > median).sum() > 0
+    positive = Sam3(str(sam3), min_score=0.0).detect(frames[:1], Vocabulary.parse(PHRASES[:1], PHRASES[1:]))[0]
+    assert len(positive) < len(every)
+    with pytest.raises(VocabularyError, match="takes 32 per phrase"):
         Sam3(str(sam3)).detect(frames[:1], Vocabulary.parse(["x" * 90]))
 
 
-def test_sam3_takes_exemplar_boxes_as_its_processor_does(sam3, frames):
-    from transformers import AutoTokenizer, Sam3ImageProcessor, Sam3Model, Sam3Processor
-
-    model = Sam3Model.from_pretrained(sam3)
-    processor = Sam3Processor(Sam3ImageProcessor.from_pretrained(sam3), AutoTokenizer.from_pretrained(sam3))
+def test_sam3_exemplars_equal_its_processor(sam3, frames):
+    model, processor = sam3_upstream(sam3)
     frame, other = frames[0], frames[1]
     boxes, labels = [[40, 60, 190, 300], [200, 20, 260, 90]], [1, 0]
     exemplars = [
-        {"class": WORDS[0], "box": boxes[0], "image": frame.name},
-        {"class": WORDS[0], "box": boxes[1], "image": frame.name, "negative": True},
+        {"class": PHRASES[0], "box": boxes[0], "image": frame.name},
+        {"class": PHRASES[0], "box": boxes[1], "image": frame.name, "negative": True},
     ]
-    ours = Sam3(str(sam3), floor=0.0, exemplars=exemplars)
-    found, plain = (model_.detect([frame], Vocabulary.parse(WORDS))[0] for model_ in (ours, Sam3(str(sam3), floor=0.0)))
+    detectors = [Sam3(str(sam3), min_score=0.0, exemplars=exemplars), Sam3(str(sam3), min_score=0.0)]
+    detections, plain = (detector.detect([frame], Vocabulary.parse(PHRASES))[0] for detector in detectors)
     inputs = processor(
-        images=frame.image, text=WORDS[0], input_boxes=[boxes], input_boxes_labels=[labels], return_tensors="pt"
+        images=frame.image, text=PHRASES[0], input_boxes=[boxes], input_boxes_labels=[labels], return_tensors="pt"
     )
     with torch.inference_mode():
         out = model(**inputs)
-    (theirs,) = processor.post_process_instance_segmentation(out, threshold=0.0, target_sizes=[frame.size_hw])
-    corners = theirs["boxes"].numpy().clip(0, np.array([frame.size_hw[1], frame.size_hw[0]] * 2))
-    inside = (corners[:, 2] > corners[:, 0]) & (corners[:, 3] > corners[:, 1])
-    mine = found[found.class_id == 0]
-    np.testing.assert_allclose(mine.confidence, theirs["scores"].numpy()[inside], atol=1e-4)
-    np.testing.assert_allclose(mine.xyxy, corners[inside], atol=1e-2)
-    # They tell, and only in their class and picture.
-    assert abs(mine.confidence - plain[plain.class_id == 0].confidence).max() > 1e-4
-    np.testing.assert_array_equal(found[found.class_id == 1].xyxy, plain[plain.class_id == 1].xyxy)
-    apart = [model_.detect([other], Vocabulary.parse(WORDS[:1]))[0] for model_ in (ours, Sam3(str(sam3), floor=0.0))]
-    np.testing.assert_array_equal(apart[0].xyxy, apart[1].xyxy)
+    (expected,) = processor.post_process_instance_segmentation(out, threshold=0.0, target_sizes=[frame.size_hw])
+    actual = detections[detections.class_id == 0]
+    assert_same_instances(actual, expected, frame.size_hw)
+    # They have an effect, and only on their class and image.
+    assert abs(actual.confidence - plain[plain.class_id == 0].confidence).max() > 1e-4
+    np.testing.assert_array_equal(detections[detections.class_id == 1].xyxy, plain[plain.class_id == 1].xyxy)
+    others = [detector.detect([other], Vocabulary.parse(PHRASES[:1]))[0] for detector in detectors]
+    np.testing.assert_array_equal(others[0].xyxy, others[1].xyxy)
+    with pytest.raises(ConfigError, match="exemplars name classes that are not in text: 'car'; text has 'wheel'"):
+        detectors[0].detect([frame], Vocabulary.parse(["wheel"]))
+
+
+def test_sam3_exemplars_need_whole_images_that_contain_them(sam3, frames):
     with pytest.raises(ImageError, match="lies outside"):
-        Sam3(str(sam3), exemplars=[{"class": "a", "box": [0, 0, 5000, 9]}]).detect([frame], Vocabulary.parse(["a"]))
-    with pytest.raises(ConfigError, match="leave out them or tiles.size"):
+        Sam3(str(sam3), exemplars=[{"class": "a", "box": [0, 0, 5000, 9]}]).detect(frames[:1], Vocabulary.parse(["a"]))
+    with pytest.raises(ConfigError, match="tiles.size"):
         load("detector=sam3", "tiles.size=64", "detector.exemplars=[{class: a, box: [0, 0, 9, 9]}]", preset="shapes")
-    with pytest.raises(ConfigError, match="exemplars name the classes 'car', which text has not"):
-        ours.detect([frame], Vocabulary.parse(["wheel"]))
 
 
 @pytest.mark.parametrize(
-    ("entry", "says"),
+    ("entry", "message"),
     [
         ({"class": "cup"}, r"exemplars\[0\]: box is missing"),
         ({"class": "cup", "box": [1, 2, 3]}, r"box must be \[x1"),
@@ -242,16 +257,16 @@ def test_sam3_takes_exemplar_boxes_as_its_processor_does(sam3, frames):
         ("cup", "expected a mapping"),
     ],
 )
-def test_what_is_no_exemplar_is_said_before_a_model_loads(entry, says):
-    with pytest.raises(ConfigError, match=says):
+def test_malformed_exemplars_are_refused_before_a_model_loads(entry, message):
+    with pytest.raises(ConfigError, match=message):
         Sam3("no/where", exemplars=[entry])
 
 
-def test_sam3_refuses_other_checkpoints(owlv2):
+def test_sam3_refuses_other_checkpoints_and_wrong_settings(owlv2):
     with pytest.raises(CheckpointError, match="is a owlv2 checkpoint; expected sam3"):
         Sam3(str(owlv2))
-    with pytest.raises(ConfigError, match="detector.floor"):
-        Sam3("no/where", floor=2)
+    with pytest.raises(ConfigError, match="detector.min_score"):
+        Sam3("no/where", min_score=2)
 
 
 @pytest.fixture(scope="module")
@@ -260,60 +275,51 @@ def florence2(tmp_path_factory):
 
 
 @pytest.mark.parametrize("task", ["detection", "grounding"])
-def test_florence2_gives_what_its_processor_gives(task, florence2, frames):
+def test_florence2_equals_its_processor(task, florence2, frames):
     from transformers import AutoProcessor, Florence2ForConditionalGeneration
 
     processor = AutoProcessor.from_pretrained(florence2)
     model = Florence2ForConditionalGeneration.from_pretrained(florence2)
     prompt = {"detection": "<OPEN_VOCABULARY_DETECTION>", "grounding": "<CAPTION_TO_PHRASE_GROUNDING>"}[task]
-    ours, boxes = Florence2(str(florence2), task=task, max_new_tokens=60), 0
+    detector, count = Florence2(str(florence2), task=task, max_new_tokens=60), 0
     for frame in frames:
         height, width = frame.size_hw
-        found = ours.detect([frame], Vocabulary.parse(WORDS))[0]
-        for class_id, phrase in enumerate(WORDS):
+        detections = detector.detect([frame], Vocabulary.parse(PHRASES))[0]
+        for class_id, phrase in enumerate(PHRASES):
             inputs = processor(images=frame.image, text=prompt + phrase, return_tensors="pt")
             out = model.generate(**inputs, max_new_tokens=60, num_beams=3, do_sample=False)
             text = processor.batch_decode(out, skip_special_tokens=False)[0]
-            theirs = processor.post_process_generation(text, task=prompt, image_size=(width, height))[prompt]
-            wanted = np.array(theirs["bboxes"], np.float32).reshape(-1, 4)
-            wanted = wanted[(wanted[:, 2] > wanted[:, 0]) & (wanted[:, 3] > wanted[:, 1])]
-            np.testing.assert_array_equal(found[found.class_id == class_id].xyxy, wanted)
-            boxes += len(wanted)
-    assert boxes > 3
-    assert (found.confidence == 1).all()
+            expected = processor.post_process_generation(text, task=prompt, image_size=(width, height))[prompt]
+            boxes = np.array(expected["bboxes"], np.float32).reshape(-1, 4)
+            boxes = boxes[(boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])]
+            np.testing.assert_array_equal(detections[detections.class_id == class_id].xyxy, boxes)
+            count += len(boxes)
+        assert (detections.confidence == 1).all()
+    assert count > 3
 
 
-def test_florence2_encodes_an_image_once_and_drops_look_alikes(florence2, frames, monkeypatch):
-    ours = Florence2(str(florence2), max_new_tokens=60, beams=1)
-    calls = []
-    monkeypatch.setattr(ours.model.model.vision_tower, "forward", _counted(ours.model.model.vision_tower, calls))
-    found = ours.detect(frames[:1], Vocabulary.parse({"thing": WORDS}))[0]
+def test_florence2_encodes_an_image_once_and_drops_negatives(florence2, frames, monkeypatch):
+    detector = Florence2(str(florence2), max_new_tokens=60, beams=1)
+    calls, tower = [], detector.model.model.vision_tower
+    forward = tower.forward
+    monkeypatch.setattr(tower, "forward", lambda *args, **kwargs: calls.append(1) or forward(*args, **kwargs))
+    detections = detector.detect(frames[:1], Vocabulary.parse({"thing": PHRASES}))[0]
     assert len(calls) == 1
-    assert len(found) > 1
-    assert set(found.data["class_name"]) == {"thing"}
-    # What a negative phrase answers too goes; "Wheel" and "wheel" would be one phrase to `Vocabulary.parse`.
-    assert len(ours.detect(frames[:1], Vocabulary.parse(["wheel"]))[0]) > 0
+    assert len(detections) > 1
+    assert set(detections.data["class_name"]) == {"thing"}
+    # `Vocabulary.parse` takes no phrase twice, so the same phrase is made a negative here.
+    assert len(detector.detect(frames[:1], Vocabulary.parse(["wheel"]))[0]) > 0
     monkeypatch.setattr("grounded_sam.detectors.florence2.phrases_of", lambda _: (["wheel", "wheel"], [0, -1]))
-    assert len(ours.detect(frames[:1], Vocabulary.parse(["wheel"], ["hub"]))[0]) == 0
+    assert len(detector.detect(frames[:1], Vocabulary.parse(["wheel"], ["hub"]))[0]) == 0
 
 
-def _counted(module, calls):
-    forward = module.forward
-
-    def counted(*args, **keys):
-        calls.append(1)
-        return forward(*args, **keys)
-
-    return counted
+def test_a_polygon_of_florence2_becomes_the_box_around_it(florence2):
+    detector = Florence2(str(florence2))
+    text = "</s><s>cup<poly><loc_100><loc_200><loc_300><loc_250><loc_150><loc_400></poly></s>"
+    np.testing.assert_array_equal(detector._parse(text, (1000, 1000)), [[100, 200, 300, 400]])
 
 
-def test_a_polygon_of_florence2_gives_its_box(florence2):
-    ours = Florence2(str(florence2))
-    answer = "</s><s>cup<poly><loc_100><loc_200><loc_300><loc_250><loc_150><loc_400></poly></s>"
-    np.testing.assert_array_equal(ours._boxes(answer, (1000, 1000)), [[100, 200, 300, 400]])
-
-
-def test_florence2_refuses_other_checkpoints_and_wrong_values(owlv2):
+def test_florence2_refuses_other_checkpoints_and_wrong_settings(owlv2):
     with pytest.raises(CheckpointError, match="is a owlv2 checkpoint; expected florence2"):
         Florence2(str(owlv2))
     with pytest.raises(ConfigError, match="detector.task must be grounding or detection, got 'boxes'"):

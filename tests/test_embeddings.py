@@ -1,4 +1,4 @@
-"""Features of pictures kept for many prompts and for later runs."""
+"""Image features: encoded once for the prompts of a session, and cached for later runs."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from grounded_sam.shapes.scenes import make_scene
 
 CLICK = {"class": "it", "points": [[60, 50]]}
 BOX = {"class": "it", "box": [20, 20, 120, 110]}
+#: Overrides of the tests that need only one segmenter.
+SHAPES = ["preset=shapes", "device=cpu", "detector=clicks"]
 
 
 @pytest.fixture(scope="module")
-def pictures():
+def images():
     return [make_scene(np.random.default_rng(seed)).image for seed in (1, 2)]
 
 
@@ -28,110 +30,109 @@ def hq(tmp_path_factory):
 
 
 @pytest.fixture(params=["sam", "sam2", "sam2_hf", "sam_hq"])
-def words(request, hq):
+def overrides(request, hq):
     extra = [f"checkpoints.sam_hq='{hq}'"] if request.param == "sam_hq" else []
     return ["preset=shapes", f"segmenter={request.param}", "device=cpu", "detector=clicks", *extra]
 
 
-def by_hand(words, entry, *more):
-    return load(*words, *more, **{"detector.prompts": [entry]})
+def load_with_prompt(overrides, entry, *more):
+    return load(*overrides, *more, **{"detector.prompts": [entry]})
 
 
-def counted(model, monkeypatch):
-    """How often the image encoder ran."""
+def count_encodings(model, monkeypatch):
+    """Return a list that gets an entry whenever the segmenter encodes an image."""
     calls = []
-    encode = model.segmenter._encode
-    monkeypatch.setattr(model.segmenter, "_encode", lambda image: calls.append(1) or encode(image))
+    set_image = model.segmenter._set_image
+    monkeypatch.setattr(model.segmenter, "_set_image", lambda image: calls.append(1) or set_image(image))
     return calls
 
 
-def test_prompts_of_a_session_are_those_of_a_run_each(words, pictures, monkeypatch):
+def test_results_of_a_session_equal_those_of_a_run_per_prompt(overrides, images, monkeypatch):
     expected = [
-        by_hand(words, entry, "select.min_area=0").segment(picture) for picture in pictures for entry in (CLICK, BOX)
+        load_with_prompt(overrides, entry, "select.min_area=0").segment(image)
+        for image in images
+        for entry in (CLICK, BOX)
     ]
-    model = by_hand(words, CLICK)
-    calls = counted(model, monkeypatch)
-    with model.session(pictures[0]) as first, model.session(pictures[1]) as second:
-        got = [session.segment([entry]) for session in (first, second) for entry in (CLICK, BOX)]
+    model = load_with_prompt(overrides, CLICK)
+    calls = count_encodings(model, monkeypatch)
+    with model.session(images[0]) as first, model.session(images[1]) as second:
+        results = [session.segment([entry]) for session in (first, second) for entry in (CLICK, BOX)]
         both = first.segment([CLICK, BOX])
     assert len(calls) == 2
-    for a, b in zip(got, expected, strict=True):
-        np.testing.assert_array_equal(a.mask, b.mask)
-        np.testing.assert_allclose(a.data["mask_score"], b.data["mask_score"], atol=1e-6)
-    assert len(both) == 2 and both.mask.shape[1:] == pictures[0].shape[:2]
+    for actual, wanted in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(actual.mask, wanted.mask)
+        np.testing.assert_allclose(actual.data["mask_score"], wanted.data["mask_score"], atol=1e-6)
+    assert len(both) == 2 and both.mask.shape[1:] == images[0].shape[:2]
     with pytest.raises(ValueError, match="closed"):
         first.segment([CLICK])
 
 
-def test_a_later_run_reads_what_an_earlier_one_kept(words, pictures, tmp_path, monkeypatch):
-    folder = f"cache.folder='{tmp_path / 'kept'}'"
-    first = by_hand(words, BOX, folder)
-    expected = first.segment(pictures[0])
-    later = by_hand(words, BOX, folder)
-    calls = counted(later, monkeypatch)
-    got = later.segment(pictures[0])
+def test_a_later_run_reads_the_features_of_an_earlier_one(overrides, images, tmp_path, monkeypatch):
+    cache = f"cache.folder='{tmp_path / 'cache'}'"
+    expected = load_with_prompt(overrides, BOX, cache).segment(images[0])
+    later = load_with_prompt(overrides, BOX, cache)
+    calls = count_encodings(later, monkeypatch)
+    actual = later.segment(images[0])
     assert calls == []
-    np.testing.assert_array_equal(got.mask, expected.mask)
-    later.segment(pictures[1])
+    np.testing.assert_array_equal(actual.mask, expected.mask)
+    later.segment(images[1])
     assert len(calls) == 1
 
 
-def test_other_weights_and_other_pictures_are_others(pictures, tmp_path, monkeypatch):
-    folder = f"cache.folder='{tmp_path}'"
-    words = ["preset=shapes", "device=cpu", "detector=clicks"]
-    by_hand(words, BOX, folder).segment(pictures[0])
-    changed = by_hand(words, BOX, folder)
+def test_other_weights_or_images_do_not_hit_the_cache(images, tmp_path, monkeypatch):
+    cache = f"cache.folder='{tmp_path}'"
+    load_with_prompt(SHAPES, BOX, cache).segment(images[0])
+    changed = load_with_prompt(SHAPES, BOX, cache)
     with torch.no_grad():
         next(changed.segmenter.model.parameters()).add_(1e-3)
-    calls = counted(changed, monkeypatch)
-    changed.segment(pictures[0])
-    flipped = np.ascontiguousarray(pictures[0][:, ::-1])
+    calls = count_encodings(changed, monkeypatch)
+    changed.segment(images[0])
+    flipped = np.ascontiguousarray(images[0][:, ::-1])
     changed.segment(flipped)
     assert len(calls) == 2
 
 
-def test_each_precision_has_features_of_its_own(pictures, tmp_path):
-    words, folder = ["preset=shapes", "device=cpu", "detector=clicks"], f"cache.folder='{tmp_path}'"
+def test_each_precision_has_its_own_features(images, tmp_path):
     for precision in ("exact", "balanced", "fast"):
-        by_hand(words, BOX, folder, f"precision={precision}").segment(pictures[0])
+        load_with_prompt(SHAPES, BOX, f"cache.folder='{tmp_path}'", f"precision={precision}").segment(images[0])
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def test_a_damaged_file_is_as_good_as_none(pictures, tmp_path, monkeypatch):
-    words, folder = ["preset=shapes", "device=cpu", "detector=clicks"], f"cache.folder='{tmp_path}'"
-    expected = by_hand(words, BOX, folder).segment(pictures[0])
+def test_a_damaged_file_counts_as_a_miss_and_is_replaced(images, tmp_path, monkeypatch):
+    expected = load_with_prompt(SHAPES, BOX, f"cache.folder='{tmp_path}'").segment(images[0])
     (file,) = tmp_path.iterdir()
     file.write_bytes(file.read_bytes()[:1000])
-    again = by_hand(words, BOX, folder)
-    calls = counted(again, monkeypatch)
-    np.testing.assert_array_equal(again.segment(pictures[0]).mask, expected.mask)
-    assert len(calls) == 1 and again.segmenter.embeddings.misses == 1
-    np.testing.assert_array_equal(again.segment(pictures[0]).mask, expected.mask)
-    assert len(calls) == 1 and again.segmenter.embeddings.hits == 1
+    model, cache = load_with_prompt(SHAPES, BOX), FeatureCache(tmp_path)
+    model.segmenter.use_feature_cache(cache)
+    calls = count_encodings(model, monkeypatch)
+    np.testing.assert_array_equal(model.segment(images[0]).mask, expected.mask)
+    assert len(calls) == 1 and cache.misses == 1
+    np.testing.assert_array_equal(model.segment(images[0]).mask, expected.mask)
+    assert len(calls) == 1 and cache.hits == 1
 
 
-def test_the_bound_holds_and_what_was_used_last_stays(tmp_path):
-    kept = FeatureCache(tmp_path, gigabytes=3.5e-4)  # three of these
+def test_the_least_recently_used_files_are_deleted_first(tmp_path):
+    cache = FeatureCache(tmp_path, gigabytes=3.5e-4)  # room for three of these files
     for i in range(3):
-        kept.put(str(i), {"a": [torch.full((25_000,), float(i))], "size": (3, 4), "none": None})
+        cache.put(str(i), {"a": [torch.full((25_000,), float(i))], "size": (3, 4), "none": None})
         os.utime(tmp_path / f"{i}.safetensors", ns=(i, i))
-    got = kept.get("0", "cpu")
-    assert got["size"] == (3, 4) and got["none"] is None and got["a"][0][7] == 0
-    kept.put("3", {"a": torch.zeros(25_000)})
+    features = cache.get("0", "cpu")
+    assert features["size"] == (3, 4) and features["none"] is None and features["a"][0][7] == 0
+    cache.put("3", {"a": torch.zeros(25_000)})
     assert sorted(path.stem for path in tmp_path.iterdir()) == ["0", "2", "3"]
-    kept.put("4", {"a": torch.zeros(250_000)})  # larger than the bound, and all there is
+    cache.put("4", {"a": torch.zeros(250_000)})  # too large on its own
     assert [path.stem for path in tmp_path.iterdir()] == ["4"]
 
 
-def test_mistakes_are_named(pictures, tmp_path):
-    with pytest.raises(ConfigError, match=r"cache\.gigabytes must be a number above 0, got 0"):
+def test_errors_of_cache_and_session_name_the_mistake(images, tmp_path):
+    with pytest.raises(ConfigError, match=r"cache\.gigabytes must be a number > 0, got 0"):
         load(f"cache.folder='{tmp_path}'", "cache.gigabytes=0", preset="shapes")
-    with pytest.raises(ConfigError, match=r"cache\.folder keeps what a segmenter makes"):
+    with pytest.raises(ConfigError, match=r"cache\.folder stores the image features of a segmenter"):
         load(f"cache.folder='{tmp_path}'", "segmenter=none", preset="shapes")
     with pytest.raises(ConfigError, match="a session needs a segmenter"):
-        load("segmenter=none", preset="shapes").session(pictures[0])
-    session = load(preset="shapes").session(pictures[0])
+        load("segmenter=none", preset="shapes").session(images[0])
+    session = load(preset="shapes").session(images[0])
     with pytest.raises(ImageError, match="lie outside"):
         session.segment([{"class": "it", "points": [[5000, 3]]}])
-    with pytest.raises(ConfigError, match="give points, a box or a mask"):
+    with pytest.raises(ConfigError, match="expected points, a box or a mask"):
         session.segment([{"class": "it"}])

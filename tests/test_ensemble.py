@@ -1,4 +1,4 @@
-"""Several detectors merged: fakes whose boxes are known, and real classes through the config."""
+"""Fusion of several detectors: fakes with known boxes, and real detectors through the config."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from grounded_sam.structures.frame import Frame
 pytest.importorskip("ensemble_boxes", reason="the extra ensemble is not installed")
 from grounded_sam.detectors.ensemble import EnsembleDetector
 
-FRAME = Frame(np.zeros((100, 100, 3), np.uint8), 0, "x")
+FRAME = Frame(pixels=np.zeros((100, 100, 3), np.uint8), name="x")
 
 
-class Finds:
-    """A detector that finds what it is given."""
+class FixedDetector:
+    """A detector that returns the same boxes for every frame."""
 
     def __init__(self, *rows, batch_size=1):
         self.rows, self.batch_size, self.calls = rows, batch_size, []
@@ -29,40 +29,41 @@ class Finds:
         return [boxes(*self.rows) for _ in frames]
 
 
-def test_one_thing_that_two_detectors_find_is_one_box_between():
-    ours = EnsembleDetector({"a": Finds((10, 10, 50, 50, 0.9, 0)), "b": Finds((14, 10, 54, 50, 0.3, 0))})
-    (found,) = ours.detect([FRAME], CLASSES)
-    assert len(found) == 1
-    np.testing.assert_allclose(found.xyxy[0], [11, 10, 51, 50], atol=1e-4)  # weighted 3 to 1
-    assert found.confidence[0] == pytest.approx(0.6)
+def test_boxes_of_one_object_become_their_weighted_mean():
+    a, b = FixedDetector((10, 10, 50, 50, 0.9, 0)), FixedDetector((14, 10, 54, 50, 0.3, 0))
+    (detections,) = EnsembleDetector({"a": a, "b": b}).detect([FRAME], CLASSES)
+    assert len(detections) == 1
+    np.testing.assert_allclose(detections.xyxy[0], [11, 10, 51, 50], atol=1e-4)  # weighted 3 to 1
+    assert detections.confidence[0] == pytest.approx(0.6)
 
 
-def test_what_one_finds_alone_counts_half_and_classes_stay_apart():
-    one, other = Finds((10, 10, 50, 50, 0.8, 0)), Finds((10, 10, 50, 50, 0.8, 1), (60, 60, 90, 90, 0.01, 2))
-    (found,) = EnsembleDetector({"a": one, "b": other}).detect([FRAME], CLASSES)
-    assert sorted(found.data["class_name"]) == ["a", "b"]  # c is below the floor
-    np.testing.assert_allclose(found.confidence, 0.4, atol=1e-6)
-    (found,) = EnsembleDetector({"a": one, "b": other}, score="max").detect([FRAME], CLASSES)
-    np.testing.assert_allclose(found.confidence, 0.8, atol=1e-6)
-    (found,) = EnsembleDetector({"a": one, "b": other}, weights={"b": 0}).detect([FRAME], CLASSES)
-    assert found.confidence.max() == pytest.approx(0.8)
+def test_a_box_of_one_detector_counts_half_and_classes_stay_apart():
+    a = FixedDetector((10, 10, 50, 50, 0.8, 0))
+    b = FixedDetector((10, 10, 50, 50, 0.8, 1), (60, 60, 90, 90, 0.01, 2))
+    (detections,) = EnsembleDetector({"a": a, "b": b}).detect([FRAME], CLASSES)
+    assert sorted(detections.data["class_name"]) == ["a", "b"]  # c is below `min_score`
+    np.testing.assert_allclose(detections.confidence, 0.4, atol=1e-6)
+    (detections,) = EnsembleDetector({"a": a, "b": b}, score="max").detect([FRAME], CLASSES)
+    np.testing.assert_allclose(detections.confidence, 0.8, atol=1e-6)
+    (detections,) = EnsembleDetector({"a": a, "b": b}, weights={"b": 0}).detect([FRAME], CLASSES)
+    assert detections.confidence.max() == pytest.approx(0.8)
 
 
-def test_a_detectors_own_duplicates_do_not_count():
-    doubled = Finds((10, 10, 50, 50, 0.9, 0), (10, 10, 51, 50, 0.1, 0))
-    (found,) = EnsembleDetector({"a": doubled}).detect([FRAME], CLASSES)
-    np.testing.assert_allclose(found.xyxy, [[10, 10, 50, 50]])
-    assert found.confidence[0] == pytest.approx(0.9)
+def test_duplicates_of_one_detector_do_not_count():
+    duplicates = FixedDetector((10, 10, 50, 50, 0.9, 0), (10, 10, 51, 50, 0.1, 0))
+    (detections,) = EnsembleDetector({"a": duplicates}).detect([FRAME], CLASSES)
+    np.testing.assert_allclose(detections.xyxy, [[10, 10, 50, 50]])
+    assert detections.confidence[0] == pytest.approx(0.9)
 
 
-def test_nothing_found_is_nothing_and_batches_are_each_ones_own():
-    one, two = Finds(), Finds(batch_size=3)
-    ours = EnsembleDetector({"a": one, "b": two})
-    assert ours.batch_size == 3
-    found = ours.detect([FRAME] * 3, CLASSES)
-    assert [len(f) for f in found] == [0, 0, 0]
-    assert "class_name" in found[0].data
-    assert (one.calls, two.calls) == ([1, 1, 1], [3])
+def test_each_detector_gets_batches_of_its_own_size():
+    a, b = FixedDetector(), FixedDetector(batch_size=3)
+    ensemble = EnsembleDetector({"a": a, "b": b})
+    assert ensemble.batch_size == 3
+    results = ensemble.detect([FRAME] * 3, CLASSES)
+    assert [len(detections) for detections in results] == [0, 0, 0]
+    assert "class_name" in results[0].data
+    assert (a.calls, b.calls) == ([1, 1, 1], [3])
 
 
 @settings(deadline=None, max_examples=30)
@@ -72,16 +73,16 @@ def test_nothing_found_is_nothing_and_batches_are_each_ones_own():
         max_size=6,
     )
 )
-def test_a_detector_with_itself_is_itself_up_to_duplicates(rows):
-    (once,) = EnsembleDetector({"a": Finds(*rows)}).detect([FRAME], CLASSES)
-    (twice,) = EnsembleDetector({"a": Finds(*rows), "b": Finds(*rows)}).detect([FRAME], CLASSES)
+def test_a_detector_merged_with_itself_is_itself_up_to_duplicates(rows):
+    (once,) = EnsembleDetector({"a": FixedDetector(*rows)}).detect([FRAME], CLASSES)
+    (twice,) = EnsembleDetector({"a": FixedDetector(*rows), "b": FixedDetector(*rows)}).detect([FRAME], CLASSES)
     assert sorted(once.class_id) == sorted(twice.class_id)
     assert len(once) <= len(rows)
     assert ((twice.xyxy >= 0) & (twice.xyxy <= 100)).all() and (twice.confidence <= 1).all()
 
 
 @pytest.mark.parametrize(
-    ("keys", "says"),
+    ("overrides", "message"),
     [
         ({"detectors": {}}, "one or more detectors"),
         ({"weights": {"c": 1}}, "names c; the detectors are a"),
@@ -91,21 +92,20 @@ def test_a_detector_with_itself_is_itself_up_to_duplicates(rows):
         ({"score": "median"}, "mean or max"),
     ],
 )
-def test_what_cannot_be_merged_is_said(keys, says):
-    with pytest.raises(ConfigError, match=says):
-        EnsembleDetector(**{"detectors": {"a": Finds()}, **keys})
+def test_wrong_settings_are_refused(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        EnsembleDetector(**{"detectors": {"a": FixedDetector()}, **overrides})
 
 
-def test_real_detectors_merge_through_the_config(tmp_path, scenes):
+def test_real_detectors_are_merged_through_the_config(tmp_path, scenes):
     owlv2 = checkpoints.owlv2(tmp_path / "owlv2")
-    words = ["detector=ensemble", f"checkpoints.owlv2={owlv2}", "detector.weights={second: 0.01}"]
-    both = load(*words, preset="shapes")
+    overrides = ["detector=ensemble", f"checkpoints.owlv2={owlv2}", "detector.weights={second: 0.01}"]
+    ensemble = load(*overrides, preset="shapes")
     names = ["star", "triangle", "ring", "cross"]
-    found = both.segment(scenes[0].image, names)
-    alone = load(preset="shapes").segment(scenes[0].image, names)
-    assert len(alone) >= 2
-    overlap = (found.mask[:, None] & alone.mask[None]).sum((2, 3)) / (found.mask[:, None] | alone.mask[None]).sum(
-        (2, 3)
-    )
-    assert (overlap.max(0) > 0.8).all()
-    assert found.confidence.max() > alone.confidence.max() - 0.05
+    merged = ensemble.segment(scenes[0].image, names)
+    single = load(preset="shapes").segment(scenes[0].image, names)
+    assert len(single) >= 2
+    intersection = (merged.mask[:, None] & single.mask[None]).sum((2, 3))
+    union = (merged.mask[:, None] | single.mask[None]).sum((2, 3))
+    assert ((intersection / union).max(0) > 0.8).all()
+    assert merged.confidence.max() > single.confidence.max() - 0.05

@@ -1,3 +1,5 @@
+"""Detector `everything`: masks without text, by the automatic mask generators of SAM and SAM 2."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -6,19 +8,19 @@ import pytest
 from grounded_sam import ConfigError, load
 from grounded_sam.shapes.scenes import make_scene
 
-FEW = ["detector.points_per_side=12", "detector.pred_iou_thresh=0.6", "detector.stability_score_thresh=0.6"]
+FEW_POINTS = ["detector.points_per_side=12", "detector.pred_iou_thresh=0.6", "detector.stability_score_thresh=0.6"]
 
 
 @pytest.mark.parametrize("segmenter", ["sam", "sam2"])
-def test_a_mask_for_everything(segmenter):
+def test_every_object_gets_a_mask_and_a_tight_box(segmenter):
     scene = make_scene(np.random.default_rng(12), count=3, size_hw=(220, 220))
-    model = load(*FEW, preset="shapes", detector="everything", segmenter=segmenter)
-    found = model.segment(scene.image)
-    assert set(found.data["class_name"]) <= {"object"}
-    hits = [max(((m & truth).sum() / (m | truth).sum() for m in found.mask), default=0) for truth in scene.masks]
-    assert np.mean(np.array(hits) > 0.6) >= 0.6
-    assert found.mask.shape[1:] == (220, 220)
-    for box, mask in zip(found.xyxy, found.mask, strict=True):
+    model = load(*FEW_POINTS, preset="shapes", detector="everything", segmenter=segmenter)
+    detections = model.segment(scene.image)
+    assert set(detections.data["class_name"]) <= {"object"}
+    ious = [max(((m & gt).sum() / (m | gt).sum() for m in detections.mask), default=0) for gt in scene.masks]
+    assert np.mean(np.array(ious) > 0.6) >= 0.6
+    assert detections.mask.shape[1:] == (220, 220)
+    for box, mask in zip(detections.xyxy, detections.mask, strict=True):
         ys, xs = np.nonzero(mask)
         assert box.tolist() == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
 
@@ -29,14 +31,14 @@ def test_thresholds_reach_the_generator():
     assert len(model.detector.generator.point_grids[0]) == 16
 
 
-def test_text_may_name_the_one_class():
-    model = load(*FEW, "detector.points_per_side=3", preset="shapes", detector="everything", text="thing")
-    found = model.segment(np.zeros((64, 64, 3), np.uint8))
-    assert set(found.data["class_name"]) <= {"thing"}
+def test_text_can_name_the_one_class():
+    model = load(*FEW_POINTS, "detector.points_per_side=3", preset="shapes", detector="everything", text="thing")
+    detections = model.segment(np.zeros((64, 64, 3), np.uint8))
+    assert set(detections.data["class_name"]) <= {"thing"}
     with pytest.raises(ConfigError, match="gives one class"):
         model.segment(np.zeros((64, 64, 3), np.uint8), ["a", "b"])
 
 
-def test_it_needs_a_segmenter_with_a_generator():
+def test_everything_needs_a_segmenter_with_a_mask_generator():
     with pytest.raises(ConfigError, match="needs segmenter=sam or segmenter=sam2"):
         load(detector="everything", segmenter="none")

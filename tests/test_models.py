@@ -1,4 +1,4 @@
-"""The command that lists, fetches and finds weights, against a small hub of our own on this machine."""
+"""The command that lists, downloads and locates weights, with a small local server in place of the hub."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from grounded_sam.config.hydra import conf_dir
-from grounded_sam.config.weights import ONE_FILE, every_choice
-from grounded_sam.weights.hub import loaded
+from grounded_sam.config.weights import all_weights
+from grounded_sam.weights.hub import files_to_load
 from grounded_sam.weights.loading import BUILTIN_DIR
 
 ROOT = Path(__file__).parents[1]
 COMMIT = "c0ffee" + "0" * 34
-#: A transformers checkpoint as they lie on the hub, with much that is not loaded.
+#: A transformers checkpoint as on the hub, with many files that are not loaded.
 CHECKPOINT = {
     "config.json": b"{}",
     "preprocessor_config.json": b"{ }",
@@ -40,26 +40,26 @@ CHECKPOINT = {
     ".gitattributes": b"* lfs",
 }
 NEEDED = {"config.json", "preprocessor_config.json", "tokenizer.json", "vocab.txt", "model.safetensors"}
-#: Words that make every stage take a checkpoint of our hub.
-WORDS = ("checkpoints.grounding_dino=acme/dino", "checkpoints.sam2=acme/sam2")
+#: Overrides with which every stage loads a checkpoint of the local hub.
+OVERRIDES = ("checkpoints.grounding_dino=acme/dino", "checkpoints.sam2=acme/sam2")
 
 
 class Hub(ThreadingHTTPServer):
-    """A hub with some repositories: their files, whether they are gated, what their card says."""
+    """A hub with some repositories, some of them gated, and their model cards."""
 
     daemon_threads = True
 
     def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Answers)
+        super().__init__(("127.0.0.1", 0), HubHandler)
         self.repos: dict[str, dict[str, bytes]] = {}
         self.gated: set[str] = set()
         self.cards: dict[str, dict[str, str]] = {}
-        self.fetched: list[str] = []  # files that were read, in the order of their reading
+        self.fetched: list[str] = []  # files that were downloaded, in order
         self.address = f"http://127.0.0.1:{self.server_port}"
 
 
-class Answers(BaseHTTPRequestHandler):
-    """The part of the hub's protocol that its client uses to look and to fetch."""
+class HubHandler(BaseHTTPRequestHandler):
+    """The part of the hub's protocol that its client uses to list and download."""
 
     server: Hub
     protocol_version = "HTTP/1.1"
@@ -97,9 +97,9 @@ class Answers(BaseHTTPRequestHandler):
                     | ({"lfs": f["lfs"] | {"sha256": f["lfs"]["oid"]}} if "lfs" in f else {})
                     for f in files
                 ]
-                about = {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings}
+                info = {"id": repo, "modelId": repo, "sha": COMMIT, "siblings": siblings}
                 gated = "manual" if repo in hub.gated else False
-                self.json(about | {"gated": gated, "private": False, "cardData": hub.cards.get(repo)}, body)
+                self.json(info | {"gated": gated, "private": False, "cardData": hub.cards.get(repo)}, body)
         elif "resolve" in parts:
             repo, name = "/".join(parts[:2]), "/".join(parts[4:])
             if repo not in hub.repos:
@@ -151,13 +151,13 @@ def hub() -> Iterator[Hub]:
 
 @pytest.fixture
 def run(hub: Hub, tmp_path: Path):
-    """Run the command with our hub and an empty cache; nobody is ever shown a traceback."""
+    """Run the command with the local hub and an empty cache, and check that it shows no traceback."""
 
-    def command(*words: str, code: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
+    def command(*arguments: str, code: int = 0, **env: str) -> subprocess.CompletedProcess[str]:
         clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
         clean |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1"}
         out = subprocess.run(
-            [sys.executable, "-m", "grounded_sam.cli.models", *words],
+            [sys.executable, "-m", "grounded_sam.cli.models", *arguments],
             capture_output=True,
             text=True,
             check=False,
@@ -181,19 +181,22 @@ def snapshot(cache: Path, repo: str) -> Path:
     return cache / f"models--{repo.replace('/', '--')}" / "snapshots" / COMMIT
 
 
-def complaint(out: subprocess.CompletedProcess[str]) -> str:
-    """The one line that a mistake is answered with."""
+def only_error(out: subprocess.CompletedProcess[str]) -> str:
+    """Return the only line on stderr, without the name of the command."""
     lines = [line for line in out.stderr.splitlines() if line.strip()]
     assert len(lines) == 1, lines
     assert lines[0].startswith("grounded-sam-models: ")
     return lines[0].removeprefix("grounded-sam-models: ")
 
 
-def test_the_command_is_installed_and_quick_to_help():
+def test_the_command_is_installed_and_shows_help_quickly():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     assert project["project"]["scripts"]["grounded-sam-models"] == "grounded_sam.cli.models:main"
     assert "models.yaml" in project["tool"]["setuptools"]["package-data"]["grounded_sam.weights"]
-    code = "import sys, grounded_sam.cli.models as m; m.parsed(['list']); print({'torch', 'hydra'} & set(sys.modules))"
+    code = (
+        "import sys, grounded_sam.cli.models as m; m.parse_arguments(['list']); "
+        "print({'torch', 'hydra'} & set(sys.modules))"
+    )
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "set()"
     started = time.monotonic()
     text = subprocess.check_output([sys.executable, "-m", "grounded_sam.cli.models", "--help"], text=True)
@@ -201,10 +204,10 @@ def test_the_command_is_installed_and_quick_to_help():
     assert "grounded-sam-models fetch detector=" in text and "hf auth login" in text
 
 
-def test_the_table_covers_every_choice_with_weights():
-    found, wrong = every_choice()
-    assert not wrong
-    listed = {(weights.stage, weights.choice) for weights in found}
+def test_the_list_covers_every_choice_with_weights():
+    specs, errors = all_weights()
+    assert not errors
+    listed = {(spec.stage, spec.choice) for spec in specs}
     for stage in ("detector", "segmenter", "tracker"):
         for file in (conf_dir() / stage).glob("*.yaml"):
             if "\ncheckpoint:" in file.read_text(encoding="utf-8"):
@@ -212,29 +215,26 @@ def test_the_table_covers_every_choice_with_weights():
             elif file.stem in ("none", "clicks", "stored"):
                 assert (stage, file.stem) not in listed
     assert ("detector", "everything") in listed
-    for weights in found:  # classes that take one file are known as such
-        assert weights.repo is not None
-        assert (weights.file is not None) == (weights.choice in ("sam", "sam2", "everything")), weights
-    for path in (ROOT / "grounded_sam").glob("*ers/*.py"):
-        if "find_file(" in path.read_text(encoding="utf-8"):
-            assert any(target.startswith(f"grounded_sam.{path.parent.name}.{path.stem}.") for target in ONE_FILE), path
+    for spec in specs:  # classes that load a single file say so
+        assert spec.repo is not None
+        assert (spec.file is not None) == (spec.choice in ("sam", "sam2", "everything")), spec
 
 
-def test_what_is_loaded_of_a_repository():
-    assert set(loaded(CHECKPOINT, None)) == NEEDED
-    without = [name for name in CHECKPOINT if name != "model.safetensors"]
-    assert set(loaded(without, None)) == NEEDED - {"model.safetensors"} | {"pytorch_model.bin"}
+def test_only_files_that_are_loaded_are_selected_from_a_repository():
+    assert set(files_to_load(CHECKPOINT, None)) == NEEDED
+    no_safetensors = [name for name in CHECKPOINT if name != "model.safetensors"]
+    assert set(files_to_load(no_safetensors, None)) == NEEDED - {"model.safetensors"} | {"pytorch_model.bin"}
     parts = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
-    assert set(loaded([*without, *parts, "pytorch_model.bin.index.json"], None)) == {
+    assert set(files_to_load([*no_safetensors, *parts, "pytorch_model.bin.index.json"], None)) == {
         *parts,
         *(NEEDED - {"model.safetensors"}),
     }
-    assert loaded(["a/b.pth", "config.json"], "a/b.pth") == ["a/b.pth"]
+    assert files_to_load(["a/b.pth", "config.json"], "a/b.pth") == ["a/b.pth"]
 
 
-def test_list_with_and_without_the_network(run, hub):
-    words = (*WORDS, "segmenter=sam_hq", "checkpoints.sam_hq=acme/gated")
-    rows = json.loads(run("list", "--json", *words).stdout)
+def test_list_works_with_and_without_the_network(run, hub):
+    overrides = (*OVERRIDES, "segmenter=sam_hq", "checkpoints.sam_hq=acme/gated")
+    rows = json.loads(run("list", "--json", *overrides).stdout)
     assert [(row["stage"], row["choice"], row["repo"], row["file"]) for row in rows] == [
         ("detector", "grounding_dino", "acme/dino", None),
         ("segmenter", "sam_hq", "acme/gated", None),
@@ -245,25 +245,25 @@ def test_list_with_and_without_the_network(run, hub):
     assert [row["licence"] for row in rows] == ["bsd-3-clause", "own", None]
     assert [row["gated"] for row in rows] == [False, True, False]
     assert [row["cached"] for row in rows] == ["no"] * 3
-    table = run("list", *words).stdout
-    for word in ("acme/gated", "bsd-3-clause", "sam2.1_hiera_tiny.pt", "5.0 kB", "unknown"):
-        assert word in table
+    table = run("list", *overrides).stdout
+    for text in ("acme/gated", "bsd-3-clause", "sam2.1_hiera_tiny.pt", "5.0 kB", "unknown"):
+        assert text in table
 
     hub.shutdown()
     hub.server_close()
-    words = ("detector=sam3", "tracker=sam2_hf", "checkpoints.sam2_hf=acme/other")
+    overrides = ("detector=sam3", "tracker=sam2_hf", "checkpoints.sam2_hf=acme/other")
     for env in ({}, {"HF_HUB_OFFLINE": "1"}):
         started = time.monotonic()
-        out = run("list", "--json", *words, **env)
+        out = run("list", "--json", *overrides, **env)
         assert time.monotonic() - started < 15
-        assert "the hub is not asked" in complaint(out)
-        sam3, other = json.loads(out.stdout)  # sam3 makes its own masks
+        assert "the hub is not asked" in only_error(out)
+        sam3, other = json.loads(out.stdout)  # sam3 needs no segmenter
         assert (sam3["licence"], sam3["gated"], sam3["size"], sam3["cached"]) == ("SAM License", True, None, "no")
         assert (other["licence"], other["gated"], other["size"]) == (None, None, None)
     assert not hub.fetched
 
 
-def test_list_shows_all_and_choices_of_ones_own(run, tmp_path):
+def test_list_shows_all_choices_including_those_of_the_user(run, tmp_path):
     (tmp_path / "own's" / "detector").mkdir(parents=True)
     (tmp_path / "own's" / "detector" / "mine.yaml").write_text("_target_: mine.Mine\ncheckpoint: acme/dino\n")
     (tmp_path / "own's" / "detector" / "wrong.yaml").write_text("_target_: mine.Mine\ncheckpoint: ${nothing}\n")
@@ -272,108 +272,115 @@ def test_list_shows_all_and_choices_of_ones_own(run, tmp_path):
     assert rows["detector", "mine"]["repo"] == "acme/dino" and rows["detector", "mine"]["size"]
     assert ("tracker", "sam2") in rows and ("segmenter", "sam") in rows
     assert "detector=wrong: " in out.stderr
-    assert "the hub has no facebook/sam3" in out.stderr  # ours has not
+    assert "repository facebook/sam3 not found" in out.stderr  # the local hub does not have it
     assert rows["detector", "sam3"]["licence"] == "SAM License"
-    text = run("path", "detector=mine", "--config-dir", "own's", *WORDS, code=1)
-    assert "get it with: grounded-sam-models fetch '--config-dir=own'\"'\"'s' detector=mine" in complaint(text)
+    text = run("path", "detector=mine", "--config-dir", "own's", *OVERRIDES, code=1)
+    assert "download with: grounded-sam-models fetch '--config-dir=own'\"'\"'s' detector=mine" in only_error(text)
 
 
-def test_fetch_then_path_offline(run, hub, cache):
-    said = complaint(run("path", *WORDS, code=1))
-    assert "acme/dino of detector=grounding_dino, acme/sam2 of segmenter=sam2" in said
-    assert f"get it with: grounded-sam-models fetch {' '.join(WORDS)}" in said
-    out = run("fetch", *WORDS)
-    assert "detector=grounding_dino: acme/dino, 4.0 kB, 5 of 5 digests right, in " in out.stdout
-    assert "segmenter=sam2, tracker=sam2: acme/sam2, 5.0 kB, 1 of 1 digests right, in " in out.stdout
-    # Only what is loaded, and what two stages load once.
+def test_path_works_offline_after_fetch(run, hub, cache):
+    error = only_error(run("path", *OVERRIDES, code=1))
+    assert "acme/dino of detector=grounding_dino, acme/sam2 of segmenter=sam2" in error
+    assert f"download with: grounded-sam-models fetch {' '.join(OVERRIDES)}" in error
+    out = run("fetch", *OVERRIDES)
+    assert "detector=grounding_dino: acme/dino, 4.0 kB, 5 of 5 digests match, in " in out.stdout
+    assert "segmenter=sam2, tracker=sam2: acme/sam2, 5.0 kB, 1 of 1 digests match, in " in out.stdout
+    # Only files that are loaded, and once if two stages load them.
     assert sorted(hub.fetched) == sorted([*(f"acme/dino/{n}" for n in NEEDED), "acme/sam2/sam2.1_hiera_tiny.pt"])
     assert {p.name for p in snapshot(cache, "acme/dino").iterdir()} == NEEDED
     before = len(hub.fetched)
-    run("fetch", *WORDS)
+    run("fetch", *OVERRIDES)
     assert len(hub.fetched) == before
-    assert [row["cached"] for row in json.loads(run("list", "--json", *WORDS).stdout)] == ["whole"] * 3
+    assert [row["cached"] for row in json.loads(run("list", "--json", *OVERRIDES).stdout)] == ["whole"] * 3
 
     hub.shutdown()
     hub.server_close()
     dino, sam2 = snapshot(cache, "acme/dino"), snapshot(cache, "acme/sam2") / "sam2.1_hiera_tiny.pt"
-    out = run("path", *WORDS)
+    out = run("path", *OVERRIDES)
     assert out.stdout.splitlines() == [str(dino), str(sam2), str(sam2)]
     assert out.stderr == ""
-    rows = json.loads(run("list", "--json", *WORDS).stdout)
+    rows = json.loads(run("list", "--json", *OVERRIDES).stdout)
     assert [(row["cached"], row["size"] == row["cached_size"]) for row in rows] == [("whole", True)] * 3
     assert rows[1]["path"] == str(sam2)
-    assert "5 of 5 digests right" in run("fetch", *WORDS).stdout  # the check alone
-    said = complaint(run("fetch", *WORDS, "segmenter.size=large", HF_HUB_OFFLINE="1", code=1))
-    assert said == "segmenter=sam2: acme/sam2 is not in the cache, and the hub is not asked (HF_HUB_OFFLINE is set)"
+    assert "5 of 5 digests match" in run("fetch", *OVERRIDES).stdout  # verifies only
+    error = only_error(run("fetch", *OVERRIDES, "segmenter.size=large", HF_HUB_OFFLINE="1", code=1))
+    assert error == "segmenter=sam2: acme/sam2 is not in the cache, and the hub is not asked (HF_HUB_OFFLINE is set)"
 
-    (dino / "vocab.txt").unlink()  # as after a fetch that was cut off
-    rows = json.loads(run("list", "--json", *WORDS).stdout)
+    (dino / "vocab.txt").unlink()  # as after an interrupted download
+    rows = json.loads(run("list", "--json", *OVERRIDES).stdout)
     assert rows[0]["cached"] == "part" and rows[0]["size"] == rows[0]["cached_size"] + len(CHECKPOINT["vocab.txt"])
-    assert "acme/dino of detector" in complaint(run("path", *WORDS, code=1))
+    assert "acme/dino of detector" in only_error(run("path", *OVERRIDES, code=1))
 
 
-def test_damaged_files_are_found_and_fetched_anew(run, hub, cache):
-    run("fetch", *WORDS)
+def test_damaged_files_are_detected_and_downloaded_again(run, hub, cache):
+    run("fetch", *OVERRIDES)
     weights, vocab = (snapshot(cache, "acme/dino") / name for name in ("model.safetensors", "vocab.txt"))
     for path in (weights, vocab):
         blob = path.resolve()
         data = blob.read_bytes()
         blob.chmod(0o644)
         blob.write_bytes(b"X" + data[1:])
-    # Newer caches keep one copy for several repositories, behind a second link: that one is damaged as well.
+    # Newer caches share one copy between repositories, behind a second link; it is damaged too.
     shared, blob = cache / "blobs" / "ab" / ("ab" * 32), weights.resolve()
     shared.parent.mkdir(parents=True)
     blob.rename(shared)
     blob.symlink_to(shared)
-    said = complaint(run("fetch", *WORDS, HF_HUB_OFFLINE="1", code=1))
-    assert "damaged in the cache: " in said and str(weights) in said and str(vocab) in said
-    assert weights.read_bytes().startswith(b"X")  # nothing is thrown away that cannot be replaced
+    error = only_error(run("fetch", *OVERRIDES, HF_HUB_OFFLINE="1", code=1))
+    assert "damaged in the cache: " in error and str(weights) in error and str(vocab) in error
+    assert weights.read_bytes().startswith(b"X")  # nothing is deleted that cannot be replaced
     hub.fetched.clear()
-    out = run("fetch", *WORDS)
-    assert "damaged in the cache, fetched anew: " in complaint(out)
+    out = run("fetch", *OVERRIDES)
+    assert "damaged in the cache, downloading again: " in only_error(out)
     assert sorted(hub.fetched) == ["acme/dino/model.safetensors", "acme/dino/vocab.txt"]
     assert weights.read_bytes() == CHECKPOINT["model.safetensors"] and not shared.exists()
-    assert "5 of 5 digests right" in out.stdout
+    assert "5 of 5 digests match" in out.stdout
 
 
 def test_a_file_that_is_not_the_official_one_is_refused(run, hub):
     hub.repos["facebook/sam2.1-hiera-tiny"] = {"sam2.1_hiera_tiny.pt": b"other"}
-    words = ("detector=clicks", "tracker=none", "segmenter=sam2")
-    said = complaint(run("fetch", *words, code=1))
-    assert "is as the hub has it, but its SHA-256 is not 7402e0d8" in said
-    right = hashlib.sha256(b"other").hexdigest()
-    assert "1 of 1 digests right" in run("fetch", *words, f"segmenter.sha256={right}").stdout
+    overrides = ("detector=clicks", "tracker=none", "segmenter=sam2")
+    error = only_error(run("fetch", *overrides, code=1))
+    assert "is as on the hub, but its SHA-256 is not 7402e0d8" in error
+    digest = hashlib.sha256(b"other").hexdigest()
+    assert "1 of 1 digests match" in run("fetch", *overrides, f"segmenter.sha256={digest}").stdout
 
 
-def test_a_cache_without_symlinks_cannot_be_checked(run, cache):
-    words = (WORDS[0], "segmenter=none", "tracker=none")
-    run("fetch", *words)
+def test_a_cache_without_symlinks_cannot_be_verified(run, cache):
+    overrides = (OVERRIDES[0], "segmenter=none", "tracker=none")
+    run("fetch", *overrides)
     for path in snapshot(cache, "acme/dino").iterdir():
         data = path.read_bytes()
         path.unlink()
         path.write_bytes(data)
-    out = run("fetch", *words)
-    assert "0 of 5 digests right; the rest cannot be checked" in out.stdout
+    out = run("fetch", *overrides)
+    assert "0 of 5 digests match; the others cannot be verified" in out.stdout
 
 
-def test_gated_and_missing_models_leave_the_others_alone(run, hub, cache):
-    words = ("detector=owlv2", "checkpoints.owlv2=acme/gated", "tracker=sam2_hf", "checkpoints.sam2_hf=acme/nothing")
-    out = run("fetch", *words, WORDS[1], code=1)
+def test_gated_and_missing_models_do_not_stop_the_others(run, hub, cache):
+    overrides = (
+        "detector=owlv2",
+        "checkpoints.owlv2=acme/gated",
+        "tracker=sam2_hf",
+        "checkpoints.sam2_hf=acme/nothing",
+    )
+    out = run("fetch", *overrides, OVERRIDES[1], code=1)
     gated, missing = out.stderr.splitlines()
     assert gated.startswith("grounded-sam-models: detector=owlv2: acme/gated is gated: accept its licence at ")
     assert "https://huggingface.co/acme/gated" in gated and "`hf auth login`" in gated and "HF_TOKEN" in gated
-    assert missing.startswith("grounded-sam-models: tracker=sam2_hf: the hub has no acme/nothing, or it is private")
+    assert missing.startswith(
+        "grounded-sam-models: tracker=sam2_hf: repository acme/nothing not found; if it is private"
+    )
     assert hub.fetched == ["acme/sam2/sam2.1_hiera_tiny.pt"]
     assert "segmenter=sam2: acme/sam2" in out.stdout
     assert not any(cache.rglob("model.safetensors"))
-    said = complaint(
+    error = only_error(
         run("fetch", "detector=clicks", "tracker=none", "segmenter=sam", "checkpoints.sam=acme/dino", code=1)
     )
-    assert said == "segmenter=sam: acme/dino on the hub has no checkpoints/sam_vit_b_01ec64.pth"
+    assert error == "segmenter=sam: acme/dino on the hub has no checkpoints/sam_vit_b_01ec64.pth"
 
 
-def test_what_fetched_files_are_is_loaded_offline(run, hub, tmp_path):
-    """The choice of files against what transformers asks for: the small detector, from the cache alone."""
+def test_a_fetched_model_loads_offline(run, hub, tmp_path):
+    """The selected files are those that transformers needs: load the small detector from the cache alone."""
     source = BUILTIN_DIR / "shapes-detector"
     hub.repos["acme/shapes"] = {p.name: p.read_bytes() for p in source.iterdir()} | {"README.md": b"no"}
     run("fetch", "checkpoints.grounding_dino=acme/shapes", "segmenter=none", "tracker=none")
@@ -383,13 +390,13 @@ def test_what_fetched_files_are_is_loaded_offline(run, hub, tmp_path):
     assert out.returncode == 0, out.stderr
 
 
-def test_nothing_to_fetch(run, hub, tmp_path):
+def test_local_and_builtin_weights_are_not_downloaded(run, hub, tmp_path):
     local = tmp_path / "local.safetensors"
     local.write_bytes((BUILTIN_DIR / "shapes-sam2.safetensors").read_bytes())
     out = run("fetch", "preset=shapes", "checkpoints.sam2=local.safetensors", "tracker=none")
-    assert "detector=grounding_dino: builtin:shapes is part of the package, there is nothing to fetch" in out.stdout
-    assert "segmenter=sam2: local.safetensors lies in local.safetensors, there is nothing to fetch" in out.stdout
-    assert "tracker=none: takes no weights" in out.stdout
+    assert "detector=grounding_dino: builtin:shapes is part of the package, nothing to download" in out.stdout
+    assert "segmenter=sam2: local.safetensors is local (local.safetensors), nothing to download" in out.stdout
+    assert "tracker=none: loads no weights" in out.stdout
     assert not hub.fetched
     assert run("path", "preset=shapes", "tracker=none").stdout.splitlines() == [
         str(BUILTIN_DIR / "shapes-detector"),
@@ -399,18 +406,18 @@ def test_nothing_to_fetch(run, hub, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("arguments", "message"),
     [
-        ((), "say list, fetch or path"),
-        (("lsit",), "there is no command 'lsit'; did you mean list?"),
+        ((), "a command is missing: list, fetch or path"),
+        (("lsit",), "unknown command 'lsit'; did you mean list?"),
         (("list", "--jsn"), "unrecognized arguments: --jsn"),
         (("fetch", "--json"), "--json goes with list"),
-        (("fetch", "detector=dino"), "there is no detector=dino; the choices are clicks, "),
+        (("fetch", "detector=dino"), "unknown choice detector=dino; the choices are clicks, "),
         (("path", "segmenter.siz=large"), "did you mean 'segmenter.size'?"),
-        (("list", "segmenter.size=huge"), "segmenter.size must be one of tiny, small, base_plus, large, got 'huge'"),
+        (("list", "segmenter.size=huge"), "segmenter.size must be tiny, small, base_plus or large, got 'huge'"),
         (("path", "checkpoints.sam2=gone.pt"), "no weights at 'gone.pt'"),
-        (("list", "--config-dir", "gone"), "there is no folder gone"),
+        (("list", "--config-dir", "gone"), "--config-dir: folder gone does not exist"),
     ],
 )
-def test_mistakes_end_in_one_line(run, words, said):
-    assert said in complaint(run(*words, code=1))
+def test_mistakes_are_reported_in_one_line(run, arguments, message):
+    assert message in only_error(run(*arguments, code=1))

@@ -1,4 +1,4 @@
-"""The wheel, installed where nothing of the checkout can be seen."""
+"""The wheel, installed in an environment that cannot see the checkout."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory) -> Path:
-    """Built from a copy of what git tracks, so that stray files cannot help."""
+    """Build the wheel from a copy of the tracked files, so that no other file can make it work."""
     clean, out = tmp_path_factory.mktemp("clean"), tmp_path_factory.mktemp("dist")
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
     if files.returncode:
@@ -30,7 +30,7 @@ def wheel(tmp_path_factory) -> Path:
     return next(out.glob("*.whl"))
 
 
-def test_the_wheel_holds_configs_weights_and_examples(wheel):
+def test_the_wheel_has_configs_weights_and_examples(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for path in (ROOT / "conf").rglob("*.yaml"):
         assert f"grounded_sam/conf/{path.relative_to(ROOT / 'conf').as_posix()}" in names
@@ -40,15 +40,15 @@ def test_the_wheel_holds_configs_weights_and_examples(wheel):
     assert not [n for n in names if n.startswith(("tests/", "conf/"))]
 
 
-def test_weights_are_small(wheel):
+def test_files_in_the_wheel_are_small(wheel):
     for entry in zipfile.ZipFile(wheel).infolist():
         assert entry.file_size <= 15 * 2**20, entry.filename
 
 
 def test_the_installed_command_runs_from_another_folder(wheel, tmp_path):
-    place = tmp_path / "venv"
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(place)], check=True)
-    python = place / "bin" / "python"
+    environment = tmp_path / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+    python = environment / "bin" / "python"
     site = subprocess.run(
         [python, "-c", "import sysconfig; print(sysconfig.get_paths()['purelib'])"],
         capture_output=True,
@@ -56,12 +56,12 @@ def test_the_installed_command_runs_from_another_folder(wheel, tmp_path):
         check=True,
     ).stdout.strip()
     subprocess.run([sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", site, wheel], check=True)
-    # The dependencies of this environment, but not our own editable install, whose finder comes later.
+    # The dependencies of this environment, but not its editable install of the package, whose finder comes later.
     Path(site, "others.pth").write_text(sysconfig.get_paths()["purelib"])
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH",)}
     code = "import grounded_sam; print(grounded_sam.__file__)"
-    where = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env=env)
-    assert where.stdout.startswith(site)
+    location = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env=env)
+    assert location.stdout.startswith(site)
     main = "from grounded_sam.cli.main import main; main()"
     for words in (["--help"], ["preset=demo", "output=o", "sink=coco"]):
         out = subprocess.run(

@@ -11,31 +11,36 @@ from fakes import CLASSES, Fill, Halves
 from PIL import Image
 
 from grounded_sam import ConfigError, GroundedSamError, ImageError, Pipeline, Select, load
+from grounded_sam.pipeline.runner import Runner
 from grounded_sam.sinks.coco import CocoSink
 from grounded_sam.sources.images import ImageSource
 
 
 def test_stages_run_in_order_and_results_are_detections(folder):
     model = Pipeline(Halves(), Fill())
-    found = model.segment(folder / "0.png", ["left", "right"])
-    assert isinstance(found, sv.Detections)
-    assert found.data["class_name"].tolist() == ["left", "right"]
-    assert found.mask.sum((1, 2)).tolist() == [200 * 130, 200 * 130]
-    assert found.confidence.dtype == np.float32 and found.class_id.dtype == np.int64 and found.mask.dtype == bool
+    detections = model.segment(folder / "0.png", ["left", "right"])
+    assert isinstance(detections, sv.Detections)
+    assert detections.data["class_name"].tolist() == ["left", "right"]
+    assert detections.mask.sum((1, 2)).tolist() == [200 * 130, 200 * 130]
+    assert (
+        detections.confidence.dtype == np.float32
+        and detections.class_id.dtype == np.int64
+        and detections.mask.dtype == bool
+    )
 
 
-def test_every_way_to_hand_in_an_image(folder):
+def test_paths_pil_images_and_arrays_give_equal_results(folder):
     model = Pipeline(Halves(), Fill(), vocabulary=CLASSES)
     path = folder / "0.png"
     array = np.asarray(Image.open(path))
     one, two, three = (model.segment(image) for image in (path, Image.open(path), array))
     assert one == two == three
-    several = model.segment([path, array, str(path)])
-    assert several == [one, one, one]
+    all_three = model.segment([path, array, str(path)])
+    assert all_three == [one, one, one]
     assert model.segment([]) == []
 
 
-def test_detect_gives_boxes_without_masks():
+def test_detect_returns_boxes_without_masks():
     assert Pipeline(Halves(), Fill()).detect(np.zeros((10, 10, 3), np.uint8), "a").mask is None
 
 
@@ -45,22 +50,24 @@ def test_frames_go_to_the_detector_in_batches():
     assert detector.calls == [3, 3, 1]
 
 
-def test_text_is_asked_for_if_nobody_has_it():
+def test_missing_text_is_an_error():
     with pytest.raises(ConfigError, match="text is missing"):
         Pipeline(Halves()).detect(np.zeros((8, 8, 3), np.uint8))
 
 
 class Broken:
-    def __init__(self, **wrong):
-        self.wrong = wrong
+    """A detector with one valid detection, some fields of which are replaced."""
+
+    def __init__(self, **fields):
+        self.fields = fields
 
     def detect(self, frames, vocabulary):
         fields = {"xyxy": np.array([[0, 0, 5, 5.0]]), "confidence": np.array([0.5]), "class_id": np.array([0])}
-        return [sv.Detections(**{**fields, **self.wrong})]
+        return [sv.Detections(**{**fields, **self.fields})]
 
 
 @pytest.mark.parametrize(
-    ("wrong", "says"),
+    ("fields", "message"),
     [
         ({"class_id": np.array([7])}, r"Broken: expected class_id from 0 to 0, got \[7\]"),
         ({"confidence": None}, "expected confidence of shape"),
@@ -68,37 +75,37 @@ class Broken:
         ({"xyxy": np.array([[0, 0, 50, 5.0]])}, "expected boxes inside the 8x8 px image"),
     ],
 )
-def test_a_stage_that_breaks_the_rules_is_named(wrong, says):
-    with pytest.raises(GroundedSamError, match=says):
-        Pipeline(Broken(**wrong)).detect(np.zeros((8, 8, 3), np.uint8), "a")
+def test_a_stage_with_invalid_detections_is_named(fields, message):
+    with pytest.raises(GroundedSamError, match=message):
+        Pipeline(Broken(**fields)).detect(np.zeros((8, 8, 3), np.uint8), "a")
 
 
-def test_a_detector_with_masks_needs_no_segmenter():
+def test_the_segmenter_is_not_run_on_detections_with_masks():
     mask = np.ones((1, 8, 8), bool)
     never = object()
-    found = Pipeline(Broken(mask=mask), never, Select(score=0)).segment(np.zeros((8, 8, 3), np.uint8), "a")
-    assert found.mask.all()
+    detections = Pipeline(Broken(mask=mask), never, Select(score=0)).segment(np.zeros((8, 8, 3), np.uint8), "a")
+    assert detections.mask.all()
 
 
-def test_a_run_over_a_folder_counts_skips_and_reports(folder, tmp_path):
+def test_a_run_counts_objects_and_skipped_files(folder, tmp_path):
     (folder / "bad.png").write_bytes(b"no picture")
     model = Pipeline(Halves(), Fill(), Select(score=0.5), CLASSES)
-    summary = model.run(ImageSource(folder), [CocoSink(tmp_path, CLASSES)], tmp_path, CLASSES)
+    summary = Runner(model, ImageSource(folder), [CocoSink(tmp_path, CLASSES)], tmp_path).run()
     assert (summary.images, summary.empty, dict(summary.objects)) == (4, 0, {"a": 4})
     assert [s.file for s in summary.skipped] == ["bad.png"]
     assert json.loads((tmp_path / "skipped.json").read_text())[0]["file"] == "bad.png"
 
 
-def test_if_every_picture_is_bad_the_run_fails(tmp_path):
+def test_a_run_without_a_readable_image_fails(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(b"x")
     out = tmp_path / "out"
-    with pytest.raises(ImageError, match="none of 3 pictures could be used"):
-        Pipeline(Halves(), None, None, CLASSES).run(ImageSource(tmp_path), [], out, CLASSES)
+    with pytest.raises(ImageError, match="none of 3 images could be used"):
+        Runner(Pipeline(Halves(), None, None, CLASSES), ImageSource(tmp_path), [], out).run()
     assert len(json.loads((out / "skipped.json").read_text())) == 3
 
 
-def test_an_interruption_keeps_what_was_written(folder, tmp_path):
+def test_an_interrupted_run_keeps_what_was_written(folder, tmp_path):
     class Impatient(Halves):
         def detect(self, frames, vocabulary):
             if len(self.calls) == 2:
@@ -106,12 +113,12 @@ def test_an_interruption_keeps_what_was_written(folder, tmp_path):
             return super().detect(frames, vocabulary)
 
     model = Pipeline(Impatient(), Fill(), None, CLASSES)
-    summary = model.run(ImageSource(folder), [CocoSink(tmp_path, CLASSES)], tmp_path, CLASSES)
+    summary = Runner(model, ImageSource(folder), [CocoSink(tmp_path, CLASSES)], tmp_path).run()
     assert summary.interrupted and summary.images == 2
     assert len(json.loads((tmp_path / "annotations.json").read_text())["images"]) == 2
 
 
-def test_importing_is_light():
+def test_importing_the_package_imports_no_heavy_library():
     code = (
         "import sys, grounded_sam; grounded_sam.Vocabulary.parse('cat');"
         "print([m for m in ('torch', 'sam2', 'hydra', 'transformers', 'supervision') if m in sys.modules])"
@@ -123,20 +130,20 @@ def test_importing_is_light():
     assert out.stdout.strip() == "False"
 
 
-def test_the_embedded_models_find_what_is_there(shapes, scenes):
+def test_the_embedded_models_find_most_shapes(shapes, scenes):
     right = 0
     for scene in scenes:
         names = list(dict.fromkeys(f"{c} {s}" for c, s in scene.pairs))
-        found = shapes.segment(scene.image, names)
-        assert found.mask.shape == (len(found), *scene.image.shape[:2])
+        detections = shapes.segment(scene.image, names)
+        assert detections.mask.shape == (len(detections), *scene.image.shape[:2])
         for (colour, shape), truth in zip(scene.pairs, scene.masks, strict=True):
-            named = found[found.data["class_name"] == f"{colour} {shape}"]
+            named = detections[detections.data["class_name"] == f"{colour} {shape}"]
             right += any((m & truth).sum() / (m | truth).sum() > 0.6 for m in named.mask)
     assert right >= 0.6 * sum(len(scene.pairs) for scene in scenes)
 
 
-def test_load_takes_the_words_of_the_command_line():
+def test_load_takes_command_line_overrides():
     model = load("select.score=0.42", preset="shapes", segmenter="none", text=["red circle"])
     assert model.segmenter is None
-    assert model.settings.score == 0.42
+    assert model.select.score == 0.42
     assert model.vocabulary.classes == ("red circle",)

@@ -1,7 +1,7 @@
 """SAM 3's video model against transformers' own loop over a whole video, on random weights of the real class.
 
-Random weights find and follow nothing, so most tests put detections and masks of a small world in their place: the
-model's association, its hotstart and its memory are the real ones.
+Random weights detect and track nothing, so most tests replace the outputs of the detector and the mask decoder by
+simulated objects; the association, the hotstart and the memory are those of the model.
 """
 
 from __future__ import annotations
@@ -31,166 +31,173 @@ def folder(tmp_path_factory):
 
 
 @dataclass
-class Thing:
-    """Something in the world, known by the score that it is detected with.
+class SimulatedObject:
+    """A moving square, identified by its detection score.
 
     Attributes:
-        score: unlike that of any other thing.
-        prompt: number of the phrase that means it.
-        place: `(x, y)` of its square of 6 low-resolution pixels.
-        seen: frames, first and last, in which the detector sees it.
-        there: frames in which the tracker finds it once it is followed; by default all.
+        score: Detection score, unique among the objects.
+        prompt: Index of the phrase that it matches.
+        position: `(x, y)` of its square of 6x6 low-resolution pixels.
+        detected: First and last frame in which the detector finds it.
+        tracked: First and last frame in which the tracker finds it.
     """
 
     score: float
     prompt: int
-    place: tuple[int, int]
-    seen: tuple[int, int]
-    there: tuple[int, int] = (0, 10**6)
+    position: tuple[int, int]
+    detected: tuple[int, int]
+    tracked: tuple[int, int] = (0, 10**6)
 
     def mask(self, side: int, frame: int) -> torch.Tensor:
-        """Logits; it goes down a pixel every four frames."""
+        """Return the logits `(side, side)`; the square moves down by one pixel every four frames."""
         logits = torch.full((side, side), -8.0)
-        x, y = self.place
+        x, y = self.position
         y = (y + frame // 4) % (side - 6)
         logits[y : y + 6, x : x + 6] = 8.0
         return logits
 
 
-def put_into(model, world, monkeypatch):
-    """Let a model see the things of a world."""
+def simulate(model, objects, monkeypatch):
+    """Replace what a model detects and tracks by simulated objects."""
     frame = [0]
-    go, propagate = model._det_track_one_frame, model.run_tracker_propagation
+    process_frame, propagate = model._det_track_one_frame, model.run_tracker_propagation
     side = model.low_res_mask_size
 
-    def noted(**told):
-        frame[0] = told["frame_idx"]
-        return go(**told)
+    def remember_frame(**kwargs):
+        frame[0] = kwargs["frame_idx"]
+        return process_frame(**kwargs)
 
     def detect(inference_session, vision_embeds):
         out = {}
         for prompt in inference_session.prompts:
-            here = [t for t in world if t.prompt == prompt and t.seen[0] <= frame[0] <= t.seen[1]]
-            masks = [t.mask(side, frame[0]) for t in here]
+            visible = [o for o in objects if o.prompt == prompt and o.detected[0] <= frame[0] <= o.detected[1]]
+            masks = [t.mask(side, frame[0]) for t in visible]
             out[prompt] = {
-                "bbox": torch.zeros(len(here), 4),
+                "bbox": torch.zeros(len(visible), 4),
                 "mask": torch.stack(masks) if masks else torch.zeros(0, side, side),
-                "scores": torch.tensor([t.score for t in here]),
+                "scores": torch.tensor([t.score for t in visible]),
             }
         return out
 
-    def follow(inference_session, **told):
-        masks, scores = propagate(inference_session=inference_session, **told)
+    def track(inference_session, **kwargs):
+        masks, scores = propagate(inference_session=inference_session, **kwargs)
         for i, obj_id in enumerate(inference_session.obj_ids):
             score = inference_session.obj_id_to_score[obj_id]
-            thing = min(world, key=lambda t: abs(t.score - score))
-            there = thing.there[0] <= frame[0] <= thing.there[1]
-            masks[i] = thing.mask(side, frame[0]) if there else -8.0
+            simulated = min(objects, key=lambda o: abs(o.score - score))
+            tracked = simulated.tracked[0] <= frame[0] <= simulated.tracked[1]
+            masks[i] = simulated.mask(side, frame[0]) if tracked else -8.0
             scores[i] = 8.0
         return masks, scores
 
-    monkeypatch.setattr(model, "_det_track_one_frame", noted)
+    monkeypatch.setattr(model, "_det_track_one_frame", remember_frame)
     monkeypatch.setattr(model, "run_detection", detect)
-    monkeypatch.setattr(model, "run_tracker_propagation", follow)
+    monkeypatch.setattr(model, "run_tracker_propagation", track)
 
 
-def pictures(count):
+def make_images(count):
     rng = np.random.default_rng(3)
     return [rng.integers(0, 255, (*SIZE, 3), np.uint8) for _ in range(count)]
 
 
-def follow(tracker, images, vocabulary=WORDS):
+def track_images(tracker, images, vocabulary=WORDS):
     frames = iter([to_frame(image, i) for i, image in enumerate(images)])
-    return [found for _, found in tracker.follow(frames, vocabulary, None)]
+    return [detections for _, detections in tracker.track_text(frames, vocabulary)]
 
 
-def by_transformers(tracker, images, phrases):
-    """Ids, masks and scores of each frame by `propagate_in_video_iterator`, and ids that were taken back there."""
+def track_with_transformers(tracker, images, phrases):
+    """Return the ids, masks and scores of each frame, and the ids that transformers removed in it."""
     session = tracker.processor.init_video_session(video=images)
     tracker.processor.add_text_prompt(session, phrases)
-    out, gone = [], set()
+    out, removed = [], set()
     for raw in tracker.model.propagate_in_video_iterator(session):
         done = tracker.processor.postprocess_outputs(session, raw)
-        new, gone = raw.removed_obj_ids - gone, raw.removed_obj_ids
+        new, removed = raw.removed_obj_ids - removed, raw.removed_obj_ids
         out.append((done["object_ids"].tolist(), done["masks"].numpy(), done["scores"].numpy(), new))
     return out
 
 
-CARS = [Thing(0.9, 0, (1, 2), (0, 99)), Thing(0.91, 1, (10, 4), (0, 99)), Thing(0.92, 2, (20, 8), (5, 99))]
-GHOST = Thing(0.8, 0, (12, 20), (3, 4))
+CARS = [
+    SimulatedObject(0.9, 0, (1, 2), (0, 99)),
+    SimulatedObject(0.91, 1, (10, 4), (0, 99)),
+    SimulatedObject(0.92, 2, (20, 8), (5, 99)),
+]
+UNCONFIRMED = SimulatedObject(0.8, 0, (12, 20), (3, 4))
 
 
-def test_results_are_those_of_transformers_over_the_whole_video(folder, monkeypatch):
+def test_results_equal_transformers_over_the_whole_video(folder, monkeypatch):
     tracker = Sam3VideoTracker(checkpoint=folder, device="cpu", settings={"recondition_every_nth_frame": 4})
-    put_into(tracker.model, [*CARS, GHOST], monkeypatch)
-    images = pictures(40)
+    simulate(tracker.model, [*CARS, UNCONFIRMED], monkeypatch)
+    images = make_images(40)
     vocabulary = Vocabulary.parse(["a", "b", "c"])
-    found, expected = follow(tracker, images, vocabulary), by_transformers(tracker, images, ["a", "b", "c"])
-    assert len(found) == 40
-    taken_back = 0
-    for seen, (ids, masks, scores, gone) in zip(found, expected, strict=True):
-        assert seen.tracker_id.tolist() == ids
-        np.testing.assert_array_equal(seen.confidence, scores)
-        taken_back += len(gone)
-        if not gone:  # in that frame the original gives masks to the wrong ids
-            np.testing.assert_array_equal(seen.mask, masks)
-    assert taken_back == 1
-    assert sorted(found[20].class_id.tolist()) == [0, 1, 2]
+    detections, expected = (
+        track_images(tracker, images, vocabulary),
+        track_with_transformers(tracker, images, ["a", "b", "c"]),
+    )
+    assert len(detections) == 40
+    num_removed = 0
+    for frame, (ids, masks, scores, removed) in zip(detections, expected, strict=True):
+        assert frame.tracker_id.tolist() == ids
+        np.testing.assert_array_equal(frame.confidence, scores)
+        num_removed += len(removed)
+        if not removed:  # in such a frame, transformers gives masks to the wrong ids
+            np.testing.assert_array_equal(frame.mask, masks)
+    assert num_removed == 1
+    assert sorted(detections[20].class_id.tolist()) == [0, 1, 2]
 
 
-def test_with_its_own_eyes_it_sees_what_transformers_sees(folder):
+def test_its_own_detections_equal_those_of_transformers(folder):
     settings = {"score_threshold_detection": 0.0, "new_det_thresh": 0.0, "max_num_objects": 4}
     settings |= dict.fromkeys(("hotstart_delay", "hotstart_unmatch_thresh", "hotstart_dup_thresh"), 16)
-    tracker = Sam3VideoTracker(checkpoint=folder, device="cpu", patience=999, settings=settings)
-    with torch.no_grad():  # else objects are held to be absent from the second frame on
+    tracker = Sam3VideoTracker(checkpoint=folder, device="cpu", max_lost_frames=999, settings=settings)
+    with torch.no_grad():  # otherwise all objects are absent from the second frame on
         for name, weight in tracker.model.tracker_model.mask_decoder.named_parameters():
             if name.startswith("pred_obj_score_head") and name.endswith("proj_out.bias"):
                 weight.fill_(10.0)
             if name.startswith("output_hypernetworks_mlps") and weight.ndim > 1:
                 weight.normal_(0, 0.2)
-    images = pictures(20)
-    found = follow(tracker, images, Vocabulary.parse(["a", "b"]))
-    expected = by_transformers(tracker, images, ["a", "b"])
-    assert sum(map(len, found)) > 20
-    for seen, (ids, masks, _, gone) in zip(found, expected, strict=True):
-        there = masks.any((1, 2))
-        assert seen.tracker_id.tolist() == np.array(ids)[there].tolist()
-        if not gone:
-            np.testing.assert_array_equal(seen.mask, masks[there])
+    images = make_images(20)
+    detections = track_images(tracker, images, Vocabulary.parse(["a", "b"]))
+    expected = track_with_transformers(tracker, images, ["a", "b"])
+    assert sum(map(len, detections)) > 20
+    for frame, (ids, masks, _, removed) in zip(detections, expected, strict=True):
+        visible = masks.any((1, 2))
+        assert frame.tracker_id.tolist() == np.array(ids)[visible].tolist()
+        if not removed:
+            np.testing.assert_array_equal(frame.mask, masks[visible])
 
 
-def test_what_the_detector_does_not_confirm_was_never_there(folder, monkeypatch):
+def test_objects_that_the_detector_does_not_confirm_are_not_reported(folder, monkeypatch):
     tracker = Sam3VideoTracker(checkpoint=folder, device="cpu")
-    put_into(tracker.model, [GHOST, *CARS], monkeypatch)
-    found = follow(tracker, pictures(30))
-    assert all((seen.confidence != np.float32(GHOST.score)).all() for seen in found)
-    # Every id keeps to its thing, also in the frame in which the ghost is taken back.
-    for i in set(np.concatenate([seen.tracker_id for seen in found]).tolist()):
-        columns = {float(seen.xyxy[seen.tracker_id == i][0, 0]) for seen in found if i in seen.tracker_id}
+    simulate(tracker.model, [UNCONFIRMED, *CARS], monkeypatch)
+    detections = track_images(tracker, make_images(30))
+    assert all((frame.confidence != np.float32(UNCONFIRMED.score)).all() for frame in detections)
+    # Every id stays on its object, also in the frame in which the unconfirmed object is removed.
+    for i in set(np.concatenate([frame.tracker_id for frame in detections]).tolist()):
+        columns = {float(frame.xyxy[frame.tracker_id == i][0, 0]) for frame in detections if i in frame.tracker_id}
         assert len(columns) == 1
 
 
-def test_classes_are_those_of_the_phrases_and_negatives_take_their_place(folder, monkeypatch):
+def test_objects_have_the_class_of_their_phrase_and_negatives_suppress_them(folder, monkeypatch):
     tracker = Sam3VideoTracker(checkpoint=folder, device="cpu")
-    toy = Thing(0.95, 3, CARS[1].place, (0, 99))
-    put_into(tracker.model, [*CARS, toy], monkeypatch)
-    found = follow(tracker, pictures(20))[10]
-    assert found.data["class_name"].tolist() == ["car", "dog"]
-    assert found.confidence.tolist() == pytest.approx([0.9, 0.92])
+    negative = SimulatedObject(0.95, 3, CARS[1].position, (0, 99))
+    simulate(tracker.model, [*CARS, negative], monkeypatch)
+    detections = track_images(tracker, make_images(20))[10]
+    assert detections.data["class_name"].tolist() == ["car", "dog"]
+    assert detections.confidence.tolist() == pytest.approx([0.9, 0.92])
 
 
-def test_what_is_gone_for_long_is_dropped_and_comes_back_as_another(folder, monkeypatch):
-    """Also if it was the last one, which empties transformers' session."""
-    tracker = Sam3VideoTracker(checkpoint=folder, device="cpu", patience=3)
-    world = [Thing(0.9, 0, (1, 2), (0, 20), (0, 20)), Thing(0.91, 0, (1, 2), (26, 99))]
-    put_into(tracker.model, world, monkeypatch)
-    found = follow(tracker, pictures(40))
-    ids = [seen.tracker_id.tolist() for seen in found]
+def test_an_object_lost_for_long_returns_with_a_new_id(folder, monkeypatch):
+    """This also holds for the only object, whose removal empties the session of transformers."""
+    tracker = Sam3VideoTracker(checkpoint=folder, device="cpu", max_lost_frames=3)
+    objects = [SimulatedObject(0.9, 0, (1, 2), (0, 20), (0, 20)), SimulatedObject(0.91, 0, (1, 2), (26, 99))]
+    simulate(tracker.model, objects, monkeypatch)
+    detections = track_images(tracker, make_images(40))
+    ids = [frame.tracker_id.tolist() for frame in detections]
     assert ids[20] != ids[30] and ids[24] == [] and len(ids[20]) == len(ids[30]) == 1
 
 
-def held(session):
-    """Bytes of tensors and number of entries in a session of transformers."""
+def memory_use(session):
+    """Return the bytes of tensors and the number of container entries in a session of transformers."""
     size, entries, seen, stack = 0, 0, set(), [vars(session)]
     while stack:
         it = stack.pop()
@@ -209,108 +216,108 @@ def held(session):
     return size, entries
 
 
-def test_what_is_held_does_not_grow_with_the_video(folder, monkeypatch):
+def test_the_memory_does_not_grow_with_the_length_of_the_video(folder, monkeypatch):
     settings = {"recondition_every_nth_frame": 2, "hotstart_delay": 4, "hotstart_unmatch_thresh": 2}
     settings |= {"hotstart_dup_thresh": 2}
-    tracker = Sam3VideoTracker(checkpoint=folder, device="cpu", patience=2, max_prompts=6, settings=settings)
-    passing = [Thing(0.75 + 0.001 * i, 2, (24, 3), (6 * i, 6 * i + 3), (0, 6 * i + 3)) for i in range(20)]
-    put_into(tracker.model, [*CARS[:2], *passing], monkeypatch)
+    tracker = Sam3VideoTracker(checkpoint=folder, device="cpu", max_lost_frames=2, max_prompts=6, settings=settings)
+    passing = [SimulatedObject(0.75 + 0.001 * i, 2, (24, 3), (6 * i, 6 * i + 3), (0, 6 * i + 3)) for i in range(20)]
+    simulate(tracker.model, [*CARS[:2], *passing], monkeypatch)
     session = Sam3VideoSession(tracker, WORDS)
     sizes = []
-    for i, image in enumerate(pictures(100)):
+    for i, image in enumerate(make_images(100)):
         out = session.step(to_frame(image, i))
         session.prune(set(out.obj_id_to_mask))
-        sizes.append(held(session.state))
-    early, late = sizes[34], sizes[94]  # at the same point of a passing thing's time
+        sizes.append(memory_use(session.state))
+    early, late = sizes[34], sizes[94]  # at the same phase of the passing objects
     assert late[0] <= early[0] and late[1] <= early[1]
 
 
-def test_longer_videos_keep_the_first_and_the_latest_prompts(folder, monkeypatch):
+def test_long_videos_keep_the_first_and_the_latest_prompts(folder, monkeypatch):
     settings = {"recondition_every_nth_frame": 1}
     tracker = Sam3VideoTracker(checkpoint=folder, device="cpu", max_prompts=5, settings=settings)
-    put_into(tracker.model, CARS[:1], monkeypatch)
+    simulate(tracker.model, CARS[:1], monkeypatch)
     session = Sam3VideoSession(tracker, WORDS)
-    for i, image in enumerate(pictures(20)):
+    for i, image in enumerate(make_images(20)):
         session.prune(set(session.step(to_frame(image, i)).obj_id_to_mask))
     assert list(session.state.output_dict_per_obj[0]["cond_frame_outputs"]) == [0, 16, 17, 18, 19]
 
 
 @pytest.fixture(scope="module")
 def video(tmp_path_factory):
-    place = tmp_path_factory.mktemp("frames")
-    for i, image in enumerate(pictures(20)):
-        Image.fromarray(image).save(place / f"{i:03d}.png")
-    return place
+    folder = tmp_path_factory.mktemp("frames")
+    for i, image in enumerate(make_images(20)):
+        Image.fromarray(image).save(folder / f"{i:03d}.png")
+    return folder
 
 
-def words_for(folder):
+def overrides_for(folder):
     return [f"checkpoints.sam3_video='{folder}'", "tracker=sam3_video", "device=cpu"]
 
 
 def test_a_video_needs_neither_detector_nor_segmenter(folder, video, monkeypatch):
-    model = load(*words_for(folder), "select.score=0.905", text={"car": ["a", "b"], "dog": ["c"]})
+    model = load(*overrides_for(folder), "select.score=0.905", text={"car": ["a", "b"], "dog": ["c"]})
     assert model.detector is None and model.segmenter is None
-    put_into(model.tracker.model, [*CARS, GHOST], monkeypatch)
+    simulate(model.tracker.model, [*CARS, UNCONFIRMED], monkeypatch)
     from grounded_sam.sources.video import VideoSource
 
     results = [result.detections for result in model.track(VideoSource(video))]
     assert len(results) == 20
-    assert [seen.tracker_id.tolist() for seen in results[:6]] == [[1]] * 5 + [[1, 2]]  # select drops the first
+    assert [frame.tracker_id.tolist() for frame in results[:6]] == [[1]] * 5 + [[1, 2]]  # select drops the first
     assert results[8].data["class_name"].tolist() == ["car", "dog"]
 
 
-def test_pictures_beside_videos_are_listed_as_skipped(folder, video, tmp_path, monkeypatch):
+def test_images_beside_videos_are_listed_as_skipped(folder, video, tmp_path, monkeypatch):
     inputs = tmp_path / "in"
     inputs.mkdir()
-    Image.fromarray(pictures(1)[0]).save(inputs / "a.png")
-    words = [*words_for(folder), f"input='{inputs}'", "text=[a]", f"output='{tmp_path / 'out'}'", "sink=coco"]
-    monkeypatch.setattr("sys.argv", ["grounded-sam", *words])
-    with pytest.raises(SystemExit, match="no detector to look at a picture"):
+    Image.fromarray(make_images(1)[0]).save(inputs / "a.png")
+    overrides = [*overrides_for(folder), f"input='{inputs}'", "text=[a]", f"output='{tmp_path / 'out'}'", "sink=coco"]
+    monkeypatch.setattr("sys.argv", ["grounded-sam", *overrides])
+    with pytest.raises(SystemExit, match="there is no detector for images"):
         main()
     skipped = json.loads((tmp_path / "out" / "skipped.json").read_text())
     assert [entry["file"] for entry in skipped] == ["a.png"]
 
 
-def test_a_detector_may_look_at_the_pictures(folder):
-    model = load(*words_for(folder), "detector=clicks", "detector.prompts=[{class: a, box: [1, 2, 30, 40]}]")
-    assert len(model.detect(pictures(1)[0])) == 1
+def test_a_detector_can_be_added_for_images(folder):
+    model = load(*overrides_for(folder), "detector=clicks", "detector.prompts=[{class: a, box: [1, 2, 30, 40]}]")
+    assert len(model.detect(make_images(1)[0])) == 1
 
 
 def test_detector_none_alone_is_refused_before_a_model_loads():
     for tracker in ("none", "sam2", "boxes"):
-        with pytest.raises(ConfigError, match="detector=none needs a tracker that finds things by itself"):
+        with pytest.raises(ConfigError, match="detector=none needs a tracker that finds objects itself"):
             load("detector=none", f"tracker={tracker}", "checkpoints.sam2=/nowhere")
 
 
-def test_a_call_without_a_detector_says_so(folder):
+def test_detecting_without_a_detector_names_the_missing_detector(folder):
     with pytest.raises(GroundedSamError, match="no detector"):
-        load(*words_for(folder)).segment(pictures(1)[0], ["a"])
+        load(*overrides_for(folder)).segment(make_images(1)[0], ["a"])
 
 
-def test_settings_that_the_model_has_not_are_refused(folder):
+def test_settings_that_the_model_does_not_have_are_refused(folder):
     with pytest.raises(ConfigError, match=r"unknown key 'new_thresh'; the keys are .*new_det_thresh"):
         Sam3VideoTracker(checkpoint=folder, settings={"new_thresh": 0.5})
-    with pytest.raises(ConfigError, match=r"hotstart_delay must be of the kind of 15, got 'x'"):
+    with pytest.raises(ConfigError, match=r"hotstart_delay must be of type int, got 'x'"):
         Sam3VideoTracker(checkpoint=folder, settings={"hotstart_delay": "x"})
     with pytest.raises(ConfigError, match=r"hotstart_unmatch_thresh \(8\) must be <="):
         Sam3VideoTracker(checkpoint=folder, settings={"hotstart_delay": 4})
-    with pytest.raises(ConfigError, match=r"tracker\.patience must be a whole number from 0"):
-        Sam3VideoTracker(checkpoint=folder, patience=-1)
+    with pytest.raises(ConfigError, match=r"tracker\.max_lost_frames must be an integer >= 0"):
+        Sam3VideoTracker(checkpoint=folder, max_lost_frames=-1)
     with pytest.raises(VocabularyError, match="tokens, the model takes 32"):
         Sam3VideoSession(Sam3VideoTracker(checkpoint=folder), Vocabulary.parse(["a" * 60]))
 
 
-def test_duplicates_and_pieces_are_told_as_the_kernels_of_the_hub_do():
+def test_nms_and_connected_components_equal_the_kernels_of_the_hub():
     from scipy import ndimage
 
     rng = np.random.default_rng(1)
     masks = torch.from_numpy((rng.random((5, 1, 17, 23)) > 0.5).astype(np.uint8))
     labels, counts = _Kernels.cc_2d(masks)
     for i in range(5):
-        pieces, number = ndimage.label(masks[i, 0].numpy(), np.ones((3, 3)))
+        components, number = ndimage.label(masks[i, 0].numpy(), np.ones((3, 3)))
         assert len(np.unique(labels[i])) == number + 1
-        areas = ndimage.sum_labels(masks[i, 0].numpy(), pieces, pieces)
-        np.testing.assert_array_equal(counts[i, 0].numpy(), np.where(pieces, areas, 0))
+        areas = ndimage.sum_labels(masks[i, 0].numpy(), components, components)
+        np.testing.assert_array_equal(counts[i, 0].numpy(), np.where(components, areas, 0))
     boxes = torch.from_numpy(rng.random((40, 4)).astype(np.float32))
     boxes[:, 2:] += boxes[:, :2]
     scores = torch.from_numpy(rng.random(40).astype(np.float32))

@@ -8,19 +8,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grounded_sam import ConfigError, Select
-from grounded_sam.pipeline.select import select
+from grounded_sam.pipeline.select import select_detections
 from grounded_sam.structures.detections import with_masks
 
 
-def masked(found: sv.Detections, shrink: list[int]) -> sv.Detections:
-    """Masks that fill each box but for a border."""
-    masks = np.zeros((len(found), 100, 100), bool)
-    for mask, (x1, y1, x2, y2), s in zip(masks, found.xyxy.astype(int), shrink, strict=True):
+def with_shrunken_masks(detections: sv.Detections, shrink: list[int]) -> sv.Detections:
+    """Add masks that fill the boxes except for a border of `shrink` pixels."""
+    masks = np.zeros((len(detections), 100, 100), bool)
+    for mask, (x1, y1, x2, y2), s in zip(masks, detections.xyxy.astype(int), shrink, strict=True):
         mask[y1 + s : y2 - s, x1 + s : x2 - s] = True
-    return with_masks(found, masks, np.ones(len(found), np.float32))
+    return with_masks(detections, masks, np.ones(len(detections), np.float32))
 
 
-TWINS = boxes((10, 10, 50, 50, 0.9, 0), (12, 10, 52, 50, 0.8, 0), (11, 11, 51, 51, 0.7, 1), (60, 60, 70, 70, 0.4, 2))
+OVERLAPPING = boxes(
+    (10, 10, 50, 50, 0.9, 0), (12, 10, 52, 50, 0.8, 0), (11, 11, 51, 51, 0.7, 1), (60, 60, 70, 70, 0.4, 2)
+)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +33,7 @@ TWINS = boxes((10, 10, 50, 50, 0.9, 0), (12, 10, 52, 50, 0.8, 0), (11, 11, 51, 5
         ({"score": 0.75, "nms": None, "class_score": {"c": 0.3}}, [0.9, 0.8, 0.4]),
         ({"score": 0.1, "nms": None, "class_score": {"a": 0.85}}, [0.9, 0.7, 0.4]),
         ({"score": 0.0, "nms": 0.5}, [0.9, 0.7, 0.4]),
-        ({"score": 0.0, "nms": 0.5, "nms_across": True}, [0.9, 0.4]),
+        ({"score": 0.0, "nms": 0.5, "class_agnostic": True}, [0.9, 0.4]),
         ({"score": 0.0, "nms": None, "top_k": 2}, [0.9, 0.8]),
         ({"score": 0.0, "nms": 0.5, "top_k": 2}, [0.9, 0.7]),
         ({"score": 0.0, "nms": None, "top_k": 0}, []),
@@ -39,29 +41,29 @@ TWINS = boxes((10, 10, 50, 50, 0.9, 0), (12, 10, 52, 50, 0.8, 0), (11, 11, 51, 5
         ({"score": 0.0, "nms": None, "max_area": 200}, [0.4]),
     ],
 )
-def test_what_stays(settings, scores):
-    assert select(TWINS, Select(**settings), CLASSES).confidence.tolist() == pytest.approx(scores)
+def test_thresholds_nms_areas_and_top_k_select_detections(settings, scores):
+    assert select_detections(OVERLAPPING, Select(**settings), CLASSES).confidence.tolist() == pytest.approx(scores)
 
 
-def test_masks_decide_where_boxes_would_not():
-    found = masked(boxes((10, 10, 50, 50, 0.9, 0), (10, 10, 50, 50, 0.8, 0)), [0, 17])
-    assert len(select(found, Select(score=0, nms=0.5), CLASSES)) == 1
-    assert len(select(found, Select(score=0, nms=0.5, nms_by="mask"), CLASSES)) == 2
-    assert len(select(found, Select(score=0, nms=None, min_area=100), CLASSES)) == 1
+def test_nms_by_mask_and_min_area_use_masks_instead_of_boxes():
+    detections = with_shrunken_masks(boxes((10, 10, 50, 50, 0.9, 0), (10, 10, 50, 50, 0.8, 0)), [0, 17])
+    assert len(select_detections(detections, Select(score=0, nms=0.5), CLASSES)) == 1
+    assert len(select_detections(detections, Select(score=0, nms=0.5, nms_by="mask"), CLASSES)) == 2
+    assert len(select_detections(detections, Select(score=0, nms=None, min_area=100), CLASSES)) == 1
 
 
-def test_nms_by_mask_without_masks_is_refused():
+def test_nms_by_mask_without_masks_is_an_error():
     with pytest.raises(ConfigError, match="needs masks"):
-        select(TWINS, Select(nms_by="mask"), CLASSES)
+        select_detections(OVERLAPPING, Select(nms_by="mask"), CLASSES)
 
 
-def test_thresholds_of_unknown_classes_are_refused_with_the_known_ones():
+def test_class_score_for_an_unknown_class_lists_the_known_ones():
     with pytest.raises(ConfigError, match="'cta'.*'a', 'b', 'c'"):
-        select(TWINS, Select(class_score={"cta": 0.5}), CLASSES)
+        select_detections(OVERLAPPING, Select(class_score={"cta": 0.5}), CLASSES)
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "setting",
     [
         {"score": 2},
         {"nms": -1},
@@ -72,9 +74,9 @@ def test_thresholds_of_unknown_classes_are_refused_with_the_known_ones():
         {"min_area": "abc"},
     ],
 )
-def test_settings_out_of_range_name_their_key(wrong):
-    with pytest.raises(ConfigError, match=f"select.{next(iter(wrong))}"):
-        Select(**wrong)
+def test_settings_out_of_range_name_their_key(setting):
+    with pytest.raises(ConfigError, match=f"select.{next(iter(setting))}"):
+        Select(**setting)
 
 
 corner = st.integers(0, 80)
@@ -86,7 +88,7 @@ settings = st.builds(
     Select,
     score=st.floats(0, 1),
     nms=st.none() | st.floats(0.05, 1),
-    nms_across=st.booleans(),
+    class_agnostic=st.booleans(),
     top_k=st.none() | st.integers(0, 10),
     min_area=st.floats(0, 200),
     max_area=st.none() | st.floats(0, 400),
@@ -94,50 +96,58 @@ settings = st.builds(
 
 
 @given(rows, settings)
-def test_selecting_twice_is_selecting_once(found, chosen):
-    once = select(found, chosen, CLASSES)
-    assert select(once, chosen, CLASSES) == once
+def test_selecting_twice_equals_selecting_once(detections, settings_):
+    once = select_detections(detections, settings_, CLASSES)
+    assert select_detections(once, settings_, CLASSES) == once
 
 
 @given(rows, settings)
-def test_what_stays_was_there_and_is_sorted(found, chosen):
-    kept = select(found, chosen, CLASSES)
+def test_selected_detections_are_a_sorted_subset(detections, settings_):
+    selected = select_detections(detections, settings_, CLASSES)
     before = {
-        (*box, score, c) for box, score, c in zip(found.xyxy.tolist(), found.confidence, found.class_id, strict=True)
+        (*box, score, c)
+        for box, score, c in zip(detections.xyxy.tolist(), detections.confidence, detections.class_id, strict=True)
     }
-    after = [(*box, score, c) for box, score, c in zip(kept.xyxy.tolist(), kept.confidence, kept.class_id, strict=True)]
+    after = [
+        (*box, score, c)
+        for box, score, c in zip(selected.xyxy.tolist(), selected.confidence, selected.class_id, strict=True)
+    ]
     assert set(after) <= before
-    assert (np.diff(kept.confidence) <= 0).all()
+    assert (np.diff(selected.confidence) <= 0).all()
 
 
 @given(rows, settings)
-def test_settling_boxes_first_changes_nothing(found, chosen):
-    """The pipeline selects once before masks and once after; with masks that fill the boxes, that is one selection."""
-    first = select(found, chosen.before_masks(), CLASSES)
-    assert select(first, chosen, CLASSES) == select(found, chosen, CLASSES)
+def test_selecting_before_masks_does_not_change_the_result(detections, settings_):
+    """The pipeline selects before and after masks; with masks that fill the boxes this equals one selection."""
+    first = select_detections(detections, settings_.before_masks(), CLASSES)
+    assert select_detections(first, settings_, CLASSES) == select_detections(detections, settings_, CLASSES)
 
 
-def test_scores_of_an_ontology_count_unless_the_setting_says_otherwise():
+def test_ontology_scores_apply_unless_class_score_overrides_them():
     from grounded_sam import Vocabulary
 
     words = Vocabulary.parse({"classes": {"a": {"score": 0.8}, "b": {}, "c": {"score": 0.1}}})
-    found = boxes((0, 0, 9, 9, 0.5, 0), (20, 0, 29, 9, 0.5, 1), (40, 0, 49, 9, 0.2, 2))
-    assert select(found, Select(score=0.3), words).class_id.tolist() == [1, 2]
-    assert select(found, Select(score=0.3, class_score={"a": 0.4}), words).class_id.tolist() == [0, 1, 2]
+    detections = boxes((0, 0, 9, 9, 0.5, 0), (20, 0, 29, 9, 0.5, 1), (40, 0, 49, 9, 0.2, 2))
+    assert select_detections(detections, Select(score=0.3), words).class_id.tolist() == [1, 2]
+    assert select_detections(detections, Select(score=0.3, class_score={"a": 0.4}), words).class_id.tolist() == [
+        0,
+        1,
+        2,
+    ]
 
 
-def test_a_box_inside_another_of_its_class_is_a_part_of_it():
+def test_max_ios_suppresses_boxes_inside_others():
     whole, part, other = (10, 10, 90, 90, 0.9, 0), (20, 20, 40, 40, 0.8, 0), (20, 20, 40, 40, 0.7, 1)
-    found = boxes(part, whole, other)
-    assert len(select(found, Select(), CLASSES)) == 3
-    kept = select(found, Select(nested=0.9), CLASSES)
-    assert kept.confidence.tolist() == pytest.approx([0.9, 0.7])
-    assert len(select(found, Select(nested=0.9, nms_across=True), CLASSES)) == 1
-    assert len(select(found, Select(nested=1.0), CLASSES)) == 2
+    detections = boxes(part, whole, other)
+    assert len(select_detections(detections, Select(), CLASSES)) == 3
+    selected = select_detections(detections, Select(max_ios=0.9), CLASSES)
+    assert selected.confidence.tolist() == pytest.approx([0.9, 0.7])
+    assert len(select_detections(detections, Select(max_ios=0.9, class_agnostic=True), CLASSES)) == 1
+    assert len(select_detections(detections, Select(max_ios=1.0), CLASSES)) == 2
     half = boxes(whole, (80, 20, 100, 40, 0.8, 0))
-    assert len(select(half, Select(nested=0.9), CLASSES)) == 2
-    assert len(select(half, Select(nested=0.4), CLASSES)) == 1
-    once = select(found, Select(nested=0.9), CLASSES)
-    assert len(select(once, Select(nested=0.9), CLASSES)) == len(once)
-    with pytest.raises(ConfigError, match="select.nested must be a number from 0 to 1"):
-        Select(nested=2)
+    assert len(select_detections(half, Select(max_ios=0.9), CLASSES)) == 2
+    assert len(select_detections(half, Select(max_ios=0.4), CLASSES)) == 1
+    once = select_detections(detections, Select(max_ios=0.9), CLASSES)
+    assert len(select_detections(once, Select(max_ios=0.9), CLASSES)) == len(once)
+    with pytest.raises(ConfigError, match="select.max_ios must be null or a number from 0 to 1"):
+        Select(max_ios=2)

@@ -1,4 +1,4 @@
-"""The scenes are what they claim to be, and the models that ship with the package are good on others' scenes."""
+"""Scenes match their description, and the embedded models are accurate on scenes of an independent generator."""
 
 from __future__ import annotations
 
@@ -9,133 +9,137 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from independent import UNSEEN, pictures, scene
+from independent import HELD_OUT_PAIRS as INDEPENDENT_HELD_OUT_PAIRS
+from independent import photo_files, random_scene
 
-from grounded_sam.shapes.phrases import ask, matches, tokenizer
-from grounded_sam.shapes.scenes import COLOURS, make_clip, make_scene
-from grounded_sam.shapes.scenes import UNSEEN as KEPT_OUT
+from grounded_sam.shapes.phrases import Phrase, build_tokenizer, sample_phrases
+from grounded_sam.shapes.scenes import COLORS, HELD_OUT_PAIRS, TRAIN_PAIRS, make_clip, make_scene
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 
 @settings(deadline=None, max_examples=40)
 @given(st.integers(0, 10**6))
-def test_scenes_keep_to_their_description(seed):
-    made = make_scene(np.random.default_rng(seed))
-    height, width = made.image.shape[:2]
+def test_scenes_match_their_description(seed):
+    scene = make_scene(np.random.default_rng(seed))
+    height, width = scene.image.shape[:2]
     assert min(height, width) >= 96 and max(height, width) <= 512 and max(height, width) <= 2 * min(height, width) + 1
-    assert len(made.pairs) == len(made.masks) == len(made.xyxy) <= 8
-    assert not (made.masks.sum(0) > 1).any()  # what is visible of one is not of another
-    for mask, box in zip(made.masks, made.xyxy, strict=True):
+    assert len(scene.pairs) == len(scene.masks) == len(scene.xyxy) <= 8
+    assert not (scene.masks.sum(0) > 1).any()  # masks do not overlap
+    for mask, box in zip(scene.masks, scene.xyxy, strict=True):
         ys, xs = np.nonzero(mask)
         assert box.tolist() == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
 
 
-def test_a_seed_is_a_scene():
-    one, two = (make_scene(np.random.default_rng(3)) for _ in range(2))
-    assert np.array_equal(one.image, two.image)
+def test_a_seed_determines_a_scene():
+    first, second = (make_scene(np.random.default_rng(3)) for _ in range(2))
+    assert np.array_equal(first.image, second.image)
 
 
-def test_objects_have_the_colour_they_are_named_for():
+def test_objects_have_the_color_of_their_label():
     for seed in range(20):
-        made = make_scene(np.random.default_rng(seed), count=4)
-        for (colour, _), mask in zip(made.pairs, made.masks, strict=True):
-            mean = made.image[mask].mean(0)
-            nearest = min(COLOURS, key=lambda name: np.abs(np.array(COLOURS[name]) - mean).sum())
-            assert nearest == colour or np.abs(np.array(COLOURS[colour]) - mean).max() < 60
+        scene = make_scene(np.random.default_rng(seed), count=4)
+        for (color, _), mask in zip(scene.pairs, scene.masks, strict=True):
+            mean = scene.image[mask].mean(0)
+            nearest = min(COLORS, key=lambda name: np.abs(np.array(COLORS[name]) - mean).sum())
+            assert nearest == color or np.abs(np.array(COLORS[color]) - mean).max() < 60
 
 
-def test_clips_follow_objects_that_leave_and_come_back():
+def test_ids_in_clips_persist_when_objects_leave_and_return():
     frames = make_clip(np.random.default_rng(1), 40, count=3, size_hw=(160, 200), speed=0.05)
     assert len(frames) == 40
-    seen = [set(frame.ids.tolist()) for frame in frames]
-    assert seen[0] == {0, 1, 2}
-    assert any(i not in s for s in seen for i in range(3))
-    names = {i: {f.pairs[list(f.ids).index(i)] for f in frames if i in f.ids} for i in range(3)}
-    assert all(len(pairs) == 1 for pairs in names.values())
+    visible = [set(frame.ids.tolist()) for frame in frames]
+    assert visible[0] == {0, 1, 2}
+    assert any(i not in ids for ids in visible for i in range(3))
+    pairs_by_id = {i: {f.pairs[list(f.ids).index(i)] for f in frames if i in f.ids} for i in range(3)}
+    assert all(len(pairs) == 1 for pairs in pairs_by_id.values())
 
 
-def test_clips_send_objects_away_and_bring_them_back():
+def test_away_makes_objects_leave_and_return():
     frames = make_clip(np.random.default_rng(4), 12, count=5, size_hw=(160, 200), speed=0.0, away=1.0)
-    seen = np.array([[i in frame.ids for frame in frames] for i in range(5)])
-    assert seen[:, 0].any() and not seen.all(1).any()
-    assert any(line[0] and line[-1] and not line.all() for line in seen)
+    visible = np.array([[i in frame.ids for frame in frames] for i in range(5)])
+    assert visible[:, 0].any() and not visible.all(1).any()
+    assert any(row[0] and row[-1] and not row.all() for row in visible)
 
 
-def test_training_never_sees_the_four_pairs():
-    from grounded_sam.shapes.training.detector import EXTRA, SEEN
+def test_training_never_uses_the_held_out_pairs():
+    from grounded_sam.shapes.training.detector import EXTRA_PAIRS
 
-    assert set(KEPT_OUT) == UNSEEN
-    assert not UNSEEN & set(SEEN + EXTRA)
+    held_out = set(HELD_OUT_PAIRS)
+    assert held_out == INDEPENDENT_HELD_OUT_PAIRS
+    assert not held_out & set(TRAIN_PAIRS + EXTRA_PAIRS)
     rng = np.random.default_rng(0)
     for _ in range(300):
-        made = make_scene(rng, SEEN, count=3, size_hw=(96, 96))
-        assert not UNSEEN & set(made.pairs)
-        assert not UNSEEN & {(c, s) for c, s, _ in ask(rng, made.pairs, SEEN + EXTRA)}
+        scene = make_scene(rng, TRAIN_PAIRS, count=3, size_hw=(96, 96))
+        assert not held_out & set(scene.pairs)
+        phrases = sample_phrases(rng, scene.pairs, TRAIN_PAIRS + EXTRA_PAIRS)
+        assert not held_out & {(phrase.color, phrase.shape) for phrase in phrases}
 
 
-def test_wording_means_what_it_says():
+def test_the_text_of_a_phrase_names_its_color_and_shape():
     rng = np.random.default_rng(0)
     for _ in range(200):
-        for colour, shape, words in ask(rng, [("red", "star")]):
-            if colour == "?":
+        for phrase in sample_phrases(rng, [("red", "star")]):
+            if phrase.color == "?":
                 continue
-            assert (colour is None) or colour in words.split()
-            assert shape is None or any(w.startswith(shape) for w in words.split())
-    assert matches(("red", None), ("red", "star")) and not matches(("red", "ring"), ("red", "star"))
+            words = phrase.text.split()
+            assert phrase.color is None or phrase.color in words
+            assert phrase.shape is None or any(word.startswith(phrase.shape) for word in words)
+    assert Phrase("red", None, "red shape").matches(("red", "star"))
+    assert not Phrase("red", "ring", "red ring").matches(("red", "star"))
 
 
 def test_the_tokenizer_splits_plurals_and_knows_every_letter():
-    words = tokenizer()
-    assert words.tokenize("red circles . crosses") == ["red", "circle", "##s", ".", "cross", "##es"]
-    assert words.unk_token not in words.tokenize("zebra 42")
-    assert (words.cls_token_id, words.sep_token_id, words.convert_tokens_to_ids(".")) == (101, 102, 1012)
+    tokenizer = build_tokenizer()
+    assert tokenizer.tokenize("red circles . crosses") == ["red", "circle", "##s", ".", "cross", "##es"]
+    assert tokenizer.unk_token not in tokenizer.tokenize("zebra 42")
+    assert (tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.convert_tokens_to_ids(".")) == (101, 102, 1012)
 
 
 @pytest.fixture(scope="module")
-def fresh(photos):
+def independent_scenes(photos):
     """300 scenes of a generator that shares no code with the one the models were trained on."""
-    backgrounds = pictures(photos)
-    return [scene(np.random.default_rng([99, i]), backgrounds) for i in range(300)]
+    backgrounds = photo_files(photos)
+    return [random_scene(np.random.default_rng([99, i]), backgrounds) for i in range(300)]
 
 
-def test_the_detector_finds_pairs_also_unseen_ones(fresh):
-    from shapes import detector
+def test_the_detector_finds_pairs_including_held_out_ones(independent_scenes):
+    from shapes import detector_ap
 
-    ap = detector(fresh, "pairs")
+    ap = detector_ap(independent_scenes, "pairs")
     assert np.mean(list(ap.values())) >= 0.85
-    assert np.mean([ap[f"{c} {s}"] for c, s in UNSEEN]) >= 0.78
+    assert np.mean([ap[f"{color} {shape}"] for color, shape in HELD_OUT_PAIRS]) >= 0.78
 
 
-@pytest.mark.parametrize("kind", ["shapes", "colours"])
-def test_the_detector_finds_shapes_and_colours(fresh, kind):
-    from shapes import detector
+@pytest.mark.parametrize("kind", ["shapes", "colors"])
+def test_the_detector_finds_shapes_and_colors(independent_scenes, kind):
+    from shapes import detector_ap
 
-    assert np.mean(list(detector(fresh, kind).values())) >= 0.85
-
-
-def test_what_is_not_there_is_not_found(fresh):
-    from shapes import nothing_there
-
-    assert nothing_there(fresh) < 0.1
+    assert np.mean(list(detector_ap(independent_scenes, kind).values())) >= 0.85
 
 
-@pytest.mark.parametrize(("segmenter", "least"), [("sam2", 0.88), ("sam", 0.85)])
-def test_masks_from_detected_boxes_are_good(fresh, segmenter, least):
-    from shapes import masks
+def test_absent_pairs_are_rarely_detected(independent_scenes):
+    from shapes import false_positives_per_image
 
-    mean, count = masks(fresh, segmenter)
-    assert mean >= least
+    assert false_positives_per_image(independent_scenes) < 0.1
+
+
+@pytest.mark.parametrize(("segmenter", "minimum"), [("sam2", 0.88), ("sam", 0.85)])
+def test_masks_from_detected_boxes_are_accurate(independent_scenes, segmenter, minimum):
+    from shapes import mean_mask_iou
+
+    mean, count = mean_mask_iou(independent_scenes, segmenter)
+    assert mean >= minimum
     assert count > 800
 
 
-def test_tracking_is_accurate_on_fresh_clips(photos):
-    """J&F by the rules of DAVIS 2017 (empty against empty counts as 1) and of SA-V, HOTA by trackeval."""
-    from tracking import run
+def test_tracking_is_accurate_on_independent_clips(photos):
+    """J&F as DAVIS 2017 defines it (empty against empty counts as 1), HOTA and switches by trackeval."""
+    from tracking import evaluate_tracking
 
     pytest.importorskip("trackeval")
-    mean = run(8, photos, [], seed=321)
-    # On 20 clips without photos (`benchmarks/tracking.py`) J&F is 0.80, HOTA 0.81; photos are harder.
-    assert mean["J&F"] >= 0.68
-    assert mean["HOTA"] >= 0.68
-    assert mean["IDSW"] <= 1.0
+    means = evaluate_tracking(8, photos, [], seed=321)
+    # On 20 clips without photos (`benchmarks/tracking.py`) J&F is 0.80 and HOTA 0.81; photos are harder.
+    assert means["J&F"] >= 0.68
+    assert means["HOTA"] >= 0.68
+    assert means["IDSW"] <= 1.0

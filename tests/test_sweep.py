@@ -1,4 +1,4 @@
-"""Sweeps of the command: models run once, every point as a run of its own, one table at the end."""
+"""Sweeps: models run once, every job equals a run of its own, and a report sums up."""
 
 from __future__ import annotations
 
@@ -22,160 +22,166 @@ from PIL import Image
 from grounded_sam import ConfigError, Select, Vocabulary
 from grounded_sam.cli.report import write_report
 from grounded_sam.config.compose import compose
-from grounded_sam.pipeline.prediction_cache import PredictionCache, read_sweep_floor, sweep_floors, write_sweep_floor
-from grounded_sam.pipeline.select import select
+from grounded_sam.pipeline.prediction_cache import PredictionCache, SweepFloor
+from grounded_sam.pipeline.select import select_detections
 from grounded_sam.sinks.coco import CocoSink
 from grounded_sam.structures.masks import pack_masks
 from grounded_sam.structures.results import FrameResult
 
 COMMAND = Path(sys.executable).with_name("grounded-sam")
-CLASSES_ASKED = ["red shape", "green shape", "blue shape", "yellow shape"]
+CLASS_NAMES = ["red shape", "green shape", "blue shape", "yellow shape"]
 
 
 @pytest.fixture(scope="module")
-def labelled(tmp_path_factory) -> Path:
-    """Scenes with their true masks as COCO."""
+def labeled(tmp_path_factory) -> Path:
+    """A folder with scenes in `in/` and their ground-truth masks in `truth.json`, as COCO."""
     from grounded_sam.shapes.scenes import make_scene
     from grounded_sam.structures.detections import make_detections
     from grounded_sam.structures.frame import Frame
     from grounded_sam.structures.masks import masks_to_xyxy
 
-    place = tmp_path_factory.mktemp("sample")
-    (place / "in").mkdir()
-    words = Vocabulary.parse(CLASSES_ASKED)
-    with CocoSink(place, words, file="truth.json") as sink:
+    folder = tmp_path_factory.mktemp("sample")
+    (folder / "in").mkdir()
+    vocabulary = Vocabulary.parse(CLASS_NAMES)
+    with CocoSink(folder, vocabulary, file="truth.json") as sink:
         for i in range(5):
             scene = make_scene(np.random.default_rng([77, i]), count=4, size_hw=(160, 200))
-            Image.fromarray(scene.image).save(place / "in" / f"{i}.png")
-            named = [f"{colour} shape" for colour, _ in scene.pairs]
-            rows = [k for k, name in enumerate(named) if name in words.classes]
+            Image.fromarray(scene.image).save(folder / "in" / f"{i}.png")
+            names = [f"{color} shape" for color, _ in scene.pairs]
+            rows = [k for k, name in enumerate(names) if name in vocabulary.classes]
             masks = np.array([scene.masks[k] for k in rows], bool).reshape(-1, 160, 200)
-            ids = [words.classes.index(named[k]) for k in rows]
-            found = make_detections(masks_to_xyxy(masks), np.ones(len(ids)), ids, words, (160, 200), masks)
-            sink.write(FrameResult(Frame(scene.image, i, f"{i}.png"), found))
-    return place
+            ids = [vocabulary.classes.index(names[k]) for k in rows]
+            objects = make_detections(masks_to_xyxy(masks), np.ones(len(ids)), ids, vocabulary, (160, 200), masks)
+            sink.write(FrameResult(frame=Frame(pixels=scene.image, index=i, name=f"{i}.png"), detections=objects))
+    return folder
 
 
-def run(labelled: Path, output: Path, *words: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    flags = [word for word in words if word.startswith("-")]
-    rest = [word for word in words if not word.startswith("-")]
-    asked = f"text=[{','.join(CLASSES_ASKED)}]"
-    base = ["preset=shapes", f"input={labelled / 'in'}", f"truth={labelled / 'truth.json'}", asked, "sink=metrics"]
-    out = subprocess.run(
-        [str(COMMAND), *flags, *base, f"output={output}", *rest],
+def run(labeled: Path, output: Path, *arguments: str, code: int = 0) -> subprocess.CompletedProcess[str]:
+    """Run the command on the labeled scenes; it must end with an exit code."""
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    overrides = [argument for argument in arguments if not argument.startswith("-")]
+    text = f"text=[{','.join(CLASS_NAMES)}]"
+    settings = ["preset=shapes", f"input={labeled / 'in'}", f"truth={labeled / 'truth.json'}", text, "sink=metrics"]
+    process = subprocess.run(
+        [str(COMMAND), *flags, *settings, f"output={output}", *overrides],
         capture_output=True,
         text=True,
         check=False,
         env={**os.environ, "HF_HUB_OFFLINE": "1"},
     )
-    assert out.returncode == code, out.stdout + out.stderr
-    assert "Traceback" not in out.stderr
-    return out
+    assert process.returncode == code, process.stdout + process.stderr
+    assert "Traceback" not in process.stderr
+    return process
 
 
-def measured(output: Path) -> dict:
+def read_metrics(output: Path) -> dict:
     return json.loads((output / "metrics.json").read_text())
 
 
-def test_every_point_of_a_sweep_equals_a_run_of_its_own(labelled, tmp_path):
-    out = run(labelled, tmp_path / "s", "-m", "select.score=0.2,0.5", "select.nms=0.3,0.7", "select.top_k=2,null")
-    about = [json.loads((tmp_path / "s" / str(i) / "run.json").read_text()) for i in range(8)]
-    assert [job["replayed"] for job in about] == [0] + [5] * 7
+def read_records(sweep: Path, count: int) -> list[dict]:
+    """Read the `run.json` of each job of a sweep."""
+    return [json.loads((sweep / str(i) / "run.json").read_text()) for i in range(count)]
+
+
+def read_report(sweep: Path) -> list[dict[str, str]]:
+    """Read the rows of `sweep.csv`."""
+    with (sweep / "sweep.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_every_job_of_a_sweep_equals_a_run_of_its_own(labeled, tmp_path):
+    out = run(labeled, tmp_path / "s", "-m", "select.score=0.2,0.5", "select.nms=0.3,0.7", "select.top_k=2,null")
+    records = read_records(tmp_path / "s", 8)
+    assert [job["replayed"] for job in records] == [0] + [5] * 7
     for i in (0, 3, 6):
-        words = [w for w in about[i]["overrides"] if w.startswith("select.")]
-        run(labelled, tmp_path / str(i), *words)
-        assert measured(tmp_path / "s" / str(i)) == measured(tmp_path / str(i))
-    values = [measured(tmp_path / "s" / str(i))["segm"]["AP"] for i in range(8)]
+        selection = [override for override in records[i]["overrides"] if override.startswith("select.")]
+        run(labeled, tmp_path / str(i), *selection)
+        assert read_metrics(tmp_path / "s" / str(i)) == read_metrics(tmp_path / str(i))
+    values = [read_metrics(tmp_path / "s" / str(i))["segm"]["AP"] for i in range(8)]
     assert len(set(values)) > 2
-    with (tmp_path / "s" / "sweep.csv").open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    assert [float(line["metric"]) for line in lines] == sorted(values, reverse=True)
-    assert {"select.score", "select.nms", "select.top_k", "f1", "s/image detect", "peak MiB"} <= set(lines[0])
+    rows = read_report(tmp_path / "s")
+    assert [float(row["metric"]) for row in rows] == sorted(values, reverse=True)
+    assert {"select.score", "select.nms", "select.top_k", "f1", "s/image detect", "peak MiB"} <= set(rows[0])
     assert (tmp_path / "s" / "sweep.md").read_text().count("\n") == 10
     assert Image.open(tmp_path / "s" / "sweep.png").size[0] > 600
     assert "8 jobs, the best first" in out.stdout
-    # The best is a preset.
+    # The best job is a preset.
     best = yaml.safe_load((tmp_path / "s" / "preset" / "best.yaml").read_text())
-    assert str(best["select"]["score"]) == lines[0]["select.score"] and best["defaults"] == ["shapes"]
-    again = [f"--config-dir={tmp_path / 's'}", "preset=best"]
-    run(labelled, tmp_path / "again", *again)
-    assert measured(tmp_path / "again")["segm"]["AP"] == max(values)
-    # And the table can be made again.
+    assert str(best["select"]["score"]) == rows[0]["select.score"] and best["defaults"] == ["shapes"]
+    run(labeled, tmp_path / "again", f"--config-dir={tmp_path / 's'}", "preset=best")
+    assert read_metrics(tmp_path / "again")["segm"]["AP"] == max(values)
+    # The report can be written again.
     text = write_report(tmp_path / "s")
     assert "8 jobs" in text and "preset=best" in text
 
 
-def test_boxes_are_found_once_for_all_segmenters(labelled, tmp_path):
-    words = ["segmenter=sam,sam2,none", "select.score=0.3,0.5"]
-    run(labelled, tmp_path / "s", "-m", *words)
-    about = [json.loads((tmp_path / "s" / str(i) / "run.json").read_text()) for i in range(6)]
-    assert [job["boxes_replayed"] for job in about] == [0, 0, 5, 0, 0, 0]
-    # Without a segmenter the boxes are all there is.
-    assert [job["replayed"] for job in about] == [0, 5, 0, 5, 5, 5]
+def test_jobs_with_other_segmenters_share_boxes(labeled, tmp_path):
+    run(labeled, tmp_path / "s", "-m", "segmenter=sam,sam2,none", "select.score=0.3,0.5")
+    records = read_records(tmp_path / "s", 6)
+    assert [job["boxes_replayed"] for job in records] == [0, 0, 5, 0, 0, 0]
+    # Without a segmenter the boxes are the results.
+    assert [job["replayed"] for job in records] == [0, 5, 0, 5, 5, 5]
     for i in (2, 3):
-        direct = [word for word in about[i]["overrides"] if word.split("=")[0] in ("segmenter", "select.score")]
-        run(labelled, tmp_path / str(i), *direct)
-        assert measured(tmp_path / "s" / str(i)) == measured(tmp_path / str(i))
-    with (tmp_path / "s" / "sweep.csv").open(newline="") as file:
-        lines = {(line["segmenter"], line["select.score"]): line for line in csv.DictReader(file)}
-    looked = {line["s/image detect"] for key, line in lines.items() if key[0] != "none"}
-    assert len(looked) == 1 and float(looked.pop()) > 0  # what was saved is part of what it costs
+        swept = [o for o in records[i]["overrides"] if o.split("=")[0] in ("segmenter", "select.score")]
+        run(labeled, tmp_path / str(i), *swept)
+        assert read_metrics(tmp_path / "s" / str(i)) == read_metrics(tmp_path / str(i))
+    rows = read_report(tmp_path / "s")
+    detector_s = {row["s/image detect"] for row in rows if row["segmenter"] != "none"}
+    assert len(detector_s) == 1 and float(detector_s.pop()) > 0  # the cost includes that of replayed boxes
 
 
-def test_labels_of_other_inputs_are_not_shared(labelled, tmp_path):
-    """Boxes of `detector=stored` come from the source, which is not the detector's settings."""
-    for part, count in (("a", 3), ("b", 2)):
-        words = ["sink=store", f"output={tmp_path / part}", f"input={labelled / 'in' / f'{count}.png'}"]
-        base = ["preset=shapes", f"text=[{','.join(CLASSES_ASKED)}]"]
-        subprocess.run([str(COMMAND), *base, *words], check=True, capture_output=True)
-    words = ["source=stored", f"input={tmp_path / 'a'},{tmp_path / 'b'}", "segmenter=sam,sam2", "detector.masks=false"]
-    run(labelled, tmp_path / "s", "-m", *words)
-    about = [json.loads((tmp_path / "s" / str(i) / "run.json").read_text()) for i in range(4)]
-    assert [job["boxes_replayed"] for job in about] == [0] * 4
+def test_results_of_other_inputs_are_not_shared(labeled, tmp_path):
+    """Boxes of `detector=stored` depend on the source, which is not part of the detector's settings."""
+    for folder, image in (("a", 3), ("b", 2)):
+        settings = ["preset=shapes", f"text=[{','.join(CLASS_NAMES)}]", "sink=store", f"output={tmp_path / folder}"]
+        command = [str(COMMAND), *settings, f"input={labeled / 'in' / f'{image}.png'}"]
+        subprocess.run(command, check=True, capture_output=True)
+    inputs = f"input={tmp_path / 'a'},{tmp_path / 'b'}"
+    run(labeled, tmp_path / "s", "-m", "source=stored", inputs, "segmenter=sam,sam2", "detector.masks=false")
+    records = read_records(tmp_path / "s", 4)
+    assert [job["boxes_replayed"] for job in records] == [0] * 4
 
 
-def test_a_sweep_into_the_folder_of_another_has_its_own_rows(labelled, tmp_path):
-    run(labelled, tmp_path / "s", "-m", "select.score=0.2,0.3,0.4")
-    out = run(labelled, tmp_path / "s", "-m", "select.score=0.9,1.5", code=1)
+def test_a_sweep_into_a_used_folder_reports_its_own_jobs(labeled, tmp_path):
+    run(labeled, tmp_path / "s", "-m", "select.score=0.2,0.3,0.4")
+    out = run(labeled, tmp_path / "s", "-m", "select.score=0.9,1.5", code=1)
     assert "2 jobs, the best first" in out.stdout and "1 of 2 jobs failed" in out.stderr
-    with (tmp_path / "s" / "sweep.csv").open(newline="") as file:
-        assert [line["select.score"] for line in csv.DictReader(file)] == ["0.9", "1.5"]
+    assert [row["select.score"] for row in read_report(tmp_path / "s")] == ["0.9", "1.5"]
 
 
 @pytest.mark.parametrize("launcher", ["basic", "joblib"])
-def test_a_job_that_fails_is_a_row_with_its_reason(labelled, tmp_path, launcher):
+def test_a_failed_job_is_a_row_with_its_error(labeled, tmp_path, launcher):
     if launcher == "joblib":
         pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="the joblib launcher is not installed")
-    other = grounding_dino(tmp_path / "random")
-    detectors = f"checkpoints.grounding_dino=builtin:shapes,{other},./nowhere"  # as sweep=detectors, of these
-    out = run(labelled, tmp_path / "s", "-m", "sweep=detectors", detectors, f"hydra/launcher={launcher}", code=1)
+    random_weights = grounding_dino(tmp_path / "random")
+    detectors = f"checkpoints.grounding_dino=builtin:shapes,{random_weights},./nowhere"  # instead of sweep=detectors'
+    out = run(labeled, tmp_path / "s", "-m", "sweep=detectors", detectors, f"hydra/launcher={launcher}", code=1)
     assert "2 of 6 jobs failed" in out.stderr
-    with (tmp_path / "s" / "sweep.csv").open(newline="") as file:
-        lines = list(csv.DictReader(file))
-    assert [bool(line["metric"]) for line in lines] == [True] * 4 + [False] * 2
-    assert all("nowhere" in line["error"] for line in lines[4:])
-    assert all(line["checkpoints.grounding_dino"] == "builtin:shapes" for line in lines[:2])
-    assert [float(line["metric"]) > 0.4 for line in lines[:4]] == [True, True, False, False]
-    assert {line["segmenter"] for line in lines[:2]} == {line["segmenter"] for line in lines[2:4]} == {"sam", "sam2"}
-    assert all(float(line[f"s/image {stage}"]) > 0 for line in lines[:2] for stage in ("detect", "segment"))
-    assert all(float(line["peak MiB"]) > 100 for line in lines[:4])
+    rows = read_report(tmp_path / "s")
+    assert [bool(row["metric"]) for row in rows] == [True] * 4 + [False] * 2
+    assert all("nowhere" in row["error"] for row in rows[4:])
+    assert all(row["checkpoints.grounding_dino"] == "builtin:shapes" for row in rows[:2])
+    assert [float(row["metric"]) > 0.4 for row in rows[:4]] == [True, True, False, False]
+    assert {row["segmenter"] for row in rows[:2]} == {row["segmenter"] for row in rows[2:4]} == {"sam", "sam2"}
+    assert all(float(row[f"s/image {stage}"]) > 0 for row in rows[:2] for stage in ("detect", "segment"))
+    assert all(float(row["peak MiB"]) > 100 for row in rows[:4])
 
 
 @pytest.mark.parametrize("name", ["thresholds", "detectors", "prompts", "redetect"])
-def test_ready_made_sweeps_are_parameters_of_the_sweeper(name, labelled, tmp_path):
+def test_predefined_sweeps_set_the_sweeper_parameters(name, labeled, tmp_path):
     cfg = yaml.safe_load((Path(__file__).parents[1] / "conf" / "sweep" / f"{name}.yaml").read_text())
     for key, values in cfg["hydra"]["sweeper"]["params"].items():
-        for word in OverridesParser.create().parse_override(f"{key}={values}").sweep_string_iterator():
-            compose([f"{key}={word}"])
+        for value in OverridesParser.create().parse_override(f"{key}={values}").sweep_string_iterator():
+            compose([f"{key}={value}"])
     if name == "thresholds":
-        out = run(labelled, tmp_path / "s", "-m", "sweep=thresholds")
+        out = run(labeled, tmp_path / "s", "-m", "sweep=thresholds")
         assert "16 jobs, the best first" in out.stdout
         replayed = [json.loads(path.read_text())["replayed"] for path in (tmp_path / "s").glob("*/run.json")]
         assert sorted(replayed) == [0] + [5] * 15
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("overrides", "expected"),
     [
         (["select.score=0.2,0.4"], (True, 0.2, "own", False)),
         (["select.score=interval(0.1,0.6)"], (True, 0.1, "own", False)),
@@ -189,9 +195,10 @@ def test_ready_made_sweeps_are_parameters_of_the_sweeper(name, labelled, tmp_pat
         (["select.class_score.a=0.5,0.05", "select.score=0.3"], (True, 0.05, "own", True)),
     ],
 )
-def test_what_a_sweep_asks_for_is_read_from_its_words(tmp_path, words, expected):
-    write_sweep_floor(tmp_path, words)
-    assert tuple(read_sweep_floor(tmp_path)[key] for key in ("shared", "score", "nms", "by_class")) == expected
+def test_the_floor_of_a_sweep_is_read_from_its_overrides(tmp_path, overrides, expected):
+    SweepFloor.from_overrides(overrides).write(tmp_path)
+    floor = SweepFloor.read(tmp_path)
+    assert (floor.results, floor.score, floor.nms, floor.by_class) == expected
 
 
 BOXES = st.lists(
@@ -209,7 +216,7 @@ BOXES = st.lists(
 
 @example(
     [*[(0, 0, 5, 5, 1.0, 0)] * 9, *[(0, 0, 5, 5, 0.5, 0)] * 2, (0, 1, 5, 5, 1.0, 0)], 0.5, 0.3, False, 1, None
-)  # equally confident, and sorted one way or another
+)  # equal scores, whose order NumPy does not define
 @given(
     BOXES,
     st.floats(0.1, 0.9),
@@ -218,19 +225,23 @@ BOXES = st.lists(
     st.sampled_from([1, 3, None]),
     st.sampled_from([None, {"a": 0.2}, {"a": 0.6, "b": 0.1}]),
 )
-def test_selecting_from_what_was_kept_for_all_is_selecting_at_once(rows, score, nms, across, top_k, by_class):
-    found = boxes(*((x, y, x + w, y + h, s, c) for x, y, w, h, s, c in rows))
-    settings = Select(score=score, nms=nms, nms_across=across, top_k=top_k, class_score=by_class)
-    for several in ("own", "any", [0.3, 0.5, 0.7]):
-        if isinstance(several, list) and nms is None:
-            continue  # not a point of that sweep
-        keep = object.__new__(PredictionCache)
-        keep.floors = sweep_floors(settings, CLASSES, {"score": 0.05, "nms": several})
-        kept = keep.keep(found, CLASSES)
-        assert select(kept, settings, CLASSES) == select(found, settings, CLASSES)
-        assert select(pack_masks(kept), settings, CLASSES) == select(pack_masks(found), settings, CLASSES)
+def test_selecting_from_the_shared_floor_equals_selecting_directly(
+    entries, score, nms, class_agnostic, top_k, class_score
+):
+    detections = boxes(*((x, y, x + w, y + h, s, c) for x, y, w, h, s, c in entries))
+    settings = Select(score=score, nms=nms, class_agnostic=class_agnostic, top_k=top_k, class_score=class_score)
+    for swept_nms in ("own", "any", [0.3, 0.5, 0.7]):
+        if isinstance(swept_nms, list) and nms is None:
+            continue  # not a job of that sweep
+        cache = object.__new__(PredictionCache)
+        cache.floors = SweepFloor(score=0.05, nms=swept_nms).selections(settings, CLASSES)
+        shared = cache.select_floor(detections, CLASSES)
+        assert select_detections(shared, settings, CLASSES) == select_detections(detections, settings, CLASSES)
+        assert select_detections(pack_masks(shared), settings, CLASSES) == select_detections(
+            pack_masks(detections), settings, CLASSES
+        )
 
 
-def test_a_folder_without_jobs_is_refused(tmp_path):
+def test_a_report_on_a_folder_without_jobs_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="no job of a sweep"):
         write_report(tmp_path)

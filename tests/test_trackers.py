@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from dataclasses import replace
 
 import checkpoints
 import numpy as np
@@ -30,7 +31,7 @@ def trackers():
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory):
-    """40 frames with three objects as a folder of JPEGs, which sam2 reads, and their masks in frame 0."""
+    """Return a folder of 40 JPEG frames (sam2 reads these), the frames, and the masks of three objects in frame 0."""
     folder = tmp_path_factory.mktemp("frames")
     for seed in range(100):
         scenes = make_clip(np.random.default_rng([5, seed]), 40, count=4, size_hw=(180, 260))
@@ -43,8 +44,8 @@ def clip(tmp_path_factory):
     return folder, frames, list(scenes[0].masks[:3])
 
 
-def upstream(model, folder, prompts, **flags):
-    """Masks `{frame: {id: mask}}` of sam2's own predictor; `prompts` are calls on it in order of frames."""
+def track_with_sam2(model, folder, prompts, **flags):
+    """Return the masks `{frame: {id: mask}}` of sam2's own predictor; `prompts` are calls on it in order of frames."""
     from sam2.sam2_video_predictor import SAM2VideoPredictor
 
     predictor = copy.copy(model)
@@ -67,29 +68,29 @@ def upstream(model, folder, prompts, **flags):
     return out
 
 
-def masked(masks, ids=None) -> sv.Detections:
+def mask_detections(masks, ids=None) -> sv.Detections:
     masks = np.array(masks)
     ids = range(1, len(masks) + 1) if ids is None else ids
     return sv.Detections(xyxy=masks_to_xyxy(masks), mask=masks, tracker_id=np.array(list(ids)))
 
 
-def clicked(tracker_id, points, labels=None, box=None) -> sv.Detections:
-    """A click or box as the `clicks` detector gives it."""
+def click_detections(tracker_id, points, labels=None, box=None) -> sv.Detections:
+    """Return clicks or a box in the form in which the `clicks` detector returns them."""
     column = {key: np.full(1, None, object) for key in ("points", "labels", "prompt_mask")}
     if points is not None:
         column["points"][0], column["labels"][0] = np.array(points, np.float32), np.array(labels)
-    given = [0, 0, 1, 1] if box is None else box
+    xyxy = [0, 0, 1, 1] if box is None else box
     data = {**column, "prompt_box": np.array([box is not None])}
-    return sv.Detections(xyxy=np.array([given], float), tracker_id=np.array([tracker_id]), data=data)
+    return sv.Detections(xyxy=np.array([xyxy], float), tracker_id=np.array([tracker_id]), data=data)
 
 
-def follow(tracker, frames, prompts):
-    """Our masks `{frame: {id: mask}}`; `prompts` is `{frame: detections}`."""
+def track_frames(tracker, frames, prompts):
+    """Return our masks `{frame: {id: mask}}`; `prompts` is `{frame: detections}`."""
     session = tracker.open(frames[0].shape[:2])
     out = {}
     for t, frame in enumerate(frames):
-        seen = session.step(frame)
-        out[t] = dict(zip(seen.tracker_id.tolist(), seen.mask, strict=True))
+        detections = session.step(frame)
+        out[t] = dict(zip(detections.tracker_id.tolist(), detections.mask, strict=True))
         if t in prompts:
             new = session.prompt(prompts[t])
             out[t] |= dict(zip(new.tracker_id.tolist(), new.mask, strict=True))
@@ -97,20 +98,20 @@ def follow(tracker, frames, prompts):
     return out
 
 
-def overlap(ours, theirs, frames):
-    """IoU of each frame and id, where one has a mask."""
+def mask_ious(actual, expected, frames):
+    """Return the IoU of each frame and id; 1 where both masks are empty."""
     values = []
     for t in frames:
-        for i, want in theirs[t].items():
-            got = ours[t].get(i, np.zeros_like(want))
-            union = (got | want).sum()
-            values.append((got & want).sum() / union if union else 1.0)
+        for i, mask in expected[t].items():
+            other = actual[t].get(i, np.zeros_like(mask))
+            union = (other | mask).sum()
+            values.append((other & mask).sum() / union if union else 1.0)
     return np.array(values)
 
 
 @pytest.fixture
 def never_absent(trackers):
-    """The small models lose a swan within frames; with the head of presence raised they follow what they can."""
+    """Raise the bias of the object score heads: the small models would lose the swan within a few frames."""
     sam2, hf = (trackers[kind].model for kind in KINDS)
     biases = [
         sam2.sam_mask_decoder.pred_obj_score_head.layers[-1].bias,
@@ -124,134 +125,140 @@ def never_absent(trackers):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_equal_to_the_authors_predictor_on_a_real_video(trackers, data, kind, never_absent):
+def test_masks_equal_the_authors_predictor_on_a_real_video(trackers, data, kind, never_absent):
     folder = data / "vos" / "JPEGImages" / "480p" / "blackswan"
     frames = [np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.glob("*.jpg"))]
     swan = np.asarray(Image.open(data / "vos" / "Annotations" / "480p" / "blackswan" / "00000.png")) > 127
-    theirs = upstream(trackers[Sam2Tracker].model, folder, [(0, "add_new_mask", {"obj_id": 1, "mask": swan})])
-    ours = follow(trackers[kind], frames, {0: masked([swan])})
-    values = overlap(ours, theirs, range(50))
-    assert len(values) == 50 and sum(mask[1].any() for mask in theirs.values()) > 10
+    expected = track_with_sam2(trackers[Sam2Tracker].model, folder, [(0, "add_new_mask", {"obj_id": 1, "mask": swan})])
+    actual = track_frames(trackers[kind], frames, {0: mask_detections([swan])})
+    values = mask_ious(actual, expected, range(50))
+    assert len(values) == 50 and sum(mask[1].any() for mask in expected.values()) > 10
     assert values.mean() >= 0.999
-    assert values[1:].min() >= 0.999  # on frame 0 ours is the mask that was given
+    assert values[1:].min() >= 0.999  # on frame 0 we return the mask that was the prompt
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_equal_with_several_objects_boxes_clicks_and_corrections(trackers, clip, kind):
+def test_masks_equal_the_authors_for_several_objects_boxes_clicks_and_corrections(trackers, clip, kind):
     folder, frames, masks = clip
     box = masks_to_xyxy(np.array(masks))[1]
     rows, columns = np.nonzero(masks[2])
-    middle = [int(columns.mean()), int(rows.mean())]
-    beside = [5, 5]
+    center = [int(columns.mean()), int(rows.mean())]
+    background = [5, 5]
     prompts = [
         (0, "add_new_mask", {"obj_id": 1, "mask": masks[0]}),
         (0, "add_new_points_or_box", {"obj_id": 2, "box": box}),
-        (0, "add_new_points_or_box", {"obj_id": 3, "points": [middle, beside], "labels": [1, 0]}),
-        (12, "add_new_points_or_box", {"obj_id": 3, "points": [middle], "labels": [1]}),
+        (0, "add_new_points_or_box", {"obj_id": 3, "points": [center, background], "labels": [1, 0]}),
+        (12, "add_new_points_or_box", {"obj_id": 3, "points": [center], "labels": [1]}),
     ]
-    theirs = upstream(trackers[Sam2Tracker].model, folder, prompts)
+    expected = track_with_sam2(trackers[Sam2Tracker].model, folder, prompts)
     session = trackers[kind].open(frames[0].shape[:2])
-    ours = {}
+    actual = {}
     for t, frame in enumerate(frames):
-        seen = session.step(frame)
-        ours[t] = dict(zip(seen.tracker_id.tolist(), seen.mask, strict=True))
-        given = {
-            0: [masked(masks[:1]), clicked(2, None, box=box), clicked(3, [middle, beside], [1, 0])],
-            12: [clicked(3, [middle], [1])],
+        detections = session.step(frame)
+        actual[t] = dict(zip(detections.tracker_id.tolist(), detections.mask, strict=True))
+        new_prompts = {
+            0: [
+                mask_detections(masks[:1]),
+                click_detections(2, None, box=box),
+                click_detections(3, [center, background], [1, 0]),
+            ],
+            12: [click_detections(3, [center], [1])],
         }.get(t, [])
-        for prompt in given:
+        for prompt in new_prompts:
             new = session.prompt(prompt)
-            ours[t] |= dict(zip(new.tracker_id.tolist(), new.mask, strict=True))
-    assert overlap(ours, theirs, range(1, 40)).min() >= 0.999
+            actual[t] |= dict(zip(new.tracker_id.tolist(), new.mask, strict=True))
+    assert mask_ious(actual, expected, range(1, 40)).min() >= 0.999
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_adding_and_removing_objects_touches_no_other(trackers, clip, kind):
+def test_adding_and_removing_objects_leaves_the_others_unchanged(trackers, clip, kind):
     _, frames, masks = clip
-    alone = follow(trackers[kind], frames, {0: masked(masks[:2])})
+    alone = track_frames(trackers[kind], frames, {0: mask_detections(masks[:2])})
     session = trackers[kind].open(frames[0].shape[:2])
     worst = 1.0
     for t, frame in enumerate(frames):
-        seen = session.step(frame)
+        detections = session.step(frame)
         if t == 0:
-            session.prompt(masked(masks[:2]))
+            session.prompt(mask_detections(masks[:2]))
             continue
         if t == 30:
-            session.prompt(masked([masks[2]], [9]))
+            session.prompt(mask_detections([masks[2]], [9]))
         if t == 35:
             session.remove(1)
-        ids = seen.tracker_id.tolist()
+        ids = detections.tracker_id.tolist()
         assert (9 in ids) <= (t > 30) and (1 in ids) <= (t <= 35)
-        for i, mask in zip(ids, seen.mask, strict=True):
+        for i, mask in zip(ids, detections.mask, strict=True):
             if i != 9:
-                want = alone[t][i]
-                worst = min(worst, (mask & want).sum() / (mask | want).sum())
+                expected = alone[t][i]
+                worst = min(worst, (mask & expected).sum() / (mask | expected).sum())
     assert worst > 0.999
 
 
-def held(session) -> int:
-    """Bytes of tensors that a session holds."""
-    seen = {}
+def memory_bytes(session) -> int:
+    """Return the bytes of the tensors of a session."""
+    sizes = {}
 
-    def walk(thing, depth=0):
-        if isinstance(thing, torch.Tensor):
-            seen[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
-        elif isinstance(thing, dict):
-            for value in thing.values():
-                walk(value, depth)
-        elif isinstance(thing, list | tuple):
-            for value in thing:
-                walk(value, depth)
-        elif hasattr(thing, "__dict__") and depth < 3 and not isinstance(thing, torch.nn.Module):
-            walk(vars(thing), depth + 1)
+    def walk(value, depth=0):
+        if isinstance(value, torch.Tensor):
+            sizes[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, dict):
+            for item in value.values():
+                walk(item, depth)
+        elif isinstance(value, list | tuple):
+            for item in value:
+                walk(item, depth)
+        elif hasattr(value, "__dict__") and depth < 3 and not isinstance(value, torch.nn.Module):
+            walk(vars(value), depth + 1)
 
     walk({key: value for key, value in vars(session).items() if key not in ("model", "segmenter", "_hook")})
-    return sum(seen.values())
+    return sum(sizes.values())
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_a_session_holds_does_not_grow(trackers, clip, kind):
+def test_the_memory_of_a_session_does_not_grow(trackers, clip, kind):
     _, frames, masks = clip
     session = trackers[kind].open(frames[0].shape[:2])
     sizes = []
     for t in range(60):
         session.step(frames[t % 40])
-        if t % 10 == 0:  # prompted again and again
-            session.prompt(masked(masks))
-        sizes.append(held(session))
+        if t % 10 == 0:  # prompted repeatedly
+            session.prompt(mask_detections(masks))
+        sizes.append(memory_bytes(session))
     assert sizes[55] > 0 and sizes[59] <= 1.02 * sizes[49] and sizes[49] <= 1.02 * sizes[39]
     session.close()
-    assert held(session) == 0
+    assert memory_bytes(session) == 0
 
 
-def test_a_batch_of_objects_gives_what_one_at_a_time_gives(trackers, clip):
-    """CUDA takes objects in batches; here the same code runs on the CPU."""
+def test_objects_in_a_batch_get_the_same_masks_as_one_at_a_time(trackers, clip):
+    """On CUDA, objects are processed in batches; this runs the same code on the CPU."""
     _, frames, masks = clip
-    one = follow(trackers[Sam2Tracker], frames[:25], {0: masked(masks[:2]), 6: masked([masks[2]], [3])})
+    one = track_frames(
+        trackers[Sam2Tracker], frames[:25], {0: mask_detections(masks[:2]), 6: mask_detections([masks[2]], [3])}
+    )
     batched = copy.copy(trackers[Sam2Tracker])
     batched.chunk = 2
-    many = follow(batched, frames[:25], {0: masked(masks[:2]), 6: masked([masks[2]], [3])})
-    assert overlap(many, one, range(25)).min() > 0.999
+    many = track_frames(batched, frames[:25], {0: mask_detections(masks[:2]), 6: mask_detections([masks[2]], [3])})
+    assert mask_ious(many, one, range(25)).min() > 0.999
 
 
 @pytest.mark.parametrize("kind, encoder", [("sam2", "image_encoder"), ("sam2_hf", "vision_encoder")])
-def test_the_image_encoder_runs_once_a_frame_shared_by_segmenter_and_tracker(clip, kind, encoder):
+def test_segmenter_and_tracker_encode_each_frame_once(clip, kind, encoder):
     _, frames, _ = clip
     model = load("select.score=0.2", "track.redetect_every=3", preset="shapes", segmenter=kind, tracker=kind)
     passes = []
     hook = getattr(model.segmenter.model, encoder).register_forward_hook(lambda *_: passes.append(1))
     assert model.tracker.model is model.segmenter.model
     names = ["red shape", "green shape", "blue shape", "yellow shape", "purple shape", "orange shape"]
-    found = [len(result.detections) for result in model.track(frames[:10], names)]
+    counts = [len(result.detections) for result in model.track(frames[:10], names)]
     hook.remove()
-    assert sum(found) and len(passes) == 10
+    assert sum(counts) and len(passes) == 10
     empty = list(model.track([np.full((90, 90, 3), 128, np.uint8)] * 5, ["green star"]))
     assert not sum(len(result.detections) for result in empty)
 
 
 @pytest.mark.parametrize("segments, tracks", [(Sam2, Sam2Tracker), (Sam2Hf, Sam2HfTracker)])
-def test_masks_of_a_keyframe_are_the_segmenters(clip, segments, tracks):
-    """On shared features, which differ from those of a still by the way frames are scaled."""
+def test_masks_of_a_keyframe_come_from_the_segmenter(clip, segments, tracks):
+    """The shared features differ slightly from those of an image because frames are resized differently."""
     _, frames, masks = clip
     segmenter = segments("builtin:shapes", device="cpu")
     session = tracks(segmenter, "builtin:shapes", device="cpu").open(frames[0].shape[:2])
@@ -262,47 +269,47 @@ def test_masks_of_a_keyframe_are_the_segmenters(clip, segments, tracks):
         assert (a & b).sum() / (a | b).sum() > 0.95
 
 
-def test_another_model_is_not_shared():
+def test_a_tracker_shares_only_the_same_model():
     segmenter = Sam2("builtin:shapes", device="cpu")
     assert Sam2Tracker(segmenter, "builtin:shapes", device="cpu").model is segmenter.model
     assert Sam2Tracker(None, "builtin:shapes", device="cpu").shared is None
     assert Sam2HfTracker(segmenter, "builtin:shapes", device="cpu").shared is None
 
 
-def test_box_prompts_on_request(trackers, clip):
+def test_prompt_box_ignores_the_masks_of_detections(trackers, clip):
     _, frames, masks = clip
     tracker = copy.copy(trackers[Sam2Tracker])
-    tracker.prompt = "box"
+    tracker.options = replace(tracker.options, prompt="box")
     session = tracker.open(frames[0].shape[:2])
     session.step(frames[0])
-    drawn = session.prompt(masked(masks[:1])).mask[0]
-    assert 0.5 < (drawn & masks[0]).sum() / (drawn | masks[0]).sum() < 1
+    mask = session.prompt(mask_detections(masks[:1])).mask[0]
+    assert 0.5 < (mask & masks[0]).sum() / (mask | masks[0]).sum() < 1
 
 
 @pytest.mark.parametrize("kind", ["edgetam", "sam3_tracker"])
 def test_other_models_run_with_the_same_bounded_session(kind, tmp_path, clip):
-    """Random weights: memories are of another kind or size, the session is the same."""
+    """The memories of these models differ in kind or size; the weights are random."""
     folder = getattr(checkpoints, kind)(tmp_path)
     _, frames, masks = clip
     session = Sam2HfTracker(checkpoint=str(folder), device="cpu").open(frames[0].shape[:2])
     session.step(frames[0])
-    assert session.prompt(masked(masks[:1])).tracker_id.tolist() == [1]
+    assert session.prompt(mask_detections(masks[:1])).tracker_id.tolist() == [1]
     for t in range(1, 4):
         session.step(frames[t])
     assert len(session.state.output_dict_per_obj[1]["non_cond_frame_outputs"]) == 3
 
 
-def test_what_does_not_track_is_refused(tmp_path):
+def test_checkpoints_without_a_tracker_are_refused(tmp_path):
     from transformers import BertConfig, BertModel
 
     BertModel(
         BertConfig(hidden_size=12, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     ).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="does not track"):
+    with pytest.raises(CheckpointError, match="cannot track"):
         Sam2HfTracker(checkpoint=str(tmp_path))
-    for keys, says in (({"prompt": "word"}, "tracker.prompt"), ({"max_prompts": 0}, "tracker.max_prompts")):
+    for keys, message in (({"prompt": "word"}, "tracker.prompt"), ({"max_prompts": 0}, "tracker.max_prompts")):
         for kind in KINDS:
-            with pytest.raises(ConfigError, match=says):
+            with pytest.raises(ConfigError, match=message):
                 kind(checkpoint="builtin:shapes", **keys)
 
 
@@ -315,8 +322,8 @@ def test_a_frame_of_another_size_is_an_error(trackers, clip):
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("kind", KINDS)
-def test_cuda_gives_the_masks_of_the_cpu(trackers, clip, kind):
+def test_cuda_and_cpu_give_the_same_masks(trackers, clip, kind):
     _, frames, masks = clip
-    want = follow(trackers[kind], frames, {0: masked(masks)})
-    got = follow(kind(checkpoint="builtin:shapes", device="cuda"), frames, {0: masked(masks)})
-    assert overlap(got, want, range(40)).mean() > 0.99
+    expected = track_frames(trackers[kind], frames, {0: mask_detections(masks)})
+    actual = track_frames(kind(checkpoint="builtin:shapes", device="cuda"), frames, {0: mask_detections(masks)})
+    assert mask_ious(actual, expected, range(40)).mean() > 0.99

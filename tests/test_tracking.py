@@ -1,4 +1,4 @@
-"""The video loop: keyframes, ids, ends, the way back, clicks; on fakes that cannot err by themselves."""
+"""Video tracking: keyframes, ids, ends of tracks, backward tracking and clicks, with stages that make no mistakes."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ from PIL import Image
 
 from grounded_sam import ConfigError, ImageError, Pipeline, Vocabulary
 from grounded_sam.detectors.clicks import ClickDetector
-from grounded_sam.pipeline.tracks import TrackManager, TrackSettings
+from grounded_sam.pipeline.track_settings import TrackSettings
+from grounded_sam.pipeline.tracks import TrackManager
 from grounded_sam.sources.video import VideoSource
 from grounded_sam.structures.frame import Frame
 
 TEXT = ["small", "middle", "large"]
 
 
-def film(frames: int, *things: tuple[int, range, int]) -> list[np.ndarray]:
-    """Frames of 30x80 px; a thing is (gray level, frames it is seen in, where it begins), and moves right."""
+def film(frames: int, *objects: tuple[int, range, int]) -> list[np.ndarray]:
+    """Frames of 30x80 px. An object is (gray level, frames it is visible in, x in frame 0) and moves right."""
     out = []
     for t in range(frames):
         image = np.zeros((30, 80, 3), np.uint8)
-        for level, when, x in things:
+        for level, when, x in objects:
             if t in when:
                 image[8:18, x + t : x + t + 8] = level
         out.append(image)
     return out
 
 
-def run(frames, detector=None, text=TEXT, clicks=None, **rules):
+def run(frames, detector=None, text=TEXT, clicks=None, **settings):
     tracker = ByLevel()
-    model = Pipeline(detector or Levels(), tracker=tracker, tracking=TrackSettings(**rules))
+    model = Pipeline(detector or Levels(), tracker=tracker, track=TrackSettings(**settings))
     return list(model.track(frames, text, clicks)), tracker.sessions[0] if tracker.sessions else None
 
 
@@ -42,7 +43,7 @@ def ids(results):
     return [result.detections.tracker_id.tolist() for result in results]
 
 
-def test_ids_last_and_new_things_get_new_ones_at_keyframes():
+def test_ids_last_and_new_objects_get_ids_at_keyframes():
     results, _ = run(film(12, (50, range(12), 2), (150, range(5, 12), 40)), redetect_every=4)
     assert ids(results) == [[1]] * 8 + [[1, 2]] * 4
     last = results[-1].detections
@@ -52,13 +53,13 @@ def test_ids_last_and_new_things_get_new_ones_at_keyframes():
     assert last.mask.sum() == 160
 
 
-def test_the_detector_looks_at_keyframes_only():
+def test_the_detector_runs_at_keyframes_only():
     detector = Levels()
     run(film(10, (50, range(10), 2)), detector, redetect_every=4)
-    assert detector.looked == [0, 4, 8]
+    assert detector.detected_frames == [0, 4, 8]
 
 
-def test_nothing_at_first_and_nothing_ever():
+def test_videos_without_objects_at_first_or_at_all():
     results, _ = run(film(9, (50, range(3, 9), 2)), redetect_every=3)
     assert ids(results) == [[]] * 3 + [[1]] * 6
     results, _ = run(film(7), redetect_every=3)
@@ -66,18 +67,18 @@ def test_nothing_at_first_and_nothing_ever():
     assert all(r.detections.mask.shape == (0, 30, 80) and r.detections.class_id.shape == (0,) for r in results)
 
 
-def test_who_leaves_and_returns_keeps_the_id_within_patience_only():
+def test_an_object_that_returns_in_time_keeps_its_id():
     away = film(16, (50, range(4), 2), (150, range(16), 40))
     back = film(16, (50, range(10, 16), 2))
     frames = [np.maximum(a, b) for a, b in zip(away, back, strict=True)]
-    results, _ = run(frames, redetect_every=4, lost_patience=6)
+    results, _ = run(frames, redetect_every=4, max_lost_frames=6)
     assert ids(results)[0] == [1, 2] and ids(results)[5] == [2] and ids(results)[11] == [1, 2]
-    results, session = run(frames, redetect_every=4, lost_patience=5)
+    results, session = run(frames, redetect_every=4, max_lost_frames=5)
     assert ids(results)[-1] == [2, 3]
-    assert sorted(session.levels) == [2, 3]  # who is gone costs nothing
+    assert sorted(session.levels) == [2, 3]  # ended tracks are removed from the session
 
 
-def test_a_track_that_the_tracker_lost_is_found_again_by_a_detection_nearby():
+def test_a_track_lost_by_the_tracker_is_recovered_by_a_nearby_detection():
     class Forgetful(ByLevel):
         def open(self, size_hw):
             session = super().open(size_hw)
@@ -93,18 +94,20 @@ def test_a_track_that_the_tracker_lost_is_found_again_by_a_detection_nearby():
 
     frames = film(14, (50, range(14), 2))
     for reach, want in ((1.0, [1]), (0.0, [2])):
-        model = Pipeline(Levels(), tracker=Forgetful(), tracking=TrackSettings(redetect_every=4, reach=reach))
+        model = Pipeline(
+            Levels(), tracker=Forgetful(), track=TrackSettings(redetect_every=4, max_center_distance=reach)
+        )
         results = list(model.track(frames, TEXT))
         assert ids(results)[3] == [1] and ids(results)[5:8] == [[]] * 3
         assert ids(results)[-1] == want
 
 
-def test_a_missed_keyframe_loses_nobody():
+def test_a_missed_detection_at_a_keyframe_ends_no_track():
     results, _ = run(film(10, (50, range(10), 2)), Levels(hidden=[4]), redetect_every=2)
     assert ids(results) == [[1]] * 10
 
 
-def test_the_way_back_finds_who_was_there_before_the_keyframe():
+def test_backward_tracking_adds_objects_before_their_keyframe():
     frames = film(12, (50, range(12), 2), (150, range(2, 12), 40))
     results, _ = run(frames, redetect_every=5, direction="both", backward_window=8)
     assert ids(results) == [[1]] * 2 + [[1, 2]] * 10
@@ -116,7 +119,7 @@ def test_the_way_back_finds_who_was_there_before_the_keyframe():
     assert [r.frame.index for r in results] == list(range(12))
 
 
-def test_the_way_back_is_bounded_and_leaves_no_file(tmp_path, monkeypatch):
+def test_backward_tracking_is_bounded_and_leaves_no_file(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     frames = film(12, (50, range(12), 2), (150, range(12), 40))
     detector = Levels(hidden=[0])
@@ -125,7 +128,7 @@ def test_the_way_back_is_bounded_and_leaves_no_file(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_results_come_frame_by_frame_and_closing_frees_everything():
+def test_results_are_lazy_and_closing_frees_everything():
     decoded = []
 
     def frames():
@@ -142,7 +145,7 @@ def test_results_come_frame_by_frame_and_closing_frees_everything():
     assert decoded == [0, 1] and tracker.sessions[0].closed
 
 
-def test_a_video_file_leaves_no_thread_behind(tmp_path):
+def test_closing_a_video_leaves_no_thread_behind(tmp_path):
     for i, image in enumerate(film(30, (50, range(30), 2))):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
     results = Pipeline(Levels(), tracker=ByLevel()).track(VideoSource(tmp_path), TEXT)
@@ -152,12 +155,12 @@ def test_a_video_file_leaves_no_thread_behind(tmp_path):
     assert not [thread for thread in threading.enumerate() if thread.name == "decode"]
 
 
-def test_clicks_on_any_frame_for_any_id_beside_text():
+def test_clicks_combine_with_text_on_any_frame_and_id():
     frames = film(8, (50, range(8), 2), (250, range(8), 40))
 
     class Small(Levels):
         def detect(self, frames, vocabulary):
-            assert vocabulary.classes == ("small",)  # the clicked class is not asked for
+            assert vocabulary.classes == ("small",)  # the detector is not asked for the clicked class
             return [found[found.class_id == 0] for found in super().detect(frames, Vocabulary.parse(TEXT))]
 
     clicks = [{"class": "thing", "points": [[46, 12]], "frame": 3, "object": 7}]
@@ -168,7 +171,7 @@ def test_clicks_on_any_frame_for_any_id_beside_text():
     assert last.xyxy[1].tolist() == [47, 8, 55, 18]
 
 
-def test_clicks_alone_from_a_file_and_a_correction(tmp_path):
+def test_clicks_from_a_file_start_and_correct_a_track(tmp_path):
     frames = film(8, (50, range(8), 2), (250, range(8), 40))
     mask = frames[0][..., 0] == 50
     entries = [
@@ -184,19 +187,19 @@ def test_clicks_alone_from_a_file_and_a_correction(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("entry", "says"),
+    ("entry", "message"),
     [
-        ({"class": "a", "points": [[1, 1]], "frame": -1}, "frame must be a whole number from 0"),
-        ({"class": "a", "points": [[1, 1]], "object": 0}, "object must be a whole number from 1"),
+        ({"class": "a", "points": [[1, 1]], "frame": -1}, "frame must be null or an integer >= 0"),
+        ({"class": "a", "points": [[1, 1]], "object": 0}, "object must be null or an integer >= 1"),
         ({"class": "a", "mask": np.zeros((3, 3))}, "mask must be an array"),
     ],
 )
-def test_wrong_clicks_name_their_entry(entry, says):
-    with pytest.raises(ConfigError, match=says):
+def test_malformed_clicks_name_their_entry(entry, message):
+    with pytest.raises(ConfigError, match=message):
         ClickDetector([entry])
 
 
-def test_without_tracker_or_words_it_says_so():
+def test_a_missing_tracker_text_or_video_is_an_error():
     with pytest.raises(ConfigError, match="choose a tracker"):
         next(Pipeline(Levels()).track(film(2), TEXT))
     with pytest.raises(ConfigError, match="text is missing"):
@@ -207,7 +210,7 @@ def test_without_tracker_or_words_it_says_so():
         next(Pipeline(Levels(), tracker=ByLevel()).track(["nowhere.png"], TEXT))
 
 
-def test_a_tracker_is_built_only_when_a_video_comes():
+def test_the_tracker_is_built_when_the_first_video_comes():
     built = []
     model = Pipeline(Levels(), tracker=lambda: built.append(1) or ByLevel())
     model.segment(film(1, (50, range(1), 2))[0], TEXT)
@@ -216,22 +219,22 @@ def test_a_tracker_is_built_only_when_a_video_comes():
     assert built == [1]
 
 
-def test_a_tracker_of_boxes_gives_ids_to_what_every_frame_has():
+def test_box_tracker_ids_equal_those_of_the_trackers_package():
     trackers = pytest.importorskip("trackers", reason="the package trackers is not installed")
     from grounded_sam.trackers.boxes import BoxTracker
 
     video = film(14, (50, range(14), 2), (150, range(3, 10), 40))
     settings = {"minimum_consecutive_frames": 1, "track_activation_threshold": 0.5}
     detector = Levels()
-    model = Pipeline(detector, tracker=BoxTracker(settings=settings), tracking=TrackSettings(lost_patience=2))
+    model = Pipeline(detector, tracker=BoxTracker(settings=settings), track=TrackSettings(max_lost_frames=2))
     results = list(model.track(video, TEXT))
-    assert detector.looked == list(range(14))
-    # As the package itself gives them to the same boxes, under ids that count from 1.
-    theirs, known = trackers.ByteTrackTracker(**settings), {}
+    assert detector.detected_frames == list(range(14))
+    # The package assigns the same tracks to the same boxes; our ids count from 1.
+    reference, known = trackers.ByteTrackTracker(**settings), {}
     for frame, result in zip(video, results, strict=True):
         boxes = Levels().detect([result.frame], Vocabulary.parse(TEXT))[0]
         assert frame is result.frame.image or (frame == result.frame.image).all()
-        seen = theirs.update(boxes)
+        seen = reference.update(boxes)
         wanted = sorted(known.setdefault(i, len(known) + 1) for i in seen.tracker_id.tolist() if i >= 0)
         assert sorted(result.detections.tracker_id.tolist()) == wanted
         assert result.detections.mask is None or result.detections.mask.shape[1:] == (30, 80)
@@ -243,64 +246,64 @@ def test_a_tracker_of_boxes_gives_ids_to_what_every_frame_has():
 
 
 @pytest.mark.parametrize("method", ["bytetrack", "ocsort", "sort", "cbiou"])
-def test_every_method_of_boxes_follows_a_thing(method):
+def test_every_method_of_the_box_tracker_tracks_an_object(method):
     pytest.importorskip("trackers", reason="the package trackers is not installed")
     from grounded_sam.trackers.boxes import BoxTracker
 
     tracker = BoxTracker(method=method, settings={"minimum_consecutive_frames": 1})
     model = Pipeline(Levels(), tracker=tracker)
-    for _ in range(2):  # each video begins anew
+    for _ in range(2):  # every video starts from scratch
         results = list(model.track(film(10, (50, range(10), 2)), TEXT))
         assert ids(results)[-1] == [1]
 
 
 @pytest.mark.parametrize("method", ["bytetrack", "ocsort", "sort", "cbiou"])
-def test_boxes_follow_what_select_lets_through_by_default(method):
+def test_box_tracker_thresholds_fit_the_default_selection(method):
     pytest.importorskip("trackers", reason="the package trackers is not installed")
     from grounded_sam.config.build import build_node
     from grounded_sam.config.compose import compose
 
     cfg = compose(["tracker=boxes", f"tracker.method={method}", "tracker.settings={minimum_consecutive_frames: 2}"])
     found = boxes((10, 10, 50, 50, 0.35, 0))
-    frames = [Frame(np.zeros((100, 100, 3), np.uint8), i, str(i)) for i in range(6)]
-    seen = [len(out) for _, out in build_node(cfg, "tracker").follow(iter(frames), CLASSES, lambda _: found)]
+    frames = [Frame(pixels=np.zeros((100, 100, 3), np.uint8), index=i, name=str(i)) for i in range(6)]
+    seen = [len(out) for _, out in build_node(cfg, "tracker").track(iter(frames), CLASSES, lambda _: found)]
     assert seen[-3:] == [1, 1, 1]
 
 
-def test_what_boxes_cannot_do_is_said():
+def test_the_box_tracker_names_what_it_cannot_do():
     pytest.importorskip("trackers", reason="the package trackers is not installed")
     from grounded_sam.trackers.boxes import BoxTracker
 
     video = film(3, (50, range(3), 2))
-    with pytest.raises(ConfigError, match="cannot be given clicks"):
+    with pytest.raises(ConfigError, match="does not take clicks"):
         list(Pipeline(Levels(), tracker=BoxTracker()).track(video, TEXT, [{"class": "small", "points": [[5, 10]]}]))
     with pytest.raises(ConfigError, match="track.direction=both needs"):
-        list(Pipeline(Levels(), tracker=BoxTracker(), tracking=TrackSettings(direction="both")).track(video, TEXT))
+        list(Pipeline(Levels(), tracker=BoxTracker(), track=TrackSettings(direction="both")).track(video, TEXT))
     with pytest.raises(ConfigError, match="must be one of bytetrack"):
         BoxTracker(method="deepsort")
-    with pytest.raises(ConfigError, match="do not fit ocsort"):
+    with pytest.raises(ConfigError, match="are not valid for ocsort"):
         BoxTracker(method="ocsort", settings={"patience": 3})
 
 
-def test_ids_of_other_trackers_are_adopted_by_the_rules():
+def test_ids_of_end_to_end_trackers_are_mapped_to_ours():
     def found(*rows):
         out = boxes(*[(*box, score, class_id) for box, score, class_id, _ in rows])
         out.tracker_id = np.array([row[3] for row in rows], np.int64)
         return out
 
-    tracks = TrackManager(TrackSettings(new_track_score=0.5, max_objects=2, lost_patience=1))
+    tracks = TrackManager(TrackSettings(new_track_score=0.5, max_objects=2, max_lost_frames=1))
     here, there = (0, 0, 20, 20), (40, 40, 60, 60)
     seen = tracks.adopt(found((here, 0.4, 0, 7), (there, 0.8, 1, 9)))
-    assert seen.tracker_id.tolist() == [1]  # 7 is not sure enough
+    assert seen.tracker_id.tolist() == [1]  # object 7 is below new_track_score
     seen = tracks.adopt(found((here, 0.9, 0, 7), (there, 0.1, 2, 9), ((70, 70, 90, 90), 0.6, 0, 11)))
-    assert seen.tracker_id.tolist() == [2, 1]  # 11 is one too many; 9 stays, although unsure now
+    assert seen.tracker_id.tolist() == [2, 1]  # object 11 exceeds max_objects; 9 stays, although its score is low now
     assert tracks.label(seen, CLASSES).data["class_name"].tolist() == ["b", "a"]  # oldest first, by votes
     for _ in range(2):
         tracks.adopt(found((there, 0.9, 1, 9)))
-    assert tracks.adopt(found((here, 0.9, 0, 7), (there, 0.9, 1, 9))).tracker_id.tolist() == [3, 1]  # 2 is over
+    assert tracks.adopt(found((here, 0.9, 0, 7), (there, 0.9, 1, 9))).tracker_id.tolist() == [3, 1]  # track 2 has ended
 
 
-def test_an_impossible_prompt_is_refused_before_any_model_loads():
+def test_a_mask_prompt_without_masks_is_an_error_before_loading():
     from grounded_sam import load
 
     nowhere = ["tracker.prompt=mask", "checkpoints.grounding_dino=./nowhere", "checkpoints.sam2=./nowhere"]

@@ -1,4 +1,4 @@
-"""Videos as sources: every kind of file, cut and damaged ones, folders, globs, a file server."""
+"""Video sources: files of many codecs, truncated and damaged ones, folders, globs and URLs."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from PIL import Image
 from grounded_sam import ConfigError, ImageError
 from grounded_sam.media.mp4 import Mp4Writer
 from grounded_sam.media.prefetch import prefetch
+from grounded_sam.pipeline.runner import Runner
 from grounded_sam.sources.auto import AutoSource
 from grounded_sam.sources.video import VideoSource
 
 
 @pytest.fixture(scope="session")
 def clip(tmp_path_factory):
-    """20 frames of 48x64 px whose gray says which frame it is."""
+    """Write a video of 20 frames of 48x64 px whose gray level is the frame number."""
     path = tmp_path_factory.mktemp("clips") / "clip.mp4"
     video = Mp4Writer(path, crf=5)
     for i in range(20):
@@ -30,31 +31,32 @@ def clip(tmp_path_factory):
     return path
 
 
-def grays(frames):
+def frame_numbers(frames):
+    """Return the frame numbers that the gray levels of `clip` encode."""
     return [round((frame.image.mean() - 20) / 10) for frame in frames]
 
 
-def test_frames_come_in_order_with_numbers_times_and_names(clip):
+def test_frames_are_in_order_with_numbers_times_and_names(clip):
     video = VideoSource(clip)
     frames = list(video)
     assert len(video) == len(frames) == 20
-    assert grays(frames) == [frame.index for frame in frames] == list(range(20))
+    assert frame_numbers(frames) == [frame.index for frame in frames] == list(range(20))
     assert [frame.time_s for frame in frames] == pytest.approx([i / 10 for i in range(20)])
     assert frames[3].name == "clip.mp4/000003"
     assert {frame.video for frame in frames} == {"clip.mp4"}
 
 
-def test_start_stop_stride_and_size(clip):
+def test_start_stop_stride_and_max_side_select_and_scale_frames(clip):
     video = VideoSource(clip, start=4, stop=15, stride=3, max_side=32)
     frames = list(video)
-    assert grays(frames) == [frame.index for frame in frames] == [4, 7, 10, 13]
+    assert frame_numbers(frames) == [frame.index for frame in frames] == [4, 7, 10, 13]
     assert len(video) == 4
     assert frames[0].image.shape == (24, 32, 3)
     assert frames[0].time_s == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize(
-    ("keys", "says"),
+    ("settings", "message"),
     [
         ({"stride": 0}, "source.stride"),
         ({"start": 5, "stop": 5}, "source.stop"),
@@ -62,81 +64,81 @@ def test_start_stop_stride_and_size(clip):
         ({"fps": 0}, "source.fps"),
     ],
 )
-def test_numbers_out_of_range_name_their_key(clip, keys, says):
-    with pytest.raises(ConfigError, match=says):
-        VideoSource(clip, **keys)
+def test_a_setting_out_of_range_gives_an_error_with_its_key(clip, settings, message):
+    with pytest.raises(ConfigError, match=message):
+        VideoSource(clip, **settings)
 
 
-def test_an_input_that_is_none_is_refused(tmp_path):
-    for given, says in (
+def test_an_input_that_is_not_a_video_is_refused(tmp_path):
+    for given, message in (
         ("nowhere.mp4", "no such video"),
         ("file:///etc/passwd", "a URL must begin with"),
         (None, "missing"),
     ):
-        with pytest.raises(ConfigError, match=says):
+        with pytest.raises(ConfigError, match=message):
             VideoSource(given)
     with pytest.raises(ConfigError, match="no frame in"):
         VideoSource(tmp_path)
 
 
-#: Of every video file of the test data: frames, size, and what is said of it.
+#: Number of frames, size and reported problem of every video file of the test data.
 FILES = {
-    "corrupt_middle.mp4": (20, (240, 426), "cut or damaged"),
+    "corrupt_middle.mp4": (20, (240, 426), "truncated or damaged"),
     "hevc_10bit.mp4": (24, (240, 426), None),
     "mjpeg_6fps.avi": (6, (240, 426), None),
     "odd_427x239_yuv444.mp4": (24, (239, 427), None),
     "one_frame.mp4": (1, (240, 426), None),
     "rotation_90.mp4": (48, (426, 240), None),
-    "truncated_moov_first.mp4": (20, (240, 426), "27 frames of the 48"),
+    "truncated_moov_first.mp4": (20, (240, 426), "27 of 48 frames"),
     "vfr.mp4": (13, (240, 426), None),
     "vp9.webm": (24, (240, 426), None),
 }
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_every_codec_and_damage(data, name):
-    least, size, says = FILES[name]
+def test_videos_of_all_codecs_and_damaged_ones_are_decoded(data, name):
+    minimum, size, message = FILES[name]
     video = VideoSource(data / "malformed" / name)
     frames = list(video)
-    assert len(frames) >= least
-    assert says is not None or len(frames) == least
+    assert len(frames) >= minimum
+    assert message is not None or len(frames) == minimum
     assert {frame.size_hw for frame in frames} == {size}
     times = [frame.time_s for frame in frames]
     assert times[0] == 0 and all(a < b for a, b in itertools.pairwise(times))
-    assert (says is None) == (not video.skipped)
-    if says:
-        assert says in video.skipped[0].reason
+    assert (message is None) == (not video.skipped)
+    if message:
+        assert message in video.skipped[0].reason
 
 
 @pytest.mark.parametrize("name", ["audio_only.mp4", "random_bytes.mp4", "truncated_moov_last.mp4", "zero_bytes.mp4"])
-def test_what_is_no_video_is_refused_in_words(data, name):
+def test_a_file_without_a_video_gives_an_error_that_names_it(data, name):
     with pytest.raises(ImageError, match=name):
         list(VideoSource(data / "malformed" / name))
 
 
-def test_rotation_is_applied_the_right_way_round(data):
+def test_rotation_is_applied_in_the_direction_of_opencv(data):
     import cv2
 
     path = data / "malformed" / "rotation_90.mp4"
-    ours = next(iter(VideoSource(path))).image
-    theirs = cv2.VideoCapture(str(path)).read()[1][..., ::-1]
-    assert np.abs(ours.astype(int) - theirs).mean() < 3
+    image = next(iter(VideoSource(path))).image
+    expected = cv2.VideoCapture(str(path)).read()[1][..., ::-1]
+    assert np.abs(image.astype(int) - expected).mean() < 3
 
 
-def test_a_varying_frame_rate_keeps_its_times(data):
+def test_times_of_a_variable_frame_rate_are_kept(data):
     times = np.array([frame.time_s for frame in VideoSource(data / "malformed" / "vfr.mp4")])
     assert np.diff(times).min() == pytest.approx(1 / 24, abs=1e-3)
     assert np.diff(times).max() == pytest.approx(7 / 24, abs=1e-3)
 
 
-def test_a_folder_of_frames_leaves_out_what_does_not_fit(data):
+def test_frames_of_another_size_and_damaged_ones_are_left_out(data):
     video = VideoSource(data / "malformed" / "frames_mixed")
     assert [frame.name for frame in video] == ["1.jpg", "2.jpg", "10.jpg", "13.JPG", "frame_12.jpg"]
     reasons = {skipped.file: skipped.reason for skipped in video.skipped}
     assert "120x67" in reasons["11.jpg"] and "damaged" in reasons["14.jpg"]
 
 
-def test_a_glob_in_natural_order(tmp_path):
+def test_a_glob_of_frames_is_read_in_natural_order(tmp_path):
     for i in (10, 2, 1):
         Image.fromarray(np.full((20, 20, 3), i, np.uint8)).save(tmp_path / f"f{i}.png")
     frames = list(VideoSource(f"{tmp_path}/f*.png", fps=2))
@@ -144,16 +146,16 @@ def test_a_glob_in_natural_order(tmp_path):
     assert [frame.time_s for frame in frames] == [0, 0.5, 1.0]
 
 
-def test_a_url(clip):
+def test_a_video_is_read_from_a_url(clip):
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(clip.parent))
     handler.log_message = lambda *_: None
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         video = VideoSource(f"http://127.0.0.1:{server.server_port}/clip.mp4")
-        assert grays(video) == list(range(20))
+        assert frame_numbers(video) == list(range(20))
         with pytest.raises(TypeError):
             len(video)
-        with pytest.raises(ImageError, match="not a video that can be opened"):
+        with pytest.raises(ImageError, match="cannot be opened as a video"):
             list(VideoSource(f"http://127.0.0.1:{server.server_port}/nothing.mp4"))
         server.shutdown()
 
@@ -163,37 +165,37 @@ def test_a_huge_frame_is_refused_before_it_is_decoded(clip):
         list(VideoSource(clip, max_pixels=1000))
 
 
-def test_decoding_is_ahead_but_bounded_and_ends_when_closed():
-    made, closed = [], []
+def test_prefetching_is_bounded_and_stops_when_closed():
+    produced, closed = [], []
 
-    def work():
+    def produce():
         try:
             for i in range(1000):
-                made.append(i)
+                produced.append(i)
                 yield i
         finally:
             closed.append(True)
 
-    items = prefetch(work(), 3)
+    items = prefetch(produce(), 3)
     assert [next(items) for _ in range(5)] == list(range(5))
     items.close()
     assert closed == [True]
-    assert len(made) <= 5 + 3 + 2
+    assert len(produced) <= 5 + 3 + 2
     assert not [t for t in threading.enumerate() if t.name == "decode"]
 
 
-def test_an_error_of_the_decoder_arrives():
-    def work():
+def test_an_error_of_the_decoding_thread_is_raised():
+    def produce():
         yield 1
         raise ImageError("broken")
 
-    items = prefetch(work(), 2)
+    items = prefetch(produce(), 2)
     assert next(items) == 1
     with pytest.raises(ImageError, match="broken"):
         next(items)
 
 
-def test_pictures_and_videos_of_one_folder(clip, tmp_path):
+def test_images_and_videos_of_a_folder_are_read_together(clip, tmp_path):
     (tmp_path / "sub").mkdir()
     Image.fromarray(np.full((20, 20, 3), 9, np.uint8)).save(tmp_path / "a.png")
     (tmp_path / "sub" / "b.mp4").write_bytes(clip.read_bytes())
@@ -206,12 +208,12 @@ def test_pictures_and_videos_of_one_folder(clip, tmp_path):
         ("sub/b.mp4/000001", "sub/b.mp4"),
         ("sub/b.mp4/000002", "sub/b.mp4"),
     ]
-    assert [(s.file, "not a video" in s.reason) for s in source.skipped] == [("bad.mp4", True)]
-    with pytest.raises(ImageError, match="not a video"):
+    assert [(s.file, "cannot be opened as a video" in s.reason) for s in source.skipped] == [("bad.mp4", True)]
+    with pytest.raises(ImageError, match="cannot be opened as a video"):
         list(AutoSource(tmp_path / "bad.mp4"))
 
 
-def test_an_mp4_keeps_times_and_pads_odd_sizes(tmp_path):
+def test_a_written_mp4_has_the_times_and_odd_sizes_are_padded(tmp_path):
     video = Mp4Writer(tmp_path / "x.mp4")
     times = [1.0, 1.1, 1.5, 1.6]
     for time_s in times:
@@ -220,36 +222,36 @@ def test_an_mp4_keeps_times_and_pads_odd_sizes(tmp_path):
     video.close()
     with av.open(str(tmp_path / "x.mp4")) as container:
         stream = container.streams.video[0]
-        got = [float(frame.time) for frame in container.decode(stream)]
+        written = [float(frame.time) for frame in container.decode(stream)]
         assert (stream.width, stream.height, stream.codec_context.name) == (46, 32, "h264")
-        assert got == pytest.approx([0, 0.1, 0.5, 0.6], abs=1e-3)
+        assert written == pytest.approx([0, 0.1, 0.5, 0.6], abs=1e-3)
         assert container.duration / 1e6 == pytest.approx(0.7, abs=0.01)
     assert [p.name for p in tmp_path.iterdir()] == ["x.mp4"]
 
 
 @pytest.fixture(scope="session")
 def loud(tmp_path_factory):
-    """A video of 3 s whose sound, a tone, is louder by the second."""
+    """Write a video of 3 s with a tone that gets louder every second."""
     path = tmp_path_factory.mktemp("sound") / "loud.mp4"
     with av.open(str(path), "w") as out:
-        picture = out.add_stream("libx264", rate=10)
-        picture.width, picture.height, picture.pix_fmt = 64, 48, "yuv420p"
+        video = out.add_stream("libx264", rate=10)
+        video.width, video.height, video.pix_fmt = 64, 48, "yuv420p"
         sound = out.add_stream("aac", rate=48000)
         for i in range(30):
             frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), 8 * i, np.uint8), format="rgb24")
-            out.mux(picture.encode(frame))
+            out.mux(video.encode(frame))
         t = np.arange(3 * 48000) / 48000
         tone = (np.sin(2 * np.pi * 440 * t) * np.floor(1 + t) / 4).astype(np.float32)
         for start in range(0, len(tone), 1024):
-            piece = av.AudioFrame.from_ndarray(tone[None, start : start + 1024], format="fltp", layout="mono")
-            piece.rate, piece.pts = 48000, start
-            out.mux(sound.encode(piece))
-        out.mux(picture.encode())
+            chunk = av.AudioFrame.from_ndarray(tone[None, start : start + 1024], format="fltp", layout="mono")
+            chunk.rate, chunk.pts = 48000, start
+            out.mux(sound.encode(chunk))
+        out.mux(video.encode())
         out.mux(sound.encode())
     return path
 
 
-def test_sound_is_kept_from_the_first_frame_to_the_last(loud, tmp_path):
+def test_the_sound_between_the_first_and_last_frame_is_copied(loud, tmp_path):
     video = Mp4Writer(tmp_path / "x.mp4", sound_from=str(loud))
     for frame in VideoSource(loud, start=10, stop=30):
         video.write(frame.image, frame.time_s)
@@ -262,7 +264,7 @@ def test_sound_is_kept_from_the_first_frame_to_the_last(loud, tmp_path):
     assert peaks[1] / peaks[0] == pytest.approx(0.75 / 0.5, abs=0.15)  # the tone of the second and third second
 
 
-def test_the_annotated_video_of_a_run_has_the_length_and_sound_of_its_source(loud, tmp_path):
+def test_an_annotated_video_has_the_length_and_sound_of_its_source(loud, tmp_path):
     from fakes import Halves
 
     from grounded_sam import Pipeline, Vocabulary
@@ -270,13 +272,13 @@ def test_the_annotated_video_of_a_run_has_the_length_and_sound_of_its_source(lou
 
     vocabulary = Vocabulary.parse(["a", "b"])
     sink = OverlaySink(tmp_path, vocabulary, sound_from=str(loud.parent))
-    Pipeline(Halves()).run(AutoSource(loud.parent), [sink], tmp_path, vocabulary)
+    Runner(Pipeline(Halves(), vocabulary=vocabulary), AutoSource(loud.parent), [sink], tmp_path).run()
     with av.open(str(tmp_path / "overlay" / "loud.mp4")) as container:
         assert container.duration / 1e6 == pytest.approx(3.0, abs=0.1)
         assert len(container.streams.audio) == 1
         assert sum(1 for _ in container.decode(video=0)) == 30
 
 
-def test_a_camera_that_is_not_there_is_named():
+def test_a_missing_camera_gives_an_error_with_its_index():
     with pytest.raises(ImageError, match="camera 97 cannot be opened"):
         next(iter(VideoSource(97)))

@@ -31,69 +31,71 @@ def test_text_in_every_form_becomes_classes_in_order(text, classes):
     assert list(Vocabulary.parse(text).classes) == classes
 
 
-def test_mapping_gives_phrases_to_classes():
-    words = Vocabulary.parse({"vehicle": ["car", "truck"], "dog": "puppy", "tree": None}, negative="toy car, statue")
-    assert words.classes == ("vehicle", "dog", "tree")
-    assert words.phrases == (("car", "truck"), ("puppy",), ("tree",))
-    assert words.negatives == ("toy car", "statue")
+def test_a_mapping_gives_classes_their_phrases():
+    vocabulary = Vocabulary.parse(
+        {"vehicle": ["car", "truck"], "dog": "puppy", "tree": None}, negative="toy car, statue"
+    )
+    assert vocabulary.classes == ("vehicle", "dog", "tree")
+    assert vocabulary.phrases == (("car", "truck"), ("puppy",), ("tree",))
+    assert vocabulary.negatives == ("toy car", "statue")
 
 
 @pytest.mark.parametrize("suffix", [".yaml", ".json", ".txt"])
-def test_files_hold_the_same_forms(tmp_path, suffix):
+def test_files_may_hold_the_same_forms(tmp_path, suffix):
     path = tmp_path / f"classes{suffix}"
     content = {"vehicle": ["car", "truck"], "dog": "puppy"}
     text = {
         ".yaml": yaml.safe_dump(content, sort_keys=False),
         ".json": json.dumps(content),
-        ".txt": "vehicle\n# no\n\ndog\n",
+        ".txt": "vehicle\n# comment\n\ndog\n",
     }
     path.write_text(text[suffix], encoding="utf-8")
-    words = Vocabulary.parse(str(path))
-    assert words.classes == ("vehicle", "dog")
-    assert words.phrases == ((("vehicle",), ("dog",)) if suffix == ".txt" else (("car", "truck"), ("puppy",)))
+    vocabulary = Vocabulary.parse(str(path))
+    assert vocabulary.classes == ("vehicle", "dog")
+    assert vocabulary.phrases == ((("vehicle",), ("dog",)) if suffix == ".txt" else (("car", "truck"), ("puppy",)))
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [
         ([], "names no class"),
         ("", "names no class"),
         (["?"], "without letters"),
-        ({"a": ["car"], "b": ["Car."]}, "stands for both 'a' and 'b'"),
+        ({"a": ["car"], "b": ["Car."]}, "belongs to both 'a' and 'b'"),
         ([["car"]], "expected phrases"),
         (3.5, "got float"),
         ("nowhere.yaml", "cannot read the classes in nowhere.yaml"),
     ],
 )
-def test_what_names_nothing_or_one_thing_twice_is_refused_in_words(text, says):
-    with pytest.raises(VocabularyError, match=says):
+def test_text_without_classes_or_with_duplicates_is_refused(text, message):
+    with pytest.raises(VocabularyError, match=message):
         Vocabulary.parse(text)
 
 
 def test_a_negative_cannot_be_a_class():
-    with pytest.raises(VocabularyError, match="stands for both"):
+    with pytest.raises(VocabularyError, match="belongs to both"):
         Vocabulary.parse(["car"], negative=["car"])
 
 
-def test_broken_files_are_named(tmp_path):
+def test_invalid_files_are_named_in_the_error(tmp_path):
     (tmp_path / "a.yaml").write_text("a: [b", encoding="utf-8")
     (tmp_path / "b.json").write_text("{", encoding="utf-8")
     (tmp_path / "c.yaml").write_text("just words", encoding="utf-8")
-    for name, says in [("a.yaml", "not valid YAML"), ("b.json", "not valid JSON"), ("c.yaml", "must hold a list")]:
-        with pytest.raises(VocabularyError, match=says):
+    for name, message in [("a.yaml", "not valid YAML"), ("b.json", "not valid JSON"), ("c.yaml", "must hold a list")]:
+        with pytest.raises(VocabularyError, match=message):
             Vocabulary.parse(str(tmp_path / name))
 
 
-words = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=12)
+CLASS_NAMES = st.text(st.characters(categories=["L", "N"]), min_size=1, max_size=12)
 
 
-@given(st.lists(words, min_size=1, max_size=20, unique_by=str.casefold))
-def test_a_list_and_its_joined_string_mean_the_same(names):
+@given(st.lists(CLASS_NAMES, min_size=1, max_size=20, unique_by=str.casefold))
+def test_a_list_and_its_joined_string_are_equivalent(names):
     assert Vocabulary.parse(", ".join(names)) == Vocabulary.parse(names)
 
 
-@given(st.lists(words.filter(lambda w: len(w) > 1), min_size=1, max_size=20, unique_by=str.casefold))
-def test_full_stops_part_classes_as_commas_do(names):
+@given(st.lists(CLASS_NAMES.filter(lambda name: len(name) > 1), min_size=1, max_size=20, unique_by=str.casefold))
+def test_full_stops_separate_classes_like_commas(names):
     assert Vocabulary.parse(" . ".join(names)) == Vocabulary.parse(names)
 
 
@@ -106,60 +108,66 @@ negatives: [toy car]
 """
 
 
-def test_an_ontology_says_all_of_a_class(tmp_path):
+def test_an_ontology_sets_all_properties_of_a_class(tmp_path):
     path = tmp_path / "classes.yaml"
     path.write_text(ONTOLOGY)
-    words = Vocabulary.parse(str(path), ["statue"])
-    assert words.classes == ("car", "no", "truck")
-    assert words.phrases == (("car", "taxi"), ("no",), ("lorry",))
-    assert words.negatives == ("toy car", "statue")
-    assert words.category_ids == (3, 7, 8) and words.class_score == {"car": 0.4}
-    assert words.palette()[0] == "#ff0000" and words.palette()[2] == "#00ff7f"
-    assert words.categories()[0] == {"id": 3, "name": "car", "supercategory": "vehicle"}
-    assert words.categories()[1] == {"id": 7, "name": "no"}
+    vocabulary = Vocabulary.parse(str(path), ["statue"])
+    assert vocabulary.classes == ("car", "no", "truck")
+    assert vocabulary.phrases == (("car", "taxi"), ("no",), ("lorry",))
+    assert vocabulary.negatives == ("toy car", "statue")
+    assert vocabulary.category_ids == (3, 7, 8) and vocabulary.class_score == {"car": 0.4}
+    assert vocabulary.palette()[0] == "#ff0000" and vocabulary.palette()[2] == "#00ff7f"
+    assert vocabulary.categories()[0] == {"id": 3, "name": "car", "supercategory": "vehicle"}
+    assert vocabulary.categories()[1] == {"id": 7, "name": "no"}
 
 
 @pytest.mark.parametrize(
     "classes",
     [["car", "truck"], {"car": None, "truck": None}, [{"name": "car"}, "truck"], {"car": "car", "truck": ["truck"]}],
 )
-def test_an_ontology_in_every_form(classes):
-    words = Vocabulary.parse({"classes": classes})
-    assert words == Vocabulary.parse(["car", "truck"]) and words.category_ids == (1, 2)
+def test_an_ontology_can_be_written_in_every_form(classes):
+    vocabulary = Vocabulary.parse({"classes": classes})
+    assert vocabulary == Vocabulary.parse(["car", "truck"]) and vocabulary.category_ids == (1, 2)
 
 
 @pytest.mark.parametrize(
-    ("content", "says"),
+    ("content", "message"),
     [
         ({"classes": {"car": {"scroe": 0.3}}}, r"classes.car: .*'scroe'.*keys are colour, id, phrases, score"),
         ({"classes": {"car": {"score": 1.5}}}, r"classes.car.score: 1.5 is greater than the maximum"),
         ({"classes": {"car": {"score": "high"}}}, r"classes.car.score: 'high' is not of type 'number'"),
         ({"classes": {"car": {"id": 1.5}}}, r"classes.car.id: 1.5 is not of type 'integer'"),
-        ({"classes": {"car": {"id": 1}, "bus": {}}}, r"give all classes an id, or none; 'bus' have none"),
+        ({"classes": {"car": {"id": 1}, "bus": {}}}, r"give all classes an id, or none; there is none for 'bus'"),
         ({"classes": {"car": {"id": 1}, "bus": {"id": 1}}}, r"'car' and 'bus' have the same id 1"),
-        ({"classes": {"car": {"colour": "redish"}}}, r"classes.car.colour: 'redish' is no colour"),
+        ({"classes": {"car": {"colour": "redish"}}}, r"classes.car.colour: 'redish' is not a color"),
         ({"classes": {"car": {}}, "negative": ["x"]}, r"'negative' was unexpected.*keys are .*negatives"),
         ({"classes": []}, r"names no class"),
         ({"classes": "car"}, r"mapping or a list"),
         ({"classes": [{"phrases": ["x"]}]}, r"needs a name"),
-        ({"classes": ["car", "car"]}, r"a name of its own"),
+        ({"classes": ["car", "car"]}, r"no two the same"),
         ({"categories": [{"name": "car"}]}, r"must have an id and a name"),
     ],
 )
-def test_what_is_wrong_in_an_ontology_is_named_with_its_place(content, says):
-    with pytest.raises(VocabularyError, match=says):
+def test_errors_in_an_ontology_name_the_key(content, message):
+    with pytest.raises(VocabularyError, match=message):
         Vocabulary.parse(content)
 
 
 def test_categories_of_a_coco_file_keep_their_ids(tmp_path):
     categories = [{"id": 18, "name": "dog", "supercategory": "animal"}, {"id": 1, "name": "person"}]
     (tmp_path / "instances.json").write_text(json.dumps({"images": [], "annotations": [], "categories": categories}))
-    words = Vocabulary.parse(str(tmp_path / "instances.json"))
-    assert words.classes == ("dog", "person") and words.category_ids == (18, 1)
-    assert words.categories() == categories
+    vocabulary = Vocabulary.parse(str(tmp_path / "instances.json"))
+    assert vocabulary.classes == ("dog", "person") and vocabulary.category_ids == (18, 1)
+    assert vocabulary.categories() == categories
 
 
-def test_more_classes_get_free_ids():
-    words = Vocabulary.parse({"classes": {"a": {"id": 5, "score": 0.2}, "b": {"id": 2}}}).with_classes(["b", "c", "d"])
-    assert words.classes == ("a", "b", "c", "d") and words.ids == (5, 2, 6, 7) and words.class_score == {"a": 0.2}
+def test_appended_classes_get_free_ids():
+    vocabulary = Vocabulary.parse({"classes": {"a": {"id": 5, "score": 0.2}, "b": {"id": 2}}}).with_classes(
+        ["b", "c", "d"]
+    )
+    assert (
+        vocabulary.classes == ("a", "b", "c", "d")
+        and vocabulary.ids == (5, 2, 6, 7)
+        and vocabulary.class_score == {"a": 0.2}
+    )
     assert Vocabulary.parse(["a"]).with_classes(["b"]).category_ids == (1, 2)

@@ -1,6 +1,7 @@
-"""Faster than the models as they come: levers on modules of other people's packages.
+"""Runtime patches that make third-party models faster.
 
-`precision=exact` pulls those that change nothing but the order of sums, `balanced` and `fast` also those that compute
-in bfloat16. A lever knows the module that it is for by its class and shape. One that rewrites a layer tries itself out
-on it when a model is loaded, and leaves it alone, with a line in the log, if something else would come out.
+`precision=exact` applies those that change nothing but the order of summation; `balanced` and `fast` add those that
+compute in bfloat16. A patch recognizes the modules it is for by class name and shape. One that rewrites a layer is
+first run beside the original on random input when a model is loaded; if the outputs differ, the layer keeps its own
+code and a warning is logged.
 """

@@ -16,7 +16,8 @@ from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal
 
-from grounded_sam.acceleration.patching import Precision, furthest, has_bfloat16
+from grounded_sam.acceleration.patching import Precision, has_bfloat16, max_relative_error
+from grounded_sam.checks import check_choice
 from grounded_sam.errors import CheckpointError, ConfigError
 from grounded_sam.weights.loading import weights_digest
 
@@ -27,12 +28,12 @@ Backend = Literal["torch", "openvino", "onnxruntime"]
 
 log = logging.getLogger(__name__)
 
-#: Packages that a back end needs. OpenVINO reads ONNX by itself; its own converter would report to its makers.
-NEEDED = {"openvino": ("openvino", "onnx"), "onnxruntime": ("onnxruntime", "onnx")}
-#: How far a conversion may be off when it is written, as a share of the largest value of each output.
+#: Packages that a back end needs. OpenVINO reads ONNX itself; its own converter would send usage data to its makers.
+REQUIRED_PACKAGES = {"openvino": ("openvino", "onnx"), "onnxruntime": ("onnxruntime", "onnx")}
+#: Largest error of a conversion, relative to the largest absolute value of each output.
 TOLERANCE = 1e-3
-#: Sizes of pictures whose conversions are kept in memory, for each backbone.
-SIZES = 4
+#: Image sizes whose conversions are kept in memory, per backbone.
+MAX_LOADED_SIZES = 4
 
 
 @dataclass(frozen=True)
@@ -41,21 +42,30 @@ class BackendSettings:
 
     Attributes:
         backend: `torch`, `openvino` or `onnxruntime`.
-        exports: a folder of conversions, read and added to; None: made anew in each run.
+        export_dir: Folder that conversions are read from and added to; None converts in every run.
     """
 
     backend: Backend = "torch"
-    exports: str | None = None
+    export_dir: str | None = None
 
-    def check(self, device: str, stage: str) -> None:
-        """Raises ConfigError for a back end that there is not, is not installed, or does not run on that device."""
-        if self.backend not in ("torch", *NEEDED):
-            raise ConfigError(f"{stage}.backend must be torch, openvino or onnxruntime, got {self.backend!r}")
+    def validate(self, device: str, stage: str) -> None:
+        """Check that the back end exists, is installed, and runs on a device.
+
+        Args:
+            device: Device of the stage, with `auto` resolved.
+            stage: Config group, for messages.
+
+        Raises:
+            ConfigError: If it does not.
+
+        >>> BackendSettings().validate("cuda", "detector")
+        """
+        check_choice(f"{stage}.backend", self.backend, ("torch", *REQUIRED_PACKAGES))
         if self.backend == "torch":
             return
         if device != "cpu":
-            raise ConfigError(f"{stage}.backend={self.backend} is for the CPU, not for {device}; say device=cpu")
-        for package in NEEDED[self.backend]:
+            raise ConfigError(f"{stage}.backend={self.backend} runs on the CPU only, not on {device}; set device=cpu")
+        for package in REQUIRED_PACKAGES[self.backend]:
             try:
                 __import__(package)
             except ImportError as error:
@@ -64,148 +74,176 @@ class BackendSettings:
                 ) from error
 
 
-def convert(backbone: nn.Module, where: BackendSettings, precision: Precision) -> None:
-    """Let another back end run a backbone whose one input is a batch of pictures.
+def convert_backbone(backbone: nn.Module, settings: BackendSettings, precision: Precision) -> None:
+    """Replace the `forward` of a backbone, whose one input is a batch of images, by another back end's.
 
-    It is converted when pictures of a size first come, and again for other sizes, the last `SIZES` of which stay, and
-    checked against PyTorch. In OpenVINO it computes in bfloat16 unless `precision` is `exact`; ONNX Runtime computes in
-    32 bits.
+    The backbone is converted when images of a size first arrive, and compared with PyTorch on them. The conversions of
+    the last `MAX_LOADED_SIZES` sizes stay loaded. OpenVINO computes in bfloat16 unless `precision` is `exact`; ONNX
+    Runtime computes in float32.
 
     Args:
-        backbone: of 32-bit weights on the CPU, whose outputs are tensors in lists, tuples, mappings or outputs of
-            transformers.
-        where: what is to run it; `torch` leaves it alone.
-        precision: of the stage.
+        backbone: Module with float32 weights on the CPU, whose outputs are tensors in lists, tuples, mappings or output
+            classes of transformers.
+        settings: What is to run it; nothing is changed for `torch`.
+        precision: Precision of the stage.
     """
-    if where.backend == "torch":
+    if settings.backend == "torch":
         return
     device = next(backbone.parameters()).device
     if precision != "exact" and not has_bfloat16(device):
-        log.warning("precision=%s is exact in %s: %s does not multiply in bfloat16", precision, where.backend, device)
+        log.warning(
+            "precision=%s runs as exact in %s: %s has no fast bfloat16 matmul", precision, settings.backend, device
+        )
         precision = "exact"
-    plain = backbone.forward
-    # What the graph depends on: the code that makes it, and the weights.
-    made_by = [f"{package} {version(package)}" for package in ("torch", "transformers", "sam2", "segment_anything")]
-    told_by = f"{type(backbone).__name__} {weights_digest(backbone.state_dict())} {made_by}"
-    known: OrderedDict[str, Callable[[Tensor], Any]] = OrderedDict()
+    original = backbone.forward
+    # What the graph depends on: the code that produces it, and the weights.
+    versions = [f"{package} {version(package)}" for package in ("torch", "transformers", "sam2", "segment_anything")]
+    origin = f"{type(backbone).__name__} {weights_digest(backbone.state_dict())} {versions}"
+    loaded: OrderedDict[str, Callable[[Tensor], Any]] = OrderedDict()
 
-    def forward(_self: Any, *pictures: Tensor, **told: Any) -> Any:
-        (pixels,) = pictures or (told.pop("pixel_values"),)  # as transformers calls them
-        key = f"{tuple(pixels.shape)} {sorted(told.items())}"
-        if key not in known:
-            network = _Network(backbone, plain, told)
-            name = hashlib.sha256(f"{told_by} {sorted(told.items())}".encode()).hexdigest()
-            known[key] = _runner(network, pixels, name, where, precision)
-            if len(known) > SIZES:
-                known.popitem(last=False)
-        known.move_to_end(key)
-        return known[key](pixels)
+    def forward(_self: Any, *images: Tensor, **kwargs: Any) -> Any:
+        (pixels,) = images or (kwargs.pop("pixel_values"),)  # transformers passes it by keyword
+        key = f"{tuple(pixels.shape)} {sorted(kwargs.items())}"
+        if key not in loaded:
+            network = _Network(backbone, original, kwargs)
+            fingerprint = hashlib.sha256(f"{origin} {sorted(kwargs.items())}".encode()).hexdigest()
+            loaded[key] = _load_or_convert(network, pixels, fingerprint, settings, precision)
+            if len(loaded) > MAX_LOADED_SIZES:
+                loaded.popitem(last=False)
+        loaded.move_to_end(key)
+        return loaded[key](pixels)
 
     backbone.forward = MethodType(forward, backbone)  # type: ignore[method-assign]
 
 
 @dataclass
 class _Network:
-    """A backbone with its own forward, and what its caller tells it."""
+    """A backbone with its original forward and the keyword arguments of its caller."""
 
     backbone: nn.Module
     forward: Callable[..., Any]
-    told: dict[str, Any]
+    kwargs: dict[str, Any]
 
     @property
-    def kind(self) -> str:
+    def class_name(self) -> str:
         return type(self.backbone).__name__
 
-    def flat(self, pixels: Tensor) -> tuple[list[Tensor], Any]:
-        """Its tensors in a row, and how they belong together."""
+    def flat_forward(self, pixels: Tensor) -> tuple[list[Tensor], Any]:
+        """Return the output as a flat list of tensors, and the tree that they belong to."""
         from torch.utils import _pytree as pytree
 
-        leaves, tree = pytree.tree_flatten(self.forward(pixels, **self.told))
+        leaves, tree = pytree.tree_flatten(self.forward(pixels, **self.kwargs))
         return leaves, tree
 
+    def flat_module(self) -> nn.Module:
+        """Return a module whose outputs are a flat tuple of tensors, as exporters need it."""
+        from torch import nn
 
-def _runner(
-    network: _Network, pixels: Tensor, name: str, where: BackendSettings, precision: Precision
+        network = self
+
+        class Flat(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.backbone = network.backbone
+
+            def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+                return tuple(network.flat_forward(pixels)[0])
+
+        return Flat().eval()
+
+
+def _load_or_convert(
+    network: _Network, pixels: Tensor, fingerprint: str, settings: BackendSettings, precision: Precision
 ) -> Callable[[Tensor], Any]:
-    """A function from pictures of that size to outputs of the backbone, read from `exports` or converted now."""
+    """Return a function from images of the size of `pixels` to the backbone's outputs.
+
+    Args:
+        network: The backbone.
+        pixels: Images, `(b, 3, h, w)`.
+        fingerprint: Identifies weights and code.
+        settings: Back end, and folder of conversions.
+        precision: Precision of the stage.
+    """
     from torch.utils import _pytree as pytree
 
     size = "x".join(str(side) for side in pixels.shape)
-    with tempfile.TemporaryDirectory() as spare:
-        folder = Path(spare) / "conversion"
-        if where.exports is not None:
-            folder = Path(where.exports).expanduser() / f"{network.kind}-{size}-{name[:16]}"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "conversion"
+        if settings.export_dir is not None:
+            folder = Path(settings.export_dir).expanduser() / f"{network.class_name}-{size}-{fingerprint[:16]}"
         if not (folder / "about.json").is_file():
-            _write(network, pixels, name, where, folder)
-        tree = _read(folder, name)
-        run = _opened(folder / "backbone.onnx", where.backend, precision)
-    return lambda given: pytree.tree_unflatten(run(given), tree)
+            _write_conversion(network, pixels, fingerprint, settings.backend, folder)
+        tree = _read_output_tree(folder, fingerprint)
+        run = _start_session(folder / "backbone.onnx", settings.backend, precision)
+    return lambda images: pytree.tree_unflatten(run(images), tree)
 
 
-def _read(folder: Path, name: str) -> Any:
-    """How the outputs of a conversion belong together."""
+def _read_output_tree(folder: Path, fingerprint: str) -> Any:
+    """Read the tree that the outputs of a conversion belong to.
+
+    Raises:
+        CheckpointError: If the conversion cannot be read, or is of other weights.
+    """
     from torch.utils import _pytree as pytree
 
     try:
-        about = json.loads((folder / "about.json").read_text(encoding="utf-8"))
-        if about["name"] != name:
+        metadata = json.loads((folder / "about.json").read_text(encoding="utf-8"))
+        if metadata["name"] != fingerprint:
             raise ValueError("it was made from other weights")
-        return pytree.treespec_loads(about["outputs"])
+        return pytree.treespec_loads(metadata["outputs"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError, NotImplementedError) as error:
-        raise CheckpointError(f"{folder} holds no conversion that can be read ({error}); delete it") from error
+        raise CheckpointError(f"cannot read the conversion in {folder} ({error}); delete it") from error
 
 
-def _write(network: _Network, pixels: Tensor, name: str, where: BackendSettings, folder: Path) -> None:
-    """Convert a backbone into a folder, after a check against PyTorch."""
+def _write_conversion(network: _Network, pixels: Tensor, fingerprint: str, backend: str, folder: Path) -> None:
+    """Convert a backbone to ONNX, compare it with PyTorch, and rename it to its folder.
+
+    Raises:
+        CheckpointError: If it cannot be converted, or the results differ.
+    """
     import torch
-    from torch import nn
     from torch.utils import _pytree as pytree
 
-    class Flat(nn.Module):
-        """For exporters, which want a module and tensors."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.backbone = network.backbone
-
-        def forward(self, given: Tensor) -> tuple[Tensor, ...]:
-            return tuple(network.flat(given)[0])
-
-    backend = where.backend
-    with torch.inference_mode(False), torch.no_grad():
-        pixels = torch.from_numpy(_array(pixels).copy())  # without what inference mode notes of it
-        expected, tree = network.flat(pixels)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as spare:
-            part = Path(spare) / "part"
-            part.mkdir()
-            path = part / "backbone.onnx"
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    torch.onnx.export(Flat().eval(), (pixels,), str(path), dynamo=False, opset_version=17)
-            except Exception as error:  # exporters fail in many ways
-                raise CheckpointError(
-                    f"{network.kind} cannot be converted: {' '.join(str(error).split())[:300]}; say backend=torch"
-                ) from error
-            got = _opened(path, backend, "exact")(pixels)
-            off = furthest(expected, got)
-            if not off <= TOLERANCE:
-                raise CheckpointError(
-                    f"{network.kind} would be off by {off:.1e} of the largest value in {backend}; say backend=torch"
-                )
-            about = {"name": name, "outputs": pytree.treespec_dumps(tree), "off": off}
-            (part / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
-            log.info("%s in %s is off by %.1e of the largest value", network.kind, backend, off)
-            try:
-                os.replace(part, folder)
-            except OSError:
-                if not (folder / "about.json").is_file():  # or another process was faster, and its is as good
-                    raise
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        tempfile.TemporaryDirectory(dir=folder.parent, prefix=f"{folder.name}.") as temporary,
+    ):
+        pixels = torch.from_numpy(_to_numpy(pixels).copy())  # tensors of inference mode cannot be exported
+        expected, tree = network.flat_forward(pixels)
+        part = Path(temporary) / "part"
+        part.mkdir()
+        path = part / "backbone.onnx"
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                torch.onnx.export(network.flat_module(), (pixels,), str(path), dynamo=False, opset_version=17)
+        except Exception as error:  # exporters fail in many ways
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"cannot convert {network.class_name}: {reason}; use backend=torch") from error
+        error_ = max_relative_error(expected, _start_session(path, backend, "exact")(pixels))
+        if not error_ <= TOLERANCE:
+            raise CheckpointError(
+                f"{network.class_name} in {backend} differs from PyTorch by {error_:.1e} of the largest value; "
+                "use backend=torch"
+            )
+        metadata = {"name": fingerprint, "outputs": pytree.treespec_dumps(tree), "off": error_}
+        (part / "about.json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
+        log.info("%s in %s differs from PyTorch by %.1e of the largest value", network.class_name, backend, error_)
+        try:
+            os.replace(part, folder)
+        except OSError:
+            if not (folder / "about.json").is_file():  # else another process has written the same conversion
+                raise
 
 
-def _opened(path: Path, backend: str, precision: Precision) -> Callable[[Tensor], list[Tensor]]:
-    """A function from pictures to the tensors of a conversion."""
+def _start_session(path: Path, backend: str, precision: Precision) -> Callable[[Tensor], list[Tensor]]:
+    """Load a conversion and return a function from images to its output tensors.
+
+    Raises:
+        CheckpointError: If the back end cannot load the file.
+    """
     import torch
 
     threads = torch.get_num_threads()
@@ -218,18 +256,18 @@ def _opened(path: Path, backend: str, precision: Precision) -> Callable[[Tensor]
                 "INFERENCE_NUM_THREADS": threads,
             }
             request = openvino.Core().compile_model(str(path), "CPU", hints).create_infer_request()
-            # What comes out is copied, since the next picture is written over it.
-            return lambda pixels: [torch.from_numpy(x) for x in request.infer([_array(pixels)]).to_tuple()]
+            # `to_tuple` copies the outputs, which the next image would overwrite.
+            return lambda pixels: [torch.from_numpy(x) for x in request.infer([_to_numpy(pixels)]).to_tuple()]
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 3
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         name = session.get_inputs()[0].name
-        return lambda pixels: [torch.from_numpy(x) for x in session.run(None, {name: _array(pixels)})]
-    except Exception as error:  # damaged files make both raise all sorts
-        raise CheckpointError(f"{backend} cannot run {path}: {' '.join(str(error).split())[:300]}") from error
+        return lambda pixels: [torch.from_numpy(x) for x in session.run(None, {name: _to_numpy(pixels)})]
+    except Exception as error:  # damaged files make both raise many kinds of error
+        raise CheckpointError(f"{backend} cannot load {path}: {' '.join(str(error).split())[:300]}") from error
 
 
-def _array(pixels: Tensor) -> Any:
+def _to_numpy(pixels: Tensor) -> Any:
     return pixels.contiguous().numpy()

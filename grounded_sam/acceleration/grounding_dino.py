@@ -1,22 +1,25 @@
-"""Levers on transformers' Grounding DINO and MM-Grounding-DINO."""
+"""Patches for transformers' Grounding DINO and MM-Grounding-DINO."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
-from grounded_sam.acceleration.backends import BackendSettings, convert
+from grounded_sam.acceleration.backends import BackendSettings, convert_backbone
 from grounded_sam.acceleration.patching import (
+    FeedForward,
     Precision,
-    compiled,
-    half,
-    half_feed_forwards,
+    TrialInputs,
+    chunk_feed_forwards,
+    chunked_feed_forward,
+    compile_forward,
     has_bfloat16,
-    in_pieces,
-    piece_feed_forwards,
-    replace_forward,
+    patch_forward,
+    use_bfloat16_linears,
+    use_bfloat16_matmul,
 )
 
 if TYPE_CHECKING:
@@ -24,49 +27,67 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Queries whose samples are gathered at once: what they take stays in a core's second cache.
-QUERIES = 256
+#: Queries that are sampled at once, so that their samples stay in the L2 cache of a core.
+QUERY_BLOCK = 256
 
 
-def speed_up(model: Any, precision: Precision, compile_: bool, where: BackendSettings) -> None:
-    """Pull the levers of a precision on a `GroundingDinoForObjectDetection`, or MM-Grounding-DINO."""
-    elsewhere = where.backend != "torch"
-    if elsewhere:
-        convert(model.model.backbone.conv_encoder.model, where, precision)
+def speed_up(model: Any, precision: Precision, compile_: bool, backend: BackendSettings) -> None:
+    """Apply the patches of a precision.
+
+    Args:
+        model: A `GroundingDinoForObjectDetection` or `MMGroundingDinoForObjectDetection`.
+        precision: `exact`, `balanced` or `fast`.
+        compile_: Whether to compile the layers of the encoder.
+        backend: What runs the image backbone.
+    """
+    if backend.backend != "torch":
+        convert_backbone(model.model.backbone.conv_encoder.model, backend, precision)
     device = model.device
-    fold_fusion(model)
-    fuse_attention(model)
+    fold_text_projections(model)
+    use_fused_attention(model)
     if device.type == "cpu":
-        if model.dtype.itemsize == 4:  # rows of the table are counted in it
-            bag_samples(model)
-        piece_layers(model)
-        if not elsewhere:
-            piece_feed_forwards(model.model.backbone)
+        if model.dtype.itemsize == 4:  # indices of the table are computed in this dtype
+            use_embedding_bag(model)
+        chunk_encoder_feed_forwards(model)
+        if backend.backend == "torch":
+            chunk_feed_forwards(model.model.backbone)
     if precision != "exact" and not has_bfloat16(device):
-        log.warning("precision=%s is exact here: %s does not multiply in bfloat16", precision, device)
+        log.warning("precision=%s runs as exact: %s has no fast bfloat16 matmul", precision, device)
     elif precision != "exact" and model.dtype.itemsize == 4:
-        if device.type == "cuda":
-            half_everywhere(model)
-        else:
-            if not elsewhere:
-                half_backbone(model)
-                if precision == "fast":
-                    half_windows(model)
-            half_feed_forward(model)
-            if precision == "fast":
-                half_projections(model)
+        _use_bfloat16(model, precision, backend)
     if compile_:
         for i, layer in enumerate(model.model.encoder.layers):
-            compiled(layer, f"layer {i} of the detector's encoder", dynamic=True)
+            compile_forward(layer, f"layer {i} of the detector's encoder", dynamic=True)
 
 
-def fold_fusion(model: nn.Module) -> int:
-    """Fold text into the projections of the fusion of image and text; how many layers were changed.
+def _use_bfloat16(model: Any, precision: Precision, backend: BackendSettings) -> None:
+    """Apply the patches that compute in bfloat16."""
+    if model.device.type == "cuda":
+        use_autocast(model)
+        return
+    if backend.backend == "torch":
+        use_bfloat16_linears(model.model.backbone)
+        if precision == "fast":
+            use_bfloat16_window_attention(model)
+    use_bfloat16_encoder_feed_forwards(model)
+    if precision == "fast":
+        use_bfloat16_projections(model)
 
-    `GroundingDinoBiMultiHeadAttention` projects n image tokens from 256 to 1024 dimensions to multiply them with the
-    keys of t text tokens. Folded into the projection, the keys of h heads are a matrix of 256 by ht; likewise values
-    with the projection after them. Image values are projected after they are summed by the text's weights, t of them
-    instead of n, as these sum to 1.
+
+# Fusion of image and text
+
+
+def fold_text_projections(model: nn.Module) -> int:
+    """Fold text into the projections of the attention between image and text.
+
+    Replaces `GroundingDinoBiMultiHeadAttention.forward` (and MM-Grounding-DINO's), which projects n image tokens from
+    256 to 1024 dimensions to multiply them with the keys of t text tokens. Folded into the projection, the keys of h
+    heads are a matrix of 256 by h*t that is multiplied with the image tokens as they are; likewise the values with
+    the output projection. Image values are projected after they are summed by attention weight, t vectors instead of n,
+    since the weights sum to 1. Equal but for rounding (1e-5 in float32).
+
+    Returns:
+        Number of layers that were patched.
     """
     import torch
 
@@ -75,102 +96,112 @@ def fold_fusion(model: nn.Module) -> int:
     for module in modules:
         if type(module).__name__ not in ("GroundingDinoBiMultiHeadAttention", "MMGroundingDinoBiMultiHeadAttention"):
             continue
-        like = module.vision_proj.weight
-        noise = torch.Generator(like.device).manual_seed(0)
-        vision, text = (
-            torch.randn((2, n, module.vision_dim), generator=noise, device=like.device, dtype=like.dtype)
-            for n in (9, 3)
-        )
-        beside = torch.arange(9, device=like.device)[None].expand(2, 9) > 6
-        outside = torch.arange(3, device=like.device)[None].expand(2, 3) > 1
-        tolerance = 1e-5 if like.dtype == torch.float32 else 2e-2
-        masks = {"vision_attention_mask": beside, "text_attention_mask": outside}
-        count += replace_forward(module, folded_fusion, (vision, text), tolerance, "fold_fusion", **masks)
+        trial = TrialInputs(module.vision_proj.weight)
+        inputs = (trial.normal(2, 9, module.vision_dim), trial.normal(2, 3, module.text_dim))
+        masks = {  # true where padded
+            "vision_attention_mask": torch.arange(9, device=trial.device)[None].expand(2, 9) > 6,
+            "text_attention_mask": torch.arange(3, device=trial.device)[None].expand(2, 3) > 1,
+        }
+        count += patch_forward(module, _folded_bi_attention, inputs, trial.tolerance, "fold_text_projections", **masks)
     return count
 
 
-def folded_fusion(
+def _folded_bi_attention(
     self: Any,
     vision_features: Tensor,
     text_features: Tensor,
     vision_attention_mask: Tensor | None = None,
     text_attention_mask: Tensor | None = None,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """`GroundingDinoBiMultiHeadAttention.forward`, folded; see `fold_fusion`."""
+    """Replace `GroundingDinoBiMultiHeadAttention.forward`; see `fold_text_projections`."""
     import torch
 
     b, n, width = vision_features.shape
     t, heads, size = text_features.shape[1], self.num_heads, self.head_dim
-    if heads * t >= self.embed_dim:  # the folded matrices would be the larger ones
+    if heads * t >= self.embed_dim:  # the folded matrices would be larger than the projections
         return type(self).forward(  # type: ignore[no-any-return]
             self, vision_features, text_features, vision_attention_mask, text_attention_mask
         )
     keys = self.text_proj(text_features).view(b, t, heads, size) * self.scale
-    ask = torch.einsum("bthd,hdw->bhtw", keys, self.vision_proj.weight.view(heads, size, width))
-    shift = torch.einsum("bthd,hd->bht", keys, self.vision_proj.bias.view(heads, size)).reshape(b, heads * t, 1)
-    # Places last, so that softmax over a few tokens works on rows of them.
-    logits = torch.baddbmm(shift, ask.reshape(b, heads * t, width), vision_features.transpose(1, 2))
+    folded_keys = torch.einsum("bthd,hdw->bhtw", keys, self.vision_proj.weight.view(heads, size, width))
+    bias = torch.einsum("bthd,hd->bht", keys, self.vision_proj.bias.view(heads, size)).reshape(b, heads * t, 1)
+    # Image tokens are last, so that the softmax over the few text tokens runs on long contiguous rows.
+    logits = torch.baddbmm(bias, folded_keys.reshape(b, heads * t, width), vision_features.transpose(1, 2))
     logits = (logits - logits.max()).clamp_(-50000, 50000)  # (b, heads * t, n)
 
-    across = (logits - logits.amax(-1, keepdim=True)).clamp_(-50000, 50000)  # text looks at the image
+    to_image = (logits - logits.amax(-1, keepdim=True)).clamp_(-50000, 50000)  # from text to the image
     if vision_attention_mask is not None:
-        across = across.masked_fill(vision_attention_mask[:, None], float("-inf"))
-    across = across.softmax(-1)
-    pooled = torch.bmm(across, vision_features).view(b, heads, t, width)
+        to_image = to_image.masked_fill(vision_attention_mask[:, None], float("-inf"))
+    to_image = to_image.softmax(-1)
+    pooled = torch.bmm(to_image, vision_features).view(b, heads, t, width)
     text_out = torch.einsum("bhtw,hdw->bthd", pooled, self.values_vision_proj.weight.view(heads, size, width))
     text_out = self.out_text_proj((text_out + self.values_vision_proj.bias.view(heads, size)).reshape(b, t, -1))
 
-    along = logits.view(b, heads, t, n)  # the image looks at text
+    to_text = logits.view(b, heads, t, n)  # from the image to text
     if text_attention_mask is not None:
-        along = along.masked_fill(text_attention_mask[:, None, :, None], float("-inf"))
-    along = along.softmax(2).view(b, heads * t, n)
+        to_text = to_text.masked_fill(text_attention_mask[:, None, :, None], float("-inf"))
+    to_text = to_text.softmax(2).view(b, heads * t, n)
     values = self.values_text_proj(text_features).view(b, t, heads, size)
-    give = torch.einsum("bthd,whd->bhtw", values, self.out_vision_proj.weight.view(width, heads, size))
-    give = give.reshape(b, heads * t, width)
-    vision_out = torch.baddbmm(self.out_vision_proj.bias, along.transpose(1, 2), give)
-    by_head = along.view(b * heads, t, n).transpose(1, 2)
-    return (vision_out, by_head), (text_out, across.view(b * heads, t, n))
+    folded_values = torch.einsum("bthd,whd->bhtw", values, self.out_vision_proj.weight.view(width, heads, size))
+    folded_values = folded_values.reshape(b, heads * t, width)
+    vision_out = torch.baddbmm(self.out_vision_proj.bias, to_text.transpose(1, 2), folded_values)
+    vision_weights = to_text.view(b * heads, t, n).transpose(1, 2)
+    return (vision_out, vision_weights), (text_out, to_image.view(b * heads, t, n))
 
 
-def bag_samples(model: nn.Module) -> int:
-    """Sample deformable attention with `embedding_bag`; how many layers were changed.
+# Deformable attention
 
-    `MultiScaleDeformableAttention` samples a map per level and head with `grid_sample`, stacks the samples and sums
-    them by weight. A query's sum is one bag: four corners of each point are rows of a table of values, bilinear weight
-    times attention are their weights, and nothing is written but the sum. Offsets are pixels, which the original
-    divides by the sides of maps and multiplies by them again.
+
+def use_embedding_bag(model: nn.Module) -> int:
+    """Sample deformable attention with `embedding_bag`.
+
+    Replaces `GroundingDinoMultiscaleDeformableAttention.forward` (and MM-Grounding-DINO's), which samples a map per
+    level and head with `grid_sample`, stacks all samples and sums them by attention weight. Here the sum of a query is
+    one bag: the four corners around each sampling point are rows of a table of values, and bilinear weight times
+    attention weight is the weight of a row, so only the sum is written. Offsets are kept in pixels, which upstream
+    divides by the size of a map and multiplies by it again. Equal but for rounding (1e-5), in float32 on the CPU.
+
+    Returns:
+        Number of layers that were patched.
     """
-    import torch
-
     count = 0
     modules: list[Any] = list(model.modules())
     for module in modules:
         if not type(module).__name__.endswith("GroundingDinoMultiscaleDeformableAttention"):
             continue
-        noise = torch.Generator().manual_seed(0)
-        sizes = [(5 - i % 4, 3 + i % 2) for i in range(module.n_levels)]
-        n = sum(h * w for h, w in sizes)
-        inputs = [torch.randn((2, rows, module.d_model), generator=noise) for rows in (7, n)]
-        told = {
-            "attention_mask": torch.arange(n)[None].expand(2, n) < torch.tensor([[n], [n - 4]]),
-            "encoder_hidden_states": inputs[1],
-            "position_embeddings": torch.randn((2, 7, module.d_model), generator=noise),
-            "spatial_shapes": torch.tensor(sizes),
-            "spatial_shapes_list": sizes,
-        }
-        tried = []
-        for numbers in (2, 4):  # of the encoder, and of the decoder
-            places = torch.rand((2, 7, module.n_levels, numbers), generator=noise) * 1.4 - 0.2  # some are outside
+        is_equal = []
+        for kwargs, queries in _deformable_trials(module):
             vars(module).pop("forward", None)
-            known = {**told, "reference_points": places}
-            tried.append(replace_forward(module, bagged_attention, inputs[:1], 1e-5, "bag_samples", **known))
-        if not all(tried):
+            is_equal.append(
+                patch_forward(module, _embedding_bag_attention, (queries,), 1e-5, "use_embedding_bag", **kwargs)
+            )
+        if not all(is_equal):
             vars(module).pop("forward", None)
-        count += all(tried)
+        count += all(is_equal)
     return count
 
 
-def bagged_attention(
+def _deformable_trials(module: Any) -> Iterator[tuple[dict[str, Any], Tensor]]:
+    """Yield trial inputs of deformable attention: as in the encoder, and as in the decoder."""
+    import torch
+
+    trial = TrialInputs(module.value_proj.weight)
+    sizes = [(5 - i % 4, 3 + i % 2) for i in range(module.n_levels)]
+    n = sum(h * w for h, w in sizes)
+    queries, features = trial.normal(2, 7, module.d_model), trial.normal(2, n, module.d_model)
+    kwargs = {
+        "attention_mask": torch.arange(n)[None].expand(2, n) < torch.tensor([[n], [n - 4]]),
+        "encoder_hidden_states": features,
+        "position_embeddings": trial.normal(2, 7, module.d_model),
+        "spatial_shapes": torch.tensor(sizes),
+        "spatial_shapes_list": sizes,
+    }
+    for coordinates in (2, 4):  # points in the encoder, boxes in the decoder
+        reference_points = trial.uniform(2, 7, module.n_levels, coordinates) * 1.4 - 0.2  # some are outside the image
+        yield {**kwargs, "reference_points": reference_points}, queries
+
+
+def _embedding_bag_attention(
     self: Any,
     hidden_states: Tensor,
     attention_mask: Tensor | None = None,
@@ -183,7 +214,7 @@ def bagged_attention(
     level_start_index: Any = None,
     output_attentions: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """`GroundingDinoMultiscaleDeformableAttention.forward` with bags; see `bag_samples`."""
+    """Replace `GroundingDinoMultiscaleDeformableAttention.forward`; see `use_embedding_bag`."""
     import torch
     from torch.nn.functional import linear
 
@@ -195,108 +226,171 @@ def bagged_attention(
     if attention_mask is not None and not attention_mask.all():
         value = value.masked_fill(~attention_mask[..., None], 0.0)
     weights = self.attention_weights(hidden_states).view(b, q, heads, levels * points).softmax(-1)
-    # Those of x first, then those of y.
-    rows, shift = (
+    # Reorder the projection, so that all x offsets come before all y offsets.
+    weight, bias = (
         p.view(-1, 2, *p.shape[1:]).transpose(0, 1).flatten(0, 1) for p in self.sampling_offsets.parameters()
     )
-    offsets = list(linear(hidden_states, rows, shift).view(b, q, 2, heads, levels * points).unbind(2))
-    starts = []
+    offsets = list(linear(hidden_states, weight, bias).view(b, q, 2, heads, levels * points).unbind(2))
+    references = []
     for axis in range(2):
         side = torch.tensor([size[1 - axis] for size in spatial_shapes_list], dtype=value.dtype)
         if reference_points.shape[-1] == 4:
             scale = reference_points[..., 2 + axis] * (side * (0.5 / points))
             offsets[axis] = offsets[axis] * scale.repeat_interleave(points, -1)[:, :, None]
-        starts.append((reference_points[..., axis] * side - 0.5).repeat_interleave(points, -1))
+        references.append((reference_points[..., axis] * side - 0.5).repeat_interleave(points, -1))
     value = value.view(b, -1, heads, self.d_model // heads)
-    out = bagged_samples(value, spatial_shapes_list, offsets, starts, weights)
+    out = sample_with_embedding_bag(value, spatial_shapes_list, offsets, references, weights)
     return self.output_proj(out), weights.view(b, q, heads, levels, points)
 
 
-def bagged_samples(
+def sample_with_embedding_bag(
     value: Tensor,
     sizes: Sequence[tuple[int, int]],
     offsets: Sequence[Tensor],
-    starts: Sequence[Tensor],
+    references: Sequence[Tensor],
     weights: Tensor,
 ) -> Tensor:
-    """Bilinear samples of maps, summed by weight, in 32-bit floats on the CPU.
+    """Sample maps bilinearly and sum the samples by weight, in float32 on the CPU.
 
     Args:
-        value: `(b, n, heads, width)`, the maps one after the other.
-        sizes: height and width of each.
+        value: The maps, flattened and concatenated, `(b, n, heads, width)`.
+        sizes: Height and width of each map.
         offsets: x and y in pixels of the map, each `(b, q, heads, levels * points)`.
-        starts: what is added to them, each `(b, q, levels * points)`; the middle of the first pixel is 0.
-        weights: of the samples, as `offsets`.
+        references: What is added to them, each `(b, q, levels * points)`; the center of the first pixel is 0.
+        weights: Weights of the samples, with the shape of the offsets.
 
     Returns:
         `(b, q, heads * width)`.
     """
-    import torch
     from torch.nn.functional import embedding_bag
 
     b, _, heads, width = value.shape
     q, count = weights.shape[1], weights.shape[3]
-    points = count // len(sizes)
-    # Zeros around each map stand for what is outside.
-    high, wide = (torch.tensor(sides, dtype=value.dtype) for sides in zip(*sizes, strict=True))
-    spare = max(w for _, w in sizes) + 4  # for corners below the last map, of weight zero
-    area = sum((h + 2) * (w + 2) for h, w in sizes) + spare
-    table = value.new_empty(b, area, heads, width)
-    first, begin, end = [], 0, 0
-    for h, w in sizes:
-        framed = table[:, end : end + (h + 2) * (w + 2)].view(b, h + 2, w + 2, heads, width)
-        framed[:, 1:-1, 1:-1] = value[:, begin : begin + h * w].view(b, h, w, heads, width)
-        for edge in (framed[:, 0], framed[:, -1], framed[:, :, 0], framed[:, :, -1]):
-            edge.zero_()
-        first.append(float(end))
-        begin, end = begin + h * w, end + (h + 2) * (w + 2)
-    table[:, end:].zero_()
+    table, starts = _pad_maps(value, sizes)
     rows = table.view(-1, width)
-    # Per head, level and point side by side, so that PyTorch works on rows of all of them.
-    wide, high = (side.repeat_interleave(points).repeat(heads) for side in (wide, high))
-    # Row of a corner: whole numbers in 32-bit floats, which hold them up to 2^24.
-    stride = (wide + 2) * heads
-    begins = torch.tensor(first).repeat_interleave(points).repeat(heads) * heads
-    begins += torch.arange(float(heads)).repeat_interleave(count) + stride + heads
-    steps: list[Any] = [0, heads, stride.to(torch.int32), (stride + heads).to(torch.int32)]
+    layout = _TableLayout.of(sizes, starts, heads, count // len(sizes), value.dtype)
     out = value.new_empty(b, q, heads * width)
     for i in range(b):
-        for begin in range(0, q, QUERIES):
-            chosen = slice(begin, begin + QUERIES)
-            weight = weights[i, chosen].reshape(-1, heads * count)
-            n = len(weight)
-            shares, corners = [], []
-            for offset, start, side in zip(offsets, starts, (wide, high), strict=True):
-                at = (offset[i, chosen] + start[i, chosen, None]).view(n, -1).clamp_(min=-1)
-                at = torch.minimum(at, side, out=at)
-                corners.append(at.floor())
-                shares.append(at.sub_(corners[-1]))  # of the right or lower corners
-            right, lower = shares
-            base = torch.addcmul(begins, corners[1], stride).add_(corners[0], alpha=heads).to(torch.int32)
-            lower = lower.mul_(weight)
-            upper = weight - lower
-            index = base.new_empty(n, heads, 4, count)
-            by_corner = weight.new_empty(index.shape)
-            left = 1 - right
-            for k, (down, across) in enumerate(((upper, left), (upper, right), (lower, left), (lower, right))):
-                index[:, :, k] = (base + steps[k]).view(n, heads, -1)
-                by_corner[:, :, k] = (down * across).view(n, heads, -1)
-            index += i * area * heads
+        for begin in range(0, q, QUERY_BLOCK):
+            block = slice(begin, begin + QUERY_BLOCK)
+            weight = weights[i, block].reshape(-1, heads * count)
+            positions = [
+                (offset[i, block] + reference[i, block, None]).view(len(weight), -1)
+                for offset, reference in zip(offsets, references, strict=True)
+            ]
+            index, corner_weights = layout.corners(positions, weight)
+            index += i * table.shape[1] * heads
             bags = embedding_bag(
-                index.view(n * heads, -1),
+                index.view(len(weight) * heads, -1),
                 rows,
-                per_sample_weights=by_corner.view(n * heads, -1),
+                per_sample_weights=corner_weights.view(len(weight) * heads, -1),
                 mode="sum",
             )
-            out[i, chosen] = bags.view(n, heads * width)
+            out[i, block] = bags.view(len(weight), heads * width)
     return out
 
 
-def fuse_attention(model: nn.Module) -> int:
-    """Let PyTorch have the attention between queries, and from them to text, in one call; how many layers were changed.
+def _pad_maps(value: Tensor, sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, list[float]]:
+    """Surround each map with zeros, which stand for what lies outside.
 
-    Nothing as large as queries by queries is written. The weights of attention, which the layers throw away, are not
-    returned.
+    Returns:
+        The maps, flattened and concatenated, `(b, m, heads, width)`, and the position at which each begins.
+    """
+    b, _, heads, width = value.shape
+    spare = max(w for _, w in sizes) + 4  # for the corners below the last map, whose weight is zero
+    table = value.new_empty(b, sum((h + 2) * (w + 2) for h, w in sizes) + spare, heads, width)
+    starts, begin, end = [], 0, 0
+    for h, w in sizes:
+        padded = table[:, end : end + (h + 2) * (w + 2)].view(b, h + 2, w + 2, heads, width)
+        padded[:, 1:-1, 1:-1] = value[:, begin : begin + h * w].view(b, h, w, heads, width)
+        for edge in (padded[:, 0], padded[:, -1], padded[:, :, 0], padded[:, :, -1]):
+            edge.zero_()
+        starts.append(float(end))
+        begin, end = begin + h * w, end + (h + 2) * (w + 2)
+    table[:, end:].zero_()
+    return table, starts
+
+
+@dataclass(frozen=True)
+class _TableLayout:
+    """How sampling points map to rows of the table of padded maps.
+
+    All tensors are `(heads * levels * points,)`, so that PyTorch works on long rows. Rows are computed in float32,
+    which holds integers up to 2^24 exactly.
+
+    Attributes:
+        sides: Width and height of the map of each point.
+        strides: Rows of the table per row of the map.
+        origins: Row of the table of pixel (0, 0).
+        heads: Number of heads.
+    """
+
+    sides: tuple[Tensor, Tensor]
+    strides: Tensor
+    origins: Tensor
+    heads: int
+
+    @classmethod
+    def of(
+        cls, sizes: Sequence[tuple[int, int]], starts: Sequence[float], heads: int, points: int, dtype: Any
+    ) -> _TableLayout:
+        """Lay out the maps of `_pad_maps`."""
+        import torch
+
+        heights, widths = (
+            torch.tensor(sides, dtype=dtype).repeat_interleave(points).repeat(heads)
+            for sides in zip(*sizes, strict=True)
+        )
+        strides = (widths + 2) * heads
+        origins = torch.tensor(starts).repeat_interleave(points).repeat(heads) * heads
+        origins += torch.arange(float(heads)).repeat_interleave(len(sizes) * points) + strides + heads
+        return cls((widths, heights), strides, origins, heads)
+
+    def corners(self, positions: Sequence[Tensor], weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the four corners of each sampling point.
+
+        Args:
+            positions: x and y in pixels, each `(n, heads * levels * points)`; changed in place.
+            weight: Attention weights of the same shape.
+
+        Returns:
+            Rows of the table, and their weights, both `(n, heads, 4, levels * points)`.
+        """
+        import torch
+
+        fractions, floors = [], []
+        for position, side in zip(positions, self.sides, strict=True):
+            clamped = position.clamp_(min=-1)
+            clamped = torch.minimum(clamped, side, out=clamped)
+            floors.append(clamped.floor())
+            fractions.append(clamped.sub_(floors[-1]))
+        right, lower = fractions  # weights of the right and of the lower corners
+        upper_left = torch.addcmul(self.origins, floors[1], self.strides).add_(floors[0], alpha=self.heads)
+        upper_left = upper_left.to(torch.int32)
+        lower = lower.mul_(weight)
+        upper, left = weight - lower, 1 - right
+        n, heads = len(weight), self.heads
+        index = upper_left.new_empty(n, heads, 4, weight.shape[1] // heads)
+        weights = weight.new_empty(index.shape)
+        steps: list[Any] = [0, heads, self.strides.to(torch.int32), (self.strides + heads).to(torch.int32)]
+        shares = ((upper, left), (upper, right), (lower, left), (lower, right))
+        for corner, (step, (vertical, horizontal)) in enumerate(zip(steps, shares, strict=True)):
+            index[:, :, corner] = (upper_left + step).view(n, heads, -1)
+            weights[:, :, corner] = (vertical * horizontal).view(n, heads, -1)
+        return index, weights
+
+
+# Attention between queries
+
+
+def use_fused_attention(model: nn.Module) -> int:
+    """Compute the attention between queries, and from queries to text, with `scaled_dot_product_attention`.
+
+    Replaces `GroundingDinoMultiheadAttention.forward` (and MM-Grounding-DINO's). No matrix of queries by queries is
+    written. Attention weights, which the layers discard, are None. Equal but for rounding (1e-5 in float32).
+
+    Returns:
+        Number of layers that were patched.
     """
     import torch
 
@@ -305,19 +399,18 @@ def fuse_attention(model: nn.Module) -> int:
     for module in modules:
         if not type(module).__name__.endswith("GroundingDinoMultiheadAttention"):
             continue
-        like = module.query.weight
-        noise = torch.Generator(like.device).manual_seed(0)
-        inputs = [
-            torch.randn((2, n, like.shape[1]), generator=noise, device=like.device, dtype=like.dtype) for n in (9, 5, 5)
-        ]
-        mask = torch.zeros(2, 1, 9, 5, device=like.device, dtype=like.dtype)
-        mask[1, ..., 3:] = torch.finfo(like.dtype).min
-        tolerance = 1e-5 if like.dtype == torch.float32 else 2e-2
-        count += replace_forward(module, fused_attention, inputs, tolerance, "fuse_attention", attention_mask=mask)
+        weight = module.query.weight
+        trial = TrialInputs(weight)
+        inputs = [trial.normal(2, length, weight.shape[1]) for length in (9, 5, 5)]
+        mask = torch.zeros(2, 1, 9, 5, device=trial.device, dtype=trial.dtype)
+        mask[1, ..., 3:] = torch.finfo(trial.dtype).min
+        count += patch_forward(
+            module, _fused_attention, inputs, trial.tolerance, "use_fused_attention", attention_mask=mask
+        )
     return count
 
 
-def fused_attention(
+def _fused_attention(
     self: Any,
     queries: Tensor,
     keys: Tensor,
@@ -325,76 +418,88 @@ def fused_attention(
     attention_mask: Tensor | None = None,
     output_attentions: bool | None = False,
 ) -> tuple[Any, ...]:
-    """`GroundingDinoMultiheadAttention.forward` by `scaled_dot_product_attention`; see `fuse_attention`."""
+    """Replace `GroundingDinoMultiheadAttention.forward`; see `use_fused_attention`."""
     from torch.nn.functional import scaled_dot_product_attention
 
-    projected = ((self.query, queries), (self.key, keys), (self.value, values))
     q, k, v = (
-        layer(x).view(len(x), -1, self.num_attention_heads, self.attention_head_size).transpose(1, 2)
-        for layer, x in projected
+        projection(x).view(len(x), -1, self.num_attention_heads, self.attention_head_size).transpose(1, 2)
+        for projection, x in ((self.query, queries), (self.key, keys), (self.value, values))
     )
     out = scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)
     out = self.out_proj(out.transpose(1, 2).flatten(2))
     return (out, None) if output_attentions else (out,)
 
 
-def piece_layers(model: Any) -> int:
-    """Run the feed-forward networks of the encoder in pieces; see `levers.piece_feed_forwards`."""
+# Feed-forward networks of the encoder
+
+
+def chunk_encoder_feed_forwards(model: Any) -> int:
+    """Run the feed-forward networks of the encoder on chunks of rows.
+
+    Replaces `GroundingDinoDeformableLayer.forward` (and MM-Grounding-DINO's), whose feed-forward network is no module
+    of its own; otherwise as `patching.chunk_feed_forwards`. The result is the same.
+
+    Returns:
+        Number of layers that were patched.
+    """
     import torch
 
     count = 0
     for layer in model.model.encoder.layers:
         deformable = layer.deformable_layer
-        like, attention = deformable.fc1.weight, deformable.self_attn
+        trial, attention = TrialInputs(deformable.fc1.weight), deformable.self_attn
         sizes = [(3, 2)] * attention.n_levels
         n = sum(h * w for h, w in sizes)
-        noise = torch.Generator(like.device).manual_seed(0)
-        made = {"generator": noise, "device": like.device, "dtype": like.dtype}
-        told = {
-            "attention_mask": torch.ones(2, n, dtype=torch.bool, device=like.device),
-            "position_embeddings": torch.randn((2, n, attention.d_model), **made),
-            "reference_points": torch.rand((2, n, attention.n_levels, 2), **made),
-            "spatial_shapes": torch.tensor(sizes, device=like.device),
+        kwargs = {
+            "attention_mask": torch.ones(2, n, dtype=torch.bool, device=trial.device),
+            "position_embeddings": trial.normal(2, n, attention.d_model),
+            "reference_points": trial.uniform(2, n, attention.n_levels, 2),
+            "spatial_shapes": torch.tensor(sizes, device=trial.device),
             "spatial_shapes_list": sizes,
-            "level_start_index": torch.arange(attention.n_levels, device=like.device) * 6,
+            "level_start_index": torch.arange(attention.n_levels, device=trial.device) * 6,
         }
-        x = torch.randn((2, n, attention.d_model), **made)
-        tolerance = 1e-5 if like.dtype == torch.float32 else 2e-2
-        count += replace_forward(deformable, pieced_layer, (x,), tolerance, "piece_layers", **told)
+        x = trial.normal(2, n, attention.d_model)
+        count += patch_forward(
+            deformable, _chunked_deformable_layer, (x,), trial.tolerance, "chunk_encoder_feed_forwards", **kwargs
+        )
     return count
 
 
-def pieced_layer(self: Any, *inputs: Any, **told: Any) -> Any:
-    """`GroundingDinoDeformableLayer.forward`, whose feed-forward network runs in pieces; see `piece_layers`."""
+def _chunked_deformable_layer(self: Any, *inputs: Any, **kwargs: Any) -> Any:
+    """Replace `GroundingDinoDeformableLayer.forward`; see `chunk_encoder_feed_forwards`.
+
+    The original calls `fc1`, `activation_fn` and `fc2` in turn. For its duration the first two return their input, and
+    the third runs the whole network.
+    """
     first, activation, second = self.fc1, self.activation_fn, self.fc2
-    before, after = (partial(type(part).forward, part) for part in (first, second))
-
-    def network(x: Tensor) -> Tensor:
-        return in_pieces(x, before, activation, after, first.weight.dtype)
-
-    # The layer calls the three one after the other.
+    network = FeedForward(partial(type(first).forward, first), activation, partial(type(second).forward, second))
+    dtype = first.weight.dtype
     try:
-        first.forward, self.activation_fn, second.forward = _same, torch_identity(), network
-        return type(self).forward(self, *inputs, **told)
+        first.forward, self.activation_fn = _identity, _identity_module()
+        second.forward = lambda x: chunked_feed_forward(x, network, dtype)
+        return type(self).forward(self, *inputs, **kwargs)
     finally:
         self.activation_fn = activation
-        for part in (first, second):
-            vars(part).pop("forward", None)
+        for layer in (first, second):
+            vars(layer).pop("forward", None)
 
 
 @cache
-def torch_identity() -> nn.Module:
+def _identity_module() -> nn.Module:
     from torch import nn
 
     return nn.Identity()
 
 
-def _same(x: Tensor) -> Tensor:
+def _identity(x: Tensor) -> Tensor:
     return x
 
 
-def half_feed_forward(model: Any) -> None:
-    """Feed-forward layers of the image side of the encoder in bfloat16."""
+# bfloat16
+
+
+def use_bfloat16_encoder_feed_forwards(model: Any) -> None:
+    """Let the feed-forward networks of the encoder's image side compute in bfloat16, where they run in chunks."""
     import torch
 
     for layer in model.model.encoder.layers:
@@ -403,36 +508,34 @@ def half_feed_forward(model: Any) -> None:
             layer.deformable_layer.fc2.to(torch.bfloat16)
 
 
-def half_backbone(model: Any) -> None:
-    """Linear layers of the image backbone in bfloat16; norms and sums in 32 bits."""
-    import torch
-    from torch import nn
+def use_bfloat16_window_attention(model: Any) -> int:
+    """Compute the window attention of Swin in bfloat16, scores and softmax included.
 
-    half_feed_forwards(model.model.backbone)
-    for module in model.model.backbone.modules():
-        if isinstance(module, nn.Linear) and module.weight.dtype == torch.float32:
-            half(module)
+    Replaces `SwinAttention.forward` of transformers. Outputs differ by about 1% of the largest value; more than 3% is
+    rejected.
 
-
-def half_windows(model: Any) -> int:
-    """Attention in the windows of Swin in bfloat16, scores too, as in `sam2.half_attention`; how many layers do."""
+    Returns:
+        Number of layers that were patched.
+    """
     import torch
 
     count = 0
     modules: list[Any] = list(model.model.backbone.modules())
     for module in modules:
         if type(module).__name__ == "SwinAttention":
-            noise = torch.Generator().manual_seed(0)
             size = module.relative_position_bias().shape[-1]
-            x = torch.randn((4, size, module.q_proj.in_features), generator=noise)
+            generator = torch.Generator().manual_seed(0)  # weights are bfloat16 already, the input is not
+            x = torch.randn((4, size, module.q_proj.in_features), generator=generator)
             mask = torch.zeros(2, size, size)
             mask[1, :, size // 2 :] = -100.0
-            count += replace_forward(module, _swin_attention, (x,), 3e-2, "half_windows", attention_mask=mask)
+            count += patch_forward(
+                module, _bfloat16_swin_attention, (x,), 3e-2, "use_bfloat16_window_attention", attention_mask=mask
+            )
     return count
 
 
-def _swin_attention(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Any:
-    """`SwinAttention.forward` of transformers; see `half_windows`."""
+def _bfloat16_swin_attention(self: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **_: Any) -> Any:
+    """Replace `SwinAttention.forward`; see `use_bfloat16_window_attention`."""
     import torch
     from torch.nn.functional import linear
 
@@ -445,30 +548,30 @@ def _swin_attention(self: Any, hidden_states: Tensor, attention_mask: Tensor | N
     scores = torch.matmul(q * self.scaling, k.transpose(-1, -2))
     scores += self.relative_position_bias().to(scores.dtype)
     if attention_mask is not None:
-        by_picture = scores.view(-1, len(attention_mask), *scores.shape[1:])
-        by_picture += attention_mask[:, None].to(scores.dtype)
+        by_image = scores.view(-1, len(attention_mask), *scores.shape[1:])
+        by_image += attention_mask[:, None].to(scores.dtype)
     out = torch.matmul(scores.softmax(-1), v).transpose(1, 2).reshape(n, size, width)
     return linear(out, self.o_proj.weight, self.o_proj.bias).to(hidden_states.dtype), None
 
 
-def half_projections(model: Any) -> None:
-    """Projections of deformable attention in bfloat16; places to sample are computed in 32 bits."""
+def use_bfloat16_projections(model: Any) -> None:
+    """Let the projections of deformable attention multiply in bfloat16; sampling positions stay in float32."""
     attentions = [layer.deformable_layer.self_attn for layer in model.model.encoder.layers]
     for attention in attentions:
         for linear in (attention.value_proj, attention.output_proj, attention.attention_weights):
-            half(linear)
-    for layer in model.model.decoder.layers:  # whose values are of the whole picture, the rest of few queries
-        half(layer.encoder_attn.value_proj)
+            use_bfloat16_matmul(linear)
+    for layer in model.model.decoder.layers:  # only values are of the whole image; the rest is of a few queries
+        use_bfloat16_matmul(layer.encoder_attn.value_proj)
 
 
-def half_everywhere(model: Any) -> None:
-    """The whole model under autocast, on CUDA; what autocast keeps in 32 bits stays."""
+def use_autocast(model: Any) -> None:
+    """Run the whole model under bfloat16 autocast, on CUDA."""
     import torch
 
-    plain = model.forward
+    original = model.forward
 
-    def forward(**told: Any) -> Any:
+    def forward(**kwargs: Any) -> Any:
         with torch.autocast(model.device.type, torch.bfloat16):
-            return plain(**told)
+            return original(**kwargs)
 
     model.forward = forward

@@ -1,4 +1,4 @@
-"""What levers have in common: trying out, computing in bfloat16, compiling."""
+"""What all patches share: verifying a new forward, computing in bfloat16, chunking, compiling."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import MethodType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from grounded_sam.errors import ConfigError
+from grounded_sam.checks import check_bool, check_choice
 
 if TYPE_CHECKING:
     import torch
@@ -19,74 +19,129 @@ Precision = Literal["exact", "balanced", "fast"]
 
 log = logging.getLogger(__name__)
 
-#: Of a feed-forward network at once.
-ROWS = 512
+#: Rows per chunk of a feed-forward network, whose hidden features then stay in the cache.
+CHUNK_ROWS = 512
 
 
 def check_precision(precision: str, compile_: object, stage: str) -> None:
-    """Raises ConfigError for a precision that there is not."""
-    if precision not in ("exact", "balanced", "fast"):
-        raise ConfigError(f"{stage}.precision must be exact, balanced or fast, got {precision!r}")
-    if not isinstance(compile_, bool):
-        raise ConfigError(f"{stage}.compile must be true or false, got {compile_!r}")
+    """Check the settings `precision` and `compile` of a stage.
+
+    Raises:
+        ConfigError: If one of them is not allowed.
+
+    >>> check_precision("exact", False, "detector")
+    """
+    check_choice(f"{stage}.precision", precision, ("exact", "balanced", "fast"))
+    check_bool(f"{stage}.compile", compile_)
 
 
-def replace_forward(
-    module: nn.Module, forward: Callable[..., Any], inputs: Sequence[Any], tolerance: float, name: str, **told: Any
+def patch_forward(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    inputs: Sequence[Any],
+    tolerance: float,
+    patch_name: str,
+    **kwargs: Any,
 ) -> bool:
-    """Give a module another `forward`, if that gives the same.
+    """Replace the `forward` of a module if the new one returns the same on trial inputs.
 
     Args:
-        module: whose forward it is for.
-        forward: function of the module and its inputs.
-        inputs: to try both out on.
-        tolerance: largest difference, as a share of the largest value of each output.
-        name: of the lever, for the log.
-        told: more arguments of both.
+        module: Module to patch.
+        forward: New forward; called with the module and its inputs.
+        inputs: Trial inputs.
+        tolerance: Largest difference allowed, relative to the largest absolute value of each output.
+        patch_name: Name of the patch, for the log.
+        **kwargs: Further trial inputs, by keyword.
+
+    Returns:
+        Whether the module was patched. If not, a warning has been logged.
     """
     import torch
 
     with torch.no_grad():
         try:
-            before, after = module(*inputs, **told), forward(module, *inputs, **told)
-            error = furthest(_tensors(before), _tensors(after))
-        except Exception as failure:  # of code that someone else has changed
-            log.warning("%s leaves %s alone: %s", name, type(module).__name__, " ".join(str(failure).split())[:200])
+            expected, actual = module(*inputs, **kwargs), forward(module, *inputs, **kwargs)
+            error = max_relative_error(_tensors(expected), _tensors(actual))
+        except Exception as failure:  # another version of the package may have changed the module in any way
+            reason = " ".join(str(failure).split())[:200]
+            log.warning("%s is not applied to %s: %s", patch_name, type(module).__name__, reason)
             return False
     if not error <= tolerance:
-        log.warning("%s leaves %s alone: it would be off by %.1e", name, type(module).__name__, error)
+        log.warning("%s is not applied to %s: its error would be %.1e", patch_name, type(module).__name__, error)
         return False
     module.forward = MethodType(forward, module)  # type: ignore[method-assign]
     return True
 
 
-def _tensors(out: Any) -> Iterator[Tensor]:
-    if isinstance(out, tuple | list):
-        for part in out:
+def _tensors(output: Any) -> Iterator[Tensor]:
+    """Yield the tensors in nested tuples and lists; None is passed over."""
+    if isinstance(output, tuple | list):
+        for part in output:
             yield from _tensors(part)
-    elif out is not None:
-        yield out
+    elif output is not None:
+        yield output
 
 
-def furthest(before: Iterable[Tensor], after: Iterable[Tensor]) -> float:
-    """The largest difference of tensors, as a share of the largest value of each; NaN if there is one.
+def max_relative_error(expected: Iterable[Tensor], actual: Iterable[Tensor]) -> float:
+    """Return the largest difference between tensors, relative to the largest absolute value of each.
+
+    Returns:
+        The error; NaN if any difference is NaN.
 
     Raises:
-        ValueError: if they are not as many, or of other shapes.
+        ValueError: If numbers or shapes of the tensors differ.
+
+    >>> import torch
+    >>> max_relative_error([torch.tensor([1.0, 4.0])], [torch.tensor([1.0, 3.0])])
+    0.25
     """
-    errors = [_apart(a, b) for a, b in zip(before, after, strict=True)]
-    return max(errors, key=lambda error: (math.isnan(error), error), default=0.0)  # max alone passes over NaN
+    errors = [_relative_error(a, b) for a, b in zip(expected, actual, strict=True)]
+    return max(errors, key=lambda error: (math.isnan(error), error), default=0.0)  # `max` alone would ignore NaN
 
 
-def _apart(a: Tensor, b: Tensor) -> float:
-    """The largest difference, as a share of the largest value."""
-    if a.shape != b.shape:
-        raise ValueError(f"expected shape {tuple(a.shape)}, got {tuple(b.shape)}")
-    return float((a.float() - b.float()).abs().max() / a.float().abs().max().clamp(min=1e-6))
+def _relative_error(expected: Tensor, actual: Tensor) -> float:
+    if expected.shape != actual.shape:
+        raise ValueError(f"expected shape {tuple(expected.shape)}, got {tuple(actual.shape)}")
+    expected, actual = expected.float(), actual.float()
+    return float((expected - actual).abs().max() / expected.abs().max().clamp(min=1e-6))
+
+
+class TrialInputs:
+    """Random inputs with device and dtype of a weight, the same in every run, to verify a patch on.
+
+    Args:
+        weight: A weight of the module.
+
+    Attributes:
+        tolerance: Largest relative error of a patch that only changes the order of summation.
+
+    >>> import torch
+    >>> TrialInputs(torch.zeros(2)).normal(3, 4).shape
+    torch.Size([3, 4])
+    """
+
+    def __init__(self, weight: Tensor) -> None:
+        import torch
+
+        self.device, self.dtype = weight.device, weight.dtype
+        self.tolerance = 1e-5 if weight.dtype == torch.float32 else 2e-2
+        self._generator = torch.Generator(weight.device).manual_seed(0)
+
+    def normal(self, *shape: int) -> Tensor:
+        """Draw from a standard normal distribution."""
+        import torch
+
+        return torch.randn(shape, generator=self._generator, device=self.device, dtype=self.dtype)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Draw uniformly from 0 to 1."""
+        import torch
+
+        return torch.rand(shape, generator=self._generator, device=self.device, dtype=self.dtype)
 
 
 def has_bfloat16(device: torch.device) -> bool:
-    """Whether a device multiplies in bfloat16 faster than in 32 bits."""
+    """Return whether a device multiplies matrices in bfloat16 faster than in float32."""
     import torch
 
     if device.type == "cuda":
@@ -97,94 +152,112 @@ def has_bfloat16(device: torch.device) -> bool:
         return False
 
 
-def half(linear: nn.Module, out: torch.dtype | None = None) -> None:
-    """Let a linear layer or a convolution multiply in bfloat16; sums are in 32 bits, as oneDNN has them.
+def use_bfloat16_matmul(layer: nn.Module, output_dtype: torch.dtype | None = None) -> None:
+    """Let a linear layer or a convolution multiply in bfloat16; oneDNN and cuBLAS accumulate in float32.
 
     Args:
-        linear: its weights become bfloat16, which takes half the memory.
-        out: dtype of what comes out; by default that of what goes in.
+        layer: The layer. Its weights become bfloat16, half the memory.
+        output_dtype: Dtype of the output; None for that of the input.
     """
     import torch
 
-    linear.to(torch.bfloat16)
-    plain = type(linear).forward
+    layer.to(torch.bfloat16)
+    original = type(layer).forward
 
     def forward(self: nn.Module, x: Tensor) -> Tensor:
-        return plain(self, x.to(torch.bfloat16)).to(out or x.dtype)  # type: ignore[no-any-return]
+        return original(self, x.to(torch.bfloat16)).to(output_dtype or x.dtype)  # type: ignore[no-any-return]
 
-    linear.forward = MethodType(forward, linear)  # type: ignore[method-assign]
+    layer.forward = MethodType(forward, layer)  # type: ignore[method-assign]
 
 
-def piece_feed_forwards(root: nn.Module) -> int:
-    """Run feed-forward networks some rows after the others, what lies between stays in the cache; how many do.
-
-    A network of two layers writes its inner features, four or eight times as wide as the others, to memory and reads
-    them again, for the bias, the activation and the second layer each.
-
-    Args:
-        root: a model of transformers' Swin or SAM 2, or of the package sam2.
-    """
+def use_bfloat16_linears(root: nn.Module) -> None:
+    """Let all float32 linear layers below a module multiply in bfloat16; norms and residual sums stay in float32."""
     import torch
+    from torch import nn
 
-    count = 0
-    modules: list[Any] = list(root.modules())
-    for module in modules:
-        found = _feed_forward(module)
-        if found is not None:
-            like = found[0].weight
-            noise = torch.Generator(like.device).manual_seed(0)
-            x = torch.randn((2, ROWS // 2 + 3, found[0].in_features), generator=noise, device=like.device)
-            count += replace_forward(module, _pieced, (x.to(like.dtype),), 1e-5, "piece_feed_forwards")
-    return count
+    use_bfloat16_feed_forwards(root)
+    for module in root.modules():
+        if isinstance(module, nn.Linear) and module.weight.dtype == torch.float32:
+            use_bfloat16_matmul(module)
 
 
-def _feed_forward(module: Any) -> tuple[Any, Callable[[Tensor], Tensor], Any] | None:
-    """The two layers of a feed-forward network and what is between them; None if it is no such."""
-    kind = type(module).__name__
-    if kind == "SwinMLP":
-        return module.fc1, module.activation_fn, module.fc2
-    if kind == "MLP" and getattr(module, "num_layers", 0) == 2 and not module.sigmoid_output:
-        return module.layers[0], module.act, module.layers[1]
-    if kind == "Sam2FeedForward" and module.num_layers == 2 and not module.sigmoid_output:
-        return module.proj_in, module.activation, module.proj_out
+class FeedForward(NamedTuple):
+    """The parts of a feed-forward network: linear layer, activation, linear layer."""
+
+    first: Any
+    activation: Callable[[Tensor], Tensor]
+    second: Any
+
+
+def feed_forward_of(module: Any) -> FeedForward | None:
+    """Return the parts of a module if it is a feed-forward network of Swin, SAM, SAM 2 or transformers' SAM 2."""
+    class_name = type(module).__name__
+    if class_name == "SwinMLP":
+        return FeedForward(module.fc1, module.activation_fn, module.fc2)
+    if class_name == "MLP" and getattr(module, "num_layers", 0) == 2 and not module.sigmoid_output:
+        return FeedForward(module.layers[0], module.act, module.layers[1])
+    if class_name == "Sam2FeedForward" and module.num_layers == 2 and not module.sigmoid_output:
+        return FeedForward(module.proj_in, module.activation, module.proj_out)
     return None
 
 
-def _pieced(self: Any, x: Tensor) -> Tensor:
-    """`forward` of a feed-forward network; see `piece_feed_forwards`."""
-    found = _feed_forward(self)
-    assert found is not None
-    first, activation, second = found
-    return in_pieces(x, first, activation, second, first.weight.dtype)
+def chunk_feed_forwards(root: nn.Module) -> int:
+    """Run the feed-forward networks below a module on chunks of rows.
+
+    Replaces the `forward` of `SwinMLP` and `Sam2FeedForward` (transformers) and of `MLP` (sam2), which write hidden
+    features, four or eight times as wide as their input, to memory and read them again for bias, activation and second
+    layer. Chunks of `CHUNK_ROWS` rows stay in the cache. The result is the same, since rows do not depend on each
+    other.
+
+    Returns:
+        Number of networks that were patched.
+    """
+    count = 0
+    for module in list(root.modules()):
+        network = feed_forward_of(module)
+        if network is not None:
+            x = TrialInputs(network.first.weight).normal(2, CHUNK_ROWS // 2 + 3, network.first.in_features)
+            count += patch_forward(module, _chunked_forward, (x,), 1e-5, "chunk_feed_forwards")
+    return count
 
 
-def in_pieces(
-    x: Tensor,
-    first: Callable[[Tensor], Tensor],
-    activation: Callable[[Tensor], Tensor],
-    second: Callable[[Tensor], Tensor],
-    dtype: torch.dtype,
-) -> Tensor:
-    """A feed-forward network of two layers on x `(..., c)`, which is cast to `dtype`, and the outcome back."""
+def _chunked_forward(self: Any, x: Tensor) -> Tensor:
+    """Replace the forward of a feed-forward network; see `chunk_feed_forwards`."""
+    network = feed_forward_of(self)
+    assert network is not None
+    return chunked_feed_forward(x, network, network.first.weight.dtype)
+
+
+def chunked_feed_forward(x: Tensor, network: FeedForward, dtype: torch.dtype) -> Tensor:
+    """Run a feed-forward network on chunks of rows.
+
+    Args:
+        x: Features, `(..., c)`.
+        network: Its parts.
+        dtype: Dtype that chunks are cast to, that of the network's weights.
+
+    Returns:
+        Features `(..., d)` with the dtype of `x`.
+    """
     import torch
 
     rows = x.reshape(-1, x.shape[-1])
-    pieces = (second(activation(first(piece.to(dtype)))) for piece in rows.split(ROWS))
-    return torch.cat([piece.to(x.dtype) for piece in pieces]).view(*x.shape[:-1], -1)
+    chunks = (network.second(network.activation(network.first(chunk.to(dtype)))) for chunk in rows.split(CHUNK_ROWS))
+    return torch.cat([chunk.to(x.dtype) for chunk in chunks]).view(*x.shape[:-1], -1)
 
 
-def half_feed_forwards(root: nn.Module) -> None:
-    """Those that run in pieces compute in bfloat16 from now on; their weights take half the memory."""
+def use_bfloat16_feed_forwards(root: nn.Module) -> None:
+    """Let the feed-forward networks that `chunk_feed_forwards` has patched compute in bfloat16."""
     import torch
 
     for module in root.modules():
-        if "forward" in vars(module) and (found := _feed_forward(module)) is not None:
-            found[0].to(torch.bfloat16)
-            found[2].to(torch.bfloat16)
+        if "forward" in vars(module) and (network := feed_forward_of(module)) is not None:
+            network.first.to(torch.bfloat16)
+            network.second.to(torch.bfloat16)
 
 
 def to_device(pixels: Tensor, device: Any) -> Tensor:
-    """Pictures on a device; to CUDA from page-locked memory, so that the next steps are not waited with."""
+    """Move pixels to a device; to CUDA from page-locked memory, so that the copy does not block later steps."""
     import torch
 
     if torch.device(device).type == "cuda" and pixels.device.type == "cpu":
@@ -192,29 +265,29 @@ def to_device(pixels: Tensor, device: Any) -> Tensor:
     return pixels.to(device)
 
 
-def compiled(module: nn.Module, name: str, dynamic: bool) -> None:
-    """Let `torch.compile` have a module's forward; where that fails it goes on as it was, with a line in the log.
+def compile_forward(module: nn.Module, name: str, dynamic: bool) -> None:
+    """Compile the `forward` of a module with `torch.compile` when it first runs; fall back to eager if that fails.
 
     Args:
-        module: to compile when it first runs.
-        name: for the log.
-        dynamic: false if what goes in always has one shape.
+        module: Module to compile.
+        name: Name of the module, for the log.
+        dynamic: Whether the shapes of its inputs vary.
     """
     import torch
 
-    plain = module.forward
-    state = {"run": torch.compile(plain, dynamic=dynamic)}
+    eager = module.forward
+    state = {"forward": torch.compile(eager, dynamic=dynamic)}
 
-    def forward(_self: nn.Module, *inputs: Any, **told: Any) -> Any:
-        if state["run"] is plain:
-            return plain(*inputs, **told)
+    def forward(_self: nn.Module, *inputs: Any, **kwargs: Any) -> Any:
+        if state["forward"] is eager:
+            return eager(*inputs, **kwargs)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                return state["run"](*inputs, **told)
-        except Exception as failure:  # compilers fail in many ways; a fault of the module itself comes again below
+                return state["forward"](*inputs, **kwargs)
+        except Exception as failure:  # compilers fail in many ways; an error of the module itself is raised again below
             log.warning("%s is not compiled: %s", name, " ".join(str(failure).split())[:200])
-            state["run"] = plain
-            return plain(*inputs, **told)
+            state["forward"] = eager
+            return eager(*inputs, **kwargs)
 
     module.forward = MethodType(forward, module)  # type: ignore[method-assign]

@@ -1,4 +1,4 @@
-"""The command `grounded-sam-export`: image backbones converted for other back ends, ahead of the runs that use them."""
+"""The command `grounded-sam-export`: convert image backbones for other back ends before the runs that use them."""
 
 from __future__ import annotations
 
@@ -6,86 +6,99 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import supervision as sv
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from grounded_sam.acceleration.backends import SIZES
+from grounded_sam.acceleration.backends import MAX_LOADED_SIZES
 from grounded_sam.config.build import build, build_source
 from grounded_sam.config.compose import compose
 from grounded_sam.errors import ConfigError, GroundedSamError
-from grounded_sam.segmenters.base import PromptedSegmenter
+from grounded_sam.pipeline.pipeline import Pipeline
+from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.protocols import PromptableSegmenter, Tracker
+from grounded_sam.structures.results import FrameResult
 from grounded_sam.structures.vocabulary import Vocabulary
-
-if TYPE_CHECKING:
-    from grounded_sam.structures.frame import Frame
 
 HELP = """\
 grounded-sam-export: convert image backbones to ONNX, for OpenVINO or ONNX Runtime on the CPU.
 
-  grounded-sam-export backend=openvino exports=exports input=photo.jpg
-  grounded-sam-export segmenter.backend=onnxruntime exports=exports input=photo.jpg segmenter.size=large
-  grounded-sam backend=openvino exports=exports input=photos/ 'text=[car, wheel]'        (takes them from there)
+  grounded-sam-export backend=openvino export_dir=exports input=photo.jpg
+  grounded-sam-export segmenter.backend=onnxruntime export_dir=exports input=photo.jpg segmenter.size=large
+  grounded-sam backend=openvino export_dir=exports input=photos/ 'text=[car, wheel]'       (uses the conversions)
 
-Keys are those of grounded-sam. What runs on a picture of `input` is converted, compared with PyTorch on it, and written
-if it is the same. Segmenters see pictures of one size only, for which any picture will do; the detector's backbone is
-converted for each size among the pictures of `input`, up to four, for one picture at a time (detector.batch_size=1).
-With a video the tracker's is converted too, if it is not the segmenter's.
-A run with exports=FOLDER that finds no conversion there makes one and adds it, so that this command is for doing it
-ahead, or elsewhere. The files are ONNX, one input, and run in what reads it.
+The keys are those of grounded-sam. Each backbone that runs on the images of `input` is converted, compared with PyTorch
+on them, and written if the results agree. Segmenters resize images to one size, for which any image will do. The
+detector's backbone is converted for each size among the images, up to four, for one image at a time
+(detector.batch_size=1). With a video the tracker's backbone is converted too, if it is not the segmenter's.
+A run with export_dir=FOLDER converts what the folder lacks and adds it, so this command is only needed to do so in
+advance or on another machine. The files are plain ONNX with one input.
 """
 
 
-def export(words: Sequence[str]) -> Path:
-    """Convert the backbones of the stages that a config gives to another back end; the folder where they lie.
+def export(overrides: Sequence[str]) -> Path:
+    """Convert the backbones of all stages whose back end is not PyTorch.
+
+    Args:
+        overrides: `key=value`, as for `grounded-sam`.
+
+    Returns:
+        The folder of the conversions.
 
     Raises:
-        ConfigError: if it gives none to another, or says not where to put them; CheckpointError: if one cannot be had.
+        ConfigError: If no stage has another back end, or there is no folder or image.
+        CheckpointError: If weights are missing, or a conversion fails.
     """
-    cfg = compose(words)
+    cfg = compose(overrides)
     plain: Any = OmegaConf.to_container(cfg, resolve=True)
-    if not any(_elsewhere(plain[key]) for key in ("detector", "segmenter", "tracker")):
-        raise ConfigError("say what to convert for: backend=openvino or backend=onnxruntime; --help shows examples")
-    if cfg.exports is None:
-        raise ConfigError("say where to put conversions: exports=FOLDER")
+    if not any(_has_other_backend(plain[key]) for key in ("detector", "segmenter", "tracker")):
+        raise ConfigError("nothing to convert: set backend=openvino or backend=onnxruntime; --help shows examples")
+    if cfg.export_dir is None:
+        raise ConfigError("export_dir is missing: set export_dir=FOLDER, where conversions are written")
     if cfg.input is None:
-        raise ConfigError("say input=PICTURE, which shows sizes and is what conversions are checked on")
-    cfg.cache.folder = None  # what is kept there would not be computed
+        raise ConfigError("input is missing: set input=IMAGE, which gives the size and is used to verify conversions")
+    cfg.cache.folder = None  # features that are cached would not be computed
     source, pipeline = build_source(cfg), build(cfg)
     vocabulary = pipeline.vocabulary or Vocabulary.parse("thing")
-    seen: set[tuple[int, int]] = set()
+    sizes: set[tuple[int, int]] = set()
     for item in source:
-        frame: Any = getattr(item, "frame", item)
-        if frame.size_hw in seen:
+        frame = item.frame if isinstance(item, FrameResult) else item
+        if frame.size_hw in sizes:
             continue
-        if pipeline.detector is not None:
-            pipeline.look([frame], vocabulary)
-        if not seen and isinstance(pipeline.segmenter, PromptedSegmenter):
-            pipeline.segmenter.encoded(frame.image)
-        if frame.video is not None and _elsewhere(plain["tracker"]):
-            _follow(pipeline.tracker, frame)
-        seen.add(frame.size_hw)
-        if len(seen) == SIZES or frame.video is not None:  # frames of a video are alike
+        _run_backbones(pipeline, frame, vocabulary, first=not sizes, tracks=_has_other_backend(plain["tracker"]))
+        sizes.add(frame.size_hw)
+        if len(sizes) == MAX_LOADED_SIZES or frame.video is not None:  # frames of a video have one size
             break
-    if not seen:
-        raise ConfigError(f"input={cfg.input} has no picture to check conversions on")
-    return Path(cfg.exports).expanduser()
+    if not sizes:
+        raise ConfigError(f"input={cfg.input} has no image to verify conversions on")
+    return Path(cfg.export_dir).expanduser()
 
 
-def _elsewhere(stage: Any) -> bool:
-    """Whether a stage, or one in it, has a back end that is not PyTorch."""
+def _has_other_backend(stage: Any) -> bool:
+    """Return whether a stage, or one inside it, has a back end that is not PyTorch."""
     if not isinstance(stage, dict):
         return False
-    return stage.get("backend", "torch") != "torch" or any(_elsewhere(part) for part in stage.values())
+    return stage.get("backend", "torch") != "torch" or any(_has_other_backend(part) for part in stage.values())
 
 
-def _follow(tracker: Any, frame: Frame) -> None:
-    """Let a tracker see a frame; one that shares the segmenter's model has done so already."""
+def _run_backbones(pipeline: Pipeline, frame: Frame, vocabulary: Vocabulary, first: bool, tracks: bool) -> None:
+    """Run each backbone once, which converts it."""
+    if pipeline.detector is not None:
+        pipeline.stages.detect([frame], vocabulary)
+    if first and isinstance(pipeline.segmenter, PromptableSegmenter):
+        pipeline.segmenter.encode_image(frame.image)
+    tracker = pipeline.tracker if tracks and frame.video is not None else None
+    if isinstance(tracker, Tracker):
+        _run_tracker(tracker, frame)
+
+
+def _run_tracker(tracker: Tracker, frame: Frame) -> None:
+    """Track one object in one frame; a tracker that shares the segmenter's model converts nothing new."""
     height, width = frame.size_hw
-    whole = sv.Detections(
+    whole_frame = sv.Detections(
         xyxy=np.array([[0.0, 0.0, width, height]]),
         confidence=np.ones(1),
         class_id=np.zeros(1, int),
@@ -93,36 +106,37 @@ def _follow(tracker: Any, frame: Frame) -> None:
     )
     session = tracker.open(frame.size_hw)
     session.step(frame.image)
-    session.prompt(whole)
+    session.prompt(whole_frame)
     session.close()
 
 
-def lines(folder: Path) -> Iterator[str]:
-    """What a folder of conversions holds."""
+def describe(folder: Path) -> Iterator[str]:
+    """Yield a line per conversion in a folder: its name, size and error."""
     for path in sorted(folder.glob("*/about.json")):
         size = sum(file.stat().st_size for file in path.parent.iterdir())
         try:
-            off = f"off by {json.loads(path.read_text(encoding='utf-8'))['off']:.0e} of the largest value"
-        except (ValueError, KeyError, TypeError):  # not of this run
-            off = "cannot be read; delete it"
-        yield f"  {path.parent.name}: {size / 1e6:,.0f} MB, {off}"
+            error = json.loads(path.read_text(encoding="utf-8"))["off"]
+            text = f"largest error {error:.0e} of the largest value"
+        except (ValueError, KeyError, TypeError):  # written by something else
+            text = "cannot be read; delete it"
+        yield f"  {path.parent.name}: {size / 1e6:,.0f} MB, {text}"
 
 
 def main() -> None:
-    """Entry point: a user's mistake ends in one line and exit code 1."""
-    words = sys.argv[1:]
-    if not words or set(words) & {"-h", "--help"}:
+    """Run the command: a user's mistake ends with one line and exit code 1."""
+    overrides = sys.argv[1:]
+    if not overrides or set(overrides) & {"-h", "--help"}:
         print(HELP, end="")
         return
     if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # a user's own stages, as `grounded-sam` has it
+        sys.path.append(str(Path.cwd()))  # for stages of the user's own, as in `grounded-sam`
     try:
-        folder = export(words)
+        folder = export(overrides)
     except (GroundedSamError, OmegaConfBaseException, OSError) as error:
         sys.exit(f"grounded-sam-export: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
-    print(f"conversions in {folder}:", *lines(folder), sep="\n")
+    print(f"Conversions in {folder}:", *describe(folder), sep="\n")
 
 
 if __name__ == "__main__":

@@ -10,14 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grounded_sam.config.build import build, build_sinks, build_source, share_predictions
 from grounded_sam.config.compose import explain
-from grounded_sam.config.hydra import conf_dir, in_sweep
+from grounded_sam.config.hydra import conf_dir
 from grounded_sam.errors import GroundedSamError
 from grounded_sam.files import atomic_write
-
-#: Whether the user wants tracebacks. `main` sets HYDRA_FULL_ERROR itself, which workers of a sweep inherit.
-DEBUG = os.environ.get("GROUNDED_SAM_DEBUG", os.environ.get("HYDRA_FULL_ERROR")) == "1"
+from grounded_sam.hydra_state import in_sweep
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -25,85 +22,120 @@ if TYPE_CHECKING:
     from grounded_sam.pipeline.runner import Summary
     from grounded_sam.structures.protocols import Sink
 
+#: Whether to show tracebacks. `main` sets HYDRA_FULL_ERROR itself, and the workers of a sweep inherit that.
+DEBUG = os.environ.get("GROUNDED_SAM_DEBUG", os.environ.get("HYDRA_FULL_ERROR")) == "1"
 
-#: Stages of the job before, in a sweep whose jobs follow each other in one process.
-_kept: dict[str, tuple[Any, Any]] = {}
+#: Stages of the job before, for the jobs of a sweep that run in one process.
+_stages: dict[str, tuple[Any, Any]] = {}
 
 
 def run(cfg: DictConfig) -> float | None:
-    """One job: build the stages, take every frame through them, say what was done.
+    """Run one job: build the stages, process the input, and print a summary.
 
     Returns:
-        The metric that a sweep goes by, if a sink measures one. A job of a sweep that fails says so, leaves the
-        reason in its `run.json` and returns None, so that the others go on.
+        The metric that a sweep maximizes, if a sink measures one. A job of a sweep that fails prints its error, writes
+        it to its `run.json` and returns None, so that the other jobs go on.
     """
     from hydra.core.hydra_config import HydraConfig
 
-    hydra_ = HydraConfig.get()
-    output = Path(hydra_.runtime.output_dir)
-    sweep = Path(hydra_.sweep.dir) if in_sweep() else None
-    about: dict[str, Any] = {"overrides": list(hydra_.overrides.task)}
+    hydra_cfg = HydraConfig.get()
+    output = Path(hydra_cfg.runtime.output_dir)
+    sweep = Path(hydra_cfg.sweep.dir) if in_sweep() else None
+    record: dict[str, Any] = {"overrides": list(hydra_cfg.overrides.task)}
     value, summary = None, None
     try:
-        source = build_source(cfg)
-        pipeline = build(cfg, None if sweep is None else _kept)
-        if pipeline.vocabulary is None:
-            pipeline.vocabulary = getattr(source, "vocabulary", None)
-        asked, clicks, vocabulary = pipeline.ask_video()
-        sinks = build_sinks(cfg, output, vocabulary)
-        if sweep is not None:
-            share_predictions(cfg, pipeline, vocabulary, sweep)
-        summary = pipeline.run(source, sinks, output, vocabulary, asked, clicks)
-        about |= {"images": summary.images, "seconds": dict(pipeline.seconds)}
-        about["replayed"] = 0 if pipeline.predictions is None else pipeline.predictions.replayed
-        about["boxes_replayed"] = 0 if pipeline.boxes is None else pipeline.boxes.replayed
-        about["value"] = value = measured(sinks)  # last, since there may be no such metric
+        summary, sinks = _process(cfg, output, sweep, record)
+        record["value"] = value = measured_value(sinks)  # last, since the metric may not exist
     except (GroundedSamError, OSError) as error:
         if DEBUG:
             raise
         if sweep is None:
             if summary is not None:
-                report(summary, output)
-            sys.exit(f"grounded-sam: {error}")  # here already, or Hydra would print a line of its own
-        about["error"] = str(error)
-        print(f"grounded-sam: job {hydra_.job.num}: {error}", file=sys.stderr)
-    about["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    with atomic_write(output / "run.json") as beside:
-        beside.write_text(json.dumps(about, ensure_ascii=False, indent=1), encoding="utf-8")
+                print_summary(summary, output)
+            sys.exit(f"grounded-sam: {error}")  # not raised, since Hydra would print a line of its own
+        record["error"] = str(error)
+        print(f"grounded-sam: job {hydra_cfg.job.num}: {error}", file=sys.stderr)
+    record["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    with atomic_write(output / "run.json") as path:
+        path.write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
     if summary is not None:
-        report(summary, output)
+        print_summary(summary, output)
         if summary.interrupted:
             sys.exit(130)
     return value
 
 
-def measured(sinks: Sequence[Sink]) -> float | None:
-    """The metric of the first sink that has one."""
-    return next((float(sink.value()) for sink in sinks if hasattr(sink, "value")), None)
+def _process(
+    cfg: DictConfig, output: Path, sweep: Path | None, record: dict[str, Any]
+) -> tuple[Summary, Sequence[Sink]]:
+    """Build everything and run it; add costs to `record`."""
+    from grounded_sam.config.build import build, build_sinks, build_source, share_predictions
+    from grounded_sam.pipeline.prediction_cache import CachedStages
+    from grounded_sam.pipeline.runner import Runner
+    from grounded_sam.structures.protocols import HasVocabulary
+
+    source = build_source(cfg)
+    pipeline = build(cfg, None if sweep is None else _stages)
+    if pipeline.vocabulary is None and isinstance(source, HasVocabulary):
+        pipeline.vocabulary = source.vocabulary
+    request = pipeline.request()
+    sinks = build_sinks(cfg, output, request.classes)
+    if sweep is not None:
+        share_predictions(cfg, pipeline, request.classes, sweep)
+    summary = Runner(pipeline, source, sinks, output, request).run()
+    stages = pipeline.stages
+    results, boxes = (stages.results, stages.boxes) if isinstance(stages, CachedStages) else (None, None)
+    record |= {"images": summary.images, "seconds": dict(pipeline.seconds)}
+    record |= {"replayed": results.replayed if results else 0, "boxes_replayed": boxes.replayed if boxes else 0}
+    return summary, sinks
 
 
-def report(summary: Summary, output: Path) -> None:
-    """Say on the terminal what was found, what was skipped, and where it all lies."""
+def measured_value(sinks: Sequence[Sink]) -> float | None:
+    """Return the metric of the first sink that measures one."""
+    from grounded_sam.structures.protocols import Measures
+
+    return next((float(sink.value()) for sink in sinks if isinstance(sink, Measures)), None)
+
+
+def print_summary(summary: Summary, output: Path) -> None:
+    """Print what was found, what was skipped, and where the results are."""
     from rich.console import Console
 
     console = Console(stderr=False, highlight=False, soft_wrap=True)
-    found = ", ".join(f"{count} {name}" for name, count in summary.objects.most_common()) or "nothing"
-    begun = "interrupted after" if summary.interrupted else "looked at"
-    what = "images" if not summary.frames else "frames" if summary.frames == summary.images else "pictures and frames"
-    before = f", {summary.stored} of them stored before" if summary.stored else ""
-    line = f"{begun} {summary.images} {what}{before}, {summary.empty} of them without any: found {found}"
-    console.print(line, markup=False)
-    for place in summary.places:
-        console.print(f"  {place}", markup=False)
+    console.print(summary_line(summary), markup=False)
+    for line in summary.outputs:
+        console.print(f"  {line}", markup=False)
     if summary.skipped:
-        console.print(f"skipped {len(summary.skipped)} files (also in {output / 'skipped.json'}):", markup=False)
+        count = len(summary.skipped)
+        files = f"{count} file{'s' if count > 1 else ''}"
+        console.print(f"Skipped {files} (also listed in {output / 'skipped.json'}):", markup=False)
         for skipped in summary.skipped:
             console.print(f"  {skipped.file}: {skipped.reason}", markup=False)
 
 
+def summary_line(summary: Summary) -> str:
+    """Return the first line of the summary.
+
+    >>> from collections import Counter
+    >>> from grounded_sam.pipeline.runner import Summary
+    >>> summary_line(Summary(images=9, empty=2, objects=Counter(car=5)))
+    'Processed 9 images (2 empty): 5 car'
+    """
+    counts = ", ".join(f"{count} {name}" for name, count in summary.objects.most_common()) or "nothing found"
+    kind = "image" if not summary.frames else "frame" if summary.frames == summary.images else "image and frame"
+    details = [f"{summary.stored} from the store"] if summary.stored else []
+    details += [f"{summary.empty} empty"] if summary.empty else []
+    verb = "Interrupted after" if summary.interrupted else "Processed"
+    plural = "" if summary.images == 1 else "s"
+    if kind == "image and frame":
+        kind, plural = "images and frames", ""
+    noted = f" ({', '.join(details)})" if details else ""
+    return f"{verb} {summary.images} {kind}{plural}{noted}: {counts}"
+
+
 def main() -> None:
-    """Entry point: Hydra composes and runs, a user's mistake ends in one line and exit code 1."""
-    if sys.argv[1:] in (["--help"], ["-h"]):  # what Hydra would compose, which takes it longer than all else
+    """Run the command: Hydra composes the config, and a user's mistake ends with one line and exit code 1."""
+    if sys.argv[1:] in (["--help"], ["-h"]):  # composing the same text takes Hydra longer than everything else
         print((Path(__file__).parent / "help.txt").read_text(encoding="utf-8"), end="")
         return
     import hydra
@@ -112,10 +144,10 @@ def main() -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     os.environ["GROUNDED_SAM_DEBUG"] = str(int(DEBUG))
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come through to here instead of being printed by Hydra
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors reach this function instead of being printed by Hydra
     if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # a user's own stages, beside their YAML; last, so that none is shadowed
-    GlobalHydra.instance().clear()  # `import sam2` may have claimed it
+        sys.path.append(str(Path.cwd()))  # for stages of the user's own; last, so that they shadow no package
+    GlobalHydra.instance().clear()  # `import sam2` may have initialized it
     try:
         hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(run)()
     except (GroundedSamError, HydraException, OmegaConfBaseException, OSError, ValueError) as error:

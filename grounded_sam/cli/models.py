@@ -1,4 +1,4 @@
-"""The command `grounded-sam-models`: which weights the stages take, fetching them ahead, and where they lie."""
+"""The command `grounded-sam-models`: list, download and locate the weights of the stages."""
 
 from __future__ import annotations
 
@@ -8,208 +8,260 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 from grounded_sam.config.compose import to_override
-from grounded_sam.config.weights import every_choice, needed
+from grounded_sam.config.weights import all_weights, required_weights
 from grounded_sam.errors import CheckpointError, ConfigError, GroundedSamError
 from grounded_sam.weights.hub import (
-    Weights,
-    _asked,
-    cached,
-    fetch,
-    known,
-    unreachable,
+    WeightsSpec,
+    cache_status,
+    fetch_weights,
+    known_models,
+    model_infos,
+    why_unreachable,
 )
 from grounded_sam.weights.loading import BUILTIN_DIR
 
 COMMANDS = ("list", "fetch", "path")
-
-
 HELP = """\
-The weights of the stages: which there are, fetching them ahead, and where they lie.
+List, download and locate the weights of the stages.
 
-  grounded-sam-models list                                     every choice that takes weights
-  grounded-sam-models list detector=owlv2 segmenter=sam        what these words load
-  grounded-sam-models fetch                                    what `grounded-sam` loads by default
+  grounded-sam-models list                                     every choice that loads weights
+  grounded-sam-models list detector=owlv2 segmenter=sam        what a run with these overrides loads
+  grounded-sam-models fetch                                    download what `grounded-sam` loads by default
   grounded-sam-models fetch detector=sam3 tracker=none
   grounded-sam-models fetch segmenter=sam2 segmenter.size=large tracker.size=large
-  HF_HUB_OFFLINE=1 grounded-sam-models path segmenter=sam      a path per line, for scripts
+  HF_HUB_OFFLINE=1 grounded-sam-models path segmenter=sam      one path per line, for scripts
   grounded-sam-models list --json > weights.json
 
-The words are those of `grounded-sam`; what they leave open is as the config has it. To see what is fetched, `list`
-the same words before.
+Overrides are those of `grounded-sam`; everything else is as in the config. `list` with the same overrides shows what
+`fetch` would download.
 """
-
-
 COMMANDS_HELP = """\
-list    stage, choice, repository on the Hugging Face hub (and the file in it, where one is all that is loaded),
-        size to fetch, licence, whether it is gated, and how much of it lies in the hub's cache. What neither the hub
-        nor the package knows is `unknown`
-fetch   brings into the hub's cache what is not there yet, only the files that are loaded, and compares each with the
-        digest that the cache keeps of it; a damaged file is fetched anew. Again, to check what is there
+list    stage, choice, repository on the Hugging Face hub (and the file in it, if only one is loaded), download size,
+        licence, whether it is gated, and how much of it is in the hub's cache. `unknown` is what neither the hub nor
+        the package knows
+fetch   download to the hub's cache what is missing, only files that are loaded, and compare each file with the digest
+        that the cache keeps of it; damaged files are downloaded again. Run it again to verify the cache
 path    the folder or file of each, from the cache alone; exit code 1 if one is missing
 
-Gated models need an account that has been given access: accept the licence on the model's page, then `hf auth login`
-or HF_TOKEN. HF_HOME says where the cache is, HF_ENDPOINT names another hub, HF_HUB_OFFLINE=1 asks none.
+Gated models need an account with access: accept the licence on the model's page, then run `hf auth login` or set
+HF_TOKEN. HF_HOME sets the folder of the cache, HF_ENDPOINT another hub, and HF_HUB_OFFLINE=1 disables the network.
 """
 
 
-def table(found: Sequence[Weights]) -> tuple[list[dict[str, Any]], list[str]]:
-    """A row for each of the weights, with None for what is not known, and what could not be found out."""
-    repos = [weights.repo for weights in found if weights.repo is not None]
-    why = unreachable() if repos else None
-    infos = _asked(repos) if why is None else {}
-    notes = [f"the hub is not asked ({why}); this is what the cache and the package know"] if why else []
+@dataclass(frozen=True)
+class WeightsRow:
+    """A row of the table, and an entry of `--json`; None is unknown.
+
+    Attributes:
+        stage: Config group.
+        choice: Choice of that group.
+        key: Key of the config that names the checkpoint.
+        checkpoint: The checkpoint, as it is named there.
+        repo: Repository on the hub.
+        file: File in it.
+        size: Bytes to download.
+        licence: Licence.
+        gated: Whether access has to be requested.
+        cached: `whole`, `part` or `no`.
+        cached_size: Bytes in the cache.
+        path: Path of the weights.
+    """
+
+    stage: str
+    choice: str
+    key: str
+    checkpoint: str
+    repo: str | None
+    file: str | None
+    size: int | None
+    licence: str | None
+    gated: bool | None
+    cached: str | None
+    cached_size: int | None
+    path: str | None
+
+
+def weights_rows(specs: Sequence[WeightsSpec]) -> tuple[list[WeightsRow], list[str]]:
+    """Return a row for each of the weights, and a line for what could not be found out."""
+    repos = [spec.repo for spec in specs if spec.repo is not None]
+    unreachable = why_unreachable() if repos else None
+    infos = model_infos(repos) if unreachable is None else {}
+    notes = [f"the hub is not asked ({unreachable}); this is from the cache and the package"] if unreachable else []
     notes += [info for info in infos.values() if isinstance(info, str)]
-    facts = known()
+    known = known_models()
     rows = []
-    for weights in found:
-        row: dict[str, Any] = {"stage": weights.stage, "choice": weights.choice, "key": weights.key}
-        row |= {"checkpoint": weights.checkpoint, "repo": weights.repo, "file": weights.file}
-        if weights.repo is None:
-            assert weights.place is not None
-            licence = "apache-2.0" if weights.place.is_relative_to(BUILTIN_DIR) else None  # the package's own
-            row |= {"size": 0, "licence": licence, "gated": False, "cached": None, "cached_size": None}
-            rows.append(row | {"path": str(weights.place)})
-            continue
-        info = infos.get(weights.repo)
-        info = None if isinstance(info, str) else info
-        have = cached(weights.repo, weights.file, info)
-        fact = facts.get(weights.repo, {})
-        card = getattr(info, "card_data", None) or {}
-        licence = card.get("license")
-        licence = card.get("license_name") or licence if licence == "other" else licence
-        gated = None if info is None or info.gated is None else bool(info.gated)
-        row |= {"size": have.size, "licence": licence or fact.get("licence")}
-        row |= {"gated": fact.get("gated") if gated is None else gated}
-        row |= {"cached": "whole" if have.whole else "part" if have.present else "no", "cached_size": have.present}
-        rows.append(row | {"path": str(have.place(weights)) if have.whole else None})
+    for spec in specs:
+        info = infos.get(spec.repo) if spec.repo is not None else None
+        rows.append(_row(spec, None if isinstance(info, str) else info, known.get(spec.repo or "", {})))
     return rows, notes
 
 
-def show(rows: Sequence[dict[str, Any]]) -> None:
-    """Print the rows as a table."""
+def _row(spec: WeightsSpec, info: Any, known: dict[str, Any]) -> WeightsRow:
+    """Return the row of one spec.
+
+    Args:
+        spec: Which weights.
+        info: What the hub says about the repository; None if it was not asked.
+        known: What the package knows about it.
+    """
+    common = (spec.stage, spec.choice, spec.key, spec.checkpoint, spec.repo, spec.file)
+    if spec.repo is None:
+        assert spec.path is not None
+        licence = "apache-2.0" if spec.path.is_relative_to(BUILTIN_DIR) else None
+        return WeightsRow(*common, 0, licence, False, None, None, str(spec.path))
+    status = cache_status(spec.repo, spec.file, info)
+    card = (info.card_data if info is not None else None) or {}
+    licence = card.get("license")
+    licence = card.get("license_name") or licence if licence == "other" else licence
+    gated = known.get("gated") if info is None or info.gated is None else bool(info.gated)
+    cached = "whole" if status.is_complete else "part" if status.cached_bytes else "no"
+    path = str(status.path(spec.file)) if status.is_complete else None
+    licence = licence or known.get("licence")
+    return WeightsRow(*common, status.size, licence, gated, cached, status.cached_bytes, path)
+
+
+def print_table(rows: Sequence[WeightsRow]) -> None:
+    """Print rows as a table."""
     from rich.console import Console
     from rich.filesize import decimal
     from rich.table import Table
 
-    def said(value: Any) -> str:
+    def text(value: Any) -> str:
         return "unknown" if value is None else {True: "yes", False: "no"}.get(value, str(value))
 
-    shown = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("stage", "choice", "weights", "to fetch", "licence", "gated", "in the cache"):
-        shown.add_column(column, overflow="fold", justify="right" if column == "to fetch" else "left")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("stage", "choice", "weights", "download", "licence", "gated", "in the cache"):
+        table.add_column(column, overflow="fold", justify="right" if column == "download" else "left")
     for row in rows:
-        inside = row["key"].removeprefix(row["stage"]).lstrip(".")
-        choice = row["choice"] + (f"\n{inside}" if inside else "")
-        if row["repo"] is None:
-            place = "part of the package" if Path(row["path"]).is_relative_to(BUILTIN_DIR) else f"lies in {row['path']}"
-            shown.add_row(row["stage"], choice, row["checkpoint"], "nothing", said(row["licence"]), "no", place)
+        inner = row.key.removeprefix(row.stage).lstrip(".")
+        choice = row.choice + (f"\n{inner}" if inner else "")
+        if row.repo is None:
+            is_builtin = Path(row.path or "").is_relative_to(BUILTIN_DIR)
+            location = "part of the package" if is_builtin else f"local: {row.path}"
+            table.add_row(row.stage, choice, row.checkpoint, "nothing", text(row.licence), "no", location)
             continue
-        size = "unknown" if row["size"] is None else decimal(row["size"])
-        there = {"whole": "yes", "no": "no"}.get(row["cached"], f"{decimal(row['cached_size'])} of {size}")
-        name = row["repo"] + (f"\n{row['file']}" if row["file"] else "")
-        shown.add_row(row["stage"], choice, name, size, said(row["licence"]), said(row["gated"]), there)
+        size = "unknown" if row.size is None else decimal(row.size)
+        cached = {"whole": "yes", "no": "no"}.get(str(row.cached), f"{decimal(row.cached_size or 0)} of {size}")
+        name = row.repo + (f"\n{row.file}" if row.file else "")
+        table.add_row(row.stage, choice, name, size, text(row.licence), text(row.gated), cached)
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:
-        console = Console(markup=False, highlight=False, width=200)  # so that scripts see whole lines
-    console.print(shown)
+        console = Console(markup=False, highlight=False, width=200)  # so that scripts get whole lines
+    console.print(table)
 
 
-def run_list(words: Sequence[str], extra: Sequence[str], as_json: bool) -> None:
-    """What `grounded-sam-models list` does."""
-    without: list[str] = []
-    wrong: list[str] = []
-    if words:
-        found, without = needed([*extra, *words])
+def run_list(overrides: Sequence[str], extra: Sequence[str], as_json: bool) -> None:
+    """Run `grounded-sam-models list`.
+
+    Args:
+        overrides: Overrides of the user; without any, every choice is listed.
+        extra: Overrides for a config folder of the user's own.
+        as_json: Print JSON instead of a table.
+    """
+    notes: list[str] = []
+    errors: list[str] = []
+    if overrides:
+        specs, notes = required_weights([*extra, *overrides])
     else:
-        found, wrong = every_choice(extra)
-    rows, notes = table(found)
+        specs, errors = all_weights(extra)
+    rows, warnings = weights_rows(specs)
     if as_json:
-        print(json.dumps(rows, ensure_ascii=False, indent=1))
+        print(json.dumps([asdict(row) for row in rows], ensure_ascii=False, indent=1))
     else:
         if rows:
-            show(rows)
-        print(*without, sep="\n", end="\n" if without else "")
-    for line in [*wrong, *notes]:
+            print_table(rows)
+        print(*notes, sep="\n", end="\n" if notes else "")
+    for line in [*errors, *warnings]:
         print(f"grounded-sam-models: {line}", file=sys.stderr)
 
 
-def run_fetch(words: Sequence[str]) -> None:
-    """What `grounded-sam-models fetch` does.
+def run_fetch(overrides: Sequence[str]) -> None:
+    """Run `grounded-sam-models fetch`.
 
     Raises:
-        CheckpointError: for what could not be had, after everything else was.
+        CheckpointError: For what could not be downloaded, after everything else was.
     """
     from rich.filesize import decimal
 
-    found, without = needed(words)
-    for line in without:
-        print(line)
-    for weights in found:
-        if weights.repo is None:
-            part = weights.place is not None and weights.place.is_relative_to(BUILTIN_DIR)
-            place = "is part of the package" if part else f"lies in {weights.place}"
-            print(f"{weights}: {weights.checkpoint} {place}, there is nothing to fetch")
-    wanted: dict[tuple[str, str | None, str | None], list[Weights]] = {}
-    for weights in found:
-        if weights.repo is not None:
-            wanted.setdefault((weights.repo, weights.file, weights.sha256), []).append(weights)
-    why = unreachable() if wanted else None
-    failed = []
-    for (repo, file, sha256), users in wanted.items():
-        whose = ", ".join(map(str, users))
+    specs, notes = required_weights(overrides)
+    print(*notes, sep="\n", end="\n" if notes else "")
+    users: dict[tuple[str, str | None, str | None], list[WeightsSpec]] = {}
+    for spec in specs:
+        if spec.repo is None:
+            is_builtin = spec.path is not None and spec.path.is_relative_to(BUILTIN_DIR)
+            location = "is part of the package" if is_builtin else f"is local ({spec.path})"
+            print(f"{spec}: {spec.checkpoint} {location}, nothing to download")
+        else:
+            users.setdefault((spec.repo, spec.file, spec.sha256), []).append(spec)
+    unreachable = why_unreachable() if users else None
+    failures = []
+    for (repo, file, sha256), stages in users.items():
+        names = ", ".join(map(str, stages))
         try:
-            have, unchecked = fetch(repo, file, sha256, why)
+            status, unverified = fetch_weights(repo, file, sha256, unreachable, _report_damaged)
         except CheckpointError as error:
-            failed.append(f"{whose}: {error}")
+            failures.append(f"{names}: {error}")
             continue
-        checked = f"{len(have.files) - len(unchecked)} of {len(have.files)} digests right" if have.files else ""
-        if unchecked:
-            checked += "; the rest cannot be checked: without symlinks the cache keeps no digests"
-        print(f"{whose}: {repo}, {decimal(have.present)}, {checked}, in {have.place(users[0])}")
-    if failed:
-        raise CheckpointError("\ngrounded-sam-models: ".join(failed))
+        count = len(status.files)
+        verified = f"{count - len(unverified)} of {count} digests match" if count else ""
+        if unverified:
+            verified += "; the others cannot be verified: without symlinks the cache keeps no digests"
+        print(f"{names}: {repo}, {decimal(status.cached_bytes)}, {verified}, in {status.path(file)}")
+    if failures:
+        raise CheckpointError("\ngrounded-sam-models: ".join(failures))
 
 
-def run_path(words: Sequence[str], typed: Sequence[str]) -> None:
-    """What `grounded-sam-models path` does.
+def _report_damaged(paths: list[Path]) -> None:
+    joined = ", ".join(map(str, paths))
+    print(f"grounded-sam-models: damaged in the cache, downloading again: {joined}", file=sys.stderr)
+
+
+def run_path(overrides: Sequence[str], typed: Sequence[str]) -> None:
+    """Run `grounded-sam-models path`.
+
+    Args:
+        overrides: All overrides.
+        typed: The arguments that the user typed, for the command in the message.
 
     Raises:
-        CheckpointError: if something is not in the cache, with the command that fetches it.
+        CheckpointError: If something is not in the cache, with the command that downloads it.
     """
-    found, _ = needed(words)
+    specs, _ = required_weights(overrides)
     missing = []
-    for weights in found:
-        if weights.repo is None:
-            print(weights.place)
+    for spec in specs:
+        if spec.repo is None:
+            print(spec.path)
             continue
-        have = cached(weights.repo, weights.file)
-        if have.whole:
-            print(have.place(weights))
+        status = cache_status(spec.repo, spec.file)
+        if status.is_complete:
+            print(status.path(spec.file))
         else:
-            missing.append(f"{weights.repo} of {weights}")
+            missing.append(f"{spec.repo} of {spec}")
     if missing:
         command = shlex.join(["grounded-sam-models", "fetch", *typed])
-        raise CheckpointError(f"not in the cache: {', '.join(missing)}; get it with: {command}")
+        raise CheckpointError(f"not in the cache: {', '.join(missing)}; download with: {command}")
 
 
-class Parser(argparse.ArgumentParser):
-    """A parser whose complaints are `ConfigError`s."""
+class ArgumentParser(argparse.ArgumentParser):
+    """An argument parser whose errors are `ConfigError`s."""
 
     def error(self, message: str) -> NoReturn:
+        """Raise instead of exiting."""
         raise ConfigError(f"{message}; --help shows examples")
 
 
-def parsed(arguments: Sequence[str]) -> argparse.Namespace:
-    """Command, words and options.
+def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
+    """Parse the command line.
 
     Raises:
-        ConfigError: for a command or an option that there is not.
+        ConfigError: If a command or an option is unknown.
     """
-    parser = Parser(
+    parser = ArgumentParser(
         prog="grounded-sam-models",
         description=HELP,
         epilog=COMMANDS_HELP,
@@ -217,42 +269,44 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("command", nargs="?", metavar="list|fetch|path")
-    parser.add_argument("words", nargs="*", help="key=value, as for grounded-sam")
-    parser.add_argument("--json", action="store_true", help="with list: the same for scripts; null is unknown")
-    parser.add_argument("--config-dir", "-cd", type=Path, metavar="FOLDER", help="of choices of your own")
-    given = parser.parse_intermixed_args(arguments)
-    if given.command is None:
-        raise ConfigError(f"say {', '.join(COMMANDS[:-1])} or {COMMANDS[-1]}; --help shows examples")
-    if given.command not in COMMANDS:
+    parser.add_argument("overrides", nargs="*", help="key=value, as for grounded-sam")
+    parser.add_argument("--json", action="store_true", help="with list: print JSON, null for unknown")
+    parser.add_argument("--config-dir", "-cd", type=Path, metavar="FOLDER", help="folder of choices of your own")
+    parsed = parser.parse_intermixed_args(arguments)
+    if parsed.command is None:
+        raise ConfigError(f"a command is missing: {', '.join(COMMANDS[:-1])} or {COMMANDS[-1]}; --help shows examples")
+    if parsed.command not in COMMANDS:
         import difflib
 
-        close = difflib.get_close_matches(given.command, COMMANDS, 1)
+        close = difflib.get_close_matches(parsed.command, COMMANDS, 1)
         meant = f"did you mean {close[0]}? " if close else ""
-        raise ConfigError(f"there is no command {given.command!r}; {meant}the commands are {', '.join(COMMANDS)}")
-    if given.json and given.command != "list":
-        raise ConfigError(f"--json goes with list, not with {given.command}")
-    if given.config_dir is not None and not given.config_dir.is_dir():
-        raise ConfigError(f"--config-dir: there is no folder {given.config_dir}")
-    return given
+        raise ConfigError(f"unknown command {parsed.command!r}; {meant}the commands are {', '.join(COMMANDS)}")
+    if parsed.json and parsed.command != "list":
+        raise ConfigError(f"--json goes with list, not with {parsed.command}")
+    if parsed.config_dir is not None and not parsed.config_dir.is_dir():
+        raise ConfigError(f"--config-dir: folder {parsed.config_dir} does not exist")
+    return parsed
 
 
 def main() -> None:
-    """Entry point of `grounded-sam-models`: a user's mistake ends in one line and exit code 1."""
+    """Run the command: a user's mistake ends with one line and exit code 1."""
     try:
-        given = parsed(sys.argv[1:])
-        typed, extra = list(given.words), []
-        if given.config_dir is not None:
-            typed = [f"--config-dir={given.config_dir}", *typed]
-            extra = [f"hydra.searchpath=[{to_override(f'file://{given.config_dir.resolve()}')}]"]
-        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # the client's advice is not what was asked for
+        parsed = parse_arguments(sys.argv[1:])
+        typed, extra = list(parsed.overrides), []
+        if parsed.config_dir is not None:
+            typed = [f"--config-dir={parsed.config_dir}", *typed]
+            extra = [f"hydra.searchpath=[{to_override(f'file://{parsed.config_dir.resolve()}')}]"]
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")  # hides the client's own advice
         if not sys.stderr.isatty():
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-        if given.command == "list":
-            run_list(given.words, extra, given.json)
-        elif given.command == "fetch":
-            run_fetch([*extra, *given.words])
+        if str(Path.cwd()) not in sys.path:
+            sys.path.append(str(Path.cwd()))  # for stages of the user's own, as in `grounded-sam`
+        if parsed.command == "list":
+            run_list(parsed.overrides, extra, parsed.json)
+        elif parsed.command == "fetch":
+            run_fetch([*extra, *parsed.overrides])
         else:
-            run_path([*extra, *given.words], typed)
+            run_path([*extra, *parsed.overrides], typed)
     except (GroundedSamError, OSError) as error:
         sys.exit(f"grounded-sam-models: {error}")
     except KeyboardInterrupt:

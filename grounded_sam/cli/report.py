@@ -1,4 +1,4 @@
-"""What a sweep found out: one sorted table, a plot, and the best settings to use again."""
+"""Report of a sweep: a sorted table, a plot, and the best settings as a preset."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import re
 import shutil
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,137 +21,272 @@ from grounded_sam.config.compose import GROUPS
 from grounded_sam.errors import ConfigError
 from grounded_sam.files import atomic_write
 
-#: Columns of the table that are measured.
+#: First parts of columns that are measured, as opposed to settings.
 MEASURED = ("bbox", "segm", "davis_all_frames", "sav")
-#: What jobs do not differ by.
+#: Settings that do not count as a difference between jobs.
 INCIDENTAL = ("output", "hydra")
+#: Groups of settings that do not change what the models cost.
+FREE = ("select", "sink", "truth", "metric")
+
+Row = dict[str, Any]
 
 
-def jobs(folder: Path) -> list[dict[str, Any]]:
-    """One row per job of a sweep, in their order: overrides, measured values, cost, and what went wrong.
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A job of a sweep.
+
+    Attributes:
+        name: Name of its folder.
+        settings: Its overrides, as strings by key.
+        metrics: Content of its `metrics.json`; empty without one.
+        value: The metric that the sweep maximizes; None if the job failed.
+        images: Number of images that were processed.
+        seconds: Seconds by stage.
+        peak_mib: Peak resident memory in MiB.
+        replayed: Number of images whose results were taken from another job.
+        boxes_replayed: Number of images whose boxes were taken from another job.
+        error: Why it failed; None if it did not.
+    """
+
+    name: str
+    settings: dict[str, str]
+    metrics: dict[str, Any] = field(default_factory=dict)
+    value: float | None = None
+    images: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_mib: float | None = None
+    replayed: int = 0
+    boxes_replayed: int = 0
+    error: str | None = None
+
+    @classmethod
+    def read(cls, folder: Path) -> Job:
+        """Read the `run.json` and, if there is one, the `metrics.json` of a job."""
+        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        metrics = folder / "metrics.json"
+        return cls(
+            name=folder.name,
+            settings=dict(override.lstrip("+").split("=", 1) for override in record["overrides"] if "=" in override),
+            metrics=json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else {},
+            value=record.get("value"),
+            images=record.get("images", 0),
+            seconds=record.get("seconds", {}),
+            peak_mib=record.get("peak_mib"),
+            replayed=record.get("replayed", 0),
+            boxes_replayed=record.get("boxes_replayed", 0),
+            error=record.get("error"),
+        )
+
+    @property
+    def ran_models(self) -> bool:
+        """Whether it processed images itself, instead of replaying the results of another job."""
+        return self.images > 0 and not self.replayed
+
+    @property
+    def seconds_per_image(self) -> dict[str, float]:
+        """Seconds per image by stage."""
+        return {stage: seconds / self.images for stage, seconds in self.seconds.items()} if self.images else {}
+
+
+@dataclass(frozen=True)
+class SweepTable:
+    """The table of a sweep.
+
+    Attributes:
+        columns: Names of the columns that have values.
+        rows: Values by column; the best job first, failed jobs last.
+    """
+
+    columns: list[str]
+    rows: list[Row]
+
+    @property
+    def texts(self) -> list[list[str]]:
+        """The cells of each row, as text."""
+        return [[_to_text(row.get(column)) for column in self.columns] for row in self.rows]
+
+
+def read_jobs(folder: Path) -> list[Job]:
+    """Read the jobs of a sweep in their order.
+
+    Args:
+        folder: Folder of the sweep, with a folder per job in it.
 
     Raises:
-        ConfigError: if there is no job in the folder.
+        ConfigError: If it contains no job.
     """
-    rows = []
-    places = [path for path in folder.iterdir() if (path / "run.json").is_file()] if folder.is_dir() else []
-    for place in sorted(
-        places, key=lambda p: (not p.name.isdecimal(), int(p.name) if p.name.isdecimal() else 0, p.name)
-    ):
-        about = json.loads((place / "run.json").read_text(encoding="utf-8"))
-        measured = place / "metrics.json"
-        about["metrics"] = json.loads(measured.read_text(encoding="utf-8")) if measured.is_file() else {}
-        about["job"] = place.name
-        about["set"] = dict(word.lstrip("+").split("=", 1) for word in about["overrides"] if "=" in word)
-        rows.append(about)
-    if not rows:
+    folders = [path for path in folder.iterdir() if (path / "run.json").is_file()] if folder.is_dir() else []
+    if not folders:
         raise ConfigError(f"no job of a sweep in {folder}: expected folders with a run.json")
-    return rows
+
+    def order(path: Path) -> tuple[bool, int, str]:
+        is_number = path.name.isdecimal()
+        return not is_number, int(path.name) if is_number else 0, path.name
+
+    return [Job.read(path) for path in sorted(folders, key=order)]
 
 
-def table(rows: list[dict[str, Any]]) -> tuple[list[str], list[dict[str, Any]]]:
-    """The columns and lines of the table, the best first and failed jobs last."""
-    keys = list(dict.fromkeys(key for row in rows for key in row["set"]))
-    varied = [key for key in keys if key.split(".")[0] not in INCIDENTAL]
-    varied = [key for key in varied if len({row["set"].get(key) for row in rows}) > 1]
-    lines = []
-    # Replayed jobs cost what the job cost whose predictions they replay: the one with the same stages.
-    paid = {_stages(row, varied): row for row in rows[::-1] if row.get("images") and not row.get("replayed")}
-    whole = [row for row in paid.values() if not row.get("boxes_replayed")]
-    detected = {_stages(row, varied, "segmenter"): row for row in whole}
-    for row in rows:
-        line: dict[str, Any] = {"job": row["job"], **{key: _plain(row["set"].get(key, "")) for key in varied}}
-        metrics = row["metrics"]
-        line["metric"] = row.get("value")
-        for kind in ("bbox", "segm"):
-            line |= {f"{kind}.{key}": metrics.get(kind, {}).get(key) for key in ("AP", "AP50") if kind in metrics}
-        for rule in ("davis_all_frames", "sav"):
-            line |= {f"{rule}.JF": metrics[rule]["JF"]} if rule in metrics else {}
-        line |= {key: metrics.get("tracking", {}).get(key) for key in ("HOTA", "IDF1", "IDSW") if "tracking" in metrics}
-        line |= {key: metrics.get("at_threshold", {}).get(key) for key in ("precision", "recall", "f1") if metrics}
-        cost = row if row.get("images") and not row.get("replayed") else paid.get(_stages(row, varied), {})
-        seconds = {stage: value / cost["images"] for stage, value in cost.get("seconds", {}).items()}
-        if cost.get("boxes_replayed") and (looked := detected.get(_stages(row, varied, "segmenter"))) is not None:
-            saved = looked["seconds"].get("detect", 0.0) / looked["images"] - seconds.get("detect", 0.0)
+def make_table(jobs: Sequence[Job]) -> SweepTable:
+    """Make the table of a sweep.
+
+    Args:
+        jobs: Its jobs, at least one.
+
+    >>> jobs = [Job(name=str(i), settings={"select.score": str(i / 10)}, value=i / 4) for i in range(2)]
+    >>> make_table(jobs).texts
+    [['1', '0.1', '0.25'], ['0', '0.0', '0']]
+    """
+    keys = dict.fromkeys(key for job in jobs for key in job.settings)
+    swept = [
+        key for key in keys if key.split(".")[0] not in INCIDENTAL and len({job.settings.get(key) for job in jobs}) > 1
+    ]
+    costs = _Costs(jobs, swept)
+    rows = [_make_row(job, swept, costs) for job in jobs]
+    rows.sort(key=lambda row: (row["metric"] is None, -(row["metric"] or 0.0)))
+    columns = dict.fromkeys(column for row in rows for column in row)
+    filled = [c for c in columns if c == "job" or any(row.get(c) not in (None, "") for row in rows)]
+    return SweepTable(filled, rows)
+
+
+def _make_row(job: Job, swept: Sequence[str], costs: _Costs) -> Row:
+    metrics = job.metrics
+    row: Row = {"job": job.name, **{key: _unquote(job.settings.get(key, "")) for key in swept}}
+    row["metric"] = job.value
+    for kind in ("bbox", "segm"):
+        row |= {f"{kind}.{key}": metrics.get(kind, {}).get(key) for key in ("AP", "AP50") if kind in metrics}
+    for rule in ("davis_all_frames", "sav"):
+        row |= {f"{rule}.JF": metrics[rule]["JF"]} if rule in metrics else {}
+    row |= {key: metrics.get("tracking", {}).get(key) for key in ("HOTA", "IDF1", "IDSW") if "tracking" in metrics}
+    row |= {key: metrics.get("at_threshold", {}).get(key) for key in ("precision", "recall", "f1") if metrics}
+    seconds = costs.seconds_per_image(job)
+    row |= {f"s/image {stage}": seconds.get(stage) for stage in ("detect", "segment", "track", "all")}
+    row["peak MiB"] = costs.peak_mib(job)
+    row["error"] = job.error or ""
+    return row
+
+
+class _Costs:
+    """What jobs cost: of those that replay results, what the job costs whose results they replay.
+
+    Args:
+        jobs: All jobs of a sweep.
+        swept: Keys of the settings by which they differ.
+    """
+
+    def __init__(self, jobs: Sequence[Job], swept: Sequence[str]) -> None:
+        self._keys = [key for key in swept if key.split(".")[0] not in FREE]
+        # Of several jobs with the same models, the first one counts.
+        self._by_models = {self._models(job): job for job in reversed(jobs) if job.ran_models}
+        detected = [job for job in self._by_models.values() if not job.boxes_replayed]
+        self._by_detector = {self._models(job, "segmenter"): job for job in detected}
+
+    def _models(self, job: Job, without: str = "") -> tuple[str | None, ...]:
+        """Return the settings that decide what models cost."""
+        return tuple(job.settings.get(key) for key in self._keys if key.split(".")[0] != without)
+
+    def _source(self, job: Job) -> Job | None:
+        """Return the job that ran the models."""
+        return job if job.ran_models else self._by_models.get(self._models(job))
+
+    def seconds_per_image(self, job: Job) -> dict[str, float]:
+        """Return seconds per image by stage, including those of a detector whose boxes were replayed."""
+        source = self._source(job)
+        if source is None:
+            return {}
+        seconds = source.seconds_per_image
+        detected = self._by_detector.get(self._models(job, "segmenter"))
+        if source.boxes_replayed and detected is not None:
+            saved = detected.seconds_per_image.get("detect", 0.0) - seconds.get("detect", 0.0)
             seconds |= {stage: seconds.get(stage, 0.0) + saved for stage in ("detect", "all")}
-        line |= {f"s/image {stage}": seconds.get(stage) for stage in ("detect", "segment", "track", "all")}
-        line["peak MiB"] = cost.get("peak_mib")
-        line["error"] = row.get("error", "")
-        lines.append(line)
-    lines.sort(key=lambda line: (line["metric"] is None, -(line["metric"] or 0.0)))
-    columns = list(dict.fromkeys(key for line in lines for key in line))
-    kept = [key for key in columns if key == "job" or any(line.get(key) not in (None, "") for line in lines)]
-    return kept, lines
+        return seconds
+
+    def peak_mib(self, job: Job) -> float | None:
+        """Return the peak memory in MiB."""
+        source = self._source(job)
+        return None if source is None else source.peak_mib
 
 
-def _stages(row: dict[str, Any], varied: Sequence[str], without: str = "") -> tuple[Any, ...]:
-    """The settings that decide what the models cost."""
-    cheap = ("select", "sink", "truth", "metric", without)
-    return tuple(row["set"].get(key) for key in varied if key.split(".")[0] not in cheap)
-
-
-def _plain(value: str) -> str:
-    r"""A value without the backslashes and quotes of Hydra's overrides: `builtin\:shapes`."""
+def _unquote(value: str) -> str:
+    r"""Remove the backslashes and quotes of Hydra's overrides, as in `builtin\:shapes`."""
     return re.sub(r"\\(.)", r"\1", value).strip("'")
 
 
-def _text(value: Any) -> str:
+def _to_text(value: Any) -> str:
     if value is None:
         return ""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def write_report(folder: Path) -> str:
-    """Write `sweep.csv`, `sweep.md`, `sweep.png`, `sweep.html` and `preset/best.yaml`; return the table.
+    """Write `sweep.csv`, `sweep.md`, `sweep.png`, `sweep.html` and `preset/best.yaml`; return the table as text.
+
+    Args:
+        folder: Folder of the sweep.
 
     Raises:
-        ConfigError: if there is no job in the folder.
+        ConfigError: If it contains no job.
     """
+    jobs = read_jobs(folder)
+    table = make_table(jobs)
+    _write_csv(folder / "sweep.csv", table)
+    _write_markdown(folder / "sweep.md", table)
+    files = ["sweep.csv", "sweep.md"]
+    best = next((row for row in table.rows if row["metric"] is not None), None)
+    usage = ""
+    if best is not None:
+        plot = _plot(table)
+        with atomic_write(folder / "sweep.png") as part:
+            part.write_bytes(plot)
+        with atomic_write(folder / "sweep.html") as part:
+            part.write_text(_to_html(table, plot), encoding="utf-8")
+        settings = next(job.settings for job in jobs if job.name == best["job"])
+        with atomic_write(folder / "preset" / "best.yaml") as part:
+            part.write_text(_to_preset(settings, best), encoding="utf-8")
+        files += ["sweep.png", "sweep.html", "preset/best.yaml"]
+        usage = f"; use the best with --config-dir {folder} preset=best"
+    return f"{_to_console(table)}\n  in {folder}: {', '.join(files)}{usage}"
+
+
+def _write_csv(path: Path, table: SweepTable) -> None:
+    with atomic_write(path) as part, part.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, table.columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows(table.rows)
+
+
+def _write_markdown(path: Path, table: SweepTable) -> None:
+    lines = [
+        "| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [table.columns, *table.texts]
+    ]
+    lines.insert(1, "|" + "---|" * len(table.columns))
+    with atomic_write(path) as part:
+        part.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _to_console(table: SweepTable) -> str:
+    """Draw the table for a terminal."""
     from rich.console import Console
     from rich.table import Table
 
-    rows = jobs(folder)
-    columns, lines = table(rows)
-    with atomic_write(folder / "sweep.csv") as beside, beside.open("w", newline="", encoding="utf-8") as out:
-        writer = csv.DictWriter(out, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(lines)
-    texts = [[_text(line.get(column)) for column in columns] for line in lines]
-    with atomic_write(folder / "sweep.md") as beside:
-        marks = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in [columns, *texts]]
-        beside.write_text("\n".join([marks[0], "|" + "---|" * len(columns), *marks[1:]]) + "\n", encoding="utf-8")
-    places = ["sweep.csv", "sweep.md"]
-    best = next((line for line in lines if line["metric"] is not None), None)
-    if best is not None:
-        picture = _plot(rows, lines)
-        with atomic_write(folder / "sweep.png") as beside:
-            beside.write_bytes(picture)
-        with atomic_write(folder / "sweep.html") as beside:
-            beside.write_text(_page(columns, texts, picture), encoding="utf-8")
-        chosen = next(row for row in rows if row["job"] == best["job"])
-        with atomic_write(folder / "preset" / "best.yaml") as beside:
-            beside.write_text(_preset(chosen["set"], best), encoding="utf-8")
-        places += ["sweep.png", "sweep.html", "preset/best.yaml"]
-    shown = Table(title=f"{len(rows)} jobs, the best first", title_justify="left")
-    for column in columns:
-        shown.add_column(column, justify="left" if column == "error" else "right")
-    for row in texts:
-        shown.add_row(*row)
-    out_ = io.StringIO()
-    Console(file=out_, width=180, markup=False).print(shown)
-    use = f"; use the best with --config-dir {folder} preset=best" if best is not None else ""
-    return f"{out_.getvalue().rstrip()}\n  in {folder}: {', '.join(places)}{use}"
+    drawn = Table(title=f"{len(table.rows)} jobs, the best first", title_justify="left")
+    for column in table.columns:
+        drawn.add_column(column, justify="left" if column == "error" else "right")
+    for cells in table.texts:
+        drawn.add_row(*cells)
+    out = io.StringIO()
+    Console(file=out, width=180, markup=False).print(drawn)
+    return out.getvalue().rstrip()
 
 
-def _preset(chosen: dict[str, str], line: dict[str, Any]) -> str:
-    """Overrides as a preset: choices of groups in its defaults, values as they were given."""
+def _to_preset(settings: dict[str, str], row: Row) -> str:
+    """Convert the overrides of a job to a preset: choices of groups become its defaults, others its values."""
     import yaml
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from omegaconf import OmegaConf
 
     defaults: list[Any] = []
     values = OmegaConf.create()
-    for key, value in chosen.items():
+    for key, value in settings.items():
         if key.split(".")[0] in (*INCIDENTAL, "input", "truth", "metric", "preset", "sink", "sweep"):
             continue
         if key in ("source", "source.shard", "source.num_shards"):
@@ -160,115 +296,116 @@ def _preset(chosen: dict[str, str], line: dict[str, Any]) -> str:
             continue
         parsed = OverridesParser.create().parse_override(f"{key}={value}")
         OmegaConf.update(values, key, parsed.value(), force_add=True)
-    head = f"# @package _global_\n# The best of a sweep: {_text(line['metric'])}, job {line['job']}.\n"
-    if "preset" in chosen:
-        names = chosen["preset"].strip("[]").split(",")
+    header = f"# @package _global_\n# The best of a sweep: {_to_text(row['metric'])}, job {row['job']}.\n"
+    if "preset" in settings:
+        names = settings["preset"].strip("[]").split(",")
         defaults = [*(name.strip() for name in names if name.strip()), *defaults]
     text = yaml.safe_dump({"defaults": defaults}, sort_keys=False) if defaults else ""
     plain = OmegaConf.to_container(values)
-    return head + text + (yaml.safe_dump(plain, sort_keys=False, allow_unicode=True) if plain else "")
+    return header + text + (yaml.safe_dump(plain, sort_keys=False, allow_unicode=True) if plain else "")
 
 
-def _plot(rows: list[dict[str, Any]], lines: list[dict[str, Any]]) -> bytes:
-    """The metric against what was varied, and precision against recall, as PNG."""
+def _plot(table: SweepTable) -> bytes:
+    """Plot the metric over a swept setting and, if known, precision over recall; return the PNG."""
     from matplotlib.figure import Figure
 
-    good = [line for line in lines if line["metric"] is not None]
-    keys = [key for key in good[0] if "." in key and key.split(".")[0] not in MEASURED] + [
-        key for key in good[0] if key in GROUPS
-    ]
-    numeric = [key for key in keys if all(_number(line.get(key)) is not None for line in good)]
-    key = next(iter(numeric or keys), "job")
-    rates = all(line.get("recall") is not None for line in good)
-    figure = Figure(figsize=(11 if rates else 6, 4.5), layout="constrained")
-    axes = figure.subplots(1, 2 if rates else 1, squeeze=False)[0]
-    groups: dict[str, list[dict[str, Any]]] = {}
-    for line in good:
-        name = ", ".join(f"{k}={line[k]}" for k in keys if k != key)
-        groups.setdefault(name, []).append(line)
-    for name, members in groups.items():
-        xs = [_number(line.get(key)) if key in numeric else str(line.get(key)) for line in members]
-        order = sorted(range(len(xs)), key=lambda i: (isinstance(xs[i], str), xs[i]))
-        axes[0].plot([xs[i] for i in order], [members[i]["metric"] for i in order], marker="o", label=name or None)
-        if rates:
-            axes[1].plot(
-                [members[i]["recall"] for i in order],
-                [members[i]["precision"] for i in order],
-                marker="o",
-                label=name or None,
-            )
-    axes[0].set_xlabel(key)
-    axes[0].set_ylabel("metric")
-    if rates:
-        axes[1].set_xlabel("recall")
-        axes[1].set_ylabel("precision")
-    if 1 < len(groups) <= 12:
-        axes[-1].legend(fontsize="small")
-    for axis in axes:
+    rows = [row for row in table.rows if row["metric"] is not None]
+    swept = [key for key in rows[0] if "." in key and key.split(".")[0] not in MEASURED]
+    swept += [key for key in rows[0] if key in GROUPS]
+    numeric = [key for key in swept if all(_to_number(row.get(key)) is not None for row in rows)]
+    x_key = next(iter(numeric or swept), "job")
+    has_rates = all(row.get("recall") is not None for row in rows)
+    figure = Figure(figsize=(11 if has_rates else 6, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2 if has_rates else 1, squeeze=False)[0]
+    series: dict[str, list[Row]] = {}
+    for row in rows:
+        series.setdefault(", ".join(f"{key}={row[key]}" for key in swept if key != x_key), []).append(row)
+    for label, members in series.items():
+        points = _sorted_points(members, x_key, x_key in numeric)
+        axes[0].plot([x for x, _ in points], [row["metric"] for _, row in points], marker="o", label=label or None)
+        if has_rates:
+            recall, precision = ([row[key] for _, row in points] for key in ("recall", "precision"))
+            axes[1].plot(recall, precision, marker="o", label=label or None)
+    for axis, (x_label, y_label) in zip(axes, ((x_key, "metric"), ("recall", "precision")), strict=False):
+        axis.set_xlabel(x_label)
+        axis.set_ylabel(y_label)
         axis.grid(alpha=0.3)
+    if 1 < len(series) <= 12:
+        axes[-1].legend(fontsize="small")
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=120)
     return out.getvalue()
 
 
-def _number(value: Any) -> float | None:
+def _sorted_points(rows: Sequence[Row], key: str, is_numeric: bool) -> list[tuple[Any, Row]]:
+    """Return rows with their x values, in order of these."""
+    points = [(_to_number(row.get(key)) if is_numeric else str(row.get(key)), row) for row in rows]
+    return sorted(points, key=lambda point: (isinstance(point[0], str), point[0]))
+
+
+def _to_number(value: Any) -> float | None:
     try:
         return float(value)
     except (TypeError, ValueError):
         return None
 
 
-def _page(columns: list[str], texts: list[list[str]], picture: bytes) -> str:
-    def line(cells: list[str], tag: str) -> str:
+def _to_html(table: SweepTable, plot: bytes) -> str:
+    def table_row(cells: list[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}" for cell in cells) + "</tr>"
 
-    url = f"data:image/png;base64,{base64.b64encode(picture).decode()}"
+    url = f"data:image/png;base64,{base64.b64encode(plot).decode()}"
     style = (
         "body{font:14px sans-serif;margin:2em}td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #eee}"
     )
-    body = "".join(line(row, "td") for row in texts)
+    body = "".join(table_row(cells, "td") for cells in table.texts)
     return (
         f"<!doctype html><meta charset='utf-8'><title>Sweep</title><style>{style}</style><img src='{url}' alt='plot'>"
-        f"<table>{line(columns, 'th')}{body}</table>\n"
+        f"<table>{table_row(table.columns, 'th')}{body}</table>\n"
     )
 
 
 class SweepReport(Callback):
-    """A callback of Hydra: before a sweep notes what its jobs ask for, after it writes and prints the report."""
+    """Hydra callback of sweeps: prepares the shared predictions before the jobs, and reports after them."""
 
     def on_multirun_start(self, config: Any, **_: Any) -> None:
-        from grounded_sam.pipeline.prediction_cache import PLACE, write_sweep_floor
+        """Remove the records of an earlier sweep, and write what the jobs of this one may select."""
+        from grounded_sam.pipeline.prediction_cache import FOLDER, SweepFloor
 
         sweep = Path(config.hydra.sweep.dir)
-        shutil.rmtree(sweep / PLACE, ignore_errors=True)  # of an earlier sweep into the same folder
-        for place in sweep.glob("[0-9]*"):
+        shutil.rmtree(sweep / FOLDER, ignore_errors=True)
+        for folder in sweep.glob("[0-9]*"):
             for name in ("run.json", "metrics.json"):
-                (place / name).unlink(missing_ok=True)
+                (folder / name).unlink(missing_ok=True)
         space = config.hydra.sweeper.get("params") or {}
-        words = [*config.hydra.overrides.task, *(f"{key}={value}" for key, value in space.items())]
-        write_sweep_floor(Path(config.hydra.sweep.dir), words)
+        overrides = [*config.hydra.overrides.task, *(f"{key}={value}" for key, value in space.items())]
+        SweepFloor.from_overrides(overrides).write(sweep)
 
     def on_multirun_end(self, config: Any, **_: Any) -> None:
+        """Write and print the report, if there is something to report; exit with an error if jobs failed."""
         folder = Path(config.hydra.sweep.dir)
         try:
-            rows = jobs(folder)
+            jobs = read_jobs(folder)
         except ConfigError:
             return
-        failed = [row for row in rows if "error" in row]
-        if failed or any(row["metrics"] for row in rows):
+        failed = [job for job in jobs if job.error is not None]
+        if failed or any(job.metrics for job in jobs):
             print(write_report(folder))
         if failed:
             sys.exit(
-                f"grounded-sam: {len(failed)} of {len(rows)} jobs failed; the reasons are in {folder / 'sweep.csv'}"
+                f"grounded-sam: {len(failed)} of {len(jobs)} jobs failed; see the errors in {folder / 'sweep.csv'}"
             )
 
 
 def main() -> None:
-    """Entry point of `grounded-sam-report FOLDER`: the report of a sweep that was run before."""
+    """Entry point of `grounded-sam-report FOLDER`, which writes the report of an earlier sweep again."""
     import argparse
 
-    parser = argparse.ArgumentParser(prog="grounded-sam-report", description=write_report.__doc__)
-    parser.add_argument("folder", type=Path, help="of the sweep, with a folder per job in it")
+    parser = argparse.ArgumentParser(
+        prog="grounded-sam-report",
+        description="Write the report of a sweep again: sweep.csv, sweep.md, sweep.png, sweep.html, preset/best.yaml.",
+    )
+    parser.add_argument("folder", type=Path, help="folder of the sweep, with a folder per job in it")
     try:
         print(write_report(parser.parse_args().folder))
     except ConfigError as error:

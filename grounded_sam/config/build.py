@@ -1,27 +1,48 @@
-"""From words on the command line to stages: the config folder, composing, building."""
+"""Build a pipeline, a source and sinks from a config."""
 
 from __future__ import annotations
 
+import inspect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from grounded_sam.config.compose import GROUPS, compose, to_override
+from grounded_sam.checks import check_choice
+from grounded_sam.config.compose import GROUPS, check_renamed, compose, renamed_key, to_override
 from grounded_sam.errors import ConfigError, GroundedSamError
+from grounded_sam.structures.protocols import (
+    CachesFeatures,
+    DeclaresTraits,
+    DetectorTraits,
+    NeedsMasks,
+    ResultStore,
+    Sink,
+    Source,
+    TakesOptions,
+    TextTracker,
+)
+from grounded_sam.structures.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from grounded_sam.pipeline.pipeline import Pipeline
-    from grounded_sam.structures.protocols import Sink, Source
-    from grounded_sam.structures.vocabulary import Vocabulary
+    from grounded_sam.pipeline.select import Select
 
 
 def build_node(cfg: DictConfig, key: str, **extra: Any) -> Any:
-    """Build what `cfg[key]` describes; its `_target_` is the registry.
+    """Build the object that `cfg[key]` describes: call its `_target_` with its other keys.
+
+    Args:
+        cfg: The config.
+        key: Which part, such as `sink.coco`.
+        extra: More arguments.
 
     Raises:
-        ConfigError: if the class cannot be imported or does not take the keys given.
+        ConfigError: If the class cannot be imported, or does not take the keys.
     """
     from hydra.errors import HydraException, InstantiationException
     from hydra.utils import instantiate
@@ -30,9 +51,9 @@ def build_node(cfg: DictConfig, key: str, **extra: Any) -> Any:
     node = OmegaConf.select(cfg, key)
     target = None if node is None else node.get("_target_")
     if target is None:
-        raise ConfigError(f"{key} has no _target_, so there is nothing to build; it is {node}")
+        raise ConfigError(f"{key} has no _target_, so nothing can be built from it; it is {node}")
     try:
-        # Partial, since Hydra would turn `extra` into configs.
+        # Partial, because Hydra would convert `extra` to configs.
         return instantiate(node, _convert_="all", _partial_=True)(**extra)
     except GroundedSamError:
         raise
@@ -43,10 +64,70 @@ def build_node(cfg: DictConfig, key: str, **extra: Any) -> Any:
         if cause is not None:
             raise cause from error
         reason = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
+        unexpected = re.search(r"unexpected keyword argument '(\w+)'", str(reason))
+        if unexpected:
+            if (new := renamed_key(f"{key}.{unexpected[1]}")) is not None:
+                raise ConfigError(f"{key}.{unexpected[1]} was renamed to {new}") from error
+            names = ", ".join(sorted(argument_names(_class_of(node, key)) - set(extra)))
+            reason = f"unknown key {unexpected[1]!r}; the keys are {names}"
         raise ConfigError(f"cannot build {key} from {target}: {' '.join(str(reason).split())}") from error
 
 
-def _plain(cfg: DictConfig) -> dict[str, Any]:
+def _class_of(node: Any, key: str) -> Any:
+    """Import the class that a part of the config names; None if there is no such part.
+
+    Raises:
+        ConfigError: If it cannot be imported.
+    """
+    from hydra.errors import HydraException
+    from hydra.utils import get_object
+
+    if not node or node.get("_target_") is None:
+        return None
+    try:
+        return get_object(node.get("_target_"))
+    except (HydraException, ImportError, AttributeError, ValueError) as error:
+        raise ConfigError(f"cannot build {key} from {node.get('_target_')}: {error}") from error
+
+
+def argument_names(cls: Any) -> set[str]:
+    """Return the names of the arguments of a stage's class, with the fields of its options.
+
+    Args:
+        cls: The class, or a function.
+
+    >>> from grounded_sam.segmenters.sam2 import Sam2
+    >>> "size" in argument_names(Sam2) and "multimask" in argument_names(Sam2)
+    True
+    """
+    parameters = inspect.signature(cls).parameters.values()
+    names = {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
+    return names | {field.name for field in fields(cls.OPTIONS)} if isinstance(cls, TakesOptions) else names
+
+
+def detector_traits(node: Any) -> DetectorTraits:
+    """Return what the detector of a config does besides boxes, without loading its weights.
+
+    Args:
+        node: The part `detector` of a config, or None.
+    """
+    cls = _class_of(node, "detector")
+    if isinstance(cls, type) and issubclass(cls, DeclaresTraits):
+        return cls.traits(dict(node))
+    return DetectorTraits()
+
+
+def _nested_detectors(node: Any) -> Iterator[Any]:
+    """Yield the config of a detector and of the detectors in it."""
+    if isinstance(node, Mapping):
+        if "_target_" in node:
+            yield node
+        for inner in node.values():
+            yield from _nested_detectors(inner)
+
+
+def to_plain(cfg: DictConfig) -> dict[str, Any]:
+    """Convert a config to dicts and lists, with interpolations resolved."""
     from omegaconf import OmegaConf
 
     plain = OmegaConf.to_container(cfg, resolve=True)
@@ -55,157 +136,187 @@ def _plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def vocabulary_from_config(cfg: DictConfig) -> Vocabulary | None:
-    """What `text`, `negative` and `phrasing` ask for; None if `text` is not given."""
-    from grounded_sam.structures.vocabulary import Vocabulary
-
-    plain = _plain(cfg)
+    """Return the vocabulary of `text`, `negative` and `prompt_template`; None if there is no `text`."""
+    plain = to_plain(cfg)
     if plain["text"] is None or plain["text"] == []:
         return None
-    return Vocabulary.parse(plain["text"], plain["negative"] or ()).phrased(str(plain["phrasing"]))
+    vocabulary = Vocabulary.parse(plain["text"], plain["negative"] or ())
+    return vocabulary.with_prompt_template(str(plain["prompt_template"]))
 
 
-def build(cfg: DictConfig, kept: dict[str, tuple[Any, Any]] | None = None) -> Pipeline:
-    """The pipeline that a config describes, models loaded.
+def build(cfg: DictConfig, reuse: dict[str, tuple[Any, Any]] | None = None) -> Pipeline:
+    """Build the pipeline that a config describes, and load its models.
 
     Args:
-        cfg: the config.
-        kept: stages of an earlier job in this process, which are used again if their settings are the same.
+        cfg: The config.
+        reuse: Stages of an earlier job in this process by config group, each with its settings; a stage with the same
+            settings is used again, and new ones are added.
 
     Raises:
-        ConfigError: for choices that cannot work together; CheckpointError: for missing weights.
+        ConfigError: If choices do not work together.
+        CheckpointError: If weights are missing or damaged.
     """
-    from grounded_sam.acceleration.allocator import keep_pages
+    from grounded_sam.acceleration.allocator import keep_freed_memory
     from grounded_sam.pipeline.pipeline import Pipeline
     from grounded_sam.pipeline.select import Select
     from grounded_sam.segmenters.feature_cache import FeatureCache
 
-    if cfg.allocator not in ("keep", "system"):
-        raise ConfigError(f"allocator must be keep or system, got {cfg.allocator!r}")
+    check_renamed(cfg)
+    check_choice("allocator", cfg.allocator, ("keep", "system"))
     if cfg.allocator == "keep":
-        keep_pages()
+        keep_freed_memory()
     vocabulary = vocabulary_from_config(cfg)
-    settings = build_node(cfg, "select")
-    if not isinstance(settings, Select):
-        raise ConfigError(
-            f"select._target_ must be a grounded_sam.pipeline.select.Select, got {type(settings).__name__}"
-        )
-    # A detector that takes the segmenter into its own hands gives masks itself, or has a say in it.
-    masks_itself = "segmenter" in (cfg.detector or {}) or (cfg.detector or {}).get("own_masks") is True
-    masks = cfg.segmenter is not None or masks_itself or (cfg.detector or {}).get("masks") is True
-    if cfg.detector is None:
-        if not _finds_itself(cfg.tracker):
-            raise ConfigError("detector=none needs a tracker that finds things by itself, such as tracker=sam3_video")
-        masks = True
-    if settings.nms_by == "mask" and not masks:
-        raise ConfigError("select.nms_by=mask needs masks; choose a segmenter, or select.nms_by=box")
-    if cfg.segmenter is not None and (cfg.detector or {}).get("masks") is True:
-        raise ConfigError(
-            "the detector gives masks, so a segmenter has nothing to do; to make new ones say detector.masks=false"
-        )
-    by_hand = "prompts" in (cfg.detector or {}) or cfg.track.get("clicks") is not None
-    if (cfg.tracker or {}).get("prompt") == "mask" and not (masks or by_hand):
-        raise ConfigError(
-            "tracker.prompt=mask needs masks, which neither segmenter=none nor this detector gives (one that does says "
-            "own_masks: true in its YAML); choose a segmenter, or tracker.prompt=box"
-        )
+    select = build_node(cfg, "select")
+    if not isinstance(select, Select):
+        raise ConfigError(f"select._target_ must be grounded_sam.pipeline.select.Select, got {type(select).__name__}")
     tiles, refine = build_node(cfg, "tiles"), build_node(cfg, "refine")
-    if refine.changes and (cfg.segmenter is None or masks_itself):
-        raise ConfigError(
-            "refine changes what a segmenter's masks belong to, and none runs here; choose a segmenter, or leave out "
-            "refine.boxes and refine.score"
-        )
-    members = [cfg.detector or {}, *((cfg.detector or {}).get("detectors") or {}).values()]
-    if tiles.size is not None and any(member.get("exemplars") for member in members):
-        raise ConfigError(
-            "detector.exemplars are boxes in the whole picture and would be in every tile; leave out them or tiles.size"
-        )
-    detector = None if cfg.detector is None else _made(cfg, "detector", kept)
-    segmenter = None if cfg.segmenter is None or masks_itself else _made(cfg, "segmenter", kept)
+    traits = detector_traits(cfg.detector)
+    _check_choices(cfg, select, traits, refines=refine.changes, tiled=tiles.size is not None)
+    detector = None if cfg.detector is None else _build_or_reuse(cfg, "detector", reuse)
+    no_segmenter = cfg.segmenter is None or traits.replaces_segmenter
+    segmenter = None if no_segmenter else _build_or_reuse(cfg, "segmenter", reuse)
     if cfg.cache.folder is not None:
-        if segmenter is None or not hasattr(segmenter, "embeddings"):
-            raise ConfigError("cache.folder keeps what a segmenter makes of pictures, and none does here")
-        segmenter.embeddings = FeatureCache(cfg.cache.folder, cfg.cache.gigabytes)
-    tracking = build_node(cfg, "track")
-    tracker = None if cfg.tracker is None else partial(build_node, cfg, "tracker", segmenter=segmenter)
-    plain = _plain(cfg)
-    negatives, phrasing = plain["negative"] or (), str(plain["phrasing"])
-    return Pipeline(detector, segmenter, settings, vocabulary, negatives, tracker, tracking, phrasing, tiles, refine)
+        if not isinstance(segmenter, CachesFeatures):
+            raise ConfigError("cache.folder stores the image features of a segmenter, and there is none that has some")
+        segmenter.use_feature_cache(FeatureCache(cfg.cache.folder, cfg.cache.gigabytes))
+    plain = to_plain(cfg)
+    return Pipeline(
+        detector,
+        segmenter,
+        select=select,
+        vocabulary=vocabulary,
+        negatives=plain["negative"] or (),
+        tracker=None if cfg.tracker is None else partial(build_node, cfg, "tracker", segmenter=segmenter),
+        track=build_node(cfg, "track"),
+        prompt_template=str(plain["prompt_template"]),
+        tiles=tiles,
+        refine=refine,
+    )
 
 
-def _finds_itself(tracker: Any) -> bool:
-    """Whether the class of a tracker's config says that it needs no detector."""
-    from hydra.errors import HydraException
-    from hydra.utils import get_object
+def _check_choices(cfg: DictConfig, select: Select, traits: DetectorTraits, refines: bool, tiled: bool) -> None:
+    """Check that the choices of a config work together, before weights are loaded.
 
-    try:
-        return tracker is not None and not getattr(get_object(tracker.get("_target_")), "needs_detector", True)
-    except (HydraException, ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"cannot build tracker from {tracker.get('_target_')}: {error}") from error
+    Raises:
+        ConfigError: If they do not, with the keys to change.
+    """
+    tracker = _class_of(cfg.tracker, "tracker")
+    has_masks = cfg.segmenter is not None or traits.masks or traits.replaces_segmenter
+    if cfg.detector is None:
+        if not (isinstance(tracker, type) and issubclass(tracker, TextTracker)):
+            raise ConfigError("detector=none needs a tracker that finds objects itself, such as tracker=sam3_video")
+        has_masks = True
+    if select.nms_by == "mask" and not has_masks:
+        raise ConfigError("select.nms_by=mask needs masks; choose a segmenter, or select.nms_by=box")
+    if cfg.segmenter is not None and traits.masks and not traits.replaces_segmenter:
+        raise ConfigError(
+            "the detector returns masks, so the segmenter has nothing to do; to make new masks set detector.masks=false"
+        )
+    has_clicks = traits.clicks or cfg.track.get("clicks") is not None
+    needs_masks = (
+        isinstance(tracker, type) and issubclass(tracker, NeedsMasks) and tracker.needs_masks(dict(cfg.tracker))
+    )
+    if needs_masks and not (has_masks or has_clicks):
+        raise ConfigError(
+            "tracker.prompt=mask needs masks, which neither the segmenter nor the detector provides; choose a "
+            "segmenter, or tracker.prompt=box (a detector class with masks declares them in `traits`)"
+        )
+    if refines and (cfg.segmenter is None or traits.replaces_segmenter):
+        raise ConfigError(
+            "refine.boxes and refine.score use the masks of a segmenter, and none runs here; choose a segmenter, or "
+            "remove these settings"
+        )
+    if tiled and any(detector_traits(node).image_prompts for node in _nested_detectors(cfg.detector)):
+        raise ConfigError(
+            "detector.exemplars are boxes in whole images, which cannot be tiled; remove them, or tiles.size"
+        )
 
 
-def _made(cfg: DictConfig, key: str, kept: dict[str, tuple[Any, Any]] | None) -> Any:
-    """`make`, or what was made last for `key` if its settings were the same; one of a kind is kept."""
+def _build_or_reuse(cfg: DictConfig, key: str, reuse: dict[str, tuple[Any, Any]] | None) -> Any:
+    """Build a stage, or reuse the last one of its group if its settings are the same."""
     from omegaconf import OmegaConf
 
     settings = OmegaConf.to_container(OmegaConf.select(cfg, key), resolve=True)
-    if kept is not None and key in kept and kept[key][0] == settings:
-        return kept[key][1]
-    if kept is not None:
-        kept.pop(key, None)  # so that two models need not fit into memory
-    stage = build_node(cfg, key)
-    if kept is not None:
-        kept[key] = settings, stage
-    return stage
+    if reuse is None:
+        return build_node(cfg, key)
+    if key not in reuse or reuse[key][0] != settings:
+        reuse.pop(key, None)  # freed first, so that two models need not fit into memory
+        reuse[key] = settings, build_node(cfg, key)
+    return reuse[key][1]
 
 
 def share_predictions(cfg: DictConfig, pipeline: Pipeline, vocabulary: Vocabulary, sweep: Path) -> None:
-    """Let a pipeline share what its models find with the other jobs of a sweep, if those ask the same of them."""
-    from grounded_sam.pipeline.prediction_cache import PredictionCache, read_sweep_floor
+    """Share what the models of a pipeline find with the other jobs of a sweep, where these ask the same of them.
 
-    note = read_sweep_floor(sweep)
+    Args:
+        cfg: Config of the job.
+        pipeline: Its pipeline, which is changed.
+        vocabulary: Classes of the run.
+        sweep: Folder of the sweep.
+    """
     from grounded_sam.detectors.stored import StoredDetector
+    from grounded_sam.pipeline.images import DetectThenSegment
+    from grounded_sam.pipeline.prediction_cache import CachedStages, PredictionCache, SweepFloor
 
-    if "store" in (cfg.sink or {}) or isinstance(pipeline.detector, StoredDetector):  # whose boxes are the source's
+    stages = pipeline.stages
+    assert isinstance(stages, DetectThenSegment)
+    has_store = any(_is_store(node, name) for name, node in (cfg.sink or {}).items())
+    if has_store or isinstance(pipeline.detector, StoredDetector):  # their detections come from elsewhere
         return
-    # What is selected decides which pieces are joined, or masks change what is selected by.
-    if pipeline.tiles.size is not None or pipeline.refine.changes:
+    if stages.tiles.size is not None or stages.refine.changes:  # what is selected depends on more than thresholds
         return
-    plain = _plain(cfg)
+    floor, plain = SweepFloor.read(sweep), to_plain(cfg)
     settings = {"detector": plain["detector"], "max_side": plain["source"].get("max_side")}
-    if note.get("boxes") and pipeline.segmenter is not None:
-        pipeline.boxes = PredictionCache(sweep, vocabulary, {**settings, "segmenter": None}, pipeline.settings)
-    if note.get("shared"):
+    boxes = results = None
+    if floor.boxes and pipeline.segmenter is not None:
+        boxes = PredictionCache(sweep, vocabulary, {**settings, "segmenter": None}, pipeline.select)
+    if floor.results:
         settings["segmenter"] = plain["segmenter"]
-        pipeline.predictions = PredictionCache(sweep, vocabulary, settings, pipeline.settings)
+        results = PredictionCache(sweep, vocabulary, settings, pipeline.select)
+    if boxes is not None or results is not None:
+        pipeline.stages = CachedStages(stages, results, boxes)
 
 
 def build_source(cfg: DictConfig) -> Source:
-    """The source that a config describes."""
-    return build_node(cfg, "source")
+    """Build the source that a config describes.
+
+    Raises:
+        ConfigError: If the input is missing, or a setting is out of range.
+    """
+    source: Source = build_node(cfg, "source")
+    return source
+
+
+def _is_store(node: Any, name: str) -> bool:
+    """Return whether a sink reads back what earlier runs wrote."""
+    cls = _class_of(node, f"sink.{name}")
+    return isinstance(cls, type) and issubclass(cls, ResultStore)
 
 
 def build_sinks(cfg: DictConfig, output: Path, vocabulary: Vocabulary) -> list[Sink]:
-    """The sinks that a config describes, in its order, the store first.
+    """Build the sinks that a config describes, in its order, the store first.
 
     Args:
-        cfg: the config.
-        output: folder of the run. The store of all shards is one, so it is under the `output` of the sweep.
-        vocabulary: of the run.
+        cfg: The config.
+        output: Folder of the run. The store of all shards is one, so it lies in the `output` of the sweep.
+        vocabulary: Classes of the run.
     """
     from omegaconf import OmegaConf
 
-    shards = OmegaConf.select(cfg, "source.num_shards") or 1
-    sinks: dict[str, Sink] = {}
-    for name in sorted(cfg.sink or {}, key=lambda name: name != "store"):
-        place = output
-        if shards > 1 and name == "store":
-            place = Path(cfg.output)
-        elif shards > 1 and output == Path(cfg.output):  # shards that are started by hand
-            place = output / str(cfg.source.shard)
-        sinks[name] = build_node(cfg, f"sink.{name}", output=place, vocabulary=vocabulary)
-        # With resume=extend the store may have classes that this run does not ask for.
-        vocabulary = getattr(sinks[name], "classes", vocabulary) if name == "store" else vocabulary
-    return list(sinks.values())
+    num_shards = OmegaConf.select(cfg, "source.num_shards") or 1
+    stores = {name: _is_store(node, str(name)) for name, node in (cfg.sink or {}).items()}
+    sinks: list[Sink] = []
+    for name in sorted(stores, key=lambda name: not stores[name]):
+        folder = output
+        if num_shards > 1 and stores[name]:
+            folder = Path(cfg.output)
+        elif num_shards > 1 and output == Path(cfg.output):  # shards that are started by hand
+            folder = output / str(cfg.source.shard)
+        sink = build_node(cfg, f"sink.{name}", output=folder, vocabulary=vocabulary)
+        if isinstance(sink, ResultStore):  # with resume=extend it may have classes that this run does not ask for
+            vocabulary = sink.output_classes()
+        sinks.append(sink)
+    return sinks
 
 
 def load(*overrides: str, **choices: Any) -> Pipeline:
@@ -214,24 +325,31 @@ def load(*overrides: str, **choices: Any) -> Pipeline:
     >>> model = load(detector="grounding_dino", segmenter="sam2")          # doctest: +SKIP
     >>> model = load("select.score=0.2", "segmenter.size=large")           # doctest: +SKIP
     >>> model = load(preset="shapes")                                      # doctest: +SKIP
-    >>> found = model.segment("street.jpg", ["car", "wheel"])              # doctest: +SKIP
+    >>> detections = model.segment("street.jpg", ["car", "wheel"])         # doctest: +SKIP
 
     Args:
         overrides: `key=value`, as on the command line.
-        choices: group choices and top-level keys: `detector`, `segmenter`, `preset`, `device`, `text`.
+        choices: Choices of config groups (`detector`, `segmenter`, `preset`...) and top-level keys (`device`, `text`).
 
     Raises:
-        ConfigError: for an unknown key or choice; CheckpointError: for missing weights.
+        ConfigError: If a key or choice is unknown, or choices do not work together.
+        CheckpointError: If weights are missing or damaged.
     """
     text = choices.pop("text", None)
-    words = []
-    for key, value in choices.items():
-        if key in GROUPS:  # choices are names, not values
-            names = [str(v) for v in value] if isinstance(value, list | tuple) else str(value or "none")
-            words.append(f"{key}=[{','.join(names)}]" if isinstance(names, list) else f"{key}={names}")
-        else:
-            words.append(f"{key}={to_override(value)}")
-    pipeline = build(compose([*words, *overrides]))
+    pipeline = build(compose([*_choice_overrides(choices), *overrides]))
     if text is not None:
-        pipeline.vocabulary = pipeline.ask(text)
+        pipeline.vocabulary = pipeline.parse_text(text)
     return pipeline
+
+
+def _choice_overrides(choices: Mapping[str, Any]) -> Sequence[str]:
+    """Convert keyword arguments to overrides; those of config groups are names, not values."""
+    overrides = []
+    for key, value in choices.items():
+        if key not in GROUPS:
+            overrides.append(f"{key}={to_override(value)}")
+        elif isinstance(value, list | tuple):
+            overrides.append(f"{key}=[{','.join(map(str, value))}]")
+        else:
+            overrides.append(f"{key}={value or 'none'}")
+    return overrides

@@ -1,4 +1,4 @@
-"""From words on the command line to stages: the config folder, composing, building."""
+"""Compose a config from overrides, and explain what is wrong with them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,38 @@ from grounded_sam.hydra_state import preserve_hydra_state
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-
-#: Config groups, whose overrides are choices and not values.
+#: Config groups, whose overrides name a choice instead of a value.
 GROUPS = ("source", "detector", "segmenter", "tracker", "sink", "preset")
+#: Keys that have another name since version 0.2, outside of stages.
+RENAMED = {
+    "phrasing": "prompt_template",
+    "exports": "export_dir",
+    "select.nms_across": "select.class_agnostic",
+    "select.nested": "select.max_ios",
+    "track.match_across": "track.class_agnostic",
+    "track.lost_patience": "track.max_lost_frames",
+    "track.reach": "track.max_center_distance",
+    "track.jump": "track.min_step_iou",
+}
+#: The same for keys of stages; a class of the user's own may still have a key of the old name.
+RENAMED_IN_STAGES = {
+    "exports": "export_dir",
+    "floor": "min_score",
+    "fill_holes": "max_hole_area",
+    "drop_specks": "min_region_area",
+    "patience": "max_lost_frames",
+}
+_STAGE_KEY = re.compile(r"(detector|segmenter|tracker)\.(.*\.)?(\w+)")
 
 
 def compose(overrides: Sequence[str]) -> DictConfig:
-    """The config for some overrides, as the command would compose it.
+    """Compose the config for some overrides, as the command does.
 
     Raises:
-        ConfigError: for an unknown key or choice, in one line.
+        ConfigError: If a key or choice is unknown, in one line.
+
+    >>> compose(["select.score=0.2"]).select.score
+    0.2
     """
     import hydra
     from hydra.core.global_hydra import GlobalHydra
@@ -39,12 +61,41 @@ def compose(overrides: Sequence[str]) -> DictConfig:
             raise ConfigError(explain(error, overrides)) from error
 
 
+def renamed_key(key: str) -> str | None:
+    """Return the present name of a key that was renamed; None for any other key.
+
+    >>> renamed_key("track.lost_patience")
+    'track.max_lost_frames'
+    """
+    if key in RENAMED:
+        return RENAMED[key]
+    match = _STAGE_KEY.fullmatch(key)
+    if match is None or match[3] not in RENAMED_IN_STAGES:
+        return None
+    return key.removesuffix(match[3]) + RENAMED_IN_STAGES[match[3]]
+
+
+def check_renamed(cfg: DictConfig) -> None:
+    """Check that no config file or `+key` sets a key under its old name, where it would be ignored.
+
+    Raises:
+        ConfigError: If one does, with the present name.
+    """
+    from omegaconf import OmegaConf
+
+    for old, new in RENAMED.items():
+        parent, _, key = old.rpartition(".")
+        node = OmegaConf.select(cfg, parent) if parent else cfg
+        if node is not None and key in node:
+            raise ConfigError(f"{old} was renamed to {new}")
+
+
 def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
-    """What Hydra or OmegaConf say of a bad config, as one line with what would have been possible.
+    """Turn an error of Hydra or OmegaConf into one line that says what would be possible.
 
     Args:
-        error: what was raised.
-        overrides: the words of the command, so that keys are listed for the choices made.
+        error: The error.
+        overrides: Overrides of the command, so that the keys listed are those of the choices made.
     """
     text = str(error)
     missing = re.search(
@@ -52,55 +103,61 @@ def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
     )
     if missing:
         choice, group, options = missing.groups()
-        return f"there is no {group}={choice.split('/')[-1]}; the choices are {', '.join(options.split())}"
+        return f"unknown choice {group}={choice.split('/')[-1]}; the choices are {', '.join(options.split())}"
     unknown = re.search(r"Could not override '([^']+)'", text)
     if unknown:
         key = unknown.group(1)
-        return f"unknown key {key!r}; {_likely(key, overrides)}"
+        if (new := renamed_key(key)) is not None:
+            return f"{key} was renamed to {new}"
+        return f"unknown key {key!r}; {_suggest(key, overrides)}"
     if "Ambiguous value" in text or "LexerNoViableAlt" in text or "mismatched input" in text or "token recog" in text:
         word = next((w for w in overrides if w in text or w.partition("=")[2][:12] in text), "input=a b.jpg")
         key, _, value = word.partition("=")
         quoted = value.strip("'\"").replace("'", "\\'")
-        return f"cannot read {word!r}: put the value in quotes of its own, \"{key}='{quoted}'\""
+        return f"cannot parse {word!r}: quote the value inside quotes for the shell, \"{key}='{quoted}'\""
     if "Config group override must be" in text:
-        return "a stage cannot be null; to do without one say segmenter=none, tracker=none or sink=none"
+        return "a stage cannot be null; to run without it set segmenter=none, tracker=none or sink=none"
     return " ".join(text.split())
 
 
-def _likely(key: str, overrides: Sequence[str]) -> str:
-    """A hint at the keys that a misspelt one may have meant."""
+def _suggest(key: str, overrides: Sequence[str]) -> str:
+    """Suggest the key that a misspelled one may stand for, and list its siblings."""
     from omegaconf import DictConfig
 
     choices = [w for w in overrides if re.fullmatch(rf"({'|'.join(GROUPS)})=[\w\[\], ]+", w)]
-    if choices == list(overrides):  # a file of one's own does not compose
+    if choices == list(overrides):  # then a config file does not compose
         choices = []
     try:
         whole = compose(choices)
-    except ConfigError:  # the choices are wrong as well
+    except ConfigError:  # a choice is unknown as well
         whole = compose([])
-    here: Any = whole
+    node: Any = whole
     parent, _, last = key.rpartition(".")
     for part in parent.split(".") if parent else []:
-        here = here.get(part) if isinstance(here, DictConfig) and part in here else None
-    if not isinstance(here, DictConfig):
-        here, parent, last = whole, "", key.split(".", maxsplit=1)[0]
-    known = [str(k) for k in here if k != "_target_"]
+        node = node.get(part) if isinstance(node, DictConfig) and part in node else None
+    if not isinstance(node, DictConfig):
+        node, parent, last = whole, "", key.split(".", maxsplit=1)[0]
+    known = [str(k) for k in node if k != "_target_"]
     close = difflib.get_close_matches(last, known, 1, 0.6)
     meant = f"did you mean {'.'.join(filter(None, [parent, close[0]]))!r}? " if close else ""
     return f"{meant}the keys of {parent or 'the config'} are {', '.join(sorted(known))}"
 
 
 def to_override(value: Any) -> str:
-    """A Python value in the grammar of Hydra's overrides."""
+    """Write a Python value in the grammar of Hydra's overrides.
+
+    >>> to_override({"cup": ["mug", None]})
+    "{cup:['mug',null]}"
+    """
     if value is None:
         return "null"
     if isinstance(value, list | tuple):
-        return f"[{','.join(to_override(v) for v in value)}]"
+        return f"[{','.join(to_override(item) for item in value)}]"
     if isinstance(value, dict):
-        # Hydra's grammar has no quotes around keys.
+        # Hydra's grammar does not allow quotes around keys.
         keys = [re.sub(r"([\\()\[\]{}:=, \t])", r"\\\1", str(key)) for key in value]
-        return f"{{{','.join(f'{key}:{to_override(v)}' for key, v in zip(keys, value.values(), strict=True))}}}"
+        return f"{{{','.join(f'{key}:{to_override(item)}' for key, item in zip(keys, value.values(), strict=True))}}}"
     if isinstance(value, bool | int | float):
         return str(value).lower() if isinstance(value, bool) else str(value)
-    # Backslashes are escapes in front of a quote only.
+    # A backslash escapes only in front of a quote.
     return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), str(value)) + "'"

@@ -1,10 +1,10 @@
-"""The command `grounded-sam-models`: which weights the stages take, fetching them ahead, and where they lie."""
+"""Which weights a config loads, found without loading them."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,27 +12,24 @@ from grounded_sam.config.compose import explain
 from grounded_sam.config.hydra import conf_dir
 from grounded_sam.errors import ConfigError, GroundedSamError
 from grounded_sam.hydra_state import preserve_hydra_state
-from grounded_sam.weights.hub import (
-    Weights,
-)
+from grounded_sam.weights.hub import HubFile, WeightsSpec
 from grounded_sam.weights.loading import find_file, find_folder
 
-#: Config groups whose choices take weights.
+#: Config groups whose choices load weights.
 STAGES = ("detector", "segmenter", "tracker")
 
 
-#: Classes that load one file of a repository. Their `hub_file` says which, in the module of this name under
-#: `segmenters`, which is also the kind of their `builtin:` weights. Others load a transformers checkpoint.
-ONE_FILE = {
-    "grounded_sam.segmenters.sam.Sam": "sam",
-    "grounded_sam.segmenters.sam2.Sam2": "sam2",
-    "grounded_sam.trackers.sam2.Sam2Tracker": "sam2",
-}
+@dataclass(frozen=True)
+class _StageConfig:
+    """Choice and settings of a config group."""
+
+    choice: str
+    node: Any
 
 
 @contextmanager
 def _hydra() -> Iterator[None]:
-    """A place to compose in, several times; mistakes become `ConfigError`s of one line."""
+    """Initialize Hydra, to compose several times."""
     import hydra
     from hydra.core.global_hydra import GlobalHydra
 
@@ -42,11 +39,11 @@ def _hydra() -> Iterator[None]:
             yield
 
 
-def _stages(words: Sequence[str], only: Sequence[str] = STAGES) -> dict[str, tuple[str, Any]]:
-    """Choice and settings of each stage, as plain values; inside `_hydra`.
+def _compose_stages(overrides: Sequence[str], stages: Sequence[str] = STAGES) -> dict[str, _StageConfig]:
+    """Return choice and settings of stages as plain values; inside `_hydra`.
 
     Raises:
-        ConfigError: for an unknown key or choice, in one line.
+        ConfigError: If a key or choice is unknown, in one line.
     """
     import hydra
     from hydra.errors import HydraException
@@ -54,92 +51,135 @@ def _stages(words: Sequence[str], only: Sequence[str] = STAGES) -> dict[str, tup
     from omegaconf.errors import OmegaConfBaseException
 
     try:
-        cfg = hydra.compose("config", overrides=list(words), return_hydra_config=True)
-        chosen = cfg.hydra.runtime.choices
-        plain = {stage: cfg[stage] for stage in only}
+        cfg = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
+        choices = cfg.hydra.runtime.choices
+        nodes = {stage: cfg[stage] for stage in stages}
         return {
-            stage: (str(chosen[stage]), node if node is None else OmegaConf.to_container(node, resolve=True))
-            for stage, node in plain.items()
+            stage: _StageConfig(
+                str(choices[stage]), node if node is None else OmegaConf.to_container(node, resolve=True)
+            )
+            for stage, node in nodes.items()
         }
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(explain(error, words)) from error
+        raise ConfigError(explain(error, overrides)) from error
 
 
-def _weights(stage: str, choice: str, node: Any, key: str) -> Iterator[Weights]:
-    """Every checkpoint in the settings of a stage, however deep: what has a `_target_` and a `checkpoint`."""
+def _class_of(node: Any) -> type | None:
+    """Return the class of a node; None if there is none, or it cannot be imported here.
+
+    Listing weights is also of use on a machine that lacks a package, or a module of the user's own.
+    """
+    from hydra.errors import HydraException
+    from hydra.utils import get_object
+
+    if not isinstance(node, dict) or node.get("_target_") is None:
+        return None
+    try:
+        cls = get_object(node["_target_"])
+    except (HydraException, ImportError, AttributeError, ValueError):
+        return None
+    return cls if isinstance(cls, type) else None
+
+
+def _hub_file(node: Mapping[str, Any]) -> HubFile | None:
+    """Return the single file that the class of a node loads; None for a transformers checkpoint."""
+    from grounded_sam.structures.protocols import LoadsOneFile
+
+    cls = _class_of(node)
+    return cls.hub_file(node) if cls is not None and issubclass(cls, LoadsOneFile) else None
+
+
+def _replaces_segmenter(detector: Any) -> bool:
+    """Return whether the detector of a node makes a segmenter unnecessary."""
+    from grounded_sam.structures.protocols import DeclaresTraits
+
+    cls = _class_of(detector)
+    return cls is not None and issubclass(cls, DeclaresTraits) and cls.traits(detector).replaces_segmenter
+
+
+def _weights_in(stage: str, choice: str, node: Any, key: str) -> Iterator[WeightsSpec]:
+    """Yield the weights of a stage and of the stages inside it: nodes with `_target_` and `checkpoint`."""
     if isinstance(node, dict):
-        target, checkpoint = node.get("_target_"), node.get("checkpoint")
-        if target is not None and "checkpoint" in node and (checkpoint is not None or ONE_FILE.get(target) == "sam2"):
-            yield _located(stage, choice, key, node)
+        if node.get("_target_") is not None and "checkpoint" in node:
+            file = _hub_file(node)
+            if node["checkpoint"] is not None or file is not None:
+                yield _locate(stage, choice, key, node, file)
         for name, inner in node.items():
-            yield from _weights(stage, choice, inner, f"{key}.{name}")
+            yield from _weights_in(stage, choice, inner, f"{key}.{name}")
     elif isinstance(node, list):
         for i, inner in enumerate(node):
-            yield from _weights(stage, choice, inner, f"{key}.{i}")
+            yield from _weights_in(stage, choice, inner, f"{key}.{i}")
 
 
-def _located(stage: str, choice: str, key: str, node: dict[str, Any]) -> Weights:
-    """Where one checkpoint lies, on the hub or here.
-
-    Raises:
-        CheckpointError: if it is neither a hub id nor something that exists; ConfigError: for an unknown size.
-    """
-    kind = ONE_FILE.get(node["_target_"])
-    checkpoint, file, sha256 = node["checkpoint"], None, None
-    if kind is not None:
-        sized = {"size": node["size"]} if "size" in node else {}
-        module = importlib.import_module(f"grounded_sam.segmenters.{kind}")
-        checkpoint, file, known = module.hub_file(checkpoint, **sized)
-        sha256 = node.get("sha256") or known
-    checkpoint = str(checkpoint)
-    about = (stage, choice, key, checkpoint)
-    # As `find_file` and `find_folder` tell a hub id from a path.
-    here = checkpoint.startswith(("builtin:", "/", ".", "~")) or Path(checkpoint).expanduser().exists()
-    if not here and checkpoint.count("/") == 1 and not checkpoint.endswith((".safetensors", ".pt", ".pth")):
-        return Weights(*about, repo=checkpoint, file=file, sha256=sha256)
-    if kind is not None:
-        return Weights(*about, place=find_file(checkpoint, kind))
-    kind = "detector" if ".detectors." in node["_target_"] else "sam2"
-    return Weights(*about, place=Path(find_folder(checkpoint, kind)))
-
-
-def needed(words: Sequence[str]) -> tuple[list[Weights], list[str]]:
-    """What a run of `grounded-sam` with these words loads, and of the stages that load nothing why.
+def _locate(stage: str, choice: str, key: str, node: Mapping[str, Any], file: HubFile | None) -> WeightsSpec:
+    """Find out where the weights of a node are, on the hub or on this machine.
 
     Raises:
-        ConfigError: for an unknown key or choice; CheckpointError: for a local checkpoint that is not there.
+        CheckpointError: If the checkpoint is neither a hub id nor an existing path.
     """
-    with _hydra():
-        stages = _stages(words)
-    found, without = [], []
-    detector, settings = stages["detector"]
-    for stage, (choice, node) in stages.items():
-        if stage == "segmenter" and node is not None and (settings or {}).get("own_masks") is True:
-            without.append(f"segmenter={choice}: not loaded, since detector={detector} gives masks of its own")
-            continue
-        here = list(_weights(stage, choice, node, stage))
-        found += here
-        if not here:
-            without.append(f"{stage}={choice}: takes no weights")
-    return found, without
+    checkpoint = str(node["checkpoint"] if file is None else file.repo)
+    # Hub ids and paths are told apart as in `find_file` and `find_folder`.
+    is_local = checkpoint.startswith(("builtin:", "/", ".", "~")) or Path(checkpoint).expanduser().exists()
+    if not is_local and checkpoint.count("/") == 1 and not checkpoint.endswith((".safetensors", ".pt", ".pth")):
+        if file is None:
+            return WeightsSpec(stage, choice, key, checkpoint, repo=checkpoint)
+        sha256 = node.get("sha256") or file.sha256
+        return WeightsSpec(stage, choice, key, checkpoint, repo=checkpoint, file=file.name, sha256=sha256)
+    if file is not None:
+        return WeightsSpec(stage, choice, key, checkpoint, path=find_file(checkpoint, file.kind))
+    role = next(part for part in reversed(key.split(".")) if part in STAGES)  # a detector may contain a segmenter
+    kind = "detector" if role == "detector" else "sam2"
+    return WeightsSpec(stage, choice, key, checkpoint, path=Path(find_folder(checkpoint, kind)))
 
 
-def every_choice(extra: Sequence[str] = ()) -> tuple[list[Weights], list[str]]:
-    """The weights of every choice of every stage, and which choices cannot be composed.
+def required_weights(overrides: Sequence[str]) -> tuple[list[WeightsSpec], list[str]]:
+    """Return the weights that a run loads.
 
     Args:
-        extra: words for each, such as a folder of one's own choices.
+        overrides: `key=value`, as for `grounded-sam`.
+
+    Returns:
+        The weights, and a line for each stage that loads none.
+
+    Raises:
+        ConfigError: If a key or choice is unknown.
+        CheckpointError: If a local checkpoint does not exist.
+    """
+    with _hydra():
+        stages = _compose_stages(overrides)
+    detector = stages["detector"]
+    replaces_segmenter = _replaces_segmenter(detector.node)
+    weights, notes = [], []
+    for stage, config in stages.items():
+        if stage == "segmenter" and config.node is not None and replaces_segmenter:
+            notes.append(f"segmenter={config.choice}: not loaded, since detector={detector.choice} replaces it")
+            continue
+        specs = list(_weights_in(stage, config.choice, config.node, stage))
+        weights += specs
+        if not specs:
+            notes.append(f"{stage}={config.choice}: loads no weights")
+    return weights, notes
+
+
+def all_weights(extra: Sequence[str] = ()) -> tuple[list[WeightsSpec], list[str]]:
+    """Return the weights of every choice of every stage.
+
+    Args:
+        extra: Overrides for each, such as a folder of choices of the user's own.
+
+    Returns:
+        The weights, and a line for each choice that cannot be composed.
     """
     from hydra.core.global_hydra import GlobalHydra
 
-    found, wrong = [], []
+    weights, errors = [], []
     with _hydra():
         loader = GlobalHydra.instance().config_loader()
         for stage in STAGES:
             for choice in loader.get_group_options(stage, config_name="config", overrides=list(extra)):
                 try:
-                    node = _stages([*extra, f"{stage}={choice}"], [stage])[stage][1]
-                    found += list(_weights(stage, choice, node, stage))
+                    config = _compose_stages([*extra, f"{stage}={choice}"], [stage])[stage]
+                    weights += list(_weights_in(stage, choice, config.node, stage))
                 except GroundedSamError as error:
-                    wrong.append(f"{stage}={choice}: {error}")
-    return found, wrong
+                    errors.append(f"{stage}={choice}: {error}")
+    return weights, errors

@@ -1,1 +1,1 @@
-"""Frames and words (or clicks, or nothing) to boxes; one class a file."""
+"""Frames and text, clicks or nothing to boxes; one class per file."""

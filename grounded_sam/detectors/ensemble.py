@@ -1,4 +1,4 @@
-"""Several detectors at once, their boxes merged by weighted box fusion (Solovyev et al. 2021)."""
+"""Several detectors, their boxes merged by weighted boxes fusion (Solovyev et al. 2021)."""
 
 from __future__ import annotations
 
@@ -8,29 +8,30 @@ from typing import Any, Literal
 import numpy as np
 import supervision as sv
 
+from grounded_sam.checks import check_choice, check_number
 from grounded_sam.errors import ConfigError
 from grounded_sam.structures.detections import make_detections, select_rows, validate_detections
 from grounded_sam.structures.frame import Frame
-from grounded_sam.structures.protocols import Detector
+from grounded_sam.structures.protocols import BatchDetector, Detector
 from grounded_sam.structures.vocabulary import Vocabulary
 
 
 class EnsembleDetector:
-    """What several detectors find, boxes of one thing as one box: their mean, weighted by confidence.
+    """Merge the boxes of several detectors: boxes of one object become their mean, weighted by confidence.
 
-    The fusion is `weighted_boxes_fusion` of the package `ensemble-boxes` (extra `ensemble`). A detector's own
-    duplicates are dropped first (NMS at `iou`), since the mean would count their lower confidence. Masks that a
-    detector gives are not used.
+    The fusion is `weighted_boxes_fusion` of the package `ensemble-boxes` (extra `ensemble`). Duplicates of a single
+    detector are suppressed first (NMS at `iou`), since their lower confidence would enter the mean. Masks of detectors
+    are not used.
 
     Args:
-        detectors: by name.
-        weights: of each detector's confidence, by name; 1 for who is not named.
-        iou: of boxes of one class from which they are one thing.
-        floor: boxes below this confidence are left out before they are merged; most models give one for each query.
-        score: confidence of a merged box: `mean`, which is lower if not all detectors found it, or `max`.
+        detectors: Detectors by name.
+        weights: Weight of each detector's confidence by name; 1 for those not named.
+        iou: IoU from which boxes of one class are the same object.
+        min_score: Boxes below this confidence are dropped before the fusion, since most models return a box per query.
+        score: Confidence of a merged box: `mean`, which is lower if not all detectors found the object, or `max`.
 
     Raises:
-        ConfigError: without detectors, for a value out of its range, or without the package.
+        ConfigError: If there are no detectors, a value is out of range, or the package is not installed.
     """
 
     def __init__(
@@ -38,63 +39,69 @@ class EnsembleDetector:
         detectors: Mapping[str, Detector],
         weights: Mapping[str, float] | None = None,
         iou: float = 0.55,
-        floor: float = 0.05,
+        min_score: float = 0.05,
         score: Literal["mean", "max"] = "mean",
     ) -> None:
         try:
             from ensemble_boxes import weighted_boxes_fusion
         except ImportError as error:
             raise ConfigError("detector=ensemble needs ensemble-boxes: pip install 'grounded_sam[ensemble]'") from error
-        if not detectors or not all(hasattr(detector, "detect") for detector in detectors.values()):
+        if not detectors or not all(isinstance(detector, Detector) for detector in detectors.values()):
             raise ConfigError("detector.detectors must have one or more detectors by name")
-        unknown = sorted(set(weights or {}) - set(detectors))
+        weights = weights or {}
+        unknown = sorted(set(weights) - set(detectors))
         if unknown:
             raise ConfigError(f"detector.weights names {', '.join(unknown)}; the detectors are {', '.join(detectors)}")
-        for key, value in (("iou", iou), ("floor", floor)):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise ConfigError(f"detector.{key} must be a number from 0 to 1, got {value!r}")
-        for name, value in (weights or {}).items():
-            if isinstance(value, bool) or not isinstance(value, int | float) or value < 0:
-                raise ConfigError(f"detector.weights.{name} must be a number from 0, got {value!r}")
-        if score not in ("mean", "max"):
-            raise ConfigError(f"detector.score must be mean or max, got {score!r}")
-        self.detectors, self.iou, self.floor = dict(detectors), iou, floor
-        self.weights = [float((weights or {}).get(name, 1.0)) for name in detectors]
+        check_number("detector.iou", iou, 0, 1)
+        check_number("detector.min_score", min_score, 0, 1)
+        for name, weight in weights.items():
+            check_number(f"detector.weights.{name}", weight, 0)
+        check_choice("detector.score", score, ("mean", "max"))
+        self.detectors, self.iou, self.min_score = dict(detectors), iou, min_score
+        self.weights = [float(weights.get(name, 1.0)) for name in detectors]
         if not sum(self.weights):
-            raise ConfigError("detector.weights are all 0")
-        self.score: Any = {"mean": "avg", "max": "max"}[score]
-        self.batch_size = max(getattr(detector, "batch_size", 1) for detector in detectors.values())
-        self._merge: Any = weighted_boxes_fusion
+            raise ConfigError("detector.weights must not all be 0")
+        self.score = {"mean": "avg", "max": "max"}[score]
+        self.batch_size = max(_batch_size(detector) for detector in detectors.values())
+        self._fuse: Any = weighted_boxes_fusion
 
     def detect(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
-        """The merged boxes of each frame."""
-        found = [self._look(name, detector, frames, vocabulary) for name, detector in self.detectors.items()]
-        return [self._one(frame, [boxes[i] for boxes in found], vocabulary) for i, frame in enumerate(frames)]
+        """Return the merged boxes of each frame."""
+        by_detector = [self._detect(name, frames, vocabulary) for name in self.detectors]
+        return [
+            self._merge(frame, [detections[i] for detections in by_detector], vocabulary)
+            for i, frame in enumerate(frames)
+        ]
 
-    def _look(
-        self, name: str, detector: Detector, frames: Sequence[Frame], vocabulary: Vocabulary
-    ) -> list[sv.Detections]:
-        """What one detector finds from `floor` on, in batches of its own size."""
-        size, out = getattr(detector, "batch_size", 1), []
+    def _detect(self, name: str, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
+        """Run one detector in batches of its own size; apply `min_score` and NMS."""
+        detector, results = self.detectors[name], []
+        size = _batch_size(detector)
         for start in range(0, len(frames), size):
-            group = frames[start : start + size]
-            for frame, boxes in zip(group, detector.detect(group, vocabulary), strict=True):
-                found = validate_detections(boxes, vocabulary, frame.size_hw, f"detector {name}")
-                assert found.confidence is not None
-                found.mask = None
-                out.append(select_rows(found, found.confidence >= self.floor).with_nms(self.iou))
-        return out
+            batch = frames[start : start + size]
+            for frame, boxes in zip(batch, detector.detect(batch, vocabulary), strict=True):
+                detections = validate_detections(boxes, vocabulary, frame.size_hw, f"detector {name}")
+                assert detections.confidence is not None
+                detections.mask = None
+                rows = detections.confidence >= self.min_score
+                results.append(select_rows(detections, rows).with_nms(self.iou))
+        return results
 
-    def _one(self, frame: Frame, found: Sequence[sv.Detections], vocabulary: Vocabulary) -> sv.Detections:
+    def _merge(self, frame: Frame, parts: Sequence[sv.Detections], vocabulary: Vocabulary) -> sv.Detections:
+        """Merge the boxes of all detectors in one frame."""
         height, width = frame.size_hw
         scale = np.array([width, height, width, height], np.float64)
-        boxes, scores, labels = self._merge(
-            [one.xyxy / scale for one in found],
-            [one.confidence for one in found],
-            [one.class_id for one in found],
+        boxes, scores, labels = self._fuse(
+            [part.xyxy / scale for part in parts],
+            [part.confidence for part in parts],
+            [part.class_id for part in parts],
             weights=self.weights,
             iou_thr=self.iou,
             skip_box_thr=0.0,
             conf_type=self.score,
         )
         return make_detections(boxes * scale, scores.clip(0, 1), labels, vocabulary, frame.size_hw)
+
+
+def _batch_size(detector: Detector) -> int:
+    return detector.batch_size if isinstance(detector, BatchDetector) else 1

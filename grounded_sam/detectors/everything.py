@@ -1,8 +1,8 @@
-"""No words at all: a mask for everything, by a grid of points (automatic mask generation of SAM)."""
+"""Masks of everything in an image, without text: the automatic mask generators of SAM and SAM 2."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,24 +11,27 @@ import supervision as sv
 from grounded_sam.errors import ConfigError
 from grounded_sam.structures.detections import empty_detections, make_detections
 from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.protocols import DetectorTraits, GeneratesMasks
 from grounded_sam.structures.vocabulary import Vocabulary
 
 
 class EverythingDetector:
-    """Masks of everything in a picture, over the authors' generators for SAM and SAM 2.
+    """Segment everything in an image from a grid of points, with the authors' mask generators.
 
-    Confidence is the predicted IoU. All detections are of one class: `object`, or the one that `text`
-    names.
+    Confidence is the predicted IoU. All detections have one class: `object`, or the one that `text` names.
 
     Args:
-        segmenter: whose model and generator to use: `segmenter=sam` or `segmenter=sam2`.
-        points_per_side: points of the grid along a side.
-        points_per_batch: points decoded at once.
-        pred_iou_thresh: least predicted IoU of a mask, 0 to 1.
-        stability_score_thresh: least IoU of the mask between a looser and a tighter cut, 0 to 1.
-        box_nms_thresh: box IoU above which the worse of two masks is dropped.
-        min_mask_region_area: pixels of the smallest hole or separate piece that a mask may have.
-        crop_n_layers: also run on 4 to the power of each layer overlapping crops; for small things.
+        segmenter: Segmenter whose model generates the masks: `segmenter=sam` or `segmenter=sam2`.
+        points_per_side: Points of the grid along each side.
+        points_per_batch: Points decoded at once.
+        pred_iou_thresh: Lowest predicted IoU of a mask, 0 to 1.
+        stability_score_thresh: Lowest IoU between the masks at a lower and a higher cutoff, 0 to 1.
+        box_nms_thresh: Box IoU above which the worse of two masks is suppressed.
+        min_mask_region_area: Area in pixels below which holes are filled and separate regions are removed.
+        crop_n_layers: Number of crop layers; layer i runs on 4^i overlapping crops, for small objects.
+
+    Raises:
+        ConfigError: If the segmenter has no mask generator.
     """
 
     def __init__(
@@ -42,7 +45,7 @@ class EverythingDetector:
         min_mask_region_area: int = 0,
         crop_n_layers: int = 0,
     ) -> None:
-        if not hasattr(segmenter, "mask_generator"):
+        if not isinstance(segmenter, GeneratesMasks):
             raise ConfigError("detector=everything needs segmenter=sam or segmenter=sam2, whose model makes the masks")
         self.generator = segmenter.mask_generator(
             points_per_side=points_per_side,
@@ -55,32 +58,40 @@ class EverythingDetector:
         )
         self.vocabulary = Vocabulary.parse(["object"])
 
-    def detect(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
-        """Masks and boxes of each frame."""
-        if len(vocabulary) != 1:
-            raise ConfigError(
-                f"detector=everything gives one class; text names {len(vocabulary)}: {', '.join(vocabulary.classes)}"
-            )
-        return [self._in(frame, vocabulary) for frame in frames]
+    @classmethod
+    def traits(cls, settings: Mapping[str, Any]) -> DetectorTraits:
+        """Declare that detections have masks, made with the segmenter's model."""
+        return DetectorTraits(masks=True, replaces_segmenter=True)
 
-    def _in(self, frame: Frame, vocabulary: Vocabulary) -> sv.Detections:
+    def detect(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
+        """Return the masks and boxes of each frame.
+
+        Raises:
+            ConfigError: If text names more than one class.
+        """
+        if len(vocabulary) != 1:
+            names = ", ".join(vocabulary.classes)
+            raise ConfigError(f"detector=everything has one class, but text names {len(vocabulary)}: {names}")
+        return [self._generate(frame, vocabulary) for frame in frames]
+
+    def _generate(self, frame: Frame, vocabulary: Vocabulary) -> sv.Detections:
         import torch
 
         with torch.inference_mode():
-            found = self.generator.generate(frame.image)
-        if not found:
+            records = self.generator.generate(frame.image)
+        if not records:
             return empty_detections(vocabulary)
-        xywh = np.array([f["bbox"] for f in found], np.float32)
-        # Upstream's boxes end on the last pixel; here the right and bottom edges are exclusive.
+        xywh = np.array([record["bbox"] for record in records], np.float32)
+        # Upstream's boxes include the last row and column; ours exclude them.
         xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:] + 1], 1)
-        score = np.array([f["predicted_iou"] for f in found], np.float32)
+        score = np.array([record["predicted_iou"] for record in records], np.float32)
         return make_detections(
             xyxy,
             score.clip(0, 1),
-            np.zeros(len(found)),
+            np.zeros(len(records)),
             vocabulary,
             frame.size_hw,
-            np.stack([f["segmentation"] for f in found]).astype(bool),
+            np.stack([record["segmentation"] for record in records]).astype(bool),
             mask_score=score,
-            stability_score=np.array([f["stability_score"] for f in found], np.float32),
+            stability_score=np.array([record["stability_score"] for record in records], np.float32),
         )

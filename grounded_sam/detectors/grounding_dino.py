@@ -1,4 +1,4 @@
-"""Grounding DINO (Liu et al. 2023) and MM-Grounding-DINO: words to boxes."""
+"""Grounding DINO (Liu et al. 2023) and MM-Grounding-DINO (Zhao et al. 2024): text to boxes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ import supervision as sv
 from grounded_sam.acceleration.backends import Backend, BackendSettings
 from grounded_sam.acceleration.grounding_dino import speed_up
 from grounded_sam.acceleration.patching import Precision, check_precision, to_device
-from grounded_sam.detectors.queries import check_settings, cxcywh_to_xyxy, detections_from_queries, load_detector
+from grounded_sam.checks import check_choice
+from grounded_sam.detectors.queries import (
+    Dtype,
+    check_model_settings,
+    cxcywh_to_xyxy,
+    detections_from_queries,
+    load_detector,
+)
 from grounded_sam.errors import ConfigError, VocabularyError
 from grounded_sam.structures.detections import merge_detections
 from grounded_sam.structures.frame import Frame
@@ -26,93 +33,104 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Prompt:
-    """One text for the model, and where in it each phrase lies.
+    """One text input of the model, and the tokens of each phrase in it.
 
     Attributes:
-        ids: `[CLS] phrase . phrase . [SEP]` as token ids.
-        spans: for each phrase, (class index or -1 for a negative, first token, token after its last).
+        ids: Token ids of `[CLS] phrase . phrase . [SEP]`.
+        spans: For each phrase: class id (-1 for a negative), first token, token after the last.
     """
 
     ids: list[int]
     spans: list[tuple[int, int, int]]
 
 
+@dataclass(frozen=True)
+class SpecialTokens:
+    """Ids of the tokens that structure a prompt: start, end, and the full stop between phrases."""
+
+    cls: int
+    sep: int
+    stop: int
+
+
 def write_prompts(
-    vocabulary: Vocabulary, tokenize: Callable[[str], list[int]], ids: dict[str, int], limit: int
+    vocabulary: Vocabulary, tokenize: Callable[[str], list[int]], special: SpecialTokens, limit: int
 ) -> list[Prompt]:
-    """Put a vocabulary into as few prompts as hold it; never cut a phrase, repeat the negatives in each.
+    """Distribute the phrases of a vocabulary over as few prompts as possible.
+
+    No phrase is cut, and every prompt contains all negatives. A full stop or question mark ends a phrase wherever it
+    stands, so these are removed inside phrases: `U.S. flag` becomes `u s flag`.
 
     Args:
-        vocabulary: what to ask for.
-        tokenize: phrase to token ids, without special tokens.
-        ids: the ids of `cls`, `sep`, `stop` (the full stop that parts phrases) and `ends`, see below.
-        limit: the most tokens of a prompt.
-
-    Full stops and question marks end a phrase for the model, wherever they stand, so inside a phrase
-    they are left out: `U.S. flag` is asked as `u s flag`.
+        vocabulary: Classes to look for.
+        tokenize: Function from a phrase to token ids, without special tokens.
+        special: Ids of the special tokens.
+        limit: Largest number of tokens in a prompt.
 
     Raises:
-        VocabularyError: if one phrase, or the negatives with it, exceed `limit`.
+        VocabularyError: If a phrase, or the negatives together with one, exceed `limit`.
     """
 
-    def tokens(phrase: str) -> list[int]:
-        found = [i for i in tokenize(re.sub(r"[.?]+", " ", phrase)) if i not in (ids["cls"], ids["sep"], ids["stop"])]
-        if not found:
+    def tokens_of(phrase: str) -> list[int]:
+        tokens = [
+            i for i in tokenize(re.sub(r"[.?]+", " ", phrase)) if i not in (special.cls, special.sep, special.stop)
+        ]
+        if not tokens:
             raise VocabularyError(f"the detector's tokenizer finds no word in the phrase {phrase!r}")
-        if len(found) + 3 > limit:
+        if len(tokens) + 3 > limit:
             raise VocabularyError(
-                f"the phrase {phrase!r} has {len(found)} tokens; the detector takes at most {limit - 3}"
+                f"the phrase {phrase!r} has {len(tokens)} tokens; the detector takes at most {limit - 3}"
             )
-        return found
+        return tokens
 
-    negatives = [(-1, tokens(phrase)) for phrase in vocabulary.negatives]
-    wanted = [(i, tokens(phrase)) for i, phrases in enumerate(vocabulary.phrases) for phrase in phrases]
-    spent = 2 + sum(len(found) + 1 for _, found in negatives)
-    longest = max(len(found) + 1 for _, found in wanted)
-    if spent + longest > limit:
+    negatives = [(-1, tokens_of(phrase)) for phrase in vocabulary.negatives]
+    positives = [(i, tokens_of(phrase)) for i, phrases in enumerate(vocabulary.phrases) for phrase in phrases]
+    fixed = 2 + sum(len(tokens) + 1 for _, tokens in negatives)
+    longest = max(len(tokens) + 1 for _, tokens in positives)
+    if fixed + longest > limit:
         raise VocabularyError(
-            f"the negatives take {spent - 2} tokens and leave no room for the phrases: "
+            f"the negatives take {fixed - 2} tokens and leave no room for the phrases: "
             f"the detector takes {limit} in all"
         )
     chunks: list[list[tuple[int, list[int]]]] = [[]]
-    used = spent
-    for item in wanted:
+    used = fixed
+    for item in positives:
         if used + len(item[1]) + 1 > limit:
             chunks.append([])
-            used = spent
+            used = fixed
         chunks[-1].append(item)
         used += len(item[1]) + 1
     prompts = []
     for chunk in chunks:
-        line, spans = [ids["cls"]], []
-        for owner, found in [*chunk, *negatives]:
-            spans.append((owner, len(line), len(line) + len(found)))
-            line += [*found, ids["stop"]]
-        prompts.append(Prompt([*line, ids["sep"]], spans))
+        ids, spans = [special.cls], []
+        for class_id, tokens in [*chunk, *negatives]:
+            spans.append((class_id, len(ids), len(ids) + len(tokens)))
+            ids += [*tokens, special.stop]
+        prompts.append(Prompt([*ids, special.sep], spans))
     return prompts
 
 
-def phrase_scores(probability: Tensor, spans: Sequence[tuple[int, int, int]], by: str) -> Tensor:
-    """Score of every phrase from its own tokens: token probabilities `(q, T)` to `(q, phrases)`."""
+def phrase_scores(probability: Tensor, spans: Sequence[tuple[int, int, int]], reduction: str) -> Tensor:
+    """Reduce token probabilities `(queries, tokens)` to phrase scores `(queries, phrases)`, each over its own span."""
     import torch
 
-    reduce = torch.mean if by == "mean" else torch.amax
+    reduce = torch.mean if reduction == "mean" else torch.amax
     return torch.stack([reduce(probability[:, start:stop], 1) for _, start, stop in spans], 1)
 
 
 @contextmanager
-def backbone_once(model: Any) -> Iterator[None]:
-    """While it lasts, the image backbone runs on the first call only: all prompts see one image."""
+def run_backbone_once(model: Any) -> Iterator[None]:
+    """Run the image backbone on the first call only, for several prompts on the same images."""
     backbone = model.model.backbone
     features: list[Any] = []
 
-    def once(pixel_values: Tensor, pixel_mask: Tensor) -> tuple[list[Any], list[Any]]:
+    def forward(pixel_values: Tensor, pixel_mask: Tensor) -> tuple[list[Any], list[Any]]:
         if not features:
             features.append(type(backbone).forward(backbone, pixel_values, pixel_mask))
         maps, positions = features[0]
-        return list(maps), list(positions)  # the model appends to the second
+        return list(maps), list(positions)  # copies, since the model appends to the second
 
-    backbone.forward = once
+    backbone.forward = forward
     try:
         yield
     finally:
@@ -120,108 +138,103 @@ def backbone_once(model: Any) -> Iterator[None]:
 
 
 class GroundingDino:
-    """Words to boxes with any Grounding DINO or MM-Grounding-DINO checkpoint of transformers.
+    """Detect with any Grounding DINO or MM-Grounding-DINO checkpoint of transformers.
 
-    Every query of the model gives one detection: its box, and the class whose best phrase scores
-    highest. A phrase is scored over its own tokens only, so a label is always a class that the user
-    named. Queries that a negative phrase wins are dropped.
+    Every query of the model gives one detection: its box, and the class whose best phrase scores highest. A phrase is
+    scored over its own tokens only, so a label is always a class that the user named. Queries whose best phrase is a
+    negative are dropped.
 
     Args:
-        checkpoint: a hub id (LLMDet's load too), a local folder, or `builtin:NAME`.
+        checkpoint: Hub id (LLMDet's load too), local folder, or `builtin:NAME`.
         device: `auto`, `cpu`, `cuda`, `cuda:1`...
-        dtype: weights and computation: `float32`, `bfloat16` or `float16`.
-        phrase_score: how token probabilities make a phrase's score: `mean` (the protocol of
-            Grounding DINO's and MMDetection's evaluation, where each word has to fit) or `max`
-            (transformers' post-processing, where one fitting word is enough).
-        batch_size: images per forward pass; by default 4 on CUDA and 1 elsewhere, since a batch was
-            measured to gain nothing on CPU.
-        precision: `exact` with levers that change no result, `balanced` and `fast` with more bfloat16; see `speed`.
-        compile: let `torch.compile` have the layers that take the time; pays for many pictures.
-        backend: what runs the image backbone on the CPU: `torch`, or `openvino`, `onnxruntime` (extras), which convert
-            it anew for pictures of another size.
-        exports: a folder of conversions for such a back end; null: converted anew in each run.
+        dtype: Type of weights and activations: `float32`, `bfloat16` or `float16`.
+        phrase_score: How token probabilities become the score of a phrase: `mean`, as in the evaluation of Grounding
+            DINO and MMDetection, where every word has to fit; or `max`, as in transformers' post-processing, where one
+            word is enough.
+        batch_size: Images per forward pass; None for 4 on CUDA and 1 elsewhere, since batches are no faster on a CPU.
+        precision: `exact` with patches that do not change results; `balanced` and `fast` with more bfloat16.
+        compile: Compile the slowest layers with `torch.compile`; pays off with many images.
+        backend: What runs the image backbone on a CPU: `torch`, `openvino` or `onnxruntime` (extras). The last two
+            convert it for each image size.
+        export_dir: Folder of conversions for these back ends; None converts in every run.
 
     Raises:
-        CheckpointError: if the checkpoint cannot be had or is of another family.
+        CheckpointError: If the checkpoint is missing, or of another model family.
+        ConfigError: If a setting is not allowed, or settings do not work together.
     """
 
     def __init__(
         self,
         checkpoint: str,
         device: str = "auto",
-        dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+        dtype: Dtype = "float32",
         phrase_score: Literal["mean", "max"] = "mean",
         batch_size: int | None = None,
         precision: Precision = "exact",
         compile: bool = False,
         backend: Backend = "torch",
-        exports: str | None = None,
+        export_dir: str | None = None,
     ) -> None:
-        if phrase_score not in ("mean", "max"):
-            raise ConfigError(f"detector.phrase_score must be mean or max, got {phrase_score!r}")
-        check_settings(dtype, batch_size)
+        check_choice("detector.phrase_score", phrase_score, ("mean", "max"))
+        check_model_settings(dtype, batch_size)
         check_precision(precision, compile, "detector")
-        where = BackendSettings(backend, exports)
-        where.check(pick_device(device), "detector")
+        backend_settings = BackendSettings(backend, export_dir)
+        backend_settings.validate(pick_device(device), "detector")
         if backend != "torch" and dtype != "float32":
-            raise ConfigError(f"detector.backend={backend} takes detector.dtype=float32, got {dtype}")
+            raise ConfigError(f"detector.backend={backend} needs detector.dtype=float32, got {dtype}")
         import torch
 
-        self.device = pick_device(device)
-        self.dtype = getattr(torch, dtype)
+        self.device, self.dtype = pick_device(device), getattr(torch, dtype)
         self.phrase_score = phrase_score
         self.batch_size = batch_size or (4 if self.device.startswith("cuda") else 1)
         processor, model = load_detector(checkpoint, ("grounding-dino", "mm-grounding-dino"), self.dtype)
         self.model = model.to(self.device)
-        speed_up(self.model, precision, compile, where)
-        self.images, self.words = processor.image_processor, processor.tokenizer
+        speed_up(self.model, precision, compile, backend_settings)
+        self.image_processor, self.tokenizer = processor.image_processor, processor.tokenizer
         self._prompts: dict[Vocabulary, list[Prompt]] = {}
 
     def prompts(self, vocabulary: Vocabulary) -> list[Prompt]:
-        """The prompts that ask for a vocabulary; written once and kept."""
+        """Return the prompts for a vocabulary; computed once."""
         if vocabulary not in self._prompts:
-            ids = {
-                "cls": self.words.cls_token_id,
-                "sep": self.words.sep_token_id,
-                "stop": self.words.convert_tokens_to_ids("."),
-            }
+            tokenizer = self.tokenizer
+            special = SpecialTokens(
+                tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.convert_tokens_to_ids(".")
+            )
 
             def tokenize(phrase: str) -> list[int]:
-                return self.words(phrase.lower(), add_special_tokens=False)["input_ids"]
+                return tokenizer(phrase.lower(), add_special_tokens=False)["input_ids"]
 
             limit = self.model.config.max_text_len
-            self._prompts[vocabulary] = write_prompts(vocabulary, tokenize, ids, limit)
+            self._prompts[vocabulary] = write_prompts(vocabulary, tokenize, special, limit)
         return self._prompts[vocabulary]
 
     def forward(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> Iterator[tuple[Prompt, Any]]:
-        """The model's own output for each prompt; the image backbone runs once for all of them."""
+        """Yield the output of the model for each prompt; the image backbone runs once for all."""
         import torch
 
         images = [frame.image for frame in frames]
-        pixels = self.images(images, input_data_format="channels_last", return_tensors="pt")
-        values, mask = (to_device(pixels[key], self.device) for key in ("pixel_values", "pixel_mask"))
-        with torch.inference_mode(), backbone_once(self.model):
+        inputs = self.image_processor(images, input_data_format="channels_last", return_tensors="pt")
+        pixels, mask = (to_device(inputs[key], self.device) for key in ("pixel_values", "pixel_mask"))
+        with torch.inference_mode(), run_backbone_once(self.model):
             for prompt in self.prompts(vocabulary):
-                text = torch.tensor([prompt.ids] * len(frames), device=self.device)
-                yield (
-                    prompt,
-                    self.model(
-                        pixel_values=values.to(self.dtype),
-                        pixel_mask=mask,
-                        input_ids=text,
-                        attention_mask=torch.ones_like(text),
-                        token_type_ids=torch.zeros_like(text),
-                    ),
+                ids = torch.tensor([prompt.ids] * len(frames), device=self.device)
+                output = self.model(
+                    pixel_values=pixels.to(self.dtype),
+                    pixel_mask=mask,
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    token_type_ids=torch.zeros_like(ids),
                 )
+                yield prompt, output
 
     def detect(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
-        """One detection per query and prompt, minus those that a negative phrase won; no threshold."""
+        """Return one detection per query and prompt, except those whose best phrase is a negative; no threshold."""
         parts: list[list[sv.Detections]] = [[] for _ in frames]
-        for prompt, out in self.forward(frames, vocabulary):
-            for frame, logits, boxes, part in zip(frames, out.logits, out.pred_boxes, parts, strict=True):
+        for prompt, output in self.forward(frames, vocabulary):
+            owners = [class_id for class_id, _, _ in prompt.spans]
+            for frame, logits, boxes, part in zip(frames, output.logits, output.pred_boxes, parts, strict=True):
                 scores = phrase_scores(logits.float().sigmoid(), prompt.spans, self.phrase_score)
-                owners = [owner for owner, _, _ in prompt.spans]
                 height, width = frame.size_hw
-                corners = cxcywh_to_xyxy(boxes, (width, height))
-                part.append(detections_from_queries(scores.cpu().numpy(), owners, corners, vocabulary, frame.size_hw))
+                xyxy = cxcywh_to_xyxy(boxes, (width, height))
+                part.append(detections_from_queries(scores.cpu().numpy(), owners, xyxy, vocabulary, frame.size_hw))
         return [merge_detections(part, vocabulary) for part in parts]

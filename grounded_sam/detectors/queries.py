@@ -1,15 +1,15 @@
-"""What the detectors of transformers share: loading, and queries of a model to classes of the user."""
+"""What the detectors over transformers share: settings, loading, and model queries to classes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
-from grounded_sam.errors import ConfigError
+from grounded_sam.checks import check_choice, check_int
 from grounded_sam.structures.detections import make_detections, select_rows
 from grounded_sam.structures.vocabulary import Vocabulary
 from grounded_sam.weights.loading import load_checkpoint
@@ -17,35 +17,49 @@ from grounded_sam.weights.loading import load_checkpoint
 if TYPE_CHECKING:
     from torch import Tensor
 
+Dtype = Literal["float32", "bfloat16", "float16"]
+#: IoU from which a detection and a detection of a negative phrase are the same object.
+NEGATIVE_IOU = 0.5
+
 
 def load_detector(checkpoint: str, kinds: Sequence[str], dtype: Any) -> tuple[Any, Any]:
-    """Processor and model of a zero-shot object detection checkpoint; see `load_checkpoint`."""
+    """Load processor and model of a zero-shot object detection checkpoint; see `weights.loading.load_checkpoint`."""
     from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
     model, processor = load_checkpoint(checkpoint, kinds, AutoModelForZeroShotObjectDetection, [AutoProcessor], dtype)
     return processor, model
 
 
-def check_settings(dtype: str, batch_size: int | None = 1, stage: str = "detector") -> None:
-    """Raises ConfigError for a dtype or a batch size that a stage cannot have."""
-    if dtype not in ("float32", "bfloat16", "float16"):
-        raise ConfigError(f"{stage}.dtype must be float32, bfloat16 or float16, got {dtype!r}")
-    wrong = isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1
-    if batch_size is not None and wrong:
-        raise ConfigError(f"{stage}.batch_size must be a whole number from 1, got {batch_size!r}")
+def check_model_settings(dtype: str, batch_size: int | None = 1, stage: str = "detector") -> None:
+    """Check the dtype and batch size of a model.
+
+    Args:
+        dtype: Type of weights and activations.
+        batch_size: Images per forward pass; None for the default.
+        stage: Config group, for messages.
+
+    Raises:
+        ConfigError: If one of them is not allowed.
+    """
+    check_choice(f"{stage}.dtype", dtype, ("float32", "bfloat16", "float16"))
+    check_int(f"{stage}.batch_size", batch_size, 1, optional=True)
 
 
 def phrases_of(vocabulary: Vocabulary) -> tuple[list[str], list[int]]:
-    """All phrases of a vocabulary, and of each its class, -1 for negatives."""
-    named = [(phrase, i) for i, phrases in enumerate(vocabulary.phrases) for phrase in phrases]
-    named += [(phrase, -1) for phrase in vocabulary.negatives]
-    return [phrase for phrase, _ in named], [owner for _, owner in named]
+    """Return all phrases of a vocabulary, and the class id of each, -1 for negatives.
+
+    >>> phrases_of(Vocabulary.parse({"vehicle": ["car", "bus"]}, ["toy"]))
+    (['car', 'bus', 'toy'], [0, 0, -1])
+    """
+    pairs = [(phrase, i) for i, phrases in enumerate(vocabulary.phrases) for phrase in phrases]
+    pairs += [(phrase, -1) for phrase in vocabulary.negatives]
+    return [phrase for phrase, _ in pairs], [class_id for _, class_id in pairs]
 
 
 def cxcywh_to_xyxy(boxes: Tensor, scale_wh: tuple[float, float]) -> NDArray[np.float32]:
-    """Boxes `(q, 4)` as centre and size, 0 to 1, to corners in pixels."""
-    centres = boxes.float().cpu().numpy()
-    corners = np.concatenate([centres[:, :2] - centres[:, 2:] / 2, centres[:, :2] + centres[:, 2:] / 2], 1)
+    """Convert normalized center, width and height `(n, 4)` to corners in pixels."""
+    boxes_ = boxes.float().cpu().numpy()
+    corners = np.concatenate([boxes_[:, :2] - boxes_[:, 2:] / 2, boxes_[:, :2] + boxes_[:, 2:] / 2], 1)
     return corners * np.array([*scale_wh, *scale_wh])
 
 
@@ -56,30 +70,35 @@ def detections_from_queries(
     vocabulary: Vocabulary,
     size_hw: tuple[int, int],
 ) -> sv.Detections:
-    """One detection per query, of the class whose best phrase scores highest; queries that a negative wins are dropped.
+    """Give each query the class of its best phrase, and drop the queries whose best phrase is a negative.
 
     Args:
-        scores: `(q, phrases)`, 0 to 1.
-        owners: of each phrase its class, -1 for a negative.
-        xyxy: `(q, 4)` pixels.
+        scores: `(queries, phrases)`, 0 to 1.
+        owners: Class id of each phrase, -1 for a negative.
+        xyxy: `(queries, 4)`, pixels.
+        vocabulary: Classes that `class_id` refers to.
+        size_hw: Height and width of the image.
     """
     best = scores.argmax(1)
-    owner = np.asarray(owners)[best]
-    named = owner >= 0
+    class_ids = np.asarray(owners)[best]
+    positive = class_ids >= 0
     confidence = scores[np.arange(len(scores)), best]
-    return make_detections(xyxy[named], confidence[named], owner[named], vocabulary, size_hw)
+    return make_detections(xyxy[positive], confidence[positive], class_ids[positive], vocabulary, size_hw)
 
 
-def drop_negatives(found: sv.Detections, boxes: NDArray[Any], scores: NDArray[Any]) -> sv.Detections:
-    """Without what a surer box of a negative phrase overlaps, IoU from 0.5; for models whose phrases do not compete.
+def drop_negatives(detections: sv.Detections, boxes: NDArray[Any], scores: NDArray[Any]) -> sv.Detections:
+    """Drop detections that a more confident box of a negative phrase overlaps, at an IoU of 0.5 or more.
+
+    For models whose phrases do not compete with each other.
 
     Args:
-        boxes: of negatives, `(n, 4)` pixels.
-        scores: `(n,)`.
+        detections: Detections of the classes.
+        boxes: Boxes of negative phrases, xyxy, `(n, 4)` pixels.
+        scores: Their confidence, `(n,)`.
     """
-    if not len(found) or not len(boxes):
-        return found
-    assert found.confidence is not None
-    overlap = sv.box_iou_batch(found.xyxy, np.asarray(boxes, np.float32))
-    surer = np.asarray(scores)[None] > found.confidence[:, None]
-    return select_rows(found, ~((overlap >= 0.5) & surer).any(1))
+    if not len(detections) or not len(boxes):
+        return detections
+    assert detections.confidence is not None
+    overlap = sv.box_iou_batch(detections.xyxy, np.asarray(boxes, np.float32))
+    more_confident = np.asarray(scores)[None] > detections.confidence[:, None]
+    return select_rows(detections, ~((overlap >= NEGATIVE_IOU) & more_confident).any(1))

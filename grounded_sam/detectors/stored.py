@@ -1,8 +1,9 @@
-"""What a source brings along, instead of a model."""
+"""Detections that the source brings along, in place of a model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import supervision as sv
@@ -10,43 +11,54 @@ import supervision as sv
 from grounded_sam.errors import ConfigError
 from grounded_sam.structures.detections import empty_detections, select_rows
 from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.protocols import DetectorTraits
 from grounded_sam.structures.vocabulary import Vocabulary
 
 
 class StoredDetector:
-    """Hands on what `source=stored` or `source=coco` has of a frame.
+    """Return the annotations of each frame, as `source=stored`, `source=coco` and `source=tracks` provide them.
 
-    Classes keep their names; one that is a phrase of an asked class becomes that class, and one that is
-    not asked for is left out.
+    Classes are matched by name. A class that is a phrase of a requested class becomes that class, and one that is not
+    requested is dropped.
 
     Args:
-        masks: keep stored masks; false gives boxes alone, for a segmenter to work on.
+        masks: Whether to keep stored masks; False returns boxes, for a segmenter.
     """
 
     def __init__(self, masks: bool = True) -> None:
         self.masks = masks
 
-    def detect(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
-        return [self._found(frame, vocabulary) for frame in frames]
+    @classmethod
+    def traits(cls, settings: Mapping[str, Any]) -> DetectorTraits:
+        """Declare masks, unless `masks` is false."""
+        return DetectorTraits(masks=settings.get("masks", True) is True)
 
-    def _found(self, frame: Frame, vocabulary: Vocabulary) -> sv.Detections:
-        if frame.found is None:
-            raise ConfigError("detector=stored needs results that exist: source=stored or source=coco")
-        named = {phrase: i for i, phrases in enumerate(vocabulary.phrases) for phrase in phrases}
-        named |= {name: i for i, name in enumerate(vocabulary.classes)}
-        names = [str(name) for name in frame.found.data.get("class_name", [])]
-        found = select_rows(frame.found, np.array([name in named for name in names], bool))
-        if not len(found):
+    def detect(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
+        """Return the annotations of each frame.
+
+        Raises:
+            ConfigError: If a frame has none.
+        """
+        return [self._read(frame, vocabulary) for frame in frames]
+
+    def _read(self, frame: Frame, vocabulary: Vocabulary) -> sv.Detections:
+        if frame.annotations is None:
+            raise ConfigError("detector=stored needs existing detections: source=stored, source=coco or source=tracks")
+        class_ids = {phrase: i for i, phrases in enumerate(vocabulary.phrases) for phrase in phrases}
+        class_ids |= {name: i for i, name in enumerate(vocabulary.classes)}
+        names = [str(name) for name in frame.annotations.data.get("class_name", [])]
+        detections = select_rows(frame.annotations, np.array([name in class_ids for name in names], bool))
+        if not len(detections):
             return empty_detections(vocabulary)
-        ids = np.array([named[name] for name in names if name in named], np.int64)
-        data = {**found.data, "class_name": np.array(vocabulary.classes, dtype=str)[ids]}
+        ids = np.array([class_ids[name] for name in names if name in class_ids], np.int64)
+        data = {**detections.data, "class_name": np.array(vocabulary.classes, dtype=str)[ids]}
         if not self.masks:
             data.pop("mask_score", None)
         return sv.Detections(
-            xyxy=found.xyxy,
-            mask=found.mask if self.masks else None,
-            confidence=found.confidence,
+            xyxy=detections.xyxy,
+            mask=detections.mask if self.masks else None,
+            confidence=detections.confidence,
             class_id=ids,
-            tracker_id=found.tracker_id,
+            tracker_id=detections.tracker_id,
             data=data,
         )

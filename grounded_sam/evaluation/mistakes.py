@@ -1,130 +1,101 @@
-"""Mistakes: counting them, and pictures of where the most are."""
+"""Images of the mistakes of a run: missed labels in blue, false detections in red."""
 
 from __future__ import annotations
 
 import heapq
 import io
 import itertools
-from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import supervision as sv
 
-from grounded_sam.errors import ConfigError, ImageError
+from grounded_sam.errors import ImageError
 from grounded_sam.files import UniqueNames, atomic_write
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.masks import pack_masks, unpack_masks
 from grounded_sam.structures.results import FrameResult
-from grounded_sam.structures.vocabulary import Vocabulary
 
-#: No goal of a sweep.
-LESS_IS_BETTER = ("missed", "false", "IDSW", "Frag")
+
+@dataclass(frozen=True)
+class _Mistakes:
+    """Mistakes in a frame, with masks as RLE."""
+
+    frame: Frame
+    missed: sv.Detections
+    false: sv.Detections
 
 
 class WorstImages:
-    """The images with the most mistakes, drawn at the end.
+    """Keep the images with the most mistakes, and draw them at the end.
 
     Args:
-        most: how many.
+        max_images: How many to keep.
     """
 
-    def __init__(self, most: int) -> None:
-        self.most, self._count = most, itertools.count()
-        self._kept: list[tuple[int, int, str, Any]] = []  # mistakes, order, name, JPEG or what makes it
+    def __init__(self, max_images: int) -> None:
+        self.max_images, self._order = max_images, itertools.count()
+        # A heap of number of mistakes, order (the first image wins), name, and mistakes or a JPEG of them.
+        self._heap: list[tuple[int, int, str, _Mistakes | bytes]] = []
 
     def offer(self, result: FrameResult, missed: sv.Detections, false: sv.Detections) -> None:
-        """Keep an image if it is among the worst so far."""
-        wrong = len(missed) + len(false)
-        if not wrong or not self.most or (len(self._kept) == self.most and wrong <= self._kept[0][0]):
+        """Keep an image if it is among the worst so far.
+
+        Args:
+            result: Result of the image.
+            missed: Labels without a detection.
+            false: Detections without a label.
+        """
+        count = len(missed) + len(false)
+        is_full = len(self._heap) == self.max_images
+        if not count or not self.max_images or (is_full and count <= self._heap[0][0]):
             return
-        frame = replace(result.frame, found=None)
-        shown: Any = (frame, pack_masks(missed), pack_masks(false))
-        if not callable(frame.pixels):  # drawn now, since pixels cannot be held; later if they can be read
-            shown = _draw(*shown)
-        place = heapq.heappush if len(self._kept) < self.most else heapq.heapreplace
-        place(self._kept, (wrong, -next(self._count), result.frame.name, shown))
+        frame = replace(result.frame, annotations=None)
+        mistakes: _Mistakes | bytes | None = _Mistakes(frame, pack_masks(missed), pack_masks(false))
+        if not callable(frame.pixels):  # drawn now, so that pixels are not kept in memory
+            mistakes = _draw(_Mistakes(frame, missed, false))
+        assert mistakes is not None
+        push = heapq.heapreplace if is_full else heapq.heappush
+        push(self._heap, (count, -next(self._order), result.frame.name, mistakes))
 
     def write(self, folder: Path) -> None:
-        """Write the pictures as JPEG files."""
-        files = UniqueNames()
-        for _, _, name, shown in sorted(self._kept, reverse=True):
-            picture = _draw(*shown) if isinstance(shown, tuple) else shown
-            if picture is None:
+        """Write the images as JPEG files, except those whose pixels can no longer be read."""
+        names = UniqueNames()
+        for _, _, name, mistakes in sorted(self._heap, key=lambda item: item[:2], reverse=True):
+            jpeg = _draw(mistakes) if isinstance(mistakes, _Mistakes) else mistakes
+            if jpeg is None:
                 continue
-            with atomic_write(folder / files(name, ".jpg")) as beside:
-                beside.write_bytes(picture)
-        self._kept.clear()
+            with atomic_write(folder / names(name, ".jpg")) as part:
+                part.write_bytes(jpeg)
+        self._heap.clear()
 
 
-def _draw(frame: Frame, missed: sv.Detections, false: sv.Detections) -> bytes | None:
-    """Missed labels in blue and false detections in red, as JPEG; None if the pixels are gone."""
+def _draw(mistakes: _Mistakes) -> bytes | None:
+    """Draw mistakes and encode the image as JPEG; None if its pixels cannot be read."""
     from PIL import Image
 
-    from grounded_sam.media.draw import font
+    from grounded_sam.media.draw import font_path
 
     try:
-        scene = frame.image[..., ::-1].copy()
+        scene = mistakes.frame.image[..., ::-1].copy()
     except ImageError:
         return None
     size = int(np.clip(min(scene.shape[:2]) / 32, 9, 72))  # as in overlays
-    for part, colour, word in ((missed, sv.Color.BLUE, "missed"), (false, sv.Color.RED, "false")):
-        if not len(part):
+    for detections, color, word in (
+        (mistakes.missed, sv.Color.BLUE, "missed"),
+        (mistakes.false, sv.Color.RED, "false"),
+    ):
+        if not len(detections):
             continue
-        masks = unpack_masks(part, scene.shape[:2]).mask
-        shown = sv.Detections(xyxy=part.xyxy, mask=masks, class_id=part.class_id)
+        masks = unpack_masks(detections, scene.shape[:2]).mask
+        shown = sv.Detections(xyxy=detections.xyxy, mask=masks, class_id=detections.class_id)
         if shown.mask is not None:
-            scene = sv.MaskAnnotator(colour, opacity=0.4).annotate(scene, shown)
-        scene = sv.BoxAnnotator(colour).annotate(scene, shown)
-        texts = [f"{word}: {name}" for name in part.data["class_name"]]
-        scene = sv.RichLabelAnnotator(colour, font_path=font(), font_size=size, smart_position=True).annotate(
-            scene, shown, texts
-        )
+            scene = sv.MaskAnnotator(color, opacity=0.4).annotate(scene, shown)
+        scene = sv.BoxAnnotator(color).annotate(scene, shown)
+        texts = [f"{word}: {name}" for name in detections.data["class_name"]]
+        annotator = sv.RichLabelAnnotator(color, font_path=font_path(), font_size=size, smart_position=True)
+        scene = annotator.annotate(scene, shown, texts)
     out = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(scene[..., ::-1])).save(out, format="JPEG", quality=88)
     return out.getvalue()
-
-
-def precision_recall(matched: int, missed: int, false: int) -> dict[str, Any]:
-    """Precision, recall and F1 with their counts; -1 where nothing could be found or was."""
-    precision = matched / (matched + false) if matched + false else -1.0
-    recall = matched / (matched + missed) if matched + missed else -1.0
-    f1 = 2 * matched / (2 * matched + missed + false) if matched + missed + false else -1.0
-    return {"matched": matched, "missed": missed, "false": false, "precision": precision, "recall": recall, "f1": f1}
-
-
-def metric_value(values: Mapping[str, Any], path: str, known: str) -> float:
-    """The number at a place in `metrics.json`, `segm.AP`.
-
-    Raises:
-        ConfigError: if there is none, saying what is known.
-    """
-    node = _at(values, path.split("."))
-    if not isinstance(node, int | float):
-        raise ConfigError(f"there is no metric {path}; there are {known}")
-    if path.rpartition(".")[2] in LESS_IS_BETTER or path.endswith("_decay"):
-        raise ConfigError(f"of {path} less is better, and a sweep goes by what is highest; there are {known}")
-    return float(node)
-
-
-def _at(node: Any, parts: list[str]) -> Any:
-    """What is at a path of keys, which may have dots themselves."""
-    if not parts:
-        return node
-    for end in range(len(parts), 0, -1):
-        key = ".".join(parts[:end])
-        if isinstance(node, Mapping) and key in node:
-            return _at(node[key], parts[end:])
-    return None
-
-
-def check_classes(asked: Vocabulary, labelled: Vocabulary, path: Path) -> None:
-    """Raises ConfigError, with both sides, if a class that is asked for has no labels."""
-    missing = [name for name in asked.classes if name not in labelled.classes]
-    if missing:
-        raise ConfigError(
-            f"{path} has no {', '.join(map(repr, missing))}; it has the classes "
-            f"{', '.join(map(repr, labelled.classes))}, asked for are {', '.join(map(repr, asked.classes))}"
-        )

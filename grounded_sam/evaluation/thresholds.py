@@ -1,8 +1,8 @@
-"""The best least confidence of each class, from one run with labels."""
+"""Find the best score threshold of each class, from one run on labelled images."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -14,20 +14,22 @@ from numpy.typing import NDArray
 from grounded_sam.files import atomic_write
 from grounded_sam.structures.vocabulary import Vocabulary
 
-#: Resamples of the images for an interval.
+#: Bootstrap resamples of the images for an interval.
 RESAMPLES = 1000
-#: Numbers that are looked at together.
+#: Elements per bootstrap block, which bounds memory.
 BLOCK = 4_000_000
 
 
 @dataclass(frozen=True)
 class BestThreshold:
-    """The best threshold of a class and what it gives.
+    """The best threshold of a class, and what it gives on the images that it was found on.
 
     Attributes:
-        score: least confidence; between the last detection that counts and the next one.
-        interval: 95% of it, by resampling images (percentile bootstrap, Efron 1979).
-        precision, recall, f1: at that score, on the images it was found on.
+        score: Lowest confidence, halfway between the last detection kept and the next one.
+        interval: 95% interval of `score`, by resampling images (percentile bootstrap, Efron 1979).
+        precision: Precision, 0 to 1.
+        recall: Recall, 0 to 1.
+        f1: F1, 0 to 1.
     """
 
     score: float
@@ -40,101 +42,136 @@ class BestThreshold:
 def best_threshold(
     image: NDArray[np.int64],
     score: NDArray[np.float64],
-    right: NDArray[np.bool_],
-    labels: NDArray[np.int64],
+    is_match: NDArray[np.bool_],
+    label_counts: NDArray[np.int64],
     precision: float | None = None,
     seed: int = 0,
 ) -> BestThreshold | None:
-    """The threshold of highest F1, or of highest recall with at least a wanted precision.
+    """Find the threshold of the highest F1, or of the highest recall at some precision.
 
-    Which detection is right does not depend on the threshold, since labels are given to the most confident first.
+    Whether a detection is right does not depend on the threshold, since labels are assigned to the most confident
+    detections first.
 
     Args:
-        image: `(n,)` which image each detection is in, from 0.
-        score: `(n,)` their confidence.
-        right: `(n,)` whether each has found a label of its own.
-        labels: `(m,)` how many labels each image has.
-        precision: the least precision wanted; None for F1.
-        seed: of the resampling.
+        image: `(n,)`, number of the image of each detection, from 0.
+        score: `(n,)`, confidence.
+        is_match: `(n,)`, whether the detection matches a label.
+        label_counts: `(m,)`, labels in each image.
+        precision: Lowest precision; None for the highest F1.
+        seed: Seed of the bootstrap.
 
     Returns:
-        None without detections or labels, or if no threshold has the precision.
+        None if there are no detections or no labels, or if no threshold reaches the precision.
+
+    >>> image, score = np.zeros(3, int), np.array([0.75, 0.5, 0.25])
+    >>> best = best_threshold(image, score, np.array([True, True, False]), np.array([2]))
+    >>> best.score, best.f1
+    (0.375, 1.0)
     """
-    if not len(score) or not labels.sum():
+    if not len(score) or not label_counts.sum():
         return None
     order = np.argsort(-score, kind="stable")
-    image, score, right = image[order], score[order], right[order]
-    # A threshold cannot part detections of equal confidence.
+    image, score, is_match = image[order], score[order], is_match[order]
+    # A threshold cannot separate detections of equal confidence.
     ends = np.flatnonzero(np.append(score[1:] < score[:-1], True))
-    between = (score[ends] + np.append(score[ends[1:]], 0.0)) / 2
-    between[-1] = score[-1]  # what lies below was not looked at
+    thresholds = (score[ends] + np.append(score[ends[1:]], 0.0)) / 2
+    thresholds[-1] = score[-1]  # lower ones were not part of the run
 
     def choose(weights: NDArray[np.float64]) -> NDArray[np.int64]:
-        """For each row of weights of images `(k, m)` the best of `ends`, -1 for none."""
-        each = weights[:, image]
-        good = np.cumsum(each * right, 1)[:, ends]
-        found = np.cumsum(each, 1)[:, ends]
-        there = (weights @ labels)[:, None]
+        """Return the index of the best threshold for each row of image weights `(k, m)`, -1 for none."""
+        detections = weights[:, image]
+        matched = np.cumsum(detections * is_match, 1)[:, ends]
+        kept = np.cumsum(detections, 1)[:, ends]
         if precision is None:
-            return (2 * good / np.maximum(found + there, 1e-9)).argmax(1)
-        fits = good >= precision * found
-        return np.where(fits.any(1), np.where(fits & (found > 0), good, -1.0).argmax(1), -1)
+            labels = (weights @ label_counts)[:, None]
+            return (2 * matched / np.maximum(kept + labels, 1e-9)).argmax(1)
+        precise = matched >= precision * kept
+        return np.where(precise.any(1), np.where(precise & (kept > 0), matched, -1.0).argmax(1), -1)
 
-    best = int(choose(np.ones((1, len(labels))))[0])
+    best = int(choose(np.ones((1, len(label_counts))))[0])
     if best < 0:
         return None
-    step = max(1, BLOCK // len(score))
-    several = np.concatenate(
+    interval = _bootstrap_interval(choose, thresholds, len(score), len(label_counts), seed)
+    matched, kept, labels = int(is_match[: ends[best] + 1].sum()), int(ends[best]) + 1, int(label_counts.sum())
+    return BestThreshold(
+        score=float(thresholds[best]),
+        interval=interval,
+        precision=matched / kept,
+        recall=matched / labels,
+        f1=2 * matched / (kept + labels),
+    )
+
+
+def _bootstrap_interval(
+    choose: Callable[[NDArray[np.float64]], NDArray[np.int64]],
+    thresholds: NDArray[np.float64],
+    detections: int,
+    images: int,
+    seed: int,
+) -> tuple[float, float]:
+    """Compute the 95% interval of the chosen threshold over resamples of the images."""
+    step = max(1, BLOCK // detections)
+    chosen = np.concatenate(
         [
             choose(weights[start : start + step].astype(np.float64))
-            for weights in _resamples(len(labels), seed)
+            for weights in _resamples(images, seed)
             for start in range(0, len(weights), step)
         ]
     )
-    low, high = np.percentile(between[several[several >= 0]], [2.5, 97.5]) if (several >= 0).any() else (0.0, 1.0)
-    good, found = int(right[: ends[best] + 1].sum()), int(ends[best]) + 1
-    recall, f1 = good / int(labels.sum()), 2 * good / (found + int(labels.sum()))
-    return BestThreshold(float(between[best]), (float(low), float(high)), good / found, recall, f1)
+    chosen = chosen[chosen >= 0]
+    if not len(chosen):
+        return 0.0, 1.0
+    low, high = np.percentile(thresholds[chosen], [2.5, 97.5])
+    return float(low), float(high)
 
 
 def _resamples(images: int, seed: int) -> Iterator[NDArray[np.uint16]]:
-    """How often each image is drawn in each resample, `(RESAMPLES, images)` in blocks."""
+    """Yield how often each image is drawn in each resample, `(RESAMPLES, images)` in blocks of rows."""
     step = max(1, BLOCK // images)
     if step >= RESAMPLES:
-        yield _drawn(images, seed)
+        yield _all_resamples(images, seed)
         return
     rng = np.random.default_rng(seed)
     for start in range(0, RESAMPLES, step):
         yield rng.multinomial(images, np.full(images, 1 / images), min(step, RESAMPLES - start)).astype(np.uint16)
 
 
-@lru_cache(maxsize=1)  # every class, and every job of a sweep, asks for the same
-def _drawn(images: int, seed: int) -> NDArray[np.uint16]:
+@lru_cache(maxsize=1)  # the same for every class, and for every job of a sweep
+def _all_resamples(images: int, seed: int) -> NDArray[np.uint16]:
+    """Return how often each image is drawn in each resample, `(RESAMPLES, images)`."""
     return np.random.default_rng(seed).multinomial(images, np.full(images, 1 / images), RESAMPLES).astype(np.uint16)
 
 
-def write_ontology(path: Path, vocabulary: Vocabulary, best: list[BestThreshold | None], note: str) -> None:
-    """A vocabulary as an ontology file, with the thresholds found; a class without one keeps its own."""
+def write_ontology(
+    path: Path, vocabulary: Vocabulary, thresholds: Sequence[BestThreshold | None], comment: str
+) -> None:
+    """Write a vocabulary as an ontology file with the best thresholds as scores.
+
+    Args:
+        path: YAML file.
+        vocabulary: The classes.
+        thresholds: Best threshold of each class; with None it keeps its own score.
+        comment: Comment at the top of the file.
+    """
     import yaml
 
+    columns = {
+        "id": vocabulary.ids,
+        "score": vocabulary.scores,
+        "colour": vocabulary.colors,
+        "supercategory": vocabulary.supercategories,
+    }
     classes: dict[str, dict[str, Any]] = {}
-    for i, name in enumerate(vocabulary.classes):
+    for i, (name, threshold) in enumerate(zip(vocabulary.classes, thresholds, strict=True)):
         entry: dict[str, Any] = {"phrases": list(vocabulary.phrases[i])}
-        for key, column in (
-            ("id", "ids"),
-            ("score", "scores"),
-            ("colour", "colours"),
-            ("supercategory", "supercategories"),
-        ):
-            values = getattr(vocabulary, column)
-            if values and values[i] is not None:
-                entry[key] = values[i]
-        found = best[i]
-        if found is not None:
-            entry["score"] = round(found.score, 4)
+        entry |= {key: column[i] for key, column in columns.items() if column and column[i] is not None}
+        if threshold is not None:
+            entry["score"] = round(threshold.score, 4)
         classes[name] = entry
-    content = {"classes": classes, **({"negatives": list(vocabulary.negatives)} if vocabulary.negatives else {})}
-    text = "".join(f"# {line}\n" for line in note.splitlines())
+    content: dict[str, Any] = {"classes": classes}
+    if vocabulary.negatives:
+        content["negatives"] = list(vocabulary.negatives)
+    text = "".join(f"# {line}\n" for line in comment.splitlines())
     text += yaml.safe_dump(content, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
-    with atomic_write(path) as beside:
-        beside.write_text(text, encoding="utf-8")
+    with atomic_write(path) as part:
+        part.write_text(text, encoding="utf-8")

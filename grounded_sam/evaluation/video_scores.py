@@ -1,10 +1,10 @@
-"""How well objects are followed through a video: J and F by the rules of DAVIS and of SA-V, HOTA, IDF1, switches."""
+"""Scores of tracking in videos: J and F by the rules of DAVIS and of SA-V, HOTA, CLEAR and identity metrics."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -12,224 +12,329 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-Mask = NDArray[np.bool_]
+from grounded_sam.formats.video_masks import Mask
 
-#: Share of the diagonal within which two contours are the same, see `f_measure` of davis2017-evaluation.
+#: Share of the image diagonal within which contours match, see `f_measure` of davis2017-evaluation.
 TOLERANCE = 0.008
 
 
-def frame_overlaps(truth: Sequence[Mask], found: Sequence[Mask]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """J and F of each object with each track in one frame, `(n, m)` both; no mask may be empty.
+def frame_overlaps(objects: Sequence[Mask], tracks: Sequence[Mask]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Compute J and F of each object with each track in one frame.
 
-    J is IoU, F the harmonic mean of the shares of either contour that are near the other: `db_eval_iou` and
+    J is IoU; F is the harmonic mean of the shares of both contours that are near the other one: `db_eval_iou` and
     `f_measure` of davis2017-evaluation (Perazzi et al. 2016).
+
+    Args:
+        objects: `n` masks `(H, W) bool` of the ground truth, none of them empty.
+        tracks: `m` masks `(H, W) bool` of the run, none of them empty.
+
+    Returns:
+        J and F, `(n, m)` each, 0 to 1.
+
+    >>> mask = np.eye(20, dtype=bool)
+    >>> frame_overlaps([mask], [mask])[0].tolist()
+    [[1.0]]
     """
-    shape = (len(truth), len(found))
+    shape = (len(objects), len(tracks))
     if not all(shape):
         return np.zeros(shape), np.zeros(shape)
-    height, width = truth[0].shape
-    reach = math.ceil(TOLERANCE * math.hypot(height, width))
-    # Only where something is; a pixel more, since contours reach beyond their masks by that.
-    everything = np.logical_or.reduce([*truth, *found])
-    window = []
-    for axis, size in ((1, height), (0, width)):
-        places = np.flatnonzero(everything.any(axis))
-        window.append(slice(max(0, places[0] - reach - 1), min(size, places[-1] + reach + 2)))
-    at = tuple(window)
+    height, width = objects[0].shape
+    radius = math.ceil(TOLERANCE * math.hypot(height, width))
+    window = _window([*objects, *tracks], radius)
+    object_contours, track_contours = (
+        [_Contour.of(mask[window], radius) for mask in masks] for masks in (objects, tracks)
+    )
+    track_areas = [int(np.count_nonzero(mask)) for mask in tracks]
     j, f = np.zeros(shape), np.zeros(shape)
-    theirs, ours = ([_contour(mask[at], reach) for mask in masks] for masks in (truth, found))
-    areas = [int(np.count_nonzero(mask)) for mask in found]
-    for row, mask in enumerate(truth):
-        area, (line, near, length) = int(np.count_nonzero(mask)), theirs[row]
-        for column, other in enumerate(found):
-            both = np.count_nonzero(mask[at] & other[at])
-            j[row, column] = both / (area + areas[column] - both)
-            line_, near_, length_ = ours[column]
-            if not length or not length_:
-                f[row, column] = float(length == length_)
-                continue
-            precision, recall = np.count_nonzero(line_ & near) / length_, np.count_nonzero(line & near_) / length
-            f[row, column] = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    for row, mask in enumerate(objects):
+        area = int(np.count_nonzero(mask))
+        for column, other in enumerate(tracks):
+            intersection = np.count_nonzero(mask[window] & other[window])
+            j[row, column] = intersection / (area + track_areas[column] - intersection)
+            f[row, column] = object_contours[row].f_measure(track_contours[column])
     return j, f
 
 
-def _contour(mask: Mask, reach: int) -> tuple[Mask, Mask, int]:
-    """The contour of a mask as `seg2bmap` draws it, what is near it, and its length."""
-    import cv2
-
-    right, below, both = (np.zeros_like(mask) for _ in range(3))
-    right[:, :-1], below[:-1], both[:-1, :-1] = mask[:, 1:], mask[1:], mask[1:, 1:]
-    line = (mask ^ right) | (mask ^ below) | (mask ^ both)
-    line[-1] = mask[-1] ^ right[-1]
-    line[:, -1] = mask[:, -1] ^ below[:, -1]
-    line[-1, -1] = False
-    grid = np.mgrid[-reach : reach + 1, -reach : reach + 1]
-    disk = ((grid**2).sum(0) <= reach**2).astype(np.uint8)
-    near = cv2.dilate(line.astype(np.uint8), disk).astype(bool)
-    return line, near, int(np.count_nonzero(line))
+def _window(masks: Sequence[Mask], radius: int) -> tuple[slice, slice]:
+    """Return the part of the image that contains all masks and what is near their contours."""
+    union = np.logical_or.reduce(list(masks))
+    window = []
+    for axis, size in ((1, union.shape[0]), (0, union.shape[1])):
+        filled = np.flatnonzero(union.any(axis))
+        # One pixel more, by which contours extend beyond their masks.
+        window.append(slice(max(0, filled[0] - radius - 1), min(size, filled[-1] + radius + 2)))
+    return window[0], window[1]
 
 
-@dataclass
-class VideoScores:
-    """The measured frames of one video; masks are not held.
+@dataclass(frozen=True)
+class _Contour:
+    """The contour of a mask.
 
-    Args:
-        objects: which track is which object: `best`, by the assignment of highest J&F (Hungarian method, as DAVIS
-            unsupervised); `ids`, by their numbers; `one`, all masks of a frame are one object (as DAVIS 2016).
-        classes: name of each object's class, where they have one: tracks of another class are no match.
+    Attributes:
+        line: Pixels of the contour, `(H, W) bool`, as `seg2bmap` of davis2017-evaluation draws it.
+        near: Pixels within the tolerance of the contour, `(H, W) bool`.
+        length: Number of pixels of the contour.
     """
 
-    objects: Literal["best", "ids", "one"] = "best"
-    classes: Mapping[int, str] | None = None
-    _frames: list[tuple[list[int], list[int], Any, Any]] = field(default_factory=list)
-    _names: dict[int, str] = field(default_factory=dict)
+    line: Mask
+    near: Mask
+    length: int
+
+    @classmethod
+    def of(cls, mask: Mask, radius: int) -> _Contour:
+        """Trace a mask `(H, W) bool`."""
+        import cv2
+
+        right, below, diagonal = (np.zeros_like(mask) for _ in range(3))
+        right[:, :-1], below[:-1], diagonal[:-1, :-1] = mask[:, 1:], mask[1:], mask[1:, 1:]
+        line = (mask ^ right) | (mask ^ below) | (mask ^ diagonal)
+        line[-1] = mask[-1] ^ right[-1]
+        line[:, -1] = mask[:, -1] ^ below[:, -1]
+        line[-1, -1] = False
+        grid = np.mgrid[-radius : radius + 1, -radius : radius + 1]
+        disk = ((grid**2).sum(0) <= radius**2).astype(np.uint8)
+        near = cv2.dilate(line.astype(np.uint8), disk).astype(bool)
+        return cls(line, near, int(np.count_nonzero(line)))
+
+    def f_measure(self, other: _Contour) -> float:
+        """Compute F of this contour, of the ground truth, and that of a track."""
+        if not self.length or not other.length:
+            return float(self.length == other.length)
+        precision = np.count_nonzero(other.line & self.near) / other.length
+        recall = np.count_nonzero(self.line & other.near) / self.length
+        return 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+
+
+@dataclass(frozen=True)
+class _FrameScores:
+    """J and F of each object with each track in one frame.
+
+    Attributes:
+        objects: Ids of the `n` objects of the ground truth.
+        tracks: Ids of the `m` tracks of the run.
+        j: `(n, m)`.
+        f: `(n, m)`.
+    """
+
+    objects: list[int]
+    tracks: list[int]
+    j: NDArray[np.float64]
+    f: NDArray[np.float64]
+
+
+class VideoScores:
+    """Collect the frames of one video, and score its objects. Masks are not kept.
+
+    Args:
+        assignment: Which track belongs to which object: `best`, the assignment of the highest J&F (Hungarian method, as
+            in DAVIS unsupervised); `ids`, the track with the id of the object; `one`, all masks of a frame are one
+            object (as in DAVIS 2016).
+        classes: Class name of each object; tracks of other classes do not match. None if objects have no classes.
+
+    >>> video, mask = VideoScores(), np.eye(20, dtype=bool)
+    >>> for _ in range(3):
+    ...     overlap = video.add({1: mask}, {7: mask})
+    >>> video.by_object()[1]["track"], video.by_object()[1]["davis_all_frames"]["JF"]
+    (7, 1.0)
+    """
+
+    def __init__(
+        self, assignment: Literal["best", "ids", "one"] = "best", classes: Mapping[int, str] | None = None
+    ) -> None:
+        self.assignment, self.classes = assignment, classes
+        self._frames: list[_FrameScores] = []
+        self._track_classes: dict[int, str] = {}
 
     def add(
-        self, truth: Mapping[int, Mask], found: Mapping[int, Mask], names: Mapping[int, str] | None = None
+        self,
+        objects: Mapping[int, Mask],
+        tracks: Mapping[int, Mask],
+        track_classes: Mapping[int, str] | None = None,
     ) -> NDArray[np.float64]:
-        """Take a frame.
+        """Add a frame.
 
         Args:
-            truth, found: masks by number; none is empty.
-            names: class of each track.
+            objects: Masks `(H, W) bool` of the ground truth by object id, none of them empty.
+            tracks: Masks `(H, W) bool` of the run by tracker id, none of them empty.
+            track_classes: Class name of each track.
 
         Returns:
             IoU of each object with each track, 0 where their classes differ.
         """
-        if self.objects == "one":
-            truth, found = ({1: np.logical_or.reduce(list(m.values()))} if m else {} for m in (truth, found))
-            names = None
-        self._names |= names or {}
-        rows, columns = list(truth), list(found)
-        j, f = frame_overlaps(list(truth.values()), list(found.values()))
-        if self.classes is not None and names is not None:
-            same = np.array([[self.classes.get(g) == names.get(k) for k in columns] for g in rows], bool)
-            j, f = (np.where(same.reshape(j.shape), value, 0.0) for value in (j, f))
-        self._frames.append((rows, columns, j, f))
+        if self.assignment == "one":
+            objects, tracks = (_union(masks) for masks in (objects, tracks))
+            track_classes = None
+        self._track_classes |= track_classes or {}
+        j, f = frame_overlaps(list(objects.values()), list(tracks.values()))
+        if self.classes is not None and track_classes is not None:
+            same = [[self.classes.get(n) == track_classes.get(k) for k in tracks] for n in objects]
+            same_class = np.array(same, bool).reshape(j.shape)
+            j, f = np.where(same_class, j, 0.0), np.where(same_class, f, 0.0)
+        self._frames.append(_FrameScores(list(objects), list(tracks), j, f))
         return j
 
     def __len__(self) -> int:
+        """Return the number of frames."""
         return len(self._frames)
 
-    def numbers(self, side: int) -> list[int]:
-        """The numbers of all objects (0) or tracks (1) so far."""
-        return list(dict.fromkeys(number for frame in self._frames for number in frame[side]))
+    def object_ids(self) -> list[int]:
+        """Return the ids of all objects so far."""
+        return list(dict.fromkeys(number for frame in self._frames for number in frame.objects))
 
-    def _values(self, number: int, track: int | None) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-        """J and F of an object with a track by frame, `(2, t)`, 1 where both are absent; and where one is there."""
-        values, there = np.ones((2, len(self._frames))), np.zeros(len(self._frames), bool)
-        for t, (rows, columns, j, f) in enumerate(self._frames):
-            row = rows.index(number) if number in rows else None
-            column = columns.index(track) if track in columns else None
-            there[t] = row is not None or column is not None
+    def track_ids(self) -> list[int]:
+        """Return the ids of all tracks so far."""
+        return list(dict.fromkeys(track for frame in self._frames for track in frame.tracks))
+
+    def _scores(self, number: int, track: int | None) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+        """Return J and F of an object with a track by frame, and where either is present.
+
+        Returns:
+            `(2, t)`, 1 where both are absent, and `(t,)`.
+        """
+        scores, present = np.ones((2, len(self._frames))), np.zeros(len(self._frames), bool)
+        for t, frame in enumerate(self._frames):
+            row = frame.objects.index(number) if number in frame.objects else None
+            column = frame.tracks.index(track) if track in frame.tracks else None
+            present[t] = row is not None or column is not None
             if row is not None and column is not None:
-                values[:, t] = j[row, column], f[row, column]
-            elif there[t]:
-                values[:, t] = 0.0
-        return values, there
+                scores[:, t] = frame.j[row, column], frame.f[row, column]
+            elif present[t]:
+                scores[:, t] = 0.0
+        return scores, present
 
-    def _assigned(self, numbers: list[int], tracks: list[int]) -> dict[int, int | None]:
-        if self.objects != "best":
+    def _assign(self) -> dict[int, int | None]:
+        """Return the track of each object; None for an object without a track."""
+        numbers, tracks = self.object_ids(), self.track_ids()
+        if self.assignment != "best":
             return {number: number if number in tracks else None for number in numbers}
-        # Without a track of its own an object is compared with nothing; DAVIS fills up in the same way.
-        wide = max(len(tracks), len(numbers))
-        row_of, column_of = ({n: i for i, n in enumerate(side)} for side in (numbers, tracks))
-        total, both = np.zeros((len(numbers), wide)), np.zeros((len(numbers), wide))
-        seen, found = np.zeros(len(numbers)), np.zeros(wide)
-        for rows, columns, j, f in self._frames:
-            at = np.ix_([row_of[n] for n in rows], [column_of[n] for n in columns])
-            total[at] += (j + f) / 2
-            both[at] += 1
-            seen[at[0].ravel()] += 1
-            found[at[1].ravel()] += 1
-        absent = len(self._frames) - seen[:, None] - found[None] + both  # where both are absent the value is 1
-        score = (total + absent) / max(1, len(self._frames))
+        scores = self._mean_scores(numbers, tracks)
         if self.classes is not None:
-            other = [[self.classes.get(n) != self._names.get(k) for k in tracks] for n in numbers]
-            score[:, : len(tracks)][np.array(other, bool).reshape(len(numbers), len(tracks))] = -1.0
-        rows, columns = linear_sum_assignment(-score)
-        chosen: dict[int, int | None] = dict.fromkeys(numbers)
-        for row, column in zip(rows, columns, strict=True):
-            if column < len(tracks) and score[row, column] >= 0:
-                chosen[numbers[row]] = tracks[column]
-        return chosen
+            differ = [[self.classes.get(n) != self._track_classes.get(k) for k in tracks] for n in numbers]
+            scores[:, : len(tracks)][np.array(differ, bool).reshape(len(numbers), len(tracks))] = -1.0
+        assigned: dict[int, int | None] = dict.fromkeys(numbers)
+        for row, column in zip(*linear_sum_assignment(-scores), strict=True):
+            if column < len(tracks) and scores[row, column] >= 0:
+                assigned[numbers[row]] = tracks[column]
+        return assigned
+
+    def _mean_scores(self, numbers: list[int], tracks: list[int]) -> NDArray[np.float64]:
+        """Compute the mean of J and F over all frames, `(n, max(n, m))`.
+
+        More columns than tracks stand for no track, as in DAVIS.
+        """
+        shape = (len(numbers), max(len(tracks), len(numbers)))
+        row_of, column_of = ({number: i for i, number in enumerate(ids)} for ids in (numbers, tracks))
+        total, both_present = np.zeros(shape), np.zeros(shape)
+        object_present, track_present = np.zeros(shape[0]), np.zeros(shape[1])
+        for frame in self._frames:
+            cells = np.ix_([row_of[n] for n in frame.objects], [column_of[k] for k in frame.tracks])
+            total[cells] += (frame.j + frame.f) / 2
+            both_present[cells] += 1
+            object_present[cells[0].ravel()] += 1
+            track_present[cells[1].ravel()] += 1
+        both_absent = len(self._frames) - object_present[:, None] - track_present[None] + both_present  # J and F are 1
+        return (total + both_absent) / max(1, len(self._frames))
 
     def by_object(self) -> dict[int, dict[str, Any]]:
-        """Of each object its track and its scores by three rules; None where a rule has no frame for it.
+        """Score each object by three rules.
 
-        `davis`: mean, recall (share above 0.5) and decay (first less last quarter) over all frames but the first
-        and the last; where object and track are both absent the value is 1. `davis_all_frames`: the same over all.
-        `sav`: means from the first frame on that has the object or its track, without the first and last frame;
-        an object that is in none of those has no value (`sav_benchmark.py` of SAM 2, as vos-benchmark).
+        `davis` (semi-supervised): mean, recall (share above 0.5) and decay (first minus last quarter) over all frames
+        but the first and the last; where object and track are both absent, J and F are 1. `davis_all_frames`
+        (unsupervised): the same over all frames. `sav`: means from the first frame on that has the object or its track,
+        without the first and last frame of the video (`sav_benchmark.py` of SAM 2, as vos-benchmark).
+
+        Returns:
+            By object id the id of its `track` or None, its `class` if objects have classes, and the scores by rule as
+            in `metrics.json`; None for a rule that has no frame for it.
         """
-        out = {}
-        for number, track in self._assigned(self.numbers(0), self.numbers(1)).items():
-            values, there = self._values(number, track)
-            inner, inside = values[:, 1:-1], there[1:-1]
-            seen = [number in rows for rows, *_ in self._frames][1:-1]
-            begun = int(inside.argmax()) if any(seen) else None
-            about: dict[str, Any] = {"track": track}
+        scores_by_object = {}
+        for number, track in self._assign().items():
+            scores, present = self._scores(number, track)
+            inner = scores[:, 1:-1]
+            occurs = any(number in frame.objects for frame in self._frames[1:-1])
+            sav = None
+            if occurs:
+                j, f = inner[:, int(present[1:-1].argmax()) :].mean(1).tolist()
+                sav = {"J": j, "F": f, "JF": (j + f) / 2}
+            entry: dict[str, Any] = {"track": track}
             if self.classes is not None:
-                about["class"] = self.classes.get(number)
-            about["davis"] = _davis(inner)
-            about["davis_all_frames"] = _davis(values)
-            late = None if begun is None else inner[:, begun:].mean(1)
-            about["sav"] = (
-                None if late is None else {"J": float(late[0]), "F": float(late[1]), "JF": float(late.mean())}
-            )
-            out[number] = about
-        return out
+                entry["class"] = self.classes.get(number)
+            entry |= {"davis": _davis(inner), "davis_all_frames": _davis(scores), "sav": sav}
+            scores_by_object[number] = entry
+        return scores_by_object
 
     def for_trackeval(self) -> dict[str, Any]:
-        """The frames as metrics of trackeval take them; similarity is J."""
-        numbers, tracks = ({n: i for i, n in enumerate(self.numbers(side))} for side in (0, 1))
+        """Return the frames in the form of trackeval's `eval_sequence`; similarity is J."""
+        objects, tracks = ({n: i for i, n in enumerate(ids)} for ids in (self.object_ids(), self.track_ids()))
         return {
             "num_timesteps": len(self._frames),
-            "num_gt_ids": len(numbers),
+            "num_gt_ids": len(objects),
             "num_tracker_ids": len(tracks),
-            "num_gt_dets": sum(len(rows) for rows, *_ in self._frames),
-            "num_tracker_dets": sum(len(columns) for _, columns, *_ in self._frames),
-            "gt_ids": [np.array([numbers[n] for n in rows], int) for rows, *_ in self._frames],
-            "tracker_ids": [np.array([tracks[n] for n in columns], int) for _, columns, *_ in self._frames],
-            "similarity_scores": [j for _, _, j, _ in self._frames],
+            "num_gt_dets": sum(len(frame.objects) for frame in self._frames),
+            "num_tracker_dets": sum(len(frame.tracks) for frame in self._frames),
+            "gt_ids": [np.array([objects[n] for n in frame.objects], int) for frame in self._frames],
+            "tracker_ids": [np.array([tracks[k] for k in frame.tracks], int) for frame in self._frames],
+            "similarity_scores": [frame.j for frame in self._frames],
         }
 
 
-def _davis(values: NDArray[np.float64]) -> dict[str, float] | None:
-    """Mean, recall and decay of J and F, as `db_statistics` of davis2017-evaluation; and J&F."""
-    if not values.shape[1]:
+def _union(masks: Mapping[int, Mask]) -> dict[int, Mask]:
+    """Join all masks of a frame to those of one object with id 1."""
+    return {1: np.logical_or.reduce(list(masks.values()))} if masks else {}
+
+
+def _davis(scores: NDArray[np.float64]) -> dict[str, float] | None:
+    """Compute mean, recall and decay of J and F, as `db_statistics` of davis2017-evaluation, and J&F.
+
+    Args:
+        scores: J and F by frame, `(2, t)`.
+
+    Returns:
+        None without frames.
+    """
+    if not scores.shape[1]:
         return None
-    # DAVIS holds these places in 8 bits, which goes wrong beyond 255 frames.
-    places = np.round(np.linspace(1, values.shape[1], 5) + 1e-10).astype(int) - 1
-    out: dict[str, float] = {}
-    for key, row in zip("JF", values, strict=True):
-        quarters = [row[places[i] : places[i + 1] + 1].mean() for i in (0, 3)]
-        out |= {f"{key}_mean": float(row.mean()), f"{key}_recall": float((row > 0.5).mean())}
-        out[f"{key}_decay"] = float(quarters[0] - quarters[1])
-    out["JF"] = (out["J_mean"] + out["F_mean"]) / 2
-    return out
+    # DAVIS keeps these indices in 8 bits, which overflow after 255 frames.
+    bounds = np.round(np.linspace(1, scores.shape[1], 5) + 1e-10).astype(int) - 1
+    statistics: dict[str, float] = {}
+    for key, row in zip("JF", scores, strict=True):
+        first, last = (row[bounds[i] : bounds[i + 1] + 1].mean() for i in (0, 3))
+        statistics |= {f"{key}_mean": float(row.mean()), f"{key}_recall": float((row > 0.5).mean())}
+        statistics[f"{key}_decay"] = float(first - last)
+    statistics["JF"] = (statistics["J_mean"] + statistics["F_mean"]) / 2
+    return statistics
 
 
-def mean_scores(scores: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
-    """Means over objects, all alike, of what `by_object` gives of each; -1 where a rule has no object."""
-    out: dict[str, dict[str, float]] = {}
-    keys = [f"{part}_{what}" for part in "JF" for what in ("mean", "recall", "decay")]
+def mean_scores(objects: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Average the scores of objects by rule.
+
+    Args:
+        objects: Scores of objects, from `VideoScores.by_object`.
+
+    Returns:
+        By rule the mean of each score; -1 where a rule has no object.
+    """
+    means: dict[str, dict[str, float]] = {}
+    keys = [f"{measure}_{statistic}" for measure in "JF" for statistic in ("mean", "recall", "decay")]
     for rule, names in (("davis", [*keys, "JF"]), ("davis_all_frames", [*keys, "JF"]), ("sav", ["J", "F", "JF"])):
-        rows = [score[rule] for score in scores if score[rule] is not None]
-        out[rule] = {name: float(np.mean([row[name] for row in rows])) if rows else -1.0 for name in names}
-    return out
+        rows = [scores[rule] for scores in objects if scores[rule] is not None]
+        means[rule] = {name: float(np.mean([row[name] for row in rows])) if rows else -1.0 for name in names}
+    return means
 
 
 def has_trackeval() -> bool:
-    """Whether HOTA, IDF1 and switches can be measured."""
+    """Return whether trackeval is installed, which computes HOTA, CLEAR and identity metrics."""
     return find_spec("trackeval") is not None
 
 
 def trackeval_metrics(videos: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """HOTA (Luiten et al. 2020), CLEAR and identity metrics by trackeval, of all videos together and of each.
+    """Compute HOTA (Luiten et al. 2020), CLEAR and identity metrics with trackeval.
 
     Args:
-        videos: of each what `VideoScores.for_trackeval` gives.
+        videos: Frames of each video, from `VideoScores.for_trackeval`.
+
+    Returns:
+        Metrics of all videos together, and those of each video by name.
     """
     import contextlib
     import io
@@ -239,20 +344,20 @@ def trackeval_metrics(videos: Mapping[str, Mapping[str, Any]]) -> tuple[dict[str
         from trackeval.metrics import CLEAR, HOTA, Identity
 
         _timing.DO_TIMING = False
-        quiet = {"PRINT_CONFIG": False}
-        single: dict[str, dict[str, Any]] = {name: {} for name in videos}
-        whole: dict[str, Any] = {}
-        for metric in (HOTA(), CLEAR(quiet), Identity(quiet)):
-            each = {name: metric.eval_sequence(dict(data)) for name, data in videos.items()}
-            for name, values in each.items():
-                single[name] |= _few(values)
-            whole |= _few(metric.combine_sequences(each))
-    return whole, single
+        config = {"PRINT_CONFIG": False}
+        by_video: dict[str, dict[str, Any]] = {name: {} for name in videos}
+        overall: dict[str, Any] = {}
+        for metric in (HOTA(), CLEAR(config), Identity(config)):
+            results = {name: metric.eval_sequence(dict(frames)) for name, frames in videos.items()}
+            for name, fields in results.items():
+                by_video[name] |= _main_fields(fields)
+            overall |= _main_fields(metric.combine_sequences(results))
+    return overall, by_video
 
 
-def _few(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Of trackeval's fields those that are told; HOTA's are means over its thresholds."""
-    means = {key: float(np.mean(values[key])) for key in ("HOTA", "DetA", "AssA", "LocA") if key in values}
-    shares = {key: float(values[key]) for key in ("MOTA", "IDF1", "IDP", "IDR") if key in values}
-    counts = {key: int(values[key]) for key in ("IDSW", "Frag") if key in values}
-    return {**means, **shares, **counts}
+def _main_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Pick the fields of trackeval that are reported; those of HOTA are averaged over its thresholds."""
+    means = {key: float(np.mean(fields[key])) for key in ("HOTA", "DetA", "AssA", "LocA") if key in fields}
+    ratios = {key: float(fields[key]) for key in ("MOTA", "IDF1", "IDP", "IDR") if key in fields}
+    counts = {key: int(fields[key]) for key in ("IDSW", "Frag") if key in fields}
+    return {**means, **ratios, **counts}

@@ -1,1 +1,1 @@
-"""Label formats, read and written."""
+"""File formats: labels of images and videos, and the store of results."""

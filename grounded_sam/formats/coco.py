@@ -1,10 +1,11 @@
-"""COCO instances files, read with every entry looked at."""
+"""Read COCO instances files, and check every entry."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,194 +15,240 @@ from numpy.typing import NDArray
 
 from grounded_sam.errors import ConfigError
 from grounded_sam.structures.detections import empty_detections, make_detections
-from grounded_sam.structures.masks import encode_rle, unpack_masks
+from grounded_sam.structures.masks import encode_rle, masks_to_xyxy, unpack_masks
 from grounded_sam.structures.results import Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
 
+#: Numbers that an annotation may have, with their ranges.
+_NUMBERS = {"score": (0.0, 1.0), "mask_score": (-math.inf, math.inf), "track_id": (0.0, math.inf)}
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """What is wrong with an annotation, and whether it can be used nevertheless."""
+
+    reason: str
+    usable: bool = False
+
 
 class CocoFile:
-    """A COCO instances file: images, and for each the annotations that can be used.
+    """The images of a COCO instances file, and the annotations of each that can be used.
 
-    An annotation that is not sound (of no image or category, a box that is not finite, a mask of another
-    size, a polygon of fewer than three points, an id that was there before) is left out and noted; one that
-    reaches outside its image is cut to it and noted.
+    An invalid annotation (of no image or category, with a box that is not finite, a mask of another size, a polygon of
+    fewer than three points, or an id that occurred before) is left out and noted; one that extends outside its image is
+    clipped and noted.
 
     Args:
-        path: the file.
-        dataset: for a list of results, which has no images and categories: the file that it is about.
-        content: what the file would hold, for labels of another format.
-        mixed: keep labels that have no mask where others have one, and then take the boxes of all.
+        path: The file.
+        dataset: For a list of results, which has no images and categories: the COCO file that has them.
+        content: What the file would contain, for labels of another format.
+        allow_mixed: If some annotations have masks and others do not, use the boxes of all; otherwise those without
+            masks are left out.
 
     Attributes:
-        vocabulary: the categories in the file's order, with their ids.
-        images: the entries of `images`.
-        notes: what was left out or changed, and why.
+        path: As above.
+        vocabulary: The categories in the order of the file, with their ids.
+        images: The entries of `images`.
+        has_masks: Whether annotations have masks.
+        notes: Which annotations were left out or changed, and why.
 
     Raises:
-        ConfigError: if the file cannot be read, is no JSON, or has no images or categories.
+        ConfigError: If the file cannot be read, is not JSON, or has no valid images or categories.
     """
 
-    def __init__(self, path: Path, dataset: Path | None = None, content: Any = None, mixed: bool = False) -> None:
+    def __init__(
+        self, path: Path, dataset: Path | None = None, content: Any = None, *, allow_mixed: bool = False
+    ) -> None:
         self.path = path
-        content = read_json(path) if content is None else content
-        if isinstance(content, list) and dataset is not None:
-            whole = read_json(dataset)
-            keys = ("images", "categories")
-            content = {**{key: whole.get(key) for key in keys}, "annotations": content}
-        if not isinstance(content, Mapping):
-            raise ConfigError(
-                f"{path}: expected an object with images, annotations and categories, got a list; of results "
-                "source.dataset says which file they are about"
-            )
-        for key in ("images", "annotations", "categories"):
-            if not isinstance(content.get(key), list):
-                raise ConfigError(f"{path}: expected a list under {key!r}, got {type(content.get(key)).__name__}")
-        if not content["images"]:
-            raise ConfigError(f"{path} has no images")
-        self.vocabulary = Vocabulary.of_categories(content["categories"], str(path))
-        self._class_id = {number: i for i, number in enumerate(self.vocabulary.category_ids)}
+        content = _check_content(read_json(path) if content is None else content, path, dataset)
+        self.vocabulary = Vocabulary.from_categories(content["categories"], str(path))
         self.images: list[dict[str, Any]] = []
-        self._by_image: dict[Any, list[dict[str, Any]]] = {}
-        self._packed: dict[Any, sv.Detections] = {}
-        for given in content["images"]:
-            sound = isinstance(given, Mapping) and all(
-                isinstance(given.get(key), kind) for key, kind in (("file_name", str), ("width", int), ("height", int))
-            )
-            if (
-                not sound
-                or not given["file_name"]
-                or not isinstance(given.get("id"), int | str)
-                or min(given["width"], given["height"]) < 1
-            ):
-                raise ConfigError(f"{path}: an image needs id, file_name, width and height, got {given!r}")
-            image = {**given, "id": _id(given["id"])}
-            if image["id"] in self._by_image:
-                raise ConfigError(f"{path}: two images have the id {image['id']}")
-            self.images.append(image)
-            self._by_image[image["id"]] = []
         self.notes: list[Skipped] = []
-        self.masks = any(isinstance(a, Mapping) and a.get("segmentation") for a in content["annotations"])
-        bare = [a for a in content["annotations"] if isinstance(a, Mapping) and not a.get("segmentation")]
-        if mixed and self.masks and bare:
-            self.masks = False
-            why = f"{len(bare)} of {len(content['annotations'])} labels have no mask, so boxes alone are used"
-            self.notes.append(Skipped(str(path), why))
+        self._class_ids = {number: i for i, number in enumerate(self.vocabulary.category_ids)}
+        self._annotations: dict[Any, list[dict[str, Any]]] = {}  # by image id
+        self._packed: dict[Any, sv.Detections] = {}  # by image id
+        self._add_images(content["images"])
+        self.has_masks = self._check_masks(content["annotations"], allow_mixed)
+        self._add_annotations(content["annotations"])
+
+    def _add_images(self, images: Sequence[Any]) -> None:
+        """Check and add the entries of `images`."""
+        for entry in images:
+            if not _is_image(entry):
+                raise ConfigError(f"{self.path}: an image needs id, file_name, width and height, got {entry!r}")
+            image = {**entry, "id": _to_id(entry["id"])}
+            if image["id"] in self._annotations:
+                raise ConfigError(f"{self.path}: two images have the id {image['id']}")
+            self.images.append(image)
+            self._annotations[image["id"]] = []
+
+    def _check_masks(self, annotations: Sequence[Any], allow_mixed: bool) -> bool:
+        """Return whether masks are used; note if some are ignored because other annotations have none."""
+        with_mask = [bool(a.get("segmentation")) for a in annotations if isinstance(a, Mapping)]
+        if not allow_mixed or all(with_mask) or not any(with_mask):
+            return any(with_mask)
+        count = with_mask.count(False)
+        self.notes.append(
+            Skipped(str(self.path), f"{count} of {len(annotations)} labels have no mask, so only boxes are used")
+        )
+        return False
+
+    def _add_annotations(self, annotations: Sequence[Any]) -> None:
+        """Check the entries of `annotations`, add those that can be used, and note problems."""
         sizes = {image["id"]: (image["height"], image["width"]) for image in self.images}
         seen: set[Any] = set()
-        for number, given in enumerate(content["annotations"]):
-            annotation = given
-            if isinstance(given, Mapping) and "image_id" in given:
-                annotation = {**given, "image_id": _id(given["image_id"])}
-            reason = self._wrong(annotation, sizes, seen)
-            if reason is not None:
-                name = (
-                    annotation.get("id", f"number {number}") if isinstance(annotation, Mapping) else f"number {number}"
-                )
-                self.notes.append(Skipped(f"annotation {name}", reason))
-            if reason is None or reason.endswith("used"):
-                self._by_image[annotation["image_id"]].append(annotation)
+        for number, entry in enumerate(annotations):
+            name, annotation = f"number {number}", entry
+            if isinstance(entry, Mapping):
+                name = entry.get("id", name)
+                annotation = {**entry, "image_id": _to_id(entry.get("image_id"))}
+            problem = self._entry_problem(annotation, sizes, seen)
+            if problem is None:
+                size_hw = sizes[annotation["image_id"]]
+                problem = self._shape_problem(annotation, size_hw)
+            if problem is not None:
+                self.notes.append(Skipped(f"annotation {name}", problem.reason))
+            if problem is None or problem.usable:
+                self._annotations[annotation["image_id"]].append(annotation)
 
-    def _wrong(self, annotation: Any, sizes: dict[Any, tuple[int, int]], seen: set[Any]) -> str | None:
-        """What is wrong with an annotation; it ends in `used` if it can be used all the same."""
+    def _entry_problem(
+        self, annotation: Any, sizes: Mapping[Any, tuple[int, int]], seen_ids: set[Any]
+    ) -> _Problem | None:
+        """Check everything but the box and the mask of an annotation, and add its id to `seen_ids`."""
         if not isinstance(annotation, Mapping):
-            return f"expected an object, got {annotation!r}"
-        if isinstance(annotation.get("image_id"), list | dict) or annotation.get("image_id") not in sizes:
-            return f"there is no image {annotation.get('image_id')!r}"
-        category = annotation.get("category_id")
-        if isinstance(category, list | dict) or category not in self._class_id:
-            known = ", ".join(map(str, self._class_id))
-            return f"there is no category {annotation.get('category_id')!r}; the ids are {known}"
-        for key, least, most in (("score", 0, 1), ("mask_score", -math.inf, math.inf), ("track_id", 0, math.inf)):
+            return _Problem(f"expected an object, got {annotation!r}")
+        image_id, category_id = annotation["image_id"], annotation.get("category_id")
+        if isinstance(image_id, list | dict) or image_id not in sizes:
+            return _Problem(f"there is no image {image_id!r}")
+        if isinstance(category_id, list | dict) or category_id not in self._class_ids:
+            known = ", ".join(map(str, self._class_ids))
+            return _Problem(f"there is no category {category_id!r}; the ids are {known}")
+        for key, (low, high) in _NUMBERS.items():
             value = annotation.get(key)
-            if value is not None and not (_finite(value) and least <= value <= most):
-                span = " from 0 to 1" if most == 1 else ""
-                return f"{key} must be a finite number{span}, got {value!r}"
+            if value is not None and not (_is_finite(value) and low <= value <= high):
+                span = " from 0 to 1" if high == 1 else ""
+                return _Problem(f"{key} must be a finite number{span}, got {value!r}")
         number = annotation.get("id")
         if number is not None and not isinstance(number, int | str):
-            return f"the id must be a number, got {number!r}"
-        if number is not None and number in seen:
-            return f"another annotation has the id {number} too"
-        seen.add(number)
-        height, width = sizes[annotation["image_id"]]
-        segmentation = annotation.get("segmentation")
+            return _Problem(f"the id must be a number, got {number!r}")
+        if number is not None and number in seen_ids:
+            return _Problem(f"another annotation has the same id {number}")
+        seen_ids.add(number)
+        return None
+
+    def _shape_problem(self, annotation: Mapping[str, Any], size_hw: tuple[int, int]) -> _Problem | None:
+        """Check the box and the mask of an annotation."""
+        segmentation, box = annotation.get("segmentation"), annotation.get("bbox")
         if segmentation:
-            reason = wrong_segmentation(segmentation, (height, width))
+            reason = segmentation_problem(segmentation, size_hw)
             if reason is not None:
-                return reason
-        elif self.masks:
-            return "no mask, where others of the file have one"
-        box = annotation.get("bbox")
+                return _Problem(reason)
+        elif self.has_masks:
+            return _Problem("no mask, although other annotations have one")
         if box is None and not segmentation:
-            return "neither bbox nor segmentation"
-        if box is not None:
-            if not isinstance(box, Sequence) or len(box) != 4 or not all(_finite(v) for v in box):
-                return f"bbox must be four finite numbers, got {box!r}"
-            x, y, w, h = box
-            if w <= 0 or h <= 0 or x >= width or y >= height or x + w <= 0 or y + h <= 0:
-                return f"nothing of the bbox {box!r} is inside the {width}x{height} px image"
-            if x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1:
-                return f"the bbox {box!r} reaches outside the {width}x{height} px image; what is inside is used"
+            return _Problem("neither bbox nor segmentation")
+        if box is not None and (problem := _box_problem(box, size_hw)) is not None:
+            return problem
         if segmentation == []:
-            return "the segmentation is empty; its box is used"
+            return _Problem("the segmentation is empty; only the box is used", usable=True)
         return None
 
     def annotations(self, image_id: Any) -> list[dict[str, Any]]:
-        """The sound annotations of an image, as the file has them."""
-        return self._by_image[image_id]
+        """Return the annotations of an image that can be used, as the file has them."""
+        return self._annotations[image_id]
 
     def detections(self, image: Mapping[str, Any]) -> sv.Detections:
-        """The annotations of an image as detections; `score` is 1 where none is given.
+        """Convert the annotations of an image to detections.
 
-        `data["iscrowd"]` and `data["ignore"]` (crowds as well) are bool.
+        Args:
+            image: One of `images`.
+
+        Returns:
+            Detections with confidence 1 where there is no `score`, `tracker_id` if all annotations of a video frame
+            have a `track_id`, and in `data` the columns `iscrowd` and `ignore` (also true for crowds), both bool.
         """
-        return unpack_masks(self._detections(image), (image["height"], image["width"]))
+        return unpack_masks(self._to_detections(image), (image["height"], image["width"]))
 
     def packed(self, image: Mapping[str, Any]) -> sv.Detections:
-        """The same with masks as RLE, see `detections.packed`; made once."""
+        """Convert as `detections` does, but with masks as RLE (see `structures.masks.pack_masks`); cached."""
         if image["id"] not in self._packed:
-            self._packed[image["id"]] = self._detections(image)
+            self._packed[image["id"]] = self._to_detections(image)
         return self._packed[image["id"]]
 
-    def _detections(self, image: Mapping[str, Any]) -> sv.Detections:
-        annotations, size_hw = self._by_image[image["id"]], (image["height"], image["width"])
+    def _to_detections(self, image: Mapping[str, Any]) -> sv.Detections:
+        """Convert the annotations of an image, with masks as RLE."""
+        annotations, size_hw = self._annotations[image["id"]], (image["height"], image["width"])
         if not annotations:
             return empty_detections(self.vocabulary)
-        boxes = [to_xyxy(a["bbox"]) if a.get("bbox") else (0.0, 0.0, 0.0, 0.0) for a in annotations]
-        masks = None
-        if self.masks:
-            from pycocotools import mask as coco_mask
-
-            masks = [encoded_segmentation(a["segmentation"], size_hw) for a in annotations]
-            around = coco_mask.toBbox(masks)
-            boxes = [b if a.get("bbox") else to_xyxy(m) for a, b, m in zip(annotations, boxes, around, strict=True)]
         crowd = np.array([bool(a.get("iscrowd", 0)) for a in annotations])
         ignore = crowd | np.array([bool(a.get("ignore", 0)) for a in annotations])
         data: dict[str, Any] = {"iscrowd": crowd, "ignore": ignore}
         if all(a.get("mask_score") is not None for a in annotations):
             data["mask_score"] = np.array([a["mask_score"] for a in annotations], np.float32)
-        if masks is not None:
-            data["rle"] = np.empty(len(masks), object)
-            data["rle"][:] = masks
-        found = make_detections(
+        if self.has_masks:
+            data["rle"] = np.empty(len(annotations), object)
+            data["rle"][:] = [encode_segmentation(a["segmentation"], size_hw) for a in annotations]
+        boxes = [xywh_to_xyxy(a.get("bbox") or segmentation_box(a["segmentation"], size_hw)) for a in annotations]
+        detections = make_detections(
             boxes,
             [1.0 if a.get("score") is None else a["score"] for a in annotations],
-            [self._class_id[a["category_id"]] for a in annotations],
+            [self._class_ids[a["category_id"]] for a in annotations],
             self.vocabulary,
             size_hw,
             track_id=np.array([-1 if a.get("track_id") is None else a["track_id"] for a in annotations], np.int64),
             **data,
         )
-        ids = found.data.pop("track_id")
-        if image.get("video") is not None and (np.asarray(ids) >= 0).all():
-            found.tracker_id = np.asarray(ids)
-        return found
+        track_ids = np.asarray(detections.data.pop("track_id"))
+        if image.get("video") is not None and (track_ids >= 0).all():
+            detections.tracker_id = track_ids
+        return detections
+
+
+def _check_content(content: Any, path: Path, dataset: Path | None) -> Mapping[str, Any]:
+    """Check that a file has images, annotations and categories; take those of results from their dataset."""
+    if isinstance(content, list) and dataset is not None:
+        labels = read_json(dataset)
+        content = {"images": labels.get("images"), "categories": labels.get("categories"), "annotations": content}
+    if not isinstance(content, Mapping):
+        raise ConfigError(
+            f"{path}: expected an object with images, annotations and categories, got a list; for a list of results "
+            "set source.dataset to the COCO file of their images"
+        )
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(content.get(key), list):
+            raise ConfigError(f"{path}: expected a list under {key!r}, got {type(content.get(key)).__name__}")
+    if not content["images"]:
+        raise ConfigError(f"{path} has no images")
+    return content
+
+
+def _is_image(entry: Any) -> bool:
+    """Return whether an entry of `images` has everything that is needed."""
+    if not isinstance(entry, Mapping) or not isinstance(entry.get("id"), int | str):
+        return False
+    if not isinstance(entry.get("file_name"), str) or not entry["file_name"]:
+        return False
+    return all(isinstance(entry.get(key), int) and entry[key] >= 1 for key in ("width", "height"))
+
+
+def _box_problem(box: Any, size_hw: tuple[int, int]) -> _Problem | None:
+    """Check a box; up to one pixel outside the image is rounding."""
+    height, width = size_hw
+    if not isinstance(box, Sequence) or len(box) != 4 or not all(_is_finite(v) for v in box):
+        return _Problem(f"bbox must be four finite numbers, got {box!r}")
+    x, y, w, h = box
+    if w <= 0 or h <= 0 or x >= width or y >= height or x + w <= 0 or y + h <= 0:
+        return _Problem(f"the bbox {box!r} is empty, or outside the {width}x{height} px image")
+    if x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1:
+        return _Problem(f"the bbox {box!r} extends outside the {width}x{height} px image; it is clipped", usable=True)
+    return None
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds.
+    """Read a JSON file.
 
     Raises:
-        ConfigError: if it cannot be read or is no JSON.
+        ConfigError: If it cannot be read, or is not JSON.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8-sig"))
@@ -211,26 +258,50 @@ def read_json(path: Path) -> Any:
         raise ConfigError(f"{path} is not valid JSON: {error}") from error
 
 
-def _id(value: Any) -> Any:
-    """An id, as a number also where a file has it as text."""
+def _to_id(value: Any) -> Any:
+    """Convert an id that is written as a string of digits to a number."""
     return int(value) if isinstance(value, str) and value.isdecimal() else value
 
 
-def to_xyxy(box: Sequence[float]) -> tuple[float, float, float, float]:
-    """COCO's x, y, width, height to corners."""
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def xywh_to_xyxy(box: Sequence[float]) -> tuple[float, float, float, float]:
+    """Convert a COCO box to corners.
+
+    >>> xywh_to_xyxy([1, 2, 3, 4])
+    (1.0, 2.0, 4.0, 6.0)
+    """
     x, y, w, h = (float(v) for v in box)
     return x, y, x + w, y + h
 
 
 def decode_segmentation(segmentation: Any, size_hw: tuple[int, int]) -> NDArray[np.bool_]:
-    """A COCO segmentation (polygons, compressed or uncompressed RLE) as a mask `(H, W) bool`, by pycocotools."""
+    """Decode a COCO segmentation with pycocotools.
+
+    Args:
+        segmentation: Polygons, or compressed or uncompressed RLE; see `segmentation_problem` to check it.
+        size_hw: Height and width of the image.
+
+    Returns:
+        `(H, W) bool`.
+
+    >>> decode_segmentation([[0, 0, 2, 0, 2, 1, 0, 1]], (2, 3)).astype(int).tolist()
+    [[1, 1, 0], [0, 0, 0]]
+    """
     from pycocotools import mask as coco_mask
 
-    return np.asarray(coco_mask.decode(encoded_segmentation(segmentation, size_hw)), bool)
+    return np.asarray(coco_mask.decode(encode_segmentation(segmentation, size_hw)), bool)
 
 
-def encoded_segmentation(segmentation: Any, size_hw: tuple[int, int]) -> dict[str, Any]:
-    """A COCO segmentation as compressed RLE, with `counts` as bytes as pycocotools has them."""
+def encode_segmentation(segmentation: Any, size_hw: tuple[int, int]) -> dict[str, Any]:
+    """Convert a COCO segmentation in any form to compressed RLE, with `counts` as bytes as pycocotools has them.
+
+    Args:
+        segmentation: Polygons, or compressed or uncompressed RLE.
+        size_hw: Height and width of the image.
+    """
     from pycocotools import mask as coco_mask
 
     height, width = size_hw
@@ -241,43 +312,71 @@ def encoded_segmentation(segmentation: Any, size_hw: tuple[int, int]) -> dict[st
     return {"size": segmentation["size"], "counts": segmentation["counts"].encode()}
 
 
-def wrong_segmentation(segmentation: Any, size_hw: tuple[int, int]) -> str | None:
-    """Why a segmentation cannot be decoded; pycocotools would crash or read beyond its end."""
+def segmentation_box(segmentation: Any, size_hw: tuple[int, int]) -> list[float]:
+    """Compute the box around a COCO segmentation, `[x, y, width, height]`.
+
+    Args:
+        segmentation: Polygons, or compressed or uncompressed RLE.
+        size_hw: Height and width of the image.
+    """
+    from pycocotools import mask as coco_mask
+
+    box: list[float] = coco_mask.toBbox(encode_segmentation(segmentation, size_hw)).tolist()
+    return box
+
+
+def segmentation_problem(segmentation: Any, size_hw: tuple[int, int]) -> str | None:
+    """Return why a COCO segmentation cannot be decoded; None if it can.
+
+    pycocotools does not check this itself, and would crash or read beyond the end of memory.
+
+    Args:
+        segmentation: What should be polygons or RLE.
+        size_hw: Height and width of the image.
+
+    >>> segmentation_problem([[0, 0, 2, 0]], (2, 3))
+    'a polygon needs at least three points (six numbers)'
+    """
     height, width = size_hw
     if isinstance(segmentation, Mapping):
         size, counts = segmentation.get("size"), segmentation.get("counts")
         if size != [height, width]:
-            return f"its RLE is of size {size}, the image of [{height}, {width}]"
+            return f"its RLE has the size {size}, the image [{height}, {width}]"
         if isinstance(counts, list):
             if not all(isinstance(v, int) and v >= 0 for v in counts) or sum(counts) != height * width:
                 return f"the counts of its RLE do not add up to the {height * width} pixels of the image"
-        elif not isinstance(counts, str) or not counts:
-            return "its RLE has no counts"
-        else:
-            return _wrong_counts(counts, height * width)
-        return None
+            return None
+        return counts_problem(counts, height * width) if isinstance(counts, str) and counts else "its RLE has no counts"
     if not isinstance(segmentation, list):
         return f"the segmentation must be polygons or RLE, got {type(segmentation).__name__}"
     for polygon in segmentation:
         if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
             return "a polygon needs at least three points (six numbers)"
-        if not all(_finite(v) for v in polygon):
-            return "a polygon has a coordinate that is no finite number"
+        if not all(_is_finite(v) for v in polygon):
+            return "a polygon has a coordinate that is not a finite number"
     return None
 
 
-def _wrong_counts(text: str, pixels: int) -> str | None:
-    """Why compressed counts are not of that many pixels; as `rleFrString` of COCO's maskApi.c reads them."""
+def counts_problem(text: str, pixels: int) -> str | None:
+    """Return why compressed RLE counts cannot be decoded, read as `rleFrString` of COCO's maskApi.c does.
+
+    Args:
+        text: The counts.
+        pixels: Number of pixels that they should add up to.
+
+    >>> counts_problem("06", 6) is None, counts_problem("06", 7)
+    (True, 'the counts of its RLE do not add up to the 7 pixels of the image')
+    """
     counts: list[int] = []
-    place = 0
-    while place < len(text):
+    index = 0
+    while index < len(text):
         value, shift, more = 0, 0, True
         while more:
-            if place >= len(text) or not 0 <= (code := ord(text[place]) - 48) < 64 or shift > 12:
+            if index >= len(text) or not 0 <= (code := ord(text[index]) - 48) < 64 or shift > 12:
                 return "the counts of its RLE are damaged"
             value |= (code & 31) << (5 * shift)
             more = bool(code & 32)
-            place, shift = place + 1, shift + 1
+            index, shift = index + 1, shift + 1
             if not more and code & 16:
                 value |= -1 << (5 * shift)
         counts.append(value + (counts[-2] if len(counts) > 2 else 0))
@@ -286,13 +385,14 @@ def _wrong_counts(text: str, pixels: int) -> str | None:
     return None
 
 
-def _finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def annotation_from_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """Make the shape of a COCO annotation: `segmentation`, `bbox`, `area` and `iscrowd`.
 
+    Args:
+        mask: `(H, W) bool`.
 
-def annotation_from_mask(mask: np.ndarray) -> dict[str, Any]:
-    from pycocotools import mask as coco_mask
-
-    rle = encode_rle(mask)
-    box = coco_mask.toBbox({**rle, "counts": rle["counts"].encode()}).tolist()
-    return {"segmentation": rle, "bbox": box, "area": int(mask.sum()), "iscrowd": 0}
+    >>> annotation_from_mask(np.ones((2, 3), bool))["bbox"]
+    [0.0, 0.0, 3.0, 2.0]
+    """
+    x1, y1, x2, y2 = masks_to_xyxy(mask[None])[0].tolist()
+    return {"segmentation": encode_rle(mask), "bbox": [x1, y1, x2 - x1, y2 - y1], "area": int(mask.sum()), "iscrowd": 0}

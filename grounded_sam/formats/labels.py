@@ -1,50 +1,56 @@
-"""Labels of other formats: of images as the COCO file that they would be, of videos as masklets."""
+"""Read the labels of images or videos in any supported format."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 
 from grounded_sam.errors import ConfigError
 from grounded_sam.formats.coco import CocoFile, read_json
 from grounded_sam.formats.video_masks import LabelledVideos
-from grounded_sam.formats.voc import from_voc
-from grounded_sam.formats.yolo import from_yolo
+from grounded_sam.formats.voc import read_voc
+from grounded_sam.formats.yolo import read_yolo
 
 
-def read_ground_truth(given: str | Path) -> CocoFile | LabelledVideos:
-    """Labels: of images a COCO file, a YOLO `data.yaml` or its folder, or a folder of Pascal VOC; of videos a folder
-    of DAVIS, SA-V's JSON or YouTube-VIS JSON.
+def read_ground_truth(path: str | Path) -> CocoFile | LabelledVideos:
+    """Read labels; the format is recognized by the files.
+
+    Args:
+        path: For images a COCO file, a YOLO `data.yaml` or its folder, or a folder of Pascal VOC; for videos a folder
+            of DAVIS, or JSON of SA-V or YouTube-VIS.
+
+    Returns:
+        Labels of images in the form of a COCO file, or labels of videos.
 
     Raises:
-        ConfigError: if it is none of these, or cannot be read.
+        ConfigError: If there is no such file, it is in none of these formats, or it cannot be read.
     """
-    path = Path(str(given)).expanduser()
-    if not path.exists():
-        raise ConfigError(f"truth={given}: no such file or folder")
-    if path.is_file() and path.suffix.lower() == ".json":
-        about = path.stat()
-        return _from_json(path, about.st_mtime_ns, about.st_size)
-    if path.is_file() and path.suffix.lower() in (".yaml", ".yml"):
-        return CocoFile(path, content=from_yolo(path), mixed=True)
-    if (path / "data.yaml").is_file():
-        return CocoFile(path, content=from_yolo(path / "data.yaml"), mixed=True)
-    if next(path.rglob("*.xml"), None) is not None:
-        return CocoFile(path, content=from_voc(path), mixed=True)
-    if path.is_dir():
-        return LabelledVideos(path)
+    labels = Path(str(path)).expanduser()
+    if not labels.exists():
+        raise ConfigError(f"truth={path}: no such file or folder")
+    if labels.is_file() and labels.suffix.lower() == ".json":
+        status = labels.stat()
+        return _read_json_labels(labels, status.st_mtime_ns, status.st_size)
+    if labels.is_file() and labels.suffix.lower() in (".yaml", ".yml"):
+        return CocoFile(labels, content=read_yolo(labels), allow_mixed=True)
+    if (labels / "data.yaml").is_file():
+        return CocoFile(labels, content=read_yolo(labels / "data.yaml"), allow_mixed=True)
+    if next(labels.rglob("*.xml"), None) is not None:
+        return CocoFile(labels, content=read_voc(labels), allow_mixed=True)
+    if labels.is_dir():
+        return LabelledVideos(labels)
     raise ConfigError(
-        f"truth={given}: expected a COCO file (.json), a YOLO dataset (data.yaml), a folder of Pascal VOC (.xml) or of "
-        "DAVIS (.png), SA-V's JSON or YouTube-VIS JSON"
+        f"truth={path}: expected a COCO file (.json), a YOLO dataset (data.yaml), a folder of Pascal VOC (.xml) or "
+        "DAVIS (.png), or JSON of SA-V or YouTube-VIS"
     )
 
 
-@lru_cache(maxsize=1)  # the jobs of a sweep ask for the same
-def _from_json(path: Path, changed: int, size: int) -> CocoFile | LabelledVideos:
+@lru_cache(maxsize=1)  # all jobs of a sweep read the same file
+def _read_json_labels(path: Path, mtime_ns: int, size: int) -> CocoFile | LabelledVideos:
+    """Read a JSON file of labels; the time and size of the file are part of the cache key."""
     content = read_json(path)
-    videos = isinstance(content, dict) and ("masklet" in content or "videos" in content)
-    return (
-        LabelledVideos(path, content)
-        if videos and "images" not in content
-        else CocoFile(path, content=content, mixed=True)
-    )
+    of_videos = isinstance(content, Mapping) and ("masklet" in content or "videos" in content)
+    if of_videos and "images" not in content:
+        return LabelledVideos(path, content)
+    return CocoFile(path, content=content, allow_mixed=True)

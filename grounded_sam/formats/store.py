@@ -1,48 +1,47 @@
-"""What the store holds and how it is read: Parquet part files, written once and never changed.
+"""Results as Parquet part files: the format, and its reader.
 
 A store is a folder with
 
-`_run-*.json`    one per setting that wrote into it: fingerprint, settings, classes, versions
-`part-*.parquet` rows; the name begins with the time, and a later row replaces an earlier one of the same picture
+`_run-*.json`    one per setting that wrote into it: settings, classes, versions; see `store_runs`
+`part-*.parquet` rows, written once and never changed; the name begins with the time of writing
 
-Rows, schema version 1; of every kind only the columns that apply are filled:
+Rows of later parts replace those of earlier parts for the same image. Schema version 1; the kind of a row decides which
+columns are filled:
 
 ===========  =========  ==================================================================================
-kind         string     `image` (a picture or frame that was looked at), `object` (in the image above it),
-                        `skipped` (a file that could not be used), `video` (a video that was gone through whole)
+kind         string     `image` (an image or frame that was processed), `object` (a detection in the image row above),
+                        `skipped` (a file that could not be used), `video` (a video was processed to its end)
 file         string     name relative to the input, with `/`; of frames `clip.mp4/000012`
-path         string     where the file lay, absolute; null for cameras and streams
-digest       string     SHA-256 of the file; of a folder of frames, of their digests
-take         string     of a frame and of a `video` row: which passage through the video it belongs to
-fingerprint  string     of the settings that made the row, see `fingerprint`
+path         string     absolute path of the file; null for cameras and streams
+digest       string     SHA-256 of the file; of a folder of frames, that of their digests
+take         string     of frames and `video` rows: id of the pass through the video that they belong to
+fingerprint  string     of the settings that made the row, see `store_runs.fingerprint`
 video        string     name of the video that a frame belongs to
-frame        int64      number of the frame in its video; of a `video` row, how many frames were stored
+frame        int64      frame number; of a `video` row, how many frames were stored
 time_s       float64    seconds from the start of the video
 width        int32      pixels
 height       int32
 objects      int32      of an image: how many `object` rows follow it
 reason       string     of a skipped file
-class_id     int32      place in the classes of the run
+class_id     int32      index into the classes of the run
 class        string
 score        float32    0 to 1
 mask_score   float32    the segmenter's estimate of IoU
 x1 y1 x2 y2  float32    box in pixels, right and bottom exclusive
 area         int64      pixels of the mask
-counts       string     mask as compressed COCO RLE; its size is height and width
+counts       string     mask as compressed COCO RLE, of the image's height and width
 tracker_id   int64      in a video, one per object
 ===========  =========  ==================================================================================
 
-Any Parquet reader opens it: `pandas.read_parquet("store")`, `duckdb`, `pyarrow.dataset`.
+Any Parquet reader opens the folder: `pandas.read_parquet("store")`, DuckDB, `pyarrow.dataset`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from functools import cached_property, reduce
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +51,9 @@ import pyarrow.parquet as pq
 import supervision as sv
 
 from grounded_sam.errors import ConfigError
-from grounded_sam.formats.store_pixels import _Clip, _is_movie, _Lazy
-from grounded_sam.media.files import common_folder, natural_key
+from grounded_sam.formats.store_pixels import StoredPixels, StoredVideo
+from grounded_sam.formats.store_runs import VERSION, read_runs, store_vocabulary
+from grounded_sam.media.files import common_folder, is_video_file, natural_key
 from grounded_sam.media.images import MAX_PIXELS
 from grounded_sam.structures.detections import empty_detections
 from grounded_sam.structures.frame import Frame
@@ -61,9 +61,7 @@ from grounded_sam.structures.masks import with_rles
 from grounded_sam.structures.results import FrameResult, Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
 
-VERSION = 1
-
-
+#: Columns of the part files.
 SCHEMA = pa.schema(
     [
         *((name, pa.string()) for name in ("kind", "file", "path", "digest", "fingerprint", "video", "take")),
@@ -84,308 +82,253 @@ SCHEMA = pa.schema(
     ],
     metadata={"grounded_sam.schema": str(VERSION)},
 )
+#: Parts that a reader keeps in memory; the rows of shards interleave, so several are in use at a time.
+MAX_CACHED_PARTS = 16
 
 
-#: Settings that change how fast a result comes, not what it is.
-INCIDENTAL = {"device", "batch_size", "chunk", "points_per_batch", "exports"}
+def find_store(path: str | Path) -> Path:
+    """Return the folder of a store.
 
-
-#: Tables that a reader keeps at once; shards interleave, so several are in use together.
-CACHED = 16
-
-
-def file_digest(files: Sequence[Path]) -> str:
-    """SHA-256 of a file; of several, of their digests in order."""
-    digests = []
-    for file in files:
-        with file.open("rb") as content:
-            digests.append(hashlib.file_digest(content, "sha256").hexdigest())
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def essential_settings(settings: Any) -> Any:
-    """Settings without what is incidental; paths of files are joined by the digest of what is in them."""
-    if isinstance(settings, Mapping):
-        return {str(k): essential_settings(v) for k, v in sorted(settings.items()) if k not in INCIDENTAL}
-    if isinstance(settings, list | tuple):
-        return [essential_settings(value) for value in settings]
-    if isinstance(settings, str) and settings:
-        path = Path(settings).expanduser()
-        try:
-            files = (
-                [path]
-                if path.is_file()
-                else sorted(p for p in path.rglob("*") if p.is_file())
-                if "/" in settings
-                else []
-            )
-        except OSError:  # no path, such as a name that is too long for one
-            files = []
-        return {"name": path.name, "sha256": file_digest(files)} if files else settings
-    return settings
-
-
-def fingerprint(settings: Mapping[str, Any], vocabulary: Vocabulary) -> str:
-    """SHA-256 of all that decides what is found: models, their weights' files, thresholds, classes."""
-    from grounded_sam import __version__
-
-    builtin = __version__ if "builtin:" in json.dumps(settings, default=str) else None  # weights of the package
-    whole = {"settings": essential_settings(settings), "vocabulary": asdict(vocabulary), "builtin": builtin}
-    return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def find_store(given: str | Path) -> Path:
-    """The folder of a store: `given` itself, or the `store` in it.
+    Args:
+        path: The folder itself, or the output folder that contains it as `store`.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: If neither is a store.
     """
-    path = Path(given).expanduser()
-    for folder in (path, path / "store"):
-        if any(folder.glob("_run-*.json")):
-            return folder
+    folder = Path(path).expanduser()
+    for candidate in (folder, folder / "store"):
+        if any(candidate.glob("_run-*.json")):
+            return candidate
     raise ConfigError(
-        f"no store in {given}: expected a folder with _run-*.json and part-*.parquet, as sink=store writes"
+        f"no store in {path}: expected a folder with _run-*.json and part-*.parquet, as sink=store writes"
     )
 
 
-def read_runs(folder: Path) -> list[dict[str, Any]]:
-    """The settings that wrote into a store, oldest first.
-
-    Raises:
-        ConfigError: if the store is of a newer version, or a file of it is damaged.
-    """
-    found = []
-    for path in folder.glob("_run-*.json"):
-        try:
-            run = json.loads(path.read_text(encoding="utf-8"))
-            found.append({key: run[key] for key in ("schema", "fingerprint", "created", "settings", "vocabulary")})
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{path} cannot be read ({_line(error)}); a run with its settings makes it anew"
-            ) from error
-    newest = max((run["schema"] for run in found), default=VERSION)
-    if newest > VERSION:
-        raise ConfigError(f"{folder} has schema version {newest}, this grounded_sam reads up to {VERSION}")
-    return sorted(found, key=lambda run: (run["created"], run["fingerprint"]))
-
-
-def store_vocabulary(folder: Path) -> Vocabulary:
-    """The classes of all runs of a store, those of the first run first."""
-    first, *rest = (_vocabulary(run["vocabulary"]) for run in read_runs(folder))
-    return reduce(Vocabulary.joined, rest, first)
-
-
-def _vocabulary(about: Mapping[str, Any]) -> Vocabulary:
-    columns: dict[str, Any] = {key: tuple(value) for key, value in about.items() if key != "asked"}
-    return Vocabulary(**columns | {"phrases": tuple(map(tuple, columns["phrases"])), "asked": False})
-
-
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Where the row of an image is."""
+class _RowIndex:
+    """Part and row of an image."""
 
     part: int
     row: int
 
 
+@dataclass(frozen=True)
+class _StoredImage:
+    """An image: where its row is, the digest of its file, and its name."""
+
+    index: _RowIndex
+    digest: str | None
+    name: str
+
+
 @dataclass
-class _Take:
-    """One passage through a video, whole once its `video` row is there."""
+class _VideoPass:
+    """One pass through a video; complete once it has a `video` row."""
 
     digest: str | None = None
-    whole: bool = False
-    frames: dict[int, _Place] = field(default_factory=dict)
+    complete: bool = False
+    frames: dict[int, _RowIndex] = field(default_factory=dict)
 
 
 class StoreReader:
-    """A store, for reading: an index of its images is held, everything else is read when it is asked for.
+    """Read a store. Only an index of its images is kept in memory; rows and pixels are read when they are needed.
+
+    Of a video that was processed several times, the newest complete pass counts.
 
     Args:
-        folder: of the store; may be missing or empty.
-        max_pixels: larger pictures are refused before they are decoded.
-        root: where the pictures lie, if not where they were; their names are relative to it.
+        folder: Folder of the store; may be missing or empty.
+        max_pixels: Larger images are refused before they are decoded.
+        root: Folder of the images, if they were moved; their names are relative to it.
 
     Raises:
-        ConfigError: if the store is of a newer version; if a part is damaged, naming it.
+        ConfigError: If the store is of a later version, or a file of it is damaged, naming it.
     """
 
     def __init__(self, folder: Path, max_pixels: int = MAX_PIXELS, root: str | None = None) -> None:
         self.folder, self.max_pixels, self.root = folder, max_pixels, root
-        read_runs(folder)
+        read_runs(folder)  # checks the version
         self.parts = sorted(folder.glob("part-*.parquet"))
         self._tables: OrderedDict[int, pa.Table] = OrderedDict()
-        self._images: dict[str, tuple[_Place, str | None, str]] = {}  # by path: place, digest, name
-        self._names: dict[str, str] = {}  # of videos, by file or folder and name
-        self._skipped: dict[str, tuple[Skipped, str | None]] = {}
-        takes: dict[str, dict[str, _Take]] = {}  # by the same key, the latest last
+        self._images: dict[str, _StoredImage] = {}  # by path, or by name where there is none
+        self._video_names: dict[str, str] = {}  # by video key
+        self._skipped: dict[str, tuple[Skipped, str | None]] = {}  # by name: record and digest
+        passes: dict[str, dict[str, _VideoPass]] = {}  # by video key and id of the pass, the latest last
         for number, part in enumerate(self.parts):
-            self._scan(number, part, takes)
-        #: Of each video the newest passage that is whole, or else the newest.
-        self._videos: dict[str, _Take] = {}
-        for key, passages in takes.items():
-            newest = list(passages.values())[::-1]
-            self._videos[key] = next((take for take in newest if take.whole), newest[0])
-        self._by_name: dict[str, list[str]] = {}
-        for key, name in [*((key, name) for key, (_, _, name) in self._images.items()), *self._names.items()]:
-            self._by_name.setdefault(name, []).append(key)
+            self._index_part(number, part, passes)
+        self._videos: dict[str, _VideoPass] = {}  # by video key
+        for key, by_id in passes.items():
+            newest = list(by_id.values())[::-1]
+            self._videos[key] = next((video for video in newest if video.complete), newest[0])
+        self._keys_by_name: dict[str, list[str]] = {}
+        for key, image in self._images.items():
+            self._keys_by_name.setdefault(image.name, []).append(key)
+        for key, name in self._video_names.items():
+            self._keys_by_name.setdefault(name, []).append(key)
         for name, (_, digest) in list(self._skipped.items()):
-            self._settle(name, digest)
+            self._reconcile_skipped(name, digest)
 
-    def _scan(self, number: int, part: Path, takes: dict[str, dict[str, _Take]]) -> None:
+    def _index_part(self, number: int, part: Path, passes: dict[str, dict[str, _VideoPass]]) -> None:
+        """Add the images, videos and skipped files of a part to the index."""
         columns = ["kind", "file", "path", "digest", "video", "take", "frame", "reason"]
         try:
             table = pq.read_table(part, columns=columns)
         except (pa.ArrowException, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
             raise ConfigError(
-                f"{part} cannot be read ({_line(error)}); delete it, and what it held is done again"
+                f"{part} cannot be read ({reason}); delete it, and its images are processed again"
             ) from error
         rows = np.flatnonzero(np.asarray(table["kind"]) != "object")
-        picked = table.take(rows).to_pydict()
-        for row, kind, file, path, digest, video, take, frame, reason in zip(
-            rows.tolist(), *(picked[name] for name in columns), strict=True
+        values = table.take(rows).to_pydict()
+        for row, kind, file, path, digest, video, pass_id, frame, reason in zip(
+            rows.tolist(), *(values[name] for name in columns), strict=True
         ):
             if kind == "skipped":
                 self._skipped[file] = (Skipped(file, reason), digest)
             elif kind == "image" and video is None:
                 self._skipped.pop(file, None)
-                self._images[path or file] = (_Place(number, row), digest, file)
+                self._images[path or file] = _StoredImage(_RowIndex(number, row), digest, file)
             else:
-                key = f"{_home(path)}\n{video}"
-                self._names[key] = video
-                passage = takes.setdefault(key, {}).setdefault(take, _Take(digest))
+                key = _video_key(path, video)
+                self._video_names[key] = video
+                video_pass = passes.setdefault(key, {}).setdefault(pass_id, _VideoPass(digest))
                 if kind == "video":
-                    passage.whole = True
+                    video_pass.complete = True
                 else:
-                    passage.frames[frame] = _Place(number, row)
+                    video_pass.frames[frame] = _RowIndex(number, row)
 
-    def _settle(self, name: str, digest: str | None) -> None:
-        """Of a file that was skipped drop what is stored of other content; or the note, if it was mended since."""
-        for key in self._by_name.get(name, ()):
-            if key in self._images and digest is not None and self._images[key][1] != digest:
+    def _reconcile_skipped(self, name: str, digest: str | None) -> None:
+        """Drop results of a file that was skipped after its content had changed; or the record, if it was repaired."""
+        for key in self._keys_by_name.get(name, ()):
+            if key in self._images and digest is not None and self._images[key].digest != digest:
                 del self._images[key]
-            elif key in self._videos and self._videos[key].whole and self._videos[key].digest != digest:
+            elif key in self._videos and self._videos[key].complete and self._videos[key].digest != digest:
                 self._skipped.pop(name, None)
 
-    @cached_property
-    def vocabulary(self) -> Vocabulary:
-        """The classes of all its runs."""
-        return store_vocabulary(self.folder)
-
     def __len__(self) -> int:
+        """Return the number of images and frames."""
         return len(self._images) + sum(len(video.frames) for video in self._videos.values())
 
     @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """Classes of all runs that wrote into the store."""
+        return store_vocabulary(self.folder)
+
+    @cached_property
     def skipped(self) -> dict[str, Skipped]:
-        """Files that could not be used when they were last tried, or not to their end, by name."""
+        """Files that could not be used, or not to their end, when they were last tried; by name."""
         return {name: skipped for name, (skipped, _) in self._skipped.items()}
 
-    def known(
+    def lookup(
         self, name: str, files: Sequence[Path], digest: str, vocabulary: Vocabulary
     ) -> Iterator[FrameResult] | None:
-        """The results of a picture or of a whole video, None if the store has not got it with that content.
+        """Return the results of an image or of a complete video; None if it is not stored with this content.
 
         Args:
-            files: where it lies now; pixels are read from there.
+            name: Name of the image or video.
+            files: Its files now, from which pixels are read.
+            digest: Their digest, see `store_runs.file_digest`.
+            vocabulary: Classes that `class_id` refers to; objects of other classes are left out.
         """
-        for key in self._by_name.get(name, ()):
-            if key in self._images and self._images[key][1] == digest:
+        for key in self._keys_by_name.get(name, ()):
+            if key in self._images and self._images[key].digest == digest:
                 return self.read(key, vocabulary, files)
-            if key in self._videos and self._videos[key].whole and self._videos[key].digest == digest:
+            if key in self._videos and self._videos[key].complete and self._videos[key].digest == digest:
                 return self.read(key, vocabulary, files)
         return None
 
     def keys(self) -> Iterator[str]:
-        """What `read` takes: pictures in natural order of their names, then videos in that of theirs."""
-        yield from sorted(self._images, key=lambda key: (natural_key(self._images[key][2]), key))
-        videos = [key for key, take in self._videos.items() if take.frames]
-        yield from sorted(videos, key=lambda key: (natural_key(self._names[key]), key))
+        """Yield the keys for `read`: images in natural order of their names, then videos."""
+        yield from sorted(self._images, key=lambda key: (natural_key(self._images[key].name), key))
+        videos = [key for key, video in self._videos.items() if video.frames]
+        yield from sorted(videos, key=lambda key: (natural_key(self._video_names[key]), key))
 
     def count(self, key: str) -> int:
-        """How many images `read` gives."""
+        """Return how many results `read` yields."""
         return 1 if key in self._images else len(self._videos[key].frames)
 
     def read(self, key: str, vocabulary: Vocabulary, files: Sequence[Path] = ()) -> Iterator[FrameResult]:
-        """A picture, or the frames of a video, with what was found.
+        """Yield the result of an image, or those of the frames of a video.
 
         Args:
-            vocabulary: what class ids refer to; objects of classes that it has not are left out.
-            files: where it lies now, if that is known.
+            key: One of `keys()`.
+            vocabulary: Classes that `class_id` refers to; objects of other classes are left out.
+            files: Files of the image or video now, if they are known.
         """
         if key in self._images:
-            yield self._result(self._images[key][0], vocabulary, files, None)
+            yield self._result(self._images[key].index, vocabulary, files, None)
             return
-        frames, clip = self._videos[key].frames, _Clip(self.max_pixels)
+        frames, video = self._videos[key].frames, StoredVideo(self.max_pixels)
         for number in sorted(frames):
-            yield self._result(frames[number], vocabulary, files, clip)
+            yield self._result(frames[number], vocabulary, files, video)
 
     def _table(self, part: int) -> pa.Table:
+        """Return the rows of a part, read anew if they are not among those last used."""
         if part not in self._tables:
             self._tables[part] = pq.read_table(self.parts[part], schema=SCHEMA).combine_chunks()
-            while len(self._tables) > CACHED:
+            while len(self._tables) > MAX_CACHED_PARTS:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(part)
         return self._tables[part]
 
-    def _result(self, place: _Place, vocabulary: Vocabulary, files: Sequence[Path], clip: _Clip | None) -> FrameResult:
-        top = self._table(place.part).slice(place.row, 1).to_pylist()[0]
-        size_hw = (top["height"], top["width"])
-        under = self._table(place.part).slice(place.row + 1, top["objects"])
-        rows = [row for row in under.to_pylist() if row["class"] in vocabulary.classes] if len(under) else []
-        found = _detections(rows, size_hw, vocabulary, top["video"] is not None)
-        path = self._path(top, files)
+    def _result(
+        self, index: _RowIndex, vocabulary: Vocabulary, files: Sequence[Path], video: StoredVideo | None
+    ) -> FrameResult:
+        """Make the result of an image from its row and the object rows below it."""
+        table = self._table(index.part)
+        image = table.slice(index.row, 1).to_pylist()[0]
+        size_hw = (image["height"], image["width"])
+        objects = table.slice(index.row + 1, image["objects"]).to_pylist() if image["objects"] else []
+        objects = [row for row in objects if row["class"] in vocabulary.classes]
+        path = self._path(image, files)
         frame = Frame(
-            _Lazy(top["file"], path, top["frame"], size_hw, self.max_pixels, clip),
-            top["frame"] if top["frame"] is not None else 0,
-            top["file"],
-            top["time_s"],
-            top["video"],
-            None if path is None else Path(path),
-            size_hw,
+            pixels=StoredPixels(image["file"], path, image["frame"], size_hw, self.max_pixels, video),
+            index=image["frame"] if image["frame"] is not None else 0,
+            name=image["file"],
+            time_s=image["time_s"],
+            video=image["video"],
+            file=None if path is None else Path(path),
+            size=size_hw,
         )
-        return FrameResult(frame, found, stored=True)
+        detections = _to_detections(objects, size_hw, vocabulary, tracked=image["video"] is not None)
+        return FrameResult(frame=frame, detections=detections, stored=True)
 
     def _path(self, row: Mapping[str, Any], files: Sequence[Path]) -> str | None:
-        """Where the pixels of a row are: among `files`, else under `root`, else where they were."""
+        """Return the file of an image row: among `files`, else under `root`, else where it was."""
         path: str | None = row["path"]
         if len(files) == 1:
             return str(files[0])
         if files:
             return str(common_folder(list(files)) / row["file"])
         if path is not None and self.root is not None:
-            return str(Path(self.root).expanduser() / (row["video"] if _is_movie(path) else row["file"]))
+            return str(Path(self.root).expanduser() / (row["video"] if is_video_file(path) else row["file"]))
         return path
 
 
-def _home(path: str | None) -> str | None:
-    """What tells videos of one name apart: the file, or the folder of frames."""
-    return path if path is None or _is_movie(path) else str(Path(path).parent)
+def _video_key(path: str | None, name: str) -> str:
+    """Return a key that tells videos of the same name apart: by their file, or the folder of their frames."""
+    return f"{path if path is None or is_video_file(path) else Path(path).parent}\n{name}"
 
 
-def _detections(
-    rows: list[dict[str, Any]], size_hw: tuple[int, int], vocabulary: Vocabulary, video: bool
+def _to_detections(
+    rows: list[dict[str, Any]], size_hw: tuple[int, int], vocabulary: Vocabulary, tracked: bool
 ) -> sv.Detections:
-    """Object rows as packed detections."""
+    """Convert object rows to detections with masks as RLE."""
     if not rows:
-        none = empty_detections(vocabulary)
-        none.tracker_id = np.empty(0, np.int64) if video else None
-        return none
+        empty = empty_detections(vocabulary)
+        empty.tracker_id = np.empty(0, np.int64) if tracked else None
+        return empty
     ids = [row["tracker_id"] for row in rows]
     data: dict[str, Any] = {"class_name": np.array([row["class"] for row in rows], dtype=str)}
     if all(row["mask_score"] is not None for row in rows):
         data["mask_score"] = np.array([row["mask_score"] for row in rows], np.float32)
-    counts = [row["counts"] for row in rows]
-    found = sv.Detections(
+    detections = sv.Detections(
         xyxy=np.array([[row[k] for k in ("x1", "y1", "x2", "y2")] for row in rows], np.float32),
         confidence=np.array([row["score"] for row in rows], np.float32),
         class_id=np.array([vocabulary.classes.index(row["class"]) for row in rows], np.int64),
         tracker_id=None if None in ids else np.array(ids, np.int64),
         data=data,
     )
+    counts = [row["counts"] for row in rows]
     if None in counts:
-        return found
-    return with_rles(found, [{"size": list(size_hw), "counts": text.encode()} for text in counts])
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+        return detections
+    return with_rles(detections, [{"size": list(size_hw), "counts": text.encode()} for text in counts])

@@ -1,4 +1,4 @@
-"""Labels of other formats: of images as the COCO file that they would be, of videos as masklets."""
+"""Read Pascal VOC datasets."""
 
 from __future__ import annotations
 
@@ -7,45 +7,69 @@ from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
+from numpy.typing import NDArray
 
 from grounded_sam.errors import ConfigError
 from grounded_sam.formats.coco import annotation_from_mask
 from grounded_sam.media.files import natural_key
 
 
-def from_voc(folder: Path) -> dict[str, Any]:
-    """Pascal VOC: boxes of the XML files, and the masks of `SegmentationObject` where they are there.
+def read_voc(folder: Path) -> dict[str, Any]:
+    """Read a Pascal VOC dataset: the boxes of its XML files, and masks from `SegmentationObject` where there are some.
 
-    Objects marked `difficult` become crowds, which cost nothing if missed or found, as VOC's own evaluation has it.
+    Objects marked `difficult` become crowds: as in VOC's own evaluation, they count neither when missed nor when found.
+
+    Args:
+        folder: Folder of the dataset, with its XML files directly in it or in `Annotations`.
+
+    Returns:
+        The labels as the content of a COCO file.
+
+    Raises:
+        ConfigError: If an XML file or a mask cannot be read, naming it.
     """
-    from PIL import Image
-
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    names: dict[str, int] = {}
+    category_ids: dict[str, int] = {}
     root = folder / "Annotations" if (folder / "Annotations").is_dir() else folder
-    for path in sorted(root.rglob("*.xml"), key=lambda p: natural_key(p.as_posix())):
+    for path in sorted(root.rglob("*.xml"), key=lambda path: natural_key(path.as_posix())):
         try:
             tree = ElementTree.parse(path)
-            width, height = (int(tree.findtext(f"size/{key}", "")) for key in ("width", "height"))
-            parts = [p for p in tree.findtext("folder", "").split("/") if p != "JPEGImages"]
-            name = "/".join([*parts, tree.findtext("filename", "")]).lstrip("/")
-            image = {"id": len(images), "file_name": name, "width": width, "height": height}
-            masks = folder / "SegmentationObject" / path.relative_to(root).with_suffix(".png")
-            pixels = np.array(Image.open(masks)) if masks.is_file() else None
-            for number, one in enumerate(tree.iterfind("object"), 1):
-                corners = [float(one.findtext(f"bndbox/{key}", "")) for key in ("xmin", "ymin", "xmax", "ymax")]
-                x1, y1, x2, y2 = corners
-                entry: dict[str, Any] = {"bbox": [x1 - 1, y1 - 1, x2 - x1 + 1, y2 - y1 + 1], "iscrowd": 0}
-                entry["area"] = entry["bbox"][2] * entry["bbox"][3]
-                if pixels is not None and (pixels == number).any():
-                    entry |= {**annotation_from_mask(pixels == number), "bbox": entry["bbox"]}
-                entry["iscrowd"] = int(one.findtext("difficult", "0") or 0)
-                about = {"id": len(annotations) + 1, "image_id": image["id"]}
-                category = names.setdefault(one.findtext("name", ""), len(names) + 1)
-                annotations.append({**about, "category_id": category, **entry})
+            image = _read_image(tree, len(images))
+            instances = _read_instances(folder / "SegmentationObject" / path.relative_to(root).with_suffix(".png"))
+            for number, element in enumerate(tree.iterfind("object"), 1):
+                category_id = category_ids.setdefault(element.findtext("name", ""), len(category_ids) + 1)
+                annotation = {"id": len(annotations) + 1, "image_id": image["id"], "category_id": category_id}
+                mask = None if instances is None else instances == number
+                annotations.append(annotation | _read_object(element, mask))
         except (ElementTree.ParseError, ValueError, OSError) as error:
-            raise ConfigError(f"{path}: not an annotation of Pascal VOC ({error})") from error
+            raise ConfigError(f"{path}: not a Pascal VOC annotation ({error})") from error
         images.append(image)
-    categories = [{"id": number, "name": name} for name, number in names.items()]
+    categories = [{"id": number, "name": name} for name, number in category_ids.items()]
     return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _read_image(tree: ElementTree.ElementTree[Any], image_id: int) -> dict[str, Any]:
+    """Read the entry of an image."""
+    width, height = (int(tree.findtext(f"size/{key}", "")) for key in ("width", "height"))
+    folders = [part for part in tree.findtext("folder", "").split("/") if part != "JPEGImages"]
+    name = "/".join([*folders, tree.findtext("filename", "")]).lstrip("/")
+    return {"id": image_id, "file_name": name, "width": width, "height": height}
+
+
+def _read_instances(path: Path) -> NDArray[Any] | None:
+    """Read a map of instance numbers, `(H, W)`; None if there is none."""
+    from PIL import Image
+
+    return np.array(Image.open(path)) if path.is_file() else None
+
+
+def _read_object(element: ElementTree.Element, mask: NDArray[np.bool_] | None) -> dict[str, Any]:
+    """Read the shape of an object, whose box has pixel numbers from 1, both ends included."""
+    x1, y1, x2, y2 = (float(element.findtext(f"bndbox/{key}", "")) for key in ("xmin", "ymin", "xmax", "ymax"))
+    width, height = x2 - x1 + 1, y2 - y1 + 1
+    shape: dict[str, Any] = {"area": width * height}
+    if mask is not None and mask.any():
+        shape = annotation_from_mask(mask)
+    difficult = int(element.findtext("difficult", "0") or 0)
+    return {**shape, "bbox": [x1 - 1, y1 - 1, width, height], "iscrowd": difficult}

@@ -1,7 +1,8 @@
-"""Labels of other formats: of images as the COCO file that they would be, of videos as masklets."""
+"""Read YOLO datasets."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,74 +11,96 @@ import yaml
 
 from grounded_sam.errors import ConfigError
 from grounded_sam.formats.coco import annotation_from_mask
-from grounded_sam.media.files import natural_key, picture_files
+from grounded_sam.media.files import image_files, natural_key
 from grounded_sam.media.images import no_pillow_limit, safe_formats
 
+#: EXIF tag of the orientation, and its values that swap width and height.
+_ORIENTATION, _TRANSPOSED = 0x0112, (5, 6, 7, 8)
 
-def from_yolo(about: Path) -> dict[str, Any]:
-    """A YOLO dataset: polygons filled as OpenCV does it, which is how its trainers see them, or boxes.
 
-    Images of all parts that `data.yaml` names are read, those of a part given as a list of folders too.
+def read_yolo(data_yaml: Path) -> dict[str, Any]:
+    """Read a YOLO dataset of boxes or polygons.
+
+    Polygons are filled by OpenCV, which is how YOLO trainers see them. The images of all splits in `data.yaml` are
+    read, also where a split is a list of folders.
+
+    Args:
+        data_yaml: The `data.yaml` of the dataset.
+
+    Returns:
+        The labels as the content of a COCO file.
+
+    Raises:
+        ConfigError: If `data.yaml`, an image or a label cannot be read, naming it.
     """
     try:
-        content = yaml.safe_load(about.read_text(encoding="utf-8"))
-        names = content["names"]
-        named = dict(enumerate(names)) if isinstance(names, list) else {int(k): str(v) for k, v in names.items()}
+        config = yaml.safe_load(data_yaml.read_text(encoding="utf-8"))
+        names = config["names"]
+        class_names = dict(enumerate(names)) if isinstance(names, list) else {int(k): str(v) for k, v in names.items()}
+        base = data_yaml.parent / str(config.get("path", ""))
+        folders = [folder for split in ("train", "val", "test") for folder in _as_list(config.get(split))]
     except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ConfigError(f"{about}: expected names and train, val or test, as YOLO's data.yaml has them") from error
-    base = about.parent / str(content.get("path", ""))
-    folders = [folder for part in ("train", "val", "test") for folder in _listed(content.get(part))]
+        raise ConfigError(f"{data_yaml}: expected names and train, val or test, as in YOLO's data.yaml") from error
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for folder in dict.fromkeys(folders):
         root = (base / folder).resolve()
-        files = picture_files(p for p in root.rglob("*") if p.is_file())
-        for file in sorted(files, key=lambda p: natural_key(p.as_posix())):
-            width, height = _size(file)
-            # With the last folder, since parts of a dataset may have pictures of one name.
-            images.append({"id": len(images), "file_name": file.relative_to(root.parent).as_posix()})
-            images[-1] |= {"width": width, "height": height}
-            labels = Path(*("labels" if part == "images" else part for part in root.parts)) / file.relative_to(root)
-            for number, line in enumerate(_lines(labels.with_suffix(".txt")), 1):
-                try:
-                    numbers = [float(word) for word in line.split()]
-                    one = _yolo_object(numbers[1:], width, height)
-                except (ValueError, OverflowError) as error:
-                    where = f"{labels.with_suffix('.txt')}, line {number}"
-                    raise ConfigError(f"{where}: expected a class and a box or polygon, got {line[:80]!r}") from error
-                annotations.append({"id": len(annotations) + 1, "image_id": images[-1]["id"], **one})
-                annotations[-1]["category_id"] = int(numbers[0]) + 1
-    categories = [{"id": number + 1, "name": name} for number, name in named.items()]
+        files = image_files(path for path in root.rglob("*") if path.is_file())
+        for file in sorted(files, key=lambda path: natural_key(path.as_posix())):
+            width, height = _image_size(file)
+            image_id = len(images)
+            # The name includes the last folder, since images of different splits may have the same name.
+            name = file.relative_to(root.parent).as_posix()
+            images.append({"id": image_id, "file_name": name, "width": width, "height": height})
+            label_root = Path(*("labels" if part == "images" else part for part in root.parts))
+            label_file = (label_root / file.relative_to(root)).with_suffix(".txt")
+            for label in _read_labels(label_file, width, height):
+                annotations.append({"id": len(annotations) + 1, "image_id": image_id, **label})
+    categories = [{"id": number + 1, "name": name} for number, name in class_names.items()]
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
-def _listed(value: Any) -> list[str]:
+def _as_list(value: Any) -> list[str]:
+    """Convert a value that may be missing or a single one to a list."""
     return [] if value is None else [str(v) for v in value] if isinstance(value, list) else [str(value)]
 
 
-def _lines(path: Path) -> list[str]:
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()] if path.is_file() else []
-
-
-def _size(file: Path) -> tuple[int, int]:
-    """Width and height of a picture as it is shown, from its header."""
+def _image_size(file: Path) -> tuple[int, int]:
+    """Read width and height of an image as displayed, from its header."""
     from PIL import Image
 
     try:
         with no_pillow_limit(), Image.open(file, formats=safe_formats()) as picture:
             width, height = picture.size
-            return (height, width) if picture.getexif().get(0x0112, 1) in (5, 6, 7, 8) else (width, height)
-    except Exception as error:  # Pillow's plugins raise all sorts on damaged files
-        raise ConfigError(f"{file}: the truth has a picture that cannot be read ({error})") from error
+            return (height, width) if picture.getexif().get(_ORIENTATION, 1) in _TRANSPOSED else (width, height)
+    except Exception as error:  # Pillow's plugins raise many kinds of error on damaged files
+        raise ConfigError(f"{file}: cannot read this image of the ground truth ({error})") from error
 
 
-def _yolo_object(numbers: list[float], width: int, height: int) -> dict[str, Any]:
+def _read_labels(path: Path, width: int, height: int) -> list[dict[str, Any]]:
+    """Read the label file of an image of some size as COCO annotations; none if there is no such file."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    annotations = []
+    for number, line in enumerate((line for line in lines if line.strip()), 1):
+        try:
+            class_id, *coordinates = (float(word) for word in line.split())
+            shape = _to_shape(coordinates, width, height)
+            annotations.append({**shape, "category_id": int(class_id) + 1})
+        except (ValueError, OverflowError) as error:
+            raise ConfigError(
+                f"{path}, line {number}: expected a class and a box or polygon, got {line[:80]!r}"
+            ) from error
+    return annotations
+
+
+def _to_shape(coordinates: Sequence[float], width: int, height: int) -> dict[str, Any]:
+    """Convert a box (x and y of the center, width, height) or a polygon, 0 to 1, to the shape of a COCO annotation."""
     import cv2
 
-    if len(numbers) == 4:
-        x, y, w, h = (v * side for v, side in zip(numbers, (width, height, width, height), strict=True))
+    if len(coordinates) == 4:
+        x, y, w, h = (v * side for v, side in zip(coordinates, (width, height, width, height), strict=True))
         return {"bbox": [x - w / 2, y - h / 2, w, h], "area": w * h, "iscrowd": 0}
     canvas = np.zeros((height, width), np.uint8)
-    points = np.array(numbers).reshape(-1, 2) * (width, height)
+    points = np.array(coordinates).reshape(-1, 2) * (width, height)
     cv2.fillPoly(canvas, [points.astype(np.int32)], 1)
     return annotation_from_mask(canvas.astype(bool))

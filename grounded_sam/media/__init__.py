@@ -1,1 +1,1 @@
-"""Images and videos, in and out."""
+"""Images and videos, read and written."""

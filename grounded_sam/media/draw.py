@@ -1,30 +1,85 @@
-"""Masks as PNG files: one per object, or one map of classes or of tracks per image."""
+"""Draw detections over images, and write label maps."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
+from grounded_sam.files import atomic_write
+
 
 def davis_palette() -> list[int]:
-    """The 256 colours of DAVIS and PASCAL VOC: the bits of an id, spread over red, green and blue."""
-    colours = []
-    for number in range(256):
+    """Return the 256 colors of DAVIS and PASCAL VOC as `[r, g, b, r, g, b, ...]`, 0 to 255.
+
+    The bits of an id are spread over red, green and blue, as in VOC's `VOCcolormap.m`.
+
+    >>> davis_palette()[:9]
+    [0, 0, 0, 128, 0, 0, 0, 128, 0]
+    """
+    values = []
+    for index in range(256):
         for channel in range(3):
-            bits = [(number >> (3 * place + channel)) & 1 for place in range(8)]
-            colours.append(sum(bit << (7 - place) for place, bit in enumerate(bits)) & 255)
-    return colours
+            bits = [(index >> (3 * level + channel)) & 1 for level in range(8)]
+            values.append(sum(bit << (7 - level) for level, bit in enumerate(bits)) & 255)
+    return values
+
+
+def paint_masks(
+    detections: sv.Detections, values: NDArray[Any], order: Iterable[int], size_hw: tuple[int, int]
+) -> NDArray[np.uint16]:
+    """Paint the masks of detections into one label map, later ones over earlier ones.
+
+    Args:
+        detections: `n` detections with masks; without masks nothing is painted.
+        values: `(n,)` integers, the value of each detection, 1 to 65535.
+        order: Indices of the detections in the order of painting.
+        size_hw: Height and width in pixels.
+
+    Returns:
+        `(H, W) uint16`, 0 outside the masks.
+
+    >>> masks = np.array([[[True, True, False]]])
+    >>> detections = sv.Detections(xyxy=np.array([[0, 0, 2, 1]]), mask=masks)
+    >>> paint_masks(detections, np.array([7]), [0], (1, 3)).tolist()
+    [[7, 7, 0]]
+    """
+    label_map = np.zeros(size_hw, np.uint16)
+    if detections.mask is not None:
+        for i in order:
+            label_map[np.asarray(detections.mask[i], bool)] = values[i]
+    return label_map
+
+
+def save_label_map(path: Path, label_map: NDArray[np.uint16], palette: Sequence[int] | None) -> None:
+    """Write a label map as PNG.
+
+    Args:
+        path: File to write.
+        label_map: `(H, W) uint16`.
+        palette: Colors of the values, `[r, g, b, ...]`, for an 8-bit palette image; None for 16-bit gray, which has
+            room for values above 255.
+    """
+    from PIL import Image
+
+    image = Image.fromarray(label_map if palette is None else label_map.astype(np.uint8))
+    if palette is not None:
+        image.putpalette(list(palette))
+    with atomic_write(path) as part:
+        image.save(part, format="PNG")
 
 
 @cache
-def font() -> str:
-    """A font with Latin, Greek and Cyrillic letters; matplotlib, which supervision needs, ships it."""
+def font_path() -> str:
+    """Return the path of a font with Latin, Greek and Cyrillic letters.
+
+    It comes with matplotlib, which supervision requires.
+    """
     import matplotlib
 
     return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
@@ -32,50 +87,69 @@ def font() -> str:
 
 def draw_detections(
     image: NDArray[np.uint8],
-    found: sv.Detections,
+    detections: sv.Detections,
     masks: bool = True,
     boxes: bool = True,
     labels: bool = True,
     opacity: float = 0.5,
-    colour_by: Literal["class", "object"] | None = None,
+    color_by: Literal["class", "object"] | None = None,
     palette: Sequence[str] | None = None,
 ) -> NDArray[np.uint8]:
-    """Detections drawn over an RGB image `(H, W, 3) uint8`; returns a new one of the same size.
+    """Draw detections over a copy of an image.
 
-    Without `colour_by`, tracked objects have colours of their own and others that of their class; `palette`
-    has a colour `#rrggbb` for each class, by default supervision's.
+    Args:
+        image: RGB, `(H, W, 3) uint8`.
+        detections: Its detections.
+        masks: Whether to draw masks, if there are any.
+        boxes: Whether to draw boxes.
+        labels: Whether to write class names, scores and track ids.
+        opacity: Opacity of masks, 0 to 1.
+        color_by: One color per `class` or per `object`; None for per object where there are tracks, else per class.
+        palette: A color `#rrggbb` for each class; None for supervision's default palette.
+
+    Returns:
+        RGB, `(H, W, 3) uint8`.
+
+    >>> draw_detections(np.zeros((4, 6, 3), np.uint8), sv.Detections.empty()).shape
+    (4, 6, 3)
     """
     scene = image[..., ::-1].copy()  # supervision draws in BGR
-    if not len(found):
+    if not len(detections):
         return scene[..., ::-1]
-    tracked = found.tracker_id is not None
-    lookup = sv.ColorLookup.TRACK if tracked else sv.ColorLookup.INDEX
-    if colour_by == "class" or (colour_by is None and not tracked):
+    is_tracked = detections.tracker_id is not None
+    lookup = sv.ColorLookup.TRACK if is_tracked else sv.ColorLookup.INDEX
+    if color_by == "class" or (color_by is None and not is_tracked):
         lookup = sv.ColorLookup.CLASS
-    colours = sv.ColorPalette.DEFAULT
+    colors = sv.ColorPalette.DEFAULT
     if palette is not None and lookup == sv.ColorLookup.CLASS:
-        colours = sv.ColorPalette.from_hex(list(palette))
+        colors = sv.ColorPalette.from_hex(list(palette))
     size_wh = (image.shape[1], image.shape[0])
     thickness = sv.calculate_optimal_line_thickness(size_wh)
-    if masks and found.mask is not None:
-        scene = sv.MaskAnnotator(colours, opacity=opacity, color_lookup=lookup).annotate(scene, found)
-        scene = sv.PolygonAnnotator(colours, thickness=max(1, thickness // 2), color_lookup=lookup).annotate(
-            scene, found
-        )
+    if masks and detections.mask is not None:
+        scene = sv.MaskAnnotator(colors, opacity=opacity, color_lookup=lookup).annotate(scene, detections)
+        outlines = sv.PolygonAnnotator(colors, thickness=max(1, thickness // 2), color_lookup=lookup)
+        scene = outlines.annotate(scene, detections)
     if boxes:
-        scene = sv.BoxAnnotator(colours, thickness=thickness, color_lookup=lookup).annotate(scene, found)
+        scene = sv.BoxAnnotator(colors, thickness=thickness, color_lookup=lookup).annotate(scene, detections)
     if labels:
-        assert found.confidence is not None
-        texts = [f"{name} {score:.2f}" for name, score in zip(found.data["class_name"], found.confidence, strict=True)]
-        if found.tracker_id is not None:
-            texts = [f"#{i} {text}" for i, text in zip(found.tracker_id.tolist(), texts, strict=True)]
         size = int(np.clip(min(size_wh) / 32, 9, 72))
-        scene = sv.RichLabelAnnotator(
-            colours,
-            font_path=font(),
+        annotator = sv.RichLabelAnnotator(
+            colors,
+            font_path=font_path(),
             font_size=size,
             text_padding=max(2, size // 5),
             color_lookup=lookup,
             smart_position=True,
-        ).annotate(scene, found, texts)
+        )
+        scene = annotator.annotate(scene, detections, _label_texts(detections))
     return np.ascontiguousarray(scene[..., ::-1])
+
+
+def _label_texts(detections: sv.Detections) -> list[str]:
+    """Return the class name and score of each detection, after its track id if it has one."""
+    assert detections.confidence is not None
+    names = detections.data["class_name"]
+    texts = [f"{name} {score:.2f}" for name, score in zip(names, detections.confidence, strict=True)]
+    if detections.tracker_id is None:
+        return texts
+    return [f"#{i} {text}" for i, text in zip(detections.tracker_id.tolist(), texts, strict=True)]

@@ -1,4 +1,4 @@
-"""Pictures from a file, a folder, a glob or a list of paths."""
+"""Find the image and video files that an input names."""
 
 from __future__ import annotations
 
@@ -6,107 +6,151 @@ import glob
 import os
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from grounded_sam.errors import ConfigError
 from grounded_sam.media.images import safe_formats
 
+#: Suffixes of video files.
 VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ts"}
-
-
 _EXAMPLES = Path(__file__).parents[1] / "shapes" / "examples"
 
 
+@dataclass(frozen=True)
+class InputFiles:
+    """The files that an input names.
+
+    Attributes:
+        images: Image files.
+        videos: Video files.
+        root: Folder that names in the output are relative to.
+        is_file: Whether the input is itself the file, rather than a folder, glob or list.
+    """
+
+    images: list[Path]
+    videos: list[Path]
+    root: Path
+    is_file: bool = False
+
+
 def natural_key(text: str) -> list[tuple[int, int | str]]:
-    """Sort key that puts `frame2` before `frame10`."""
+    """Return a sort key that puts `frame2` before `frame10`.
+
+    >>> sorted(["frame10", "frame2"], key=natural_key)
+    ['frame2', 'frame10']
+    """
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", text)]
 
 
-def _suffixes() -> set[str]:
+def _image_suffixes() -> set[str]:
+    """Return the suffixes of the formats that are read."""
     from PIL import Image
 
     formats = safe_formats()
-    readable = {suffix for suffix, kind in Image.EXTENSION.items() if kind in formats}
-    return (readable | {".mpo"}) - VIDEO_SUFFIXES  # Pillow opens MPO as JPEG
+    suffixes = {suffix for suffix, name in Image.EXTENSION.items() if name in formats}
+    return (suffixes | {".mpo"}) - VIDEO_SUFFIXES  # Pillow opens MPO as JPEG
 
 
-def _is_picture(path: Path) -> bool:
-    """Whether the first bytes of a file without a suffix look like a picture."""
+def _is_image(path: Path) -> bool:
+    """Return whether the first bytes of a file without a suffix look like an image."""
     from PIL import Image
 
     try:
         with Image.open(path, formats=safe_formats()):
             return True
-    except Exception:  # Pillow's plugins raise all sorts; any means "does not look like one"
+    except Exception:  # Pillow's plugins raise many kinds of error
         return False
 
 
-def picture_files(files: Iterable[Path]) -> list[Path]:
-    """Those files that have a picture's suffix, or none and are pictures."""
-    suffixes = _suffixes()
-    return [p for p in files if p.suffix.lower() in suffixes or (not p.suffix and _is_picture(p))]
+def image_files(files: Iterable[Path]) -> list[Path]:
+    """Select the files that have an image suffix, or no suffix and the contents of an image."""
+    suffixes = _image_suffixes()
+    return [path for path in files if path.suffix.lower() in suffixes or (not path.suffix and _is_image(path))]
+
+
+def is_video_file(path: str | Path) -> bool:
+    """Return whether a path has the suffix of a video.
+
+    >>> is_video_file("clip.MP4")
+    True
+    """
+    return Path(path).suffix.lower() in VIDEO_SUFFIXES
 
 
 def relative_name(path: Path, root: Path) -> str:
-    """A path relative to a folder above it, with `/`; bytes that are no UTF-8 as `\\xNN`."""
+    """Return a path relative to a folder above it, with `/`; bytes that are not UTF-8 become `\\xNN`.
+
+    >>> relative_name(Path("photos/a/1.png"), Path("photos"))
+    'a/1.png'
+    """
     return os.fsencode(path.relative_to(root).as_posix()).decode("utf-8", "backslashreplace")
 
 
-def find_files(given: str) -> tuple[list[Path], list[Path], Path]:
-    """Pictures and videos that an input names, and the folder that they are named relative to.
+def find_files(given: str) -> InputFiles:
+    """Find the images and videos that an input names.
+
+    Args:
+        given: A file, a folder (searched recursively, without hidden files and outputs of earlier runs), a glob, a
+            `.txt` file with one path per line, or `builtin:NAME`.
 
     Raises:
-        ConfigError: if there is no such input, or nothing that a glob matches.
+        ConfigError: If the input does not exist, a glob matches nothing, or a list has no paths.
+
+    >>> len(find_files("builtin:demo").images)
+    4
     """
     if given.startswith("builtin:"):
         folder = _EXAMPLES / given.removeprefix("builtin:")
         if not folder.is_dir():
-            names = ", ".join(f"builtin:{p.name}" for p in sorted(_EXAMPLES.iterdir()) if p.is_dir())
-            raise ConfigError(f"input={given} does not ship with the package; it ships {names}")
-        return *_sift(_walk(folder)), folder
+            names = ", ".join(f"builtin:{path.name}" for path in sorted(_EXAMPLES.iterdir()) if path.is_dir())
+            raise ConfigError(f"input={given} is not part of the package; available: {names}")
+        return _select_media(_walk(folder), folder)
     path = Path(given).expanduser()
     if path.is_dir():
-        return *_sift(_walk(path)), path
+        return _select_media(_walk(path), path)
     if path.is_file() and path.suffix.lower() == ".txt":
-        files = _listed(path)
-        videos = [file for file in files if file.suffix.lower() in VIDEO_SUFFIXES]
-        return [file for file in files if file not in videos], videos, common_folder(files)
+        files = _read_listing(path)
+        videos = [file for file in files if is_video_file(file)]
+        return InputFiles([file for file in files if file not in videos], videos, common_folder(files))
     if path.is_file():
-        return ([], [path], path.parent) if path.suffix.lower() in VIDEO_SUFFIXES else ([path], [], path.parent)
+        images, videos = ([], [path]) if is_video_file(path) else ([path], [])
+        return InputFiles(images, videos, path.parent, is_file=True)
     if glob.has_magic(given):
-        hits = (Path(hit) for hit in glob.glob(os.path.expanduser(given), recursive=True))
-        files = sorted((hit for hit in hits if hit.is_file()), key=lambda p: natural_key(str(p)))
+        matches = (Path(match) for match in glob.glob(os.path.expanduser(given), recursive=True))
+        files = sorted((match for match in matches if match.is_file()), key=lambda file: natural_key(str(file)))
         if not files:
             raise ConfigError(f"no file matches {given}")
-        return *_sift(files), common_folder(files)
+        return _select_media(files, common_folder(files))
     raise ConfigError(f"no such file or folder: {given}")
 
 
 def _walk(folder: Path) -> list[Path]:
-    """Files of a folder and those in it, in natural order; no hidden ones, no outputs of earlier runs."""
+    """Return all files below a folder in natural order, without hidden files and outputs of earlier runs."""
     files = []
-    seen = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
-        real = os.path.realpath(place)
-        if real in seen or ".hydra" in folders:  # a loop of links, or the output of an earlier run
+    visited = set()
+    for current, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(current)
+        if real in visited or ".hydra" in folders:  # a loop of links, or the output of an earlier run
             folders.clear()
             continue
-        seen.add(real)
+        visited.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(place) / name for name in names if not name.startswith(".")]
-    return sorted(files, key=lambda p: natural_key(p.as_posix()))
+        files += [Path(current) / name for name in names if not name.startswith(".")]
+    return sorted(files, key=lambda path: natural_key(path.as_posix()))
 
 
-def _sift(files: list[Path]) -> tuple[list[Path], list[Path]]:
-    """Pictures and videos among files."""
-    return picture_files(files), [path for path in files if path.suffix.lower() in VIDEO_SUFFIXES]
+def _select_media(files: list[Path], root: Path) -> InputFiles:
+    """Select the images and videos among files."""
+    return InputFiles(image_files(files), [path for path in files if is_video_file(path)], root)
 
 
-def _listed(listing: Path) -> list[Path]:
+def _read_listing(listing: Path) -> list[Path]:
+    """Read the paths of a text file; relative ones are relative to it."""
     try:
         lines = [line.strip() for line in listing.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{listing} is no list of paths: {error}") from error
+        raise ConfigError(f"{listing} is not a list of paths: {error}") from error
     files = [listing.parent / Path(line).expanduser() for line in lines if line and not line.startswith("#")]
     files = [Path(os.path.abspath(path)) for path in dict.fromkeys(files)]
     if not files:
@@ -115,7 +159,11 @@ def _listed(listing: Path) -> list[Path]:
 
 
 def common_folder(files: list[Path]) -> Path:
-    """The deepest folder that holds all files."""
+    """Return the deepest folder that contains all files.
+
+    >>> common_folder([Path("/a/b/1.png"), Path("/a/c/2.png")]).as_posix()
+    '/a'
+    """
     try:
         return Path(os.path.commonpath([path.parent for path in files]))
     except ValueError:  # different drives

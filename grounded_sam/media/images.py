@@ -1,4 +1,4 @@
-"""Pictures in: one way to read a file, an array or a PIL image into upright 8-bit RGB."""
+"""Read images: every file becomes upright 8-bit RGB in the same way."""
 
 from __future__ import annotations
 
@@ -17,13 +17,12 @@ from grounded_sam.errors import ImageError
 if TYPE_CHECKING:
     from PIL import Image
 
-
-#: Pixels of the largest picture that is decoded unless a source says otherwise (450 MB as RGB).
+#: Pixels of the largest image that is decoded by default (450 MB as RGB).
 MAX_PIXELS = 150_000_000
 
 
 def safe_formats() -> list[str]:
-    """Pillow's formats, without those that run another program or hold no pixels of their own."""
+    """Return Pillow's formats, except those that run other programs or contain no pixels."""
     from PIL import Image
 
     Image.init()
@@ -32,7 +31,7 @@ def safe_formats() -> list[str]:
 
 @contextmanager
 def no_pillow_limit() -> Iterator[None]:
-    """Lift Pillow's limit on pixels, and its warning; who lifts it judges the size before decoding."""
+    """Disable Pillow's limit on pixels and its warning, for callers that check the size before decoding."""
     from PIL import Image
 
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
@@ -43,15 +42,18 @@ def no_pillow_limit() -> Iterator[None]:
 
 
 def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
-    """Read a picture file as upright RGB, `(H, W, 3) uint8`.
+    """Read an image file as upright RGB, `(H, W, 3) uint8`.
 
-    EXIF orientation is applied. Transparency is laid over white. Of animations and multi-picture
-    files the first picture is taken. Gray of more than 8 bits is scaled by the smallest of 10, 12,
-    14 or 16 bits that holds its brightest pixel.
+    EXIF orientation is applied. Transparent images are composited over white. Of animations and multi-image files the
+    first image is read. Grayscale of more than 8 bits is scaled by the smallest of 10, 12, 14 and 16 bits that holds
+    its brightest pixel.
+
+    Args:
+        path: The file.
+        max_pixels: Largest number of pixels; checked in the header, before anything is decoded.
 
     Raises:
-        ImageError: if the file is missing, empty, truncated, no picture, or would decode to more than
-            `max_pixels`; the size is judged by the header, before anything is decoded.
+        ImageError: If the file is missing, empty, truncated, not an image, or larger than `max_pixels`.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -60,43 +62,48 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> ND
         if path.stat().st_size == 0:
             raise ImageError(f"{path}: the file is empty")
         with warnings.catch_warnings(), no_pillow_limit():
-            warnings.simplefilter("ignore")  # of odd metadata; what matters raises
-            with Image.open(path, formats=safe_formats()) as picture:
-                width, height = picture.size
+            warnings.simplefilter("ignore")  # warnings concern unusual metadata; real problems raise
+            with Image.open(path, formats=safe_formats()) as image:
+                width, height = image.size
                 if width < 1 or height < 1:
-                    raise ImageError(f"{path}: the picture is {width}x{height} px")
+                    raise ImageError(f"{path}: the image is {width}x{height} px")
                 if width * height > max_pixels:
                     raise ImageError(
                         f"{path}: {width}x{height} px is more than the {max_pixels:,} pixels allowed "
                         "(source.max_pixels)"
                     )
-                return to_rgb(ImageOps.exif_transpose(picture))
+                return to_rgb(ImageOps.exif_transpose(image))
     except ImageError:
         raise
     except FileNotFoundError as error:
         raise ImageError(f"{path}: no such file") from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{path}: not a picture that Pillow can read") from error
+        raise ImageError(f"{path}: not an image that Pillow can read") from error
     except (IsADirectoryError, PermissionError) as error:
         raise ImageError(f"{path}: {error.strerror}") from error
-    except Exception as error:  # Pillow's plugins raise all sorts on damaged files, and none may end a run
+    except Exception as error:  # Pillow's plugins raise many kinds of error on damaged files; none may end a run
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise ImageError(f"{path}: damaged picture ({reason})") from error
+        raise ImageError(f"{path}: damaged image ({reason})") from error
 
 
-def to_rgb(picture: Image.Image) -> NDArray[np.uint8]:
-    """A PIL image of any mode as RGB, `(H, W, 3) uint8`; see `read_image` for the rules."""
+def to_rgb(image: Image.Image) -> NDArray[np.uint8]:
+    """Convert a PIL image of any mode to RGB, `(H, W, 3) uint8`; see `read_image` for the rules.
+
+    >>> from PIL import Image
+    >>> to_rgb(Image.new("L", (2, 1), 7)).tolist()
+    [[[7, 7, 7], [7, 7, 7]]]
+    """
     from PIL import Image
 
-    if picture.mode.startswith(("I", "F")):
-        values = np.asarray(picture).astype(np.float64)
-        if picture.mode != "F" and values.max(initial=0) > 255:
+    if image.mode.startswith(("I", "F")):
+        values = np.asarray(image).astype(np.float64)
+        if image.mode != "F" and values.max(initial=0) > 255:
             bits = next((b for b in (10, 12, 14, 16) if values.max() < 2**b), 32)
             values *= 255 / (2**bits - 1)
         gray = np.clip(np.round(values), 0, 255).astype(np.uint8)
         return np.ascontiguousarray(np.repeat(gray[..., None], 3, axis=2))
-    if picture.has_transparency_data:
-        rgba = picture.convert("RGBA")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
         white = Image.new("RGBA", rgba.size, (255, 255, 255, 255))
-        picture = Image.alpha_composite(white, rgba)
-    return np.array(picture.convert("RGB"))
+        image = Image.alpha_composite(white, rgba)
+    return np.array(image.convert("RGB"))

@@ -1,4 +1,4 @@
-"""An annotated video, H.264 in MP4, frame by frame, with the sound of the video it was made from."""
+"""Write annotated videos as H.264 in MP4, with the audio of the video that they were made from."""
 
 from __future__ import annotations
 
@@ -11,42 +11,44 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-#: Ticks per second, as MPEG has them: fine enough for any frame rate, constant or not.
+from grounded_sam.files import PendingFile
+
+#: Ticks per second, MPEG's 90 kHz clock: fine enough for any frame rate, constant or not.
 TICKS = 90_000
 
 
 class Mp4Writer:
-    """Writes one video beside its place and renames it into place when it is closed.
+    """Write one video frame by frame; it gets its name when it is closed.
 
-    Frames keep their times, so that the speed is right also where the frame rate varies. Odd sizes are
-    padded by a row or column, since H.264's usual colour format has even ones.
+    Frames keep their times, so that the speed is right also where the frame rate varies. Odd sizes are padded by a row
+    or column, since the usual pixel format of H.264 has even ones.
 
     Args:
-        path: of the video.
-        sound_from: a video file whose first sound track is copied as it is, from the time of the first
-            frame to that of the last; None for silence.
-        crf: quality of x264, 0 (lossless) to 51.
+        path: File to write. Its folder is created.
+        sound_from: Video file whose first audio track is copied without re-encoding, from the time of the first frame
+            to that of the last; None for no audio.
+        crf: Constant rate factor of x264, 0 (lossless) to 51.
     """
 
     def __init__(self, path: Path, sound_from: str | None = None, crf: int = 20) -> None:
         import av
 
-        self.path, self.crf = path, crf
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._part = path.with_name(f".{path.name}.part")
-        self._out: Any = av.open(str(self._part), "w", format="mp4")
-        self._video: Any = None
-        self._waiting: tuple[NDArray[np.uint8], int] | None = None  # its duration is known with the next
-        self._begin: float | None = None
-        self._step = TICKS // 24
-        self._durations: dict[int, int] = {}  # by time, of frames that are in the encoder
-        self._sound: Any = None
-        self._packets: Iterator[Any] = iter(())
-        self._next: Any = None
+        self.crf = crf
+        self._file = PendingFile(path)
+        self._container: Any = av.open(str(self._file.part), "w", format="mp4")
+        self._video_stream: Any = None
+        self._last_frame: tuple[NDArray[np.uint8], int] | None = None  # its duration is known with the next frame
+        self._last_duration = TICKS // 24
+        self._start_s: float | None = None
+        self._durations: dict[int, int] = {}  # by time in ticks, of frames inside the encoder
+        self._audio_source: Any = None
+        self._audio_packets: Iterator[Any] = iter(())
+        self._next_audio_packet: Any = None
         if sound_from is not None and os.path.isfile(sound_from):
-            self._open_sound(sound_from)
+            self._open_audio(sound_from)
 
-    def _open_sound(self, path: str) -> None:
+    def _open_audio(self, path: str) -> None:
+        """Open the first audio track of a video, if MP4 can hold it."""
         import av
 
         source: Any = av.open(path)
@@ -55,76 +57,82 @@ class Mp4Writer:
             return
         stream = source.streams.audio[0]
         try:
-            self._track = self._out.add_stream_from_template(stream)
+            self._audio_stream = self._container.add_stream_from_template(stream)
         except (OSError, ValueError):  # a codec that MP4 does not hold
             source.close()
             return
-        self._sound = source
-        picture = next((s for s in source.streams.video), None)
-        self._zero = float((picture.start_time or 0) * picture.time_base) if picture is not None else 0.0
-        self._packets = (p for p in source.demux(stream) if p.pts is not None)
-        self._next = next(self._packets, None)
+        self._audio_source = source
+        video = next((s for s in source.streams.video), None)
+        self._source_start_s = float((video.start_time or 0) * video.time_base) if video is not None else 0.0
+        self._audio_packets = (packet for packet in source.demux(stream) if packet.pts is not None)
+        self._next_audio_packet = next(self._audio_packets, None)
 
     def write(self, image: NDArray[np.uint8], time_s: float) -> None:
-        """The next frame, RGB `(H, W, 3) uint8`, at its time in seconds."""
-        if self._begin is None:
-            self._begin = time_s
-        ticks = round((time_s - self._begin) * TICKS)
-        if self._waiting is not None:
-            before = self._waiting[1]
-            ticks = max(ticks, before + 1)
-            self._step = ticks - before
-            self._encode(*self._waiting, self._step)
-        self._waiting = (image, ticks)
+        """Append a frame.
+
+        Args:
+            image: RGB, `(H, W, 3) uint8`, of the size of the first frame.
+            time_s: Its time in seconds; the first frame is shown at 0.
+        """
+        if self._start_s is None:
+            self._start_s = time_s
+        ticks = round((time_s - self._start_s) * TICKS)
+        if self._last_frame is not None:
+            last_ticks = self._last_frame[1]
+            ticks = max(ticks, last_ticks + 1)
+            self._last_duration = ticks - last_ticks
+            self._encode(*self._last_frame, self._last_duration)
+        self._last_frame = (image, ticks)
 
     def _encode(self, image: NDArray[np.uint8], ticks: int, duration: int) -> None:
+        """Encode a frame, and copy the audio up to its end."""
         import av
 
         height, width = image.shape[:2]
         image = np.pad(image, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-        if self._video is None:
-            self._video = self._out.add_stream("libx264", rate=24, options={"crf": str(self.crf), "preset": "veryfast"})
-            self._video.height, self._video.width = image.shape[:2]
-            self._video.pix_fmt = "yuv420p"
-            self._video.codec_context.time_base = Fraction(1, TICKS)
+        if self._video_stream is None:
+            options = {"crf": str(self.crf), "preset": "veryfast"}
+            self._video_stream = self._container.add_stream("libx264", rate=24, options=options)
+            self._video_stream.height, self._video_stream.width = image.shape[:2]
+            self._video_stream.pix_fmt = "yuv420p"
+            self._video_stream.codec_context.time_base = Fraction(1, TICKS)
         frame = av.VideoFrame.from_ndarray(image, format="rgb24")
         frame.pts, frame.time_base = ticks, Fraction(1, TICKS)
         self._durations[ticks] = duration
         self._mux(frame)
-        self._copy_sound((ticks + duration) / TICKS)
+        self._copy_audio((ticks + duration) / TICKS)
 
     def _mux(self, frame: Any) -> None:
-        """Encode a frame, or with None what the encoder still holds."""
-        for packet in self._video.encode(frame):
+        """Encode a frame and write the packets that are ready; None writes those left in the encoder."""
+        for packet in self._video_stream.encode(frame):
             packet.duration = self._durations.pop(packet.pts, packet.duration)
-            self._out.mux(packet)
+            self._container.mux(packet)
 
-    def _copy_sound(self, until: float) -> None:
-        """Sound up to a time of the new video."""
-        while self._next is not None:
-            packet = self._next
-            shift = self._zero + (self._begin or 0.0)
-            time_s = float(packet.pts * packet.time_base) - shift
-            if time_s >= until:
+    def _copy_audio(self, until_s: float) -> None:
+        """Copy audio packets up to a time of the new video, in seconds."""
+        while self._next_audio_packet is not None:
+            packet = self._next_audio_packet
+            offset_s = self._source_start_s + (self._start_s or 0.0)
+            time_s = float(packet.pts * packet.time_base) - offset_s
+            if time_s >= until_s:
                 return
             if time_s >= 0:
-                moved = round(shift / packet.time_base)
-                packet.pts -= moved
+                packet.pts -= round(offset_s / packet.time_base)
                 packet.dts = packet.pts
-                packet.stream = self._track
-                self._out.mux(packet)
-            self._next = next(self._packets, None)
+                packet.stream = self._audio_stream
+                self._container.mux(packet)
+            self._next_audio_packet = next(self._audio_packets, None)
 
     def close(self) -> None:
-        """Write what is left and put the video into its place."""
-        if self._waiting is not None:
-            self._encode(*self._waiting, self._step)
-            self._waiting = None
-        if self._video is not None:
+        """Write the last frames and rename the file into place; without any frame there is no file."""
+        if self._last_frame is not None:
+            self._encode(*self._last_frame, self._last_duration)
+            self._last_frame = None
+        if self._video_stream is not None:
             self._mux(None)
-        self._out.close()
-        if self._sound is not None:
-            self._sound.close()
-        if self._video is not None:
-            os.replace(self._part, self.path)
-        self._part.unlink(missing_ok=True)
+        self._container.close()
+        if self._audio_source is not None:
+            self._audio_source.close()
+        if self._video_stream is not None:
+            self._file.commit()
+        self._file.discard()

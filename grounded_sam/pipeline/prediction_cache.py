@@ -1,175 +1,270 @@
-"""Predict once, select many times: what the models of a sweep find is kept for its other jobs.
+"""Predict once, select many times: share what the models of a sweep find between its jobs.
 
-Jobs of one multirun that differ only in `select.*`, sinks or truth find the same things before anything is
-selected. The first that looks at a picture stores all that any of them may want; the others select from that. Of jobs
-that differ in the segmenter, the boxes of the detector are shared in the same way.
+Jobs of one multirun that differ only in `select.*`, sinks or ground truth find the same objects before selection. The
+first job that processes an image stores all detections that any job may select; the others select from these. Jobs
+that differ in the segmenter share the boxes of the detector in the same way.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import supervision as sv
 
 from grounded_sam.files import atomic_write
-from grounded_sam.formats.store import fingerprint
-from grounded_sam.pipeline.select import Select, select
-from grounded_sam.sinks.store import StoreSink
-from grounded_sam.structures.detections import select_rows
+from grounded_sam.formats.store_runs import fingerprint
+from grounded_sam.formats.store_writer import StoreWriter
+from grounded_sam.pipeline.images import DetectThenSegment
+from grounded_sam.pipeline.select import Select, select_detections
+from grounded_sam.structures.detections import select_rows, validate_detections
 from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.protocols import Segmenter
 from grounded_sam.structures.results import FrameResult
 from grounded_sam.structures.vocabulary import Vocabulary
 
-#: Pictures whose predictions are also held in memory, of each of the last two fingerprints; packed, some KB each.
-HELD = 20_000
-_held: dict[str, dict[Any, Any]] = {}
-#: In the folder of a sweep.
-PLACE = ".predictions"
+#: Images whose predictions are also held in memory, for each of the last two caches; a few KB per image.
+MAX_IN_MEMORY = 20_000
+_in_memory: dict[str, dict[Any, Any]] = {}
+#: Folder of the caches, inside the folder of a sweep.
+FOLDER = ".predictions"
 
 
-def write_sweep_floor(sweep: Path, overrides: Sequence[str]) -> None:
-    """Write down what the jobs of a sweep ask of `select`, before the first of them begins.
+@dataclass(frozen=True)
+class SweepFloor:
+    """The least strict selection among the jobs of a sweep.
 
-    Args:
-        sweep: the folder of the sweep.
-        overrides: its words, with their sweeps: `select.score=0.2,0.3`, `select.nms=interval(0.3,0.8)`.
+    Attributes:
+        results: Whether jobs can share detections with masks: selection, sinks or ground truth are swept.
+        boxes: Whether jobs can share boxes: the segmenter is swept.
+        score: Lowest score threshold; None if no job sets one.
+        nms: NMS thresholds of the jobs; `own` if each job's config has the same one, `any` if they cannot be listed.
+        by_class: Whether a job sets thresholds of single classes.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.core.override_parser.types import IntervalSweep
-    from hydra.errors import HydraException
 
-    scores: list[float] = []
-    nms: list[float] | str = "own"
-    shared = boxes = by_class = False
-    for override in OverridesParser.create().parse_overrides(list(overrides)):
-        key, swept = override.key_or_group.lstrip("+"), override.is_sweep_override()
-        interval = isinstance(override.value(), IntervalSweep)
-        try:
-            values = list(override.sweep_string_iterator()) if swept and not interval else [override.value()]
-        except HydraException:  # glob() wants to look at the config
-            values, nms = [], "any"
-        by_class |= key.startswith("select.class_score")
-        if key == "select.score" or key.startswith("select.class_score."):
-            values = [override.value().start or 0.0] if interval else values
-            scores += [float(v) for v in values if _is_share(v)]
-        elif key == "select.nms" and swept and nms != "any":
-            good = [v for v in values if _is_share(v) or v == "null"]  # others end their job
-            nms = "any" if interval or "null" in good or not good else sorted(map(float, good))
-        elif key.startswith("select.nms") and swept:
-            nms = "any"
-        shared |= swept and key.split(".")[0] in ("select", "sink", "truth", "metric")
-        boxes |= swept and key.split(".")[0] == "segmenter"
-    note = {"shared": shared, "boxes": boxes, "score": min(scores, default=None), "nms": nms, "by_class": by_class}
-    with atomic_write(sweep / PLACE / "floor.json") as beside:
-        beside.write_text(json.dumps(note))
+    results: bool = False
+    boxes: bool = False
+    score: float | None = None
+    nms: list[float] | Literal["own", "any"] = "own"
+    by_class: bool = False
+
+    @classmethod
+    def from_overrides(cls, overrides: Sequence[str]) -> SweepFloor:
+        """Read the overrides of a sweep, such as `select.score=0.2,0.3` or `select.nms=interval(0.3,0.8)`."""
+        from hydra.core.override_parser.overrides_parser import OverridesParser
+        from hydra.core.override_parser.types import IntervalSweep
+        from hydra.errors import HydraException
+
+        scores: list[float] = []
+        nms: list[float] | Literal["own", "any"] = "own"
+        results = boxes = by_class = False
+        for override in OverridesParser.create().parse_overrides(list(overrides)):
+            key, swept = override.key_or_group.lstrip("+"), override.is_sweep_override()
+            interval = isinstance(override.value(), IntervalSweep)
+            try:
+                values = list(override.sweep_string_iterator()) if swept and not interval else [override.value()]
+            except HydraException:  # glob() needs the config
+                values, nms = [], "any"
+            by_class |= key.startswith("select.class_score")
+            if key == "select.score" or key.startswith("select.class_score."):
+                values = [override.value().start or 0.0] if interval else values
+                scores += [float(value) for value in values if _is_threshold(value)]
+            elif key == "select.nms" and swept and nms != "any":
+                valid = [value for value in values if _is_threshold(value) or value == "null"]  # others fail their job
+                nms = "any" if interval or "null" in valid or not valid else sorted(map(float, valid))
+            elif key.startswith("select.nms") and swept:
+                nms = "any"
+            results |= swept and key.split(".")[0] in ("select", "sink", "truth", "metric")
+            boxes |= swept and key.split(".")[0] == "segmenter"
+        return cls(results, boxes, min(scores, default=None), nms, by_class)
+
+    @classmethod
+    def read(cls, sweep: Path) -> SweepFloor:
+        """Read what `write` wrote into the folder of a sweep; nothing is shared if it did not."""
+        path = sweep / FOLDER / "floor.json"
+        return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else cls()
+
+    def write(self, sweep: Path) -> None:
+        """Write to the folder of a sweep, before its first job starts."""
+        with atomic_write(sweep / FOLDER / "floor.json") as path:
+            path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+
+    def selections(self, settings: Select, vocabulary: Vocabulary) -> list[Select]:
+        """Return selections whose union contains what any job of the sweep may select.
+
+        NMS goes in order of score, so a stricter score threshold after NMS keeps what it would have kept before it, and
+        the union over several NMS thresholds contains the result of each. This does not hold where classes have
+        thresholds of their own and suppress each other, nor for NMS by masks: then, and where the thresholds are not
+        known, nothing is suppressed. IoS, number and area are left to the jobs.
+        """
+        own_scores = [settings.score, *(settings.class_score or {}).values(), *vocabulary.class_score.values()]
+        score = min(own_scores if self.score is None else [*own_scores, self.score])
+        by_class = bool(self.by_class or settings.class_score or vocabulary.class_score)
+        keep_all = settings.nms_by == "mask" or self.nms == "any" or (settings.class_agnostic and by_class)
+        own_nms: list[float | None] = [settings.nms] if isinstance(self.nms, str) else [*self.nms]
+        thresholds = [None] if keep_all else own_nms
+        floor = replace(
+            settings,
+            score=score,
+            class_score=dict.fromkeys(vocabulary.class_score, score) or None,
+            nms_by="box",
+            max_ios=None,
+            top_k=None,
+            min_area=0.0,
+            max_area=None,
+        )
+        return [replace(floor, nms=threshold) for threshold in thresholds]
 
 
-def _is_share(value: Any) -> bool:
-    """Whether a word or number is a threshold that a job can use."""
+def _is_threshold(value: Any) -> bool:
+    """Return whether a value is a number from 0 to 1."""
     try:
         return 0.0 <= float(value) <= 1.0
     except (TypeError, ValueError):
         return False
 
 
-def read_sweep_floor(sweep: Path) -> dict[str, Any]:
-    """What `note_floor` wrote; empty if it did not."""
-    note = sweep / PLACE / "floor.json"
-    return json.loads(note.read_text(encoding="utf-8")) if note.is_file() else {}
-
-
-def sweep_floors(settings: Select, vocabulary: Vocabulary, note: dict[str, Any]) -> list[Select]:
-    """Selects that together leave whatever any job of the sweep may select.
-
-    Duplicates are dropped in the order of their scores, so that a stricter score afterwards leaves what it would have
-    left before, and a threshold of the sweep drops the same of what several thresholds together leave. Not so where
-    classes have scores of their own and are duplicates of each other, or where masks tell duplicates: there, as with
-    thresholds that are not known, all duplicates stay. Nested boxes, numbers and areas are left to the jobs.
-    """
-    own = [settings.score, *(settings.class_score or {}).values(), *vocabulary.class_score.values()]
-    score = min(own if note.get("score") is None else [*own, note["score"]])
-    nms = note.get("nms", "own")
-    by_class = bool(note.get("by_class") or settings.class_score or vocabulary.class_score)
-    if settings.nms_by == "mask" or nms == "any" or (settings.nms_across and by_class):
-        nms = [None]
-    floor = replace(
-        settings,
-        score=score,
-        class_score=dict.fromkeys(vocabulary.class_score, score) or None,
-        nms_by="box",
-        nested=None,
-        top_k=None,
-        min_area=0.0,
-        max_area=None,
-    )
-    return [replace(floor, nms=value) for value in ([settings.nms] if nms == "own" else nms)]
-
-
 class PredictionCache:
-    """What the models found in pictures, for all jobs of a sweep with the same fingerprint.
+    """Detections of images, shared by the jobs of a sweep that have the same fingerprint.
 
     Args:
-        sweep: the folder of the sweep.
-        vocabulary: of the run.
-        settings: all that decides what the models find, without `select`; see `store.fingerprint`.
-        selected: the `select` of the run.
+        sweep: Folder of the sweep.
+        vocabulary: Classes of the run.
+        settings: All settings that decide what the models find, without `select`.
+        select: Selection of the run.
+
+    Attributes:
+        replayed: Images that were found in the cache.
     """
 
-    def __init__(self, sweep: Path, vocabulary: Vocabulary, settings: dict[str, Any], selected: Select) -> None:
-        self.floors = sweep_floors(selected, vocabulary, read_sweep_floor(sweep))
-        whole = {**settings, "select": [asdict(floor) for floor in self.floors]}
-        mark = fingerprint(whole, vocabulary)
-        self._store = StoreSink(sweep / PLACE / mark[:16], vocabulary, whole)
+    def __init__(self, sweep: Path, vocabulary: Vocabulary, settings: dict[str, Any], select: Select) -> None:
+        self.floors = SweepFloor.read(sweep).selections(select, vocabulary)
+        settings = {**settings, "select": [asdict(floor) for floor in self.floors]}
+        key = fingerprint(settings, vocabulary)
+        self._store = StoreWriter(sweep / FOLDER / key[:16] / "store", vocabulary, settings)
         self.replayed = 0
-        self._memory = _held.pop(mark, {})
-        _held[mark] = self._memory
-        while len(_held) > 2:  # the last of whole predictions and of boxes
-            _held.pop(next(iter(_held)))
+        self._memory = _in_memory.pop(key, {})
+        _in_memory[key] = self._memory
+        while len(_in_memory) > 2:  # one cache of results and one of boxes
+            _in_memory.pop(next(iter(_in_memory)))
 
-    def stored(self, name: str, files: list[Path]) -> Iterable[FrameResult] | None:
-        """What an earlier job found in a picture of this content; None if none looked at it."""
+    def lookup(self, name: str, files: list[Path]) -> Iterable[FrameResult] | None:
+        """Return what an earlier job found in an image with the same content; None if none processed it."""
         state = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
-        if (held := self._memory.get((name, *files))) is not None and held[0] == state:
+        key = (name, *files)
+        if (held := self._memory.get(key)) is not None and held[0] == state:
             self.replayed += 1
-            return [FrameResult(replace(held[1]), held[2], stored=True)]
-        found = self._store.stored(name, files)
-        self.replayed += found is not None
-        return None if found is None else self._hold((name, *files), state, found)
+            return [FrameResult(frame=replace(held[1]), detections=held[2], stored=True)]
+        results = self._store.lookup(name, files)
+        if results is None:
+            return None
+        self.replayed += 1
+        return self._remember(key, state, results)
 
-    def _hold(self, key: Any, state: Any, found: Iterable[FrameResult]) -> Iterable[FrameResult]:
-        """Keep what was read in memory for the next job of this process, as long as it is not too much."""
-        for result in found:
-            if len(self._memory) < HELD and result.frame.video is None:
-                self._memory[key] = state, replace(result.frame), result.found
+    def _remember(self, key: Any, state: Any, results: Iterable[FrameResult]) -> Iterable[FrameResult]:
+        """Keep results in memory for the next job of this process, up to a limit."""
+        for result in results:
+            if len(self._memory) < MAX_IN_MEMORY and result.frame.video is None:
+                self._memory[key] = state, replace(result.frame), result.raw
             yield result
 
-    def found(self, frame: Frame) -> sv.Detections | None:
-        """`stored` for a frame that is decoded already."""
+    def lookup_frame(self, frame: Frame) -> sv.Detections | None:
+        """Look up an image that is decoded already."""
         if frame.video is not None or frame.file is None:
             return None
-        results = self.stored(frame.name, [frame.file])
+        results = self.lookup(frame.name, [frame.file])
         return None if results is None else next((result.detections for result in results), None)
 
-    def keep(self, found: sv.Detections, vocabulary: Vocabulary) -> sv.Detections:
-        """Of what a detector found all that a job may select, the most confident first."""
+    def select_floor(self, detections: sv.Detections, vocabulary: Vocabulary) -> sv.Detections:
+        """Keep all detections that a job of the sweep may select, most confident first."""
         if len(self.floors) == 1:
-            return select(found, self.floors[0], vocabulary)
-        found.data["row"] = np.arange(len(found))
-        kept = [select(found, floor, vocabulary).data["row"] for floor in self.floors]
-        del found.data["row"]
-        rows = np.unique(np.concatenate(kept))
-        assert found.confidence is not None
-        return select_rows(found, rows[np.argsort(-found.confidence[rows], kind="stable")])
+            return select_detections(detections, self.floors[0], vocabulary)
+        detections.data["row"] = np.arange(len(detections))
+        selected = [select_detections(detections, floor, vocabulary).data["row"] for floor in self.floors]
+        del detections.data["row"]
+        rows = np.unique(np.concatenate(selected))
+        assert detections.confidence is not None
+        return select_rows(detections, rows[np.argsort(-detections.confidence[rows], kind="stable")])
 
     def write(self, result: FrameResult) -> None:
-        """Keep what was found in a picture."""
+        """Store what was found in an image."""
         self._store.write(result)
 
     def close(self) -> None:
-        """Write what is not written yet."""
-        self._store.__exit__(None, None, None)
+        """Write what is still in memory."""
+        self._store.close(complete=True)
+
+
+class CachedStages:
+    """`DetectThenSegment` that shares what it finds in images with the other jobs of a sweep.
+
+    Frames of videos are not shared.
+
+    Args:
+        stages: Detector and segmenter.
+        results: Cache of detections with masks, before selection; None not to share them.
+        boxes: Cache of the detector's boxes; None not to share them.
+    """
+
+    def __init__(
+        self, stages: DetectThenSegment, results: PredictionCache | None, boxes: PredictionCache | None
+    ) -> None:
+        self.stages, self.results, self.boxes = stages, results, boxes
+
+    @property
+    def segmenter(self) -> Segmenter | None:
+        """Segmenter of the wrapped stages."""
+        return self.stages.segmenter
+
+    @property
+    def batch_size(self) -> int:
+        """Frames that the detector takes at once."""
+        return self.stages.batch_size
+
+    def detect(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
+        """Return cached boxes, and run the detector on the frames that have none."""
+        known = [None if self.boxes is None else self.boxes.lookup_frame(frame) for frame in frames]
+        missing = [frame for frame, boxes in zip(frames, known, strict=True) if boxes is None]
+        detected = iter(self.stages.detect(missing, vocabulary) if missing else [])
+        return [next(detected) if boxes is None else boxes for boxes in known]
+
+    def segment(
+        self, frame: Frame, boxes: sv.Detections, vocabulary: Vocabulary, segmenter: Segmenter | None
+    ) -> sv.Detections:
+        """Store what any job may select, and return what this job selects; see `DetectThenSegment.segment`."""
+        if frame.video is not None:
+            return self.stages.segment(frame, boxes, vocabulary, segmenter)
+        name = type(self.stages.detector).__name__
+        detections = validate_detections(boxes, vocabulary, frame.size_hw, name)
+        for cache in (self.boxes, self.results):
+            detections = detections if cache is None else cache.select_floor(detections, vocabulary)
+        if self.boxes is not None and set(detections.data) <= {"class_name"}:  # the store has no other columns
+            self.boxes.write(FrameResult(frame=frame, detections=detections))
+        if self.results is None:
+            return self.stages.segment(frame, detections, vocabulary, segmenter)
+        detections = self.stages.add_masks(frame, detections, vocabulary, segmenter)
+        self.results.write(FrameResult(frame=frame, detections=detections))
+        return self.select(detections, vocabulary)
+
+    def select(self, detections: sv.Detections, vocabulary: Vocabulary) -> sv.Detections:
+        """Select from cached detections what a run of its own would have selected."""
+        settings = self.stages.select
+        if self.segmenter is not None and settings.top_k is not None:  # which counts before masks are made
+            detections = select_detections(detections, settings.before_masks(), vocabulary)
+        return select_detections(detections, settings, vocabulary)
+
+    def select_stored(self, result: FrameResult, vocabulary: Vocabulary) -> FrameResult:
+        """Select from a result that `results` returned."""
+        by_mask = self.stages.select.nms_by == "mask"
+        detections = self.select(result.detections if by_mask else result.raw, vocabulary)
+        return FrameResult(frame=result.frame, detections=detections, stored=True)
+
+    def close(self) -> None:
+        """Write what is still in memory."""
+        for cache in (self.results, self.boxes):
+            if cache is not None:
+                cache.close()

@@ -1,4 +1,4 @@
-"""What masks do to their detections: boxes around them, confidence that knows of them."""
+"""Update boxes and confidence from masks."""
 
 from __future__ import annotations
 
@@ -8,48 +8,49 @@ from typing import Literal
 import numpy as np
 import supervision as sv
 
-from grounded_sam.errors import ConfigError
+from grounded_sam.checks import check_bool, check_choice
 from grounded_sam.structures.masks import masks_to_xyxy
 
 
 @dataclass(frozen=True)
 class Refine:
-    """How detections change once a segmenter has given them masks, as it stands under `refine.` in the config.
+    """How masks change the boxes and scores of their detections; the config group `refine`.
 
-    If anything changes, duplicates and numbers are settled after that, on the new boxes and scores; only thresholds are
-    applied before too, so that few boxes need a mask. Masks of detectors and of stores are left as they are.
+    With any change, NMS and `top_k` run after segmentation, on the new boxes and scores; before it only score
+    thresholds apply, so that few boxes need a mask. Masks that come from a detector or a store are not refined.
 
     Attributes:
-        boxes: replace the detector's boxes with those around the masks, where these are not empty.
-        score: the confidence: `text`, the detector's; `mask`, the segmenter's own estimate of the mask's IoU; `product`
-            of both (mask scoring, Huang et al. 2019). Estimates are cut to 0 to 1.
+        boxes: Replace boxes with the boxes around the masks, except where a mask is empty.
+        score: What the confidence becomes: `text`, the detector's score; `mask`, the predicted IoU of the mask, clipped
+            to 0 to 1; `product` of both (mask scoring, Huang et al. 2019).
 
     Raises:
-        ConfigError: for another value.
+        ConfigError: If a value is not allowed.
+
+    >>> Refine(boxes=True).changes
+    True
     """
 
     boxes: bool = False
     score: Literal["text", "mask", "product"] = "text"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.boxes, bool):
-            raise ConfigError(f"refine.boxes must be true or false, got {self.boxes!r}")
-        if self.score not in ("text", "mask", "product"):
-            raise ConfigError(f"refine.score must be text, mask or product, got {self.score!r}")
+        check_bool("refine.boxes", self.boxes)
+        check_choice("refine.score", self.score, ("text", "mask", "product"))
 
     @property
     def changes(self) -> bool:
-        """Whether anything would change."""
+        """Whether detections change at all."""
         return self.boxes or self.score != "text"
 
-    def __call__(self, found: sv.Detections) -> sv.Detections:
-        """Refine detections with masks, in place."""
-        if self.boxes and found.mask is not None and len(found):
-            around = masks_to_xyxy(np.asarray(found.mask, bool))
-            empty = (around[:, 2] == 0)[:, None]
-            found.xyxy = np.where(empty, found.xyxy, around)
-        if self.score != "text" and "mask_score" in found.data:
-            assert found.confidence is not None
-            estimate = np.asarray(found.data["mask_score"], np.float32).clip(0, 1)
-            found.confidence = estimate if self.score == "mask" else found.confidence * estimate
-        return found
+    def __call__(self, detections: sv.Detections) -> sv.Detections:
+        """Refine detections that have masks, in place, and return them."""
+        if self.boxes and detections.mask is not None and len(detections):
+            boxes = masks_to_xyxy(np.asarray(detections.mask, bool))
+            empty = (boxes[:, 2] == 0)[:, None]
+            detections.xyxy = np.where(empty, detections.xyxy, boxes)
+        if self.score != "text" and "mask_score" in detections.data:
+            assert detections.confidence is not None
+            mask_score = np.asarray(detections.data["mask_score"], np.float32).clip(0, 1)
+            detections.confidence = mask_score if self.score == "mask" else detections.confidence * mask_score
+        return detections

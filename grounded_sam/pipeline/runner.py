@@ -1,49 +1,270 @@
-"""The stages in a row: frames to detector to select to segmenter to select again, and on to the sinks.
-
-In a video this happens at keyframes; from one to the next a tracker carries the masks on.
-"""
+"""Run the pipeline from a source to sinks: threads, progress, resuming, and a summary."""
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
+import json
+import time
+from collections import Counter, deque
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, closing
+from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
 
+from grounded_sam.errors import ImageError
+from grounded_sam.files import atomic_write
+from grounded_sam.pipeline.images import process_images
+from grounded_sam.pipeline.pipeline import Pipeline
+from grounded_sam.pipeline.prediction_cache import CachedStages
 from grounded_sam.structures.frame import Frame
-from grounded_sam.structures.protocols import Source
+from grounded_sam.structures.protocols import Lookup, RecordsSkipped, ResultStore, Resumable, Sharded, Sink, Source
+from grounded_sam.structures.request import Request
 from grounded_sam.structures.results import FrameResult, Skipped
 
-#: Results that may wait for the sinks.
-WRITES_AHEAD = 4
+#: Results that may wait for the sinks, each with its masks.
+MAX_PENDING_WRITES = 4
 
 
 @dataclass
 class Summary:
-    """What a run did."""
+    """What a run did.
+
+    Attributes:
+        images: Images and frames processed or read back from the store.
+        frames: How many of them are frames of videos.
+        stored: How many of them an earlier run had processed.
+        empty: How many of them have no detections.
+        objects: Detections by class name; in videos tracks.
+        skipped: Files that could not be used.
+        outputs: One line per sink: what it wrote, and where.
+        interrupted: Whether the run was stopped early, by Ctrl-C.
+    """
 
     images: int = 0
-    frames: int = 0  # of the images, those of videos
-    stored: int = 0  # of the images, those that an earlier run had done
+    frames: int = 0
+    stored: int = 0
     empty: int = 0
-    objects: Counter[str] = field(default_factory=Counter)  # in a video, tracks
-    tracks: dict[tuple[str | None, int], str] = field(default_factory=dict)  # video and id to class name
+    objects: Counter[str] = field(default_factory=Counter)
     skipped: list[Skipped] = field(default_factory=list)
-    places: list[str] = field(default_factory=list)
+    outputs: list[str] = field(default_factory=list)
     interrupted: bool = False
 
 
-def _kind(item: Frame | FrameResult) -> tuple[bool, str | None]:
-    """Whether it is done already, and the video that it belongs to."""
-    return (True, item.frame.video) if isinstance(item, FrameResult) else (False, item.video)
+class Runner:
+    """Take every frame of a source through a pipeline to the sinks.
+
+    Sinks write on a thread of their own, so that models and files do not wait for each other. With a sink that stores
+    results, or with a prediction cache, files that have not changed are read back instead of processed again.
+
+    Args:
+        pipeline: Detects, segments and tracks.
+        source: Images and videos; the frames of a video are tracked if the pipeline has a tracker.
+        sinks: Where results go.
+        output: Folder for `skipped.json`.
+        request: What to look for; None for the pipeline's own text and clicks.
+
+    >>> Runner(pipeline, source, sinks, Path("results")).run().images         # doctest: +SKIP
+    9
+    """
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        source: Source,
+        sinks: Sequence[Sink],
+        output: Path,
+        request: Request | None = None,
+    ) -> None:
+        self.pipeline, self.source, self.sinks, self.output = pipeline, source, sinks, Path(output)
+        self.request = request or pipeline.request()
+        self.store = next((sink for sink in sinks if isinstance(sink, ResultStore)), None)
+        self.cache = pipeline.stages if isinstance(pipeline.stages, CachedStages) else None
+        self.summary = Summary()
+        self._unusable: list[Skipped] = []  # frames that a later stage or a sink could not use
+        self._reported: set[Skipped] = set()
+        self._tracks: dict[tuple[str | None, int], str] = {}  # video and tracker id to class name
+
+    def run(self) -> Summary:
+        """Process everything, with a progress bar, and write `skipped.json`.
+
+        An interruption (Ctrl-C) ends the run early; what was written so far stays usable.
+
+        Raises:
+            ImageError: If not a single frame could be read.
+        """
+        start = time.perf_counter()
+        try:
+            with ExitStack() as stack:
+                for sink in self.sinks:
+                    stack.enter_context(sink)
+                stack.callback(self._report_skipped)
+                writer = stack.enter_context(ThreadPoolExecutor(1, "write"))
+                progress = stack.enter_context(_Progress(self.source))
+                self._process(stack.enter_context(closing(self._results())), writer, progress)
+        except KeyboardInterrupt:
+            self.summary.interrupted = True
+        finally:
+            if self.cache is not None:
+                self.cache.close()
+        self.pipeline.seconds["all"] = time.perf_counter() - start
+        self.summary.objects.update(self._tracks.values())
+        self.summary.skipped = self._skipped()
+        self._write_skipped()
+        self.summary.outputs = [sink.summary() for sink in self.sinks]
+        return self.summary
+
+    def _process(self, results: Iterator[FrameResult], writer: ThreadPoolExecutor, progress: _Progress) -> None:
+        """Hand results to the sinks, a few at a time, and count them."""
+        pending: deque[Future[None]] = deque()
+        skipped_before = len(self.source.skipped)  # files that `len(source)` does not count
+        for result in results:
+            if result.stored and not pending:  # no model to overlap with
+                self._write(result)
+            else:
+                pending.append(writer.submit(self._write, result))
+            while len(pending) > MAX_PENDING_WRITES:
+                pending.popleft().result()
+            self._count(result)
+            done = self.summary.images + len(self.source.skipped) + len(self._unusable) - skipped_before
+            if self.store is not None and not self._replays():
+                done += self.store.files_resumed()  # their results are not yielded
+            progress.update(done)
+        for write in pending:
+            write.result()
+
+    def _results(self) -> Generator[FrameResult]:
+        """Yield results: images one by one, the frames of each video together, stored results as they are."""
+        lookup = self._lookup()
+        resumes = lookup is not None and isinstance(self.source, Resumable)
+        frames = self.source.resume(lookup) if resumes else iter(self.source)  # type: ignore[attr-defined]
+        try:
+            for (stored, video), group in groupby(frames, key=_group_key):
+                if stored:
+                    yield from self._stored(group)
+                elif video is None or not self.pipeline.has_tracker:
+                    yield from process_images(
+                        group, self.request.classes, self.pipeline.stages, on_skipped=self._unusable.append
+                    )
+                else:
+                    with closing(self.pipeline.track_frames(group, self.request)) as results:
+                        yield from results
+        finally:
+            if isinstance(frames, Generator):
+                frames.close()
+
+    def _lookup(self) -> Lookup | None:
+        """Return the function that finds stored results: of the store, else of the prediction cache."""
+        store, replay = self.store, self._replays()
+        if store is not None:
+            return lambda name, files: store.lookup(name, files, replay)
+        if self.cache is not None and self.cache.results is not None:
+            return self.cache.results.lookup
+        return None
+
+    def _replays(self) -> bool:
+        """Return whether a sink other than the store wants stored results."""
+        return len(self.sinks) > 1
+
+    def _stored(self, results: Iterator[Any]) -> Iterator[FrameResult]:
+        """Yield stored results; those of the prediction cache are selected from."""
+        for result in results:
+            selects = self.store is None and self.cache is not None and self.cache.results is not None
+            yield self.cache.select_stored(result, self.request.classes) if selects else result  # type: ignore[union-attr]
+
+    def _write(self, result: FrameResult) -> None:
+        """Write a result to every sink."""
+        for sink in self.sinks:
+            try:
+                sink.write(result)
+            except ImageError as error:  # the file of a stored result is gone
+                skipped = Skipped(result.frame.name, str(error))
+                if skipped not in self._unusable:
+                    self._unusable.append(skipped)
+        self._report_skipped()
+
+    def _count(self, result: FrameResult) -> None:
+        """Add a result to the summary."""
+        self.summary.images += 1
+        self.summary.stored += result.stored
+        self.summary.frames += result.frame.video is not None
+        names = [str(name) for name in result.raw.data.get("class_name", [])]
+        self.summary.empty += not names
+        if result.raw.tracker_id is None:
+            self.summary.objects.update(names)
+        else:
+            ids = result.raw.tracker_id.tolist()
+            self._tracks |= {(result.frame.video, i): name for i, name in zip(ids, names, strict=True)}
+
+    def _skipped(self) -> list[Skipped]:
+        """Return everything that could not be used so far."""
+        return [*self.source.skipped, *self._unusable, *(self.store.notes() if self.store is not None else ())]
+
+    def _report_skipped(self) -> None:
+        """Report newly skipped files to the sinks that record them; the store knows its own notes already."""
+        notes = self.store.notes() if self.store is not None else []
+        if len(self.source.skipped) + len(self._unusable) + len(notes) <= len(self._reported):
+            return
+        for skipped in self._skipped():
+            if skipped in self._reported:
+                continue
+            self._reported.add(skipped)
+            for sink in self.sinks:
+                if isinstance(sink, RecordsSkipped) and not (sink is self.store and skipped in notes):
+                    sink.skip(skipped)
+
+    def _write_skipped(self) -> None:
+        """Write `skipped.json`, and fail if there is nothing else."""
+        summary, path = self.summary, self.output / "skipped.json"
+        with atomic_write(path) as part:
+            entries = [asdict(skipped) for skipped in summary.skipped]
+            part.write_text(json.dumps(entries, ensure_ascii=False, indent=1), encoding="utf-8")
+        resumed = self.store.files_resumed() if self.store is not None else 0
+        # A shard may happen to consist of bad files.
+        is_shard = isinstance(self.source, Sharded) and self.source.num_shards > 1
+        if summary.skipped and not (summary.images or resumed or is_shard or summary.interrupted):
+            first = summary.skipped[0]
+            raise ImageError(
+                f"none of {len(summary.skipped)} images could be used; the first: {first.file}: {first.reason} "
+                f"(all in {path})"
+            )
 
 
-def _note(source: Source, skipped: Skipped) -> None:
-    """Tell a source of a frame that could not be used."""
-    note = getattr(source, "skip", source.skipped.append)
-    note(skipped)
+class _Progress:
+    """A progress bar on stderr, if that is a terminal."""
+
+    def __init__(self, source: Source) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task("images", total=_length(source))
+
+    def __enter__(self) -> _Progress:
+        self._bar.__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._bar.__exit__(*exception)
+
+    def update(self, completed: int) -> None:
+        """Show how many images are done."""
+        self._bar.update(self._task, completed=completed)
+
+
+def _group_key(item: Frame | FrameResult) -> tuple[bool, str | None]:
+    """Return whether an item is a stored result, and the video that it belongs to."""
+    if isinstance(item, FrameResult):
+        return True, item.frame.video
+    return False, item.video
 
 
 def _length(source: Source) -> int | None:
+    """Return how many frames may come; None where that is unknown, as for a camera."""
     try:
         return len(source)
-    except TypeError:  # a camera does not know
+    except TypeError:
         return None

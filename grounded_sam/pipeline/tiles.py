@@ -1,40 +1,43 @@
-"""Small things in large pictures: look at overlapping tiles, put the boxes together again."""
+"""Detect small objects in large images: run the detector on overlapping tiles and merge the boxes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
+from grounded_sam.checks import check_bool, check_int
 from grounded_sam.errors import ConfigError
 from grounded_sam.structures.detections import make_detections, merge_detections, select_rows
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.vocabulary import Vocabulary
 
-#: Share of a tile's side within which of its edge a box counts as cut by it; boxes of cut things are not exact.
-EDGE = 0.03
-#: IoU at which boxes of two tiles are one object.
-SAME = 0.5
-#: Share of a piece that a box has to cover to be the object that it is a piece of.
+#: A box this close to the border of its tile, as a share of the tile's side, counts as cut by it.
+BORDER = 0.03
+#: IoU from which boxes of two tiles are the same object.
+SAME_OBJECT_IOU = 0.5
+#: Share of a cut box that another box has to cover to be the same object.
 COVERED = 0.7
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """How pictures are cut, as it stands under `tiles.` in the config.
+    """How large images are tiled; the config group `tiles`.
 
     Attributes:
-        size: side of the square tiles in pixels; None for no tiles. Pictures that fit into one are not cut.
-        overlap: share of a tile that it has in common with the next, 0 to below 1; what is smaller than that is
-            whole in at least one tile.
-        whole: look at the whole picture too, for what is larger than a tile.
+        size: Side of the square tiles in pixels; None disables tiling. Images that fit into one tile are not cut.
+        overlap: Overlap of neighbouring tiles as a share of their side, 0 to below 1. Objects smaller than the overlap
+            are whole in at least one tile.
+        whole: Whether to run on the whole image too, for objects larger than a tile.
 
     Raises:
-        ConfigError: for a value out of its range.
+        ConfigError: If a value is out of range.
+
+    >>> Tiles(size=100, overlap=0.5).boxes((100, 200)).tolist()
+    [[0, 0, 100, 100], [50, 0, 150, 100], [100, 0, 200, 100]]
     """
 
     size: int | None = None
@@ -42,23 +45,27 @@ class Tiles:
     whole: bool = True
 
     def __post_init__(self) -> None:
-        if self.size is not None and (isinstance(self.size, bool) or not isinstance(self.size, int) or self.size < 32):
-            raise ConfigError(f"tiles.size must be null or a whole number of pixels from 32, got {self.size!r}")
-        if isinstance(self.overlap, bool) or not 0 <= self.overlap < 1:
-            raise ConfigError(f"tiles.overlap must be a number from 0 to below 1, got {self.overlap!r}")
-        if not isinstance(self.whole, bool):
-            raise ConfigError(f"tiles.whole must be true or false, got {self.whole!r}")
+        check_int("tiles.size", self.size, 32, optional=True)
+        if isinstance(self.overlap, bool) or not isinstance(self.overlap, int | float) or not 0 <= self.overlap < 1:
+            raise ConfigError(f"tiles.overlap must be a number >= 0 and < 1, got {self.overlap!r}")
+        check_bool("tiles.whole", self.whole)
 
     def boxes(self, size_hw: tuple[int, int]) -> NDArray[np.int64]:
-        """The tiles of a picture, `(n, 4)` corners; all of one size, the last ones moved inwards."""
+        """Return the tiles of an image as xyxy, `(n, 4)`.
+
+        All have the same size; the last of a row or column is moved inwards.
+        """
         assert self.size is not None
-        columns, rows = (self._starts(side) for side in (size_hw[1], size_hw[0]))
-        corners = [
-            (x, y, min(x + self.size, size_hw[1]), min(y + self.size, size_hw[0])) for y in rows for x in columns
+        height, width = size_hw
+        tiles = [
+            (x, y, min(x + self.size, width), min(y + self.size, height))
+            for y in self._starts(height)
+            for x in self._starts(width)
         ]
-        return np.array(corners, np.int64)
+        return np.array(tiles, np.int64)
 
     def _starts(self, side: int) -> list[int]:
+        """Return where tiles start along a side of the image."""
         assert self.size is not None
         if side <= self.size:
             return [0]
@@ -66,102 +73,118 @@ class Tiles:
         return [*range(0, side - self.size, step), side - self.size]
 
     def detect(
-        self, frame: Frame, look: Callable[[list[Frame]], list[sv.Detections]], vocabulary: Vocabulary
+        self, frame: Frame, detect: Callable[[list[Frame]], list[sv.Detections]], vocabulary: Vocabulary
     ) -> sv.Detections:
-        """What `look` finds in the tiles of a frame, in pixels of the frame, each object once.
+        """Detect in the tiles of a frame and merge.
 
         Args:
-            look: a detector that has selected already: what is below any threshold would only cost time here.
+            frame: The frame.
+            detect: Detector that applies thresholds, since merging takes time quadratic in the number of boxes.
+            vocabulary: Classes that `class_id` refers to.
+
+        Returns:
+            One detection per object, in pixels of the frame.
         """
         height, width = frame.size_hw
         if self.size is None or max(height, width) <= self.size:
-            return look([frame])[0]
+            return detect([frame])[0]
         image = frame.image
-        parts, homes = [], []
-        for home in self.boxes((height, width)):
-            x1, y1, x2, y2 = home.tolist()
-            tile = Frame(np.ascontiguousarray(image[y1:y2, x1:x2]), frame.index, frame.name)
-            found = look([tile])[0]
-            found.xyxy = found.xyxy + np.array([x1, y1, x1, y1], np.float32)
-            found.mask = None  # made on the whole picture, so that what is cut here comes out whole
-            parts.append(found)
-            homes += [home] * len(found)
+        parts, tiles = [], []
+        for tile in self.boxes((height, width)):
+            x1, y1, x2, y2 = tile.tolist()
+            crop = Frame(pixels=np.ascontiguousarray(image[y1:y2, x1:x2]), index=frame.index, name=frame.name)
+            detections = detect([crop])[0]
+            detections.xyxy = detections.xyxy + np.array([x1, y1, x1, y1], np.float32)
+            detections.mask = None  # made on the whole image, so that objects that a tile cuts get whole masks
+            parts.append(detections)
+            tiles += [tile] * len(detections)
         if self.whole:
-            found = look([frame])[0]
-            found.mask = None
-            parts.append(found)
-            homes += [np.array([0, 0, width, height])] * len(found)
-        found = merge_detections(parts, vocabulary)
-        return joined(found, np.array(homes).reshape(-1, 4), vocabulary, (height, width))
+            detections = detect([frame])[0]
+            detections.mask = None
+            parts.append(detections)
+            tiles += [np.array([0, 0, width, height])] * len(detections)
+        merged = merge_detections(parts, vocabulary)
+        return merge_tiles(merged, np.array(tiles).reshape(-1, 4), vocabulary, (height, width))
 
 
-def joined(
-    found: sv.Detections, homes: NDArray[np.int64], vocabulary: Vocabulary, size_hw: tuple[int, int]
+def merge_tiles(
+    detections: sv.Detections, tiles: NDArray[np.int64], vocabulary: Vocabulary, size_hw: tuple[int, int]
 ) -> sv.Detections:
-    """Detections of overlapping tiles as one per object, within each class.
+    """Merge detections of overlapping tiles to one per object, within each class.
 
-    Boxes that the edge of their tile cuts are pieces. Whole boxes that overlap are one object, the surest; a piece
-    that a whole box covers goes; pieces that meet across an edge are joined to the box around them.
+    Boxes that the border of their tile cuts are fragments. Whole boxes that overlap are one object, represented by the
+    most confident. A fragment that a whole box covers is dropped; fragments that meet across a border become the box
+    around them.
 
     Args:
-        found: in pixels of the picture.
-        homes: of each its tile, `(n, 4)`.
+        detections: In pixels of the image.
+        tiles: Tile of each detection, xyxy, `(n, 4)`.
+        vocabulary: Classes that `class_id` refers to.
+        size_hw: Height and width of the image.
     """
-    if not len(found):
-        return found
-    assert found.confidence is not None and found.class_id is not None
-    edges = np.array([0, 0, size_hw[1], size_hw[0]])
-    reach = EDGE * (homes[:, 2:] - homes[:, :2]).max(1, keepdims=True)
-    cut = (np.abs(found.xyxy - homes) <= reach) & (homes != edges)  # left, top, right, bottom
-    piece = cut.any(1)
-    whole = np.flatnonzero(~piece)
-    table = np.column_stack([found.xyxy[whole], found.confidence[whole], found.class_id[whole]])
-    whole = whole[sv.box_non_max_suppression(table, iou_threshold=SAME)] if len(whole) else whole
-    rest = [int(i) for i in np.flatnonzero(piece) if not _covered(found, i, whole)]
-    groups = _groups(found, cut, rest)
-    boxes, rows = [found.xyxy[whole]], [whole]
-    for group in groups:
-        xyxy = found.xyxy[group]
+    if not len(detections):
+        return detections
+    assert detections.confidence is not None and detections.class_id is not None
+    image_box = np.array([0, 0, size_hw[1], size_hw[0]])
+    margin = BORDER * (tiles[:, 2:] - tiles[:, :2]).max(1, keepdims=True)
+    cut = (np.abs(detections.xyxy - tiles) <= margin) & (tiles != image_box)  # left, top, right, bottom
+    is_fragment = cut.any(1)
+    whole = np.flatnonzero(~is_fragment)
+    table = np.column_stack([detections.xyxy[whole], detections.confidence[whole], detections.class_id[whole]])
+    whole = whole[sv.box_non_max_suppression(table, iou_threshold=SAME_OBJECT_IOU)] if len(whole) else whole
+    fragments = [int(i) for i in np.flatnonzero(is_fragment) if not _is_covered(detections, int(i), whole)]
+    boxes, rows = [detections.xyxy[whole]], [whole]
+    for group in _group_fragments(detections, cut, fragments):
+        xyxy = detections.xyxy[group]
         boxes.append(np.concatenate([xyxy[:, :2].min(0), xyxy[:, 2:].max(0)])[None])
-        rows.append(np.array([max(group, key=lambda i: found.confidence[i])]))  # type: ignore[index]
-    chosen = select_rows(found, np.concatenate(rows))
+        rows.append(np.array([max(group, key=lambda i: detections.confidence[i])]))  # type: ignore[index]
+    chosen = select_rows(detections, np.concatenate(rows))
     assert chosen.confidence is not None and chosen.class_id is not None
-    out = make_detections(np.concatenate(boxes), chosen.confidence, chosen.class_id, vocabulary, size_hw)
-    every = np.arange(len(out))
-    out = select_rows(out, [i for i in every if i < len(whole) or not _covered(out, i, every)])
-    table = np.column_stack([out.xyxy, out.confidence, out.class_id])  # type: ignore[list-item]
-    return select_rows(out, sv.box_non_max_suppression(table, iou_threshold=SAME))
+    merged = make_detections(np.concatenate(boxes), chosen.confidence, chosen.class_id, vocabulary, size_hw)
+    everything = np.arange(len(merged))
+    kept = [i for i in range(len(merged)) if i < len(whole) or not _is_covered(merged, i, everything)]
+    merged = select_rows(merged, kept)
+    table = np.column_stack([merged.xyxy, merged.confidence, merged.class_id])  # type: ignore[list-item]
+    return select_rows(merged, sv.box_non_max_suppression(table, iou_threshold=SAME_OBJECT_IOU))
 
 
-def _covered(found: sv.Detections, i: Any, by: NDArray[Any]) -> bool:
-    """Whether a larger one of some others, of the same class, has most of a box."""
-    assert found.class_id is not None
-    area = np.asarray(found.box_area)
-    others = by[(found.class_id[by] == found.class_id[i]) & (area[by] > area[i])] if len(by) else by
-    box, boxes = found.xyxy[i], found.xyxy[others]
+def _is_covered(detections: sv.Detections, i: int, others: NDArray[np.intp]) -> bool:
+    """Return whether a larger box of the same class covers most of box `i`."""
+    assert detections.class_id is not None
+    area = np.asarray(detections.box_area)
+    if len(others):
+        others = others[(detections.class_id[others] == detections.class_id[i]) & (area[others] > area[i])]
+    box, boxes = detections.xyxy[i], detections.xyxy[others]
     sides = np.minimum(box[2:], boxes[:, 2:]) - np.maximum(box[:2], boxes[:, :2])
     return bool((sides.clip(0).prod(1) >= COVERED * area[i]).any())
 
 
-def _groups(found: sv.Detections, cut: NDArray[np.bool_], rows: list[int]) -> list[list[int]]:
-    """Pieces that are one object: of one class, cut on sides that face each other, touching, alike along the cut."""
-    assert found.class_id is not None
-    group = {i: [i] for i in rows}
+def _group_fragments(detections: sv.Detections, cut: NDArray[np.bool_], rows: list[int]) -> list[list[int]]:
+    """Group fragments of one object: same class, cut on facing sides, touching, and aligned along the cut."""
+    assert detections.class_id is not None
+    groups = {i: [i] for i in rows}
     for a in rows:
         for b in rows:
-            if b <= a or found.class_id[a] != found.class_id[b] or group[a] is group[b]:
+            if b <= a or detections.class_id[a] != detections.class_id[b] or groups[a] is groups[b]:
                 continue
-            one, other = found.xyxy[a], found.xyxy[b]
-            if (np.minimum(one[2:], other[2:]) < np.maximum(one[:2], other[:2])).any():
-                continue
-            for axis in (0, 1):
-                faces = (cut[a, axis + 2] and cut[b, axis]) or (cut[a, axis] and cut[b, axis + 2])
-                across = 1 - axis
-                inner = min(one[across + 2], other[across + 2]) - max(one[across], other[across])
-                outer = max(one[across + 2], other[across + 2]) - min(one[across], other[across])
-                if faces and inner >= SAME * outer:
-                    together = group[a] + group[b]
-                    for i in together:
-                        group[i] = together
-                    break
-    return [list(members) for members in {id(members): members for members in group.values()}.values()]
+            if _continues(detections.xyxy[a], detections.xyxy[b], cut[a], cut[b]):
+                together = groups[a] + groups[b]
+                for i in together:
+                    groups[i] = together
+    return [list(members) for members in {id(members): members for members in groups.values()}.values()]
+
+
+def _continues(
+    box_a: NDArray[np.float32], box_b: NDArray[np.float32], cut_a: NDArray[np.bool_], cut_b: NDArray[np.bool_]
+) -> bool:
+    """Return whether two cut boxes are parts of one object on two sides of a border."""
+    if (np.minimum(box_a[2:], box_b[2:]) < np.maximum(box_a[:2], box_b[:2])).any():
+        return False
+    for axis in (0, 1):
+        facing = (cut_a[axis + 2] and cut_b[axis]) or (cut_a[axis] and cut_b[axis + 2])
+        other = 1 - axis
+        shared = min(box_a[other + 2], box_b[other + 2]) - max(box_a[other], box_b[other])
+        extent = max(box_a[other + 2], box_b[other + 2]) - min(box_a[other], box_b[other])
+        if facing and shared >= SAME_OBJECT_IOU * extent:
+            return True
+    return False

@@ -1,1 +1,1 @@
-"""Boxes, clicks and masks to masks; one class a file."""
+"""Segmenters: boxes, clicks and masks in, masks out; one class per module."""

@@ -1,4 +1,4 @@
-"""What a segmenter makes of a picture before it is prompted, kept: in memory for a session, on disk for later runs."""
+"""Cache of image features on disk, for later runs on the same images."""
 
 from __future__ import annotations
 
@@ -12,112 +12,131 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from grounded_sam.errors import ConfigError
+from grounded_sam.checks import check_number
+from grounded_sam.files import atomic_write
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 class FeatureCache:
-    """A folder of image features, within a bound: what was not used for longest goes first.
+    """On-disk LRU cache of image features, at most `gigabytes` large.
 
-    Features are told by the pixels of the picture, the weights that made them and their precision, so that one folder
-    serves all of these. Files are safetensors, of some 17 MB each for SAM 2. What cannot be read is as
-    good as not there. Several processes may share a folder.
+    Keys combine the pixels of the image with the weights and the precision of the model, so several models can share a
+    folder. Files are safetensors, about 17 MB each for SAM 2. A file that cannot be read is deleted and counts as a
+    miss. Several processes may share a folder.
 
     Args:
-        folder: made if it is not there.
-        gigabytes: of files that are kept; what comes over it by one file may stay until the next is written.
+        folder: Folder of the files, created when the first one is written.
+        gigabytes: Largest total size in GB. The newest file stays, even if it alone exceeds it.
+
+    Attributes:
+        folder: As above.
+        max_bytes: Largest total size in bytes.
+        hits: Number of features that were read from the cache.
+        misses: Number of features that were not in the cache.
 
     Raises:
-        ConfigError: for a bound that is no positive number.
+        ConfigError: If `gigabytes` is not a positive number.
     """
 
     def __init__(self, folder: str | Path, gigabytes: float = 10.0) -> None:
-        if isinstance(gigabytes, bool) or not isinstance(gigabytes, int | float) or not gigabytes > 0:
-            raise ConfigError(f"cache.gigabytes must be a number above 0, got {gigabytes!r}")
-        self.folder, self.most = Path(folder).expanduser(), int(gigabytes * 1e9)
+        check_number("cache.gigabytes", gigabytes, 0, above=True)
+        self.folder, self.max_bytes = Path(folder).expanduser(), int(gigabytes * 1e9)
         self.hits = self.misses = 0
 
     def get(self, key: str, device: Any) -> Any:
-        """What was put under a key, or None."""
+        """Return the features stored under a key, or None.
+
+        Args:
+            key: Key of the features; see `feature_key`.
+            device: Device of their tensors.
+        """
         from safetensors import safe_open
 
         path = self.folder / f"{key}.safetensors"
         try:
             with safe_open(path, "pt", device=str(device)) as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-                tree = _planted(json.loads(file.metadata()["tree"]), tensors)
+                features = _unflatten(json.loads(file.metadata()["tree"]), tensors)
             os.utime(path)
-        except Exception as error:  # damaged files make safetensors raise all sorts
+        except Exception as error:  # damaged files make safetensors raise many kinds of error
             if not isinstance(error, FileNotFoundError):
                 path.unlink(missing_ok=True)
             self.misses += 1
             return None
         self.hits += 1
-        return tree
+        return features
 
-    def put(self, key: str, tree: Any) -> None:
-        """Keep tensors, in lists, tuples and mappings with numbers and truths beside them."""
+    def put(self, key: str, features: Any) -> None:
+        """Store features under a key, and delete old files if the cache has become too large.
+
+        Args:
+            key: Key of the features; see `feature_key`.
+            features: Tensors in nested lists, tuples and mappings, which may also hold numbers, bools and None.
+        """
         from safetensors.torch import save_file
 
         tensors: dict[str, Tensor] = {}
-        text = json.dumps(_felled(tree, tensors))
-        self.folder.mkdir(parents=True, exist_ok=True)
-        part = self.folder / f"{key}.{os.getpid()}.part"  # another process may be writing the same
-        try:
-            save_file(tensors, part, metadata={"tree": text})
-            os.replace(part, self.folder / f"{key}.safetensors")
-        finally:
-            part.unlink(missing_ok=True)
-        self._shrink(key)
+        structure = json.dumps(_flatten(features, tensors))
+        with atomic_write(self.folder / f"{key}.safetensors", shared=True) as path:
+            save_file(tensors, path, metadata={"tree": structure})
+        self._evict(key)
 
-    def _shrink(self, newest: str) -> None:
-        """Drop files until the bound holds, those used last and the one just written last of all."""
-        known = []
+    def _evict(self, newest: str) -> None:
+        """Delete the least recently used files until the total size is within the limit, but never the newest file."""
+        files = []
         for path in self.folder.glob("*.safetensors"):
             try:
-                about = path.stat()
-            except OSError:  # another process was faster
+                stat = path.stat()
+            except OSError:  # another process has deleted it
                 continue
-            known.append((path.stem == newest, about.st_mtime_ns, about.st_size, path))
-        size = sum(entry[2] for entry in known)
-        for new, _, bytes_, path in sorted(known, key=lambda entry: entry[:2]):
-            if size <= self.most or new:
+            files.append((path.stem == newest, stat.st_mtime_ns, stat.st_size, path))
+        total = sum(size for _, _, size, _ in files)
+        for is_newest, _, size, path in sorted(files, key=lambda file: file[:2]):
+            if total <= self.max_bytes or is_newest:
                 break
             path.unlink(missing_ok=True)
-            size -= bytes_
+            total -= size
 
 
-def _felled(tree: Any, tensors: dict[str, Tensor]) -> Any:
-    """A tree as JSON has it; its tensors go into `tensors`."""
+def _flatten(node: Any, tensors: dict[str, Tensor]) -> Any:
+    """Convert nested features to JSON types, and add their tensors to `tensors`."""
     import torch
 
-    if isinstance(tree, torch.Tensor):
-        tensors[str(len(tensors))] = tree.detach().contiguous().clone()
+    if isinstance(node, torch.Tensor):
+        tensors[str(len(tensors))] = node.detach().contiguous().clone()
         return {"tensor": len(tensors) - 1}
-    if isinstance(tree, Mapping):
-        return {"mapping": [[key, _felled(value, tensors)] for key, value in tree.items()]}
-    if isinstance(tree, list | tuple):
-        return {type(tree).__name__: [_felled(value, tensors) for value in tree]}
-    return tree
+    if isinstance(node, Mapping):
+        return {"mapping": [[key, _flatten(value, tensors)] for key, value in node.items()]}
+    if isinstance(node, list | tuple):
+        return {type(node).__name__: [_flatten(value, tensors) for value in node]}
+    return node
 
 
-def _planted(text: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """What `_felled` was given."""
-    if not isinstance(text, dict):
-        return text
-    ((kind, value),) = text.items()
+def _unflatten(node: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """Rebuild features from the output of `_flatten`."""
+    if not isinstance(node, dict):
+        return node
+    ((kind, value),) = node.items()
     if kind == "tensor":
         return tensors[str(value)]
     if kind == "mapping":
-        return {key: _planted(item, tensors) for key, item in value}
-    grown = [_planted(item, tensors) for item in value]
-    return grown if kind == "list" else tuple(grown)
+        return {key: _unflatten(item, tensors) for key, item in value}
+    items = [_unflatten(item, tensors) for item in value]
+    return items if kind == "list" else tuple(items)
 
 
-def feature_key(image: NDArray[np.uint8], weights: str) -> str:
-    """A name for the features of a picture."""
-    total = hashlib.sha256(f"{weights} {image.shape}".encode())
-    total.update(np.ascontiguousarray(image).data)
-    return total.hexdigest()
+def feature_key(image: NDArray[np.uint8], model: str) -> str:
+    """Return the cache key of an image and a model, a SHA-256 digest.
+
+    Args:
+        image: RGB, `(H, W, 3) uint8`.
+        model: Description of the model and its settings.
+
+    >>> len(feature_key(np.zeros((2, 2, 3), np.uint8), "sam2"))
+    64
+    """
+    digest = hashlib.sha256(f"{model} {image.shape}".encode())
+    digest.update(np.ascontiguousarray(image).data)
+    return digest.hexdigest()

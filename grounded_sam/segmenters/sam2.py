@@ -1,9 +1,9 @@
-"""Segment Anything 2 (Ravi et al. 2024), over its authors' package."""
+"""SAM 2 (Ravi et al. 2024), with the package `sam2` of its authors."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
 from pathlib import Path
 from typing import Any, Literal
@@ -11,15 +11,16 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from grounded_sam.acceleration.backends import Backend, BackendSettings
-from grounded_sam.acceleration.patching import Precision, check_precision
 from grounded_sam.acceleration.sam2 import speed_up_encoder
+from grounded_sam.checks import check_choice
 from grounded_sam.errors import ConfigError
 from grounded_sam.hydra_state import preserve_hydra_state
-from grounded_sam.segmenters.base import Decoded, PromptedSegmenter, Prompts
-from grounded_sam.weights.loading import BUILTIN_DIR, find_file, load_into, pick_device
+from grounded_sam.segmenters.base import DecodedMasks, Prompts, SharableSegmenter
+from grounded_sam.segmenters.options import SegmenterOptions, model_identity
+from grounded_sam.weights.hub import HubFile
+from grounded_sam.weights.loading import BUILTIN_DIR, find_file, load_into
 
-#: Hub repository of each size of SAM 2.1, file in it, its SHA-256, and config in the sam2 package.
+#: By size of SAM 2.1: hub repository, file in it, SHA-256 of the file, and config in the sam2 package.
 SIZES = {
     "tiny": (
         "facebook/sam2.1-hiera-tiny",
@@ -46,29 +47,40 @@ SIZES = {
         "sam2.1_hiera_l.yaml",
     ),
 }
+Size = Literal["tiny", "small", "base_plus", "large"]
+#: Features of an image, as `SAM2Base.forward_image` returns them.
+ImageFeatures = dict[str, list[Any]]
 
 
-def hub_file(checkpoint: str | None, size: str = "tiny") -> tuple[str, str, str | None]:
-    """Where the weights of a size lie on the hub: repository, file in it, and its SHA-256 if known.
+def sam2_hub_file(settings: Mapping[str, Any]) -> HubFile:
+    """Return the file on the hub that settings of SAM 2 name, with its SHA-256 if that is known.
 
     Args:
-        checkpoint: null for the official repository of `size`.
-        size: one of `SIZES`.
+        settings: Settings with `checkpoint`, None for the official repository of the size, and `size`.
 
     Raises:
-        ConfigError: for an unknown size, or an official repository of another one.
+        ConfigError: If the size is unknown, or the checkpoint is the official repository of another size.
     """
-    if size not in SIZES:
-        raise ConfigError(f"segmenter.size must be one of {', '.join(SIZES)}, got {size!r}")
-    repo, file, known, _ = SIZES[size]
-    sizes = {entry[0]: name for name, entry in SIZES.items()}
-    if sizes.get(str(checkpoint), size) != size:
-        raise ConfigError(f"{checkpoint} holds segmenter.size={sizes[str(checkpoint)]}, but the size is {size}")
-    return checkpoint or repo, file, known if checkpoint in (None, repo) else None
+    checkpoint, size = settings.get("checkpoint"), settings.get("size", "tiny")
+    check_choice("segmenter.size", size, tuple(SIZES))
+    repo, name, sha256, _ = SIZES[size]
+    size_of_repo = {entry[0]: name for name, entry in SIZES.items()}
+    if size_of_repo.get(str(checkpoint), size) != size:
+        raise ConfigError(f"{checkpoint} has size {size_of_repo[str(checkpoint)]}, but segmenter.size is {size}")
+    return HubFile(checkpoint or repo, name, sha256 if checkpoint in (None, repo) else None, "sam2")
 
 
-def build_model(architecture: Path, path: Path, what: str) -> Any:
-    """A `SAM2Base` from its YAML, with the post-processing that `sam2.build_sam.build_sam2` adds."""
+def build_sam2(architecture: Path, path: Path, name: str) -> Any:
+    """Build a `SAM2Base` from its YAML, with the post-processing that `sam2.build_sam.build_sam2` adds.
+
+    Args:
+        architecture: YAML file of the sam2 package, or of the `builtin:` models.
+        path: File of weights.
+        name: Name of the model, for messages.
+
+    Raises:
+        CheckpointError: If the weights do not fit the architecture.
+    """
     from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
@@ -80,146 +92,126 @@ def build_model(architecture: Path, path: Path, what: str) -> Any:
     }
     OmegaConf.update(cfg, "model.sam_mask_decoder_extra_args", extra, force_add=True)
     model = instantiate(cfg.model)
-    load_into(model, path, what)
+    load_into(model, path, name)
     return model.eval()
 
 
+def new_predictor(model: Any) -> Any:
+    """Make a `SAM2ImagePredictor` whose feature sizes, which sam2 fixes for inputs of 1024 px, fit the model."""
+    with preserve_hydra_state():
+        from sam2.sam2_image_predictor import SAM2ImagePredictor
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # sam2 scripts its transforms, which torch deprecates
+        return fit_predictor(SAM2ImagePredictor(model), model)
+
+
 def fit_predictor(predictor: Any, model: Any) -> Any:
-    """Tell a `SAM2ImagePredictor` the feature sizes of a model that is not 1024 px: it has them fixed."""
-    predictor._bb_feat_sizes = [(model.image_size // s, model.image_size // s) for s in (4, 8, 16)]
+    """Set the feature sizes of a `SAM2ImagePredictor` to those of its model."""
+    predictor._bb_feat_sizes = [(model.image_size // stride, model.image_size // stride) for stride in (4, 8, 16)]
     return predictor
 
 
-class Sam2(PromptedSegmenter):
-    """Boxes, clicks and masks to masks with SAM 2.1.
+class Sam2(SharableSegmenter):
+    """Segment with SAM 2.1.
 
-    The image is encoded once, all prompts are decoded in chunks. With one mask per prompt these are
-    `SAM2ImagePredictor`'s masks; with several, the one of highest predicted IoU is kept.
+    Masks equal those of `SAM2ImagePredictor`; with `multimask`, the one of its three with the highest predicted IoU.
 
     Args:
-        checkpoint: a hub id, a local file, a folder with one, or `builtin:NAME`; by default the
-            official file of `size` on the hub.
-        size: `tiny`, `small`, `base_plus` or `large`; `builtin:` models have a size of their own.
-        device: `auto`, `cpu`, `cuda`...
-        multimask: decode three masks per prompt and keep the best; pays for single clicks.
-        chunk: prompts decoded at once, fewer on large images.
-        fill_holes: pixels of the largest hole in a mask to fill; 0 fills none.
-        drop_specks: pixels of the largest separate speck to drop; 0 drops none.
-        rounds: how often each prompt is decoded; from the second time on with the box and logits of its mask.
-        sha256: checksum that the file must have; the official files' are known.
-        precision: `exact` with levers that change no result, `balanced` and `fast` with more bfloat16; see `speed`.
-        compile: let `torch.compile` have the image encoder; pays for many pictures.
-        backend: what runs the image backbone on the CPU: `torch`, or `openvino`, `onnxruntime` (extras).
-        exports: a folder of conversions for such a back end; null: converted anew in each run.
+        checkpoint: Hub id, local file, folder with one file, or `builtin:NAME`; None for the official file of `size`.
+        size: `tiny`, `small`, `base_plus` or `large`; has no effect on `builtin:` models.
+        sha256: Expected SHA-256 of the file; None for the known one of an official file.
+        **options: See `segmenters.options.SegmenterOptions`.
 
     Raises:
-        CheckpointError: if the weights cannot be had, are damaged, or are of another model.
+        CheckpointError: If the weights are missing, damaged, or of another model.
+        ConfigError: If an option is not allowed.
     """
 
     def __init__(
-        self,
-        checkpoint: str | None = None,
-        size: Literal["tiny", "small", "base_plus", "large"] = "tiny",
-        device: str = "auto",
-        multimask: bool = False,
-        chunk: int = 64,
-        fill_holes: int = 0,
-        drop_specks: int = 0,
-        rounds: int = 1,
-        sha256: str | None = None,
-        precision: Precision = "exact",
-        compile: bool = False,
-        backend: Backend = "torch",
-        exports: str | None = None,
+        self, checkpoint: str | None = None, size: Size = "tiny", sha256: str | None = None, **options: Any
     ) -> None:
-        super().__init__(multimask, chunk, fill_holes, drop_specks, rounds)
-        check_precision(precision, compile, "segmenter")
-        self.precision, self.backend = precision, backend
-        where = BackendSettings(backend, exports)
-        where.check(pick_device(device), "segmenter")
-        repo, file, known = hub_file(checkpoint, size)
-        #: Which weights these are and where, for a tracker that may share them.
-        self.source = (checkpoint, size, pick_device(device), precision, backend)
-        path = find_file(repo, "sam2", file, sha256 or known)
+        parsed = SegmenterOptions(**options)
+        super().__init__(parsed, model_identity(parsed, checkpoint, size))
+        file = sam2_hub_file({"checkpoint": checkpoint, "size": size})
+        path = find_file(file.repo, "sam2", file.name, sha256 or file.sha256)
         with preserve_hydra_state():
             import sam2
-            from sam2.sam2_image_predictor import SAM2ImagePredictor
 
             architecture = Path(sam2.__file__).parent / "configs" / "sam2.1" / SIZES[size][3]
             if path.is_relative_to(BUILTIN_DIR):
                 architecture = BUILTIN_DIR.parent / "sam2.yaml"
-            self.model = build_model(architecture, path, f"SAM 2.1 {size}").to(self.source[2])
-        speed_up_encoder(self.model, precision, compile, where)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # upstream scripts its transforms; torch has deprecated that
-            self.predictor = fit_predictor(SAM2ImagePredictor(self.model), self.model)
+            self.model: Any = build_sam2(architecture, path, f"SAM 2.1 {size}").to(self.options.torch_device)
+        speed_up_encoder(self.model, self.options.precision, self.options.compile, self.options.backend_settings)
+        self.predictor = new_predictor(self.model)
+        self._shared_features: Callable[[NDArray[np.uint8]], ImageFeatures] | None = None
 
-        self._maps: Callable[[NDArray[np.uint8]], dict[str, list[Any]]] | None = None
+    @classmethod
+    def hub_file(cls, settings: Mapping[str, Any]) -> HubFile:
+        """Return the file on the hub that settings name; see `sam2_hub_file`."""
+        return sam2_hub_file(settings)
 
-    def over(self, maps: Callable[[NDArray[np.uint8]], dict[str, list[Any]]]) -> Sam2:
-        """This segmenter on images that someone else encodes; for a tracker, which has to see every frame.
+    def with_features(self, features: Callable[[NDArray[np.uint8]], ImageFeatures]) -> Sam2:
+        """Return a copy that takes image features from a tracker, which encodes every frame anyway.
 
         Args:
-            maps: an image to what `SAM2Base.forward_image` gives for it.
+            features: Function from an image to the output of `SAM2Base.forward_image` for it.
         """
-        from sam2.sam2_image_predictor import SAM2ImagePredictor
-
         other = copy(self)
-        other.embeddings = None
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
-            other.predictor = fit_predictor(SAM2ImagePredictor(self.model), self.model)
-        other._maps = maps
+        other.use_feature_cache(None)
+        other.predictor = new_predictor(self.model)
+        other._shared_features = features
         return other
 
-    def _encode(self, image: NDArray[np.uint8]) -> None:
-        if self._maps is None:
+    def _set_image(self, image: NDArray[np.uint8]) -> None:
+        if self._shared_features is None:
             self.predictor.set_image(image)
             return
-        maps = self._maps(image)["backbone_fpn"]
+        maps = self._shared_features(image)["backbone_fpn"]
         self.predictor.reset_predictor()
-        empty = self.model.no_mem_embed.view(1, -1, 1, 1)  # as `set_image` does
-        self.predictor._features = {"image_embed": maps[-1] + empty, "high_res_feats": maps[-3:-1]}
+        no_memory = self.model.no_mem_embed.view(1, -1, 1, 1)  # added as in `SAM2ImagePredictor.set_image`
+        self.predictor._features = {"image_embed": maps[-1] + no_memory, "high_res_feats": maps[-3:-1]}
         self.predictor._orig_hw = [image.shape[:2]]
         self.predictor._is_image_set = True
 
-    def _state(self) -> tuple[Any, tuple[str, ...]]:
+    def _feature_attributes(self) -> tuple[Any, tuple[str, ...]]:
         return self.predictor, ("_features", "_orig_hw", "_is_image_set")
 
-    def _forget(self) -> None:
+    def _reset_image(self) -> None:
         self.predictor.reset_predictor()
 
-    def _decode(self, prompts: Prompts) -> Decoded:
+    def _decode(self, prompts: Prompts) -> DecodedMasks:
         import torch
 
-        masks = None
+        masks, multimask = None, self.options.multimask
         if prompts.masks is not None:
             side = self.model.sam_prompt_encoder.mask_input_size
-            given = torch.from_numpy(prompts.masks)[:, None].float()
-            masks = torch.nn.functional.interpolate(given, side, mode="area") * 20 - 10
+            values = torch.from_numpy(prompts.masks)[:, None].float()
+            masks = torch.nn.functional.interpolate(values, side, mode="area") * 20 - 10
         if prompts.logits is not None:
             masks = torch.from_numpy(prompts.logits)[:, None]
-        n, count = len(prompts.rows), 3 if self.multimask else 1
+        n, count = len(prompts.rows), 3 if multimask else 1
         if masks is not None and prompts.points is None and prompts.boxes is None:
-            # Upstream tells a batch by its points and boxes; masks alone go one by one.
-            parts = [self.predictor.predict(mask_input=mask[None], multimask_output=self.multimask) for mask in masks]
-            out, predicted, low = (np.stack([part[i] for part in parts]) for i in range(3))
+            # The predictor infers the batch size from points and boxes, so masks alone are decoded one by one.
+            parts = [self.predictor.predict(mask_input=mask[None], multimask_output=multimask) for mask in masks]
+            decoded, scores, logits = (np.stack([part[i] for part in parts]) for i in range(3))
         else:
-            out, predicted, low = self.predictor.predict(
+            decoded, scores, logits = self.predictor.predict(
                 point_coords=prompts.points,
                 point_labels=prompts.labels,
                 box=prompts.boxes,
                 mask_input=masks,
-                multimask_output=self.multimask,
+                multimask_output=multimask,
             )
-        return (
-            out.reshape(n, count, *out.shape[-2:]) > 0,
-            predicted.reshape(n, count),
-            low.reshape(n, count, *low.shape[-2:]),
+        # The predictor returns (1, H, W) for one box and (n, 1, H, W) for more.
+        return DecodedMasks(
+            decoded.reshape(n, count, *decoded.shape[-2:]) > 0,
+            scores.reshape(n, count),
+            logits.reshape(n, count, *logits.shape[-2:]),
         )
 
     def mask_generator(self, **settings: Any) -> Any:
-        """The authors' `SAM2AutomaticMaskGenerator` over this model."""
+        """Return a `SAM2AutomaticMaskGenerator` of `sam2` with this model; settings are its arguments."""
         with preserve_hydra_state():
             from sam2.automatic_mask_generator import SAM2AutomaticMaskGenerator
 

@@ -1,65 +1,65 @@
-"""What a segmenter makes of a picture before it is prompted, kept: in memory for a session, on disk for later runs."""
+"""Segment any number of prompts on one image."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import supervision as sv
 
+from grounded_sam.structures.clicks import Clicks
 from grounded_sam.structures.frame import Frame
-
-if TYPE_CHECKING:
-    from grounded_sam.segmenters.base import PromptedSegmenter
+from grounded_sam.structures.protocols import PromptableSegmenter
 
 
 class SegmentSession:
-    """One picture, encoded once, and any number of prompts on it.
+    """Encode an image once and segment any number of prompts on it.
 
     >>> with model.session("cup.jpg") as session:                               # doctest: +SKIP
-    ...     found = session.segment([{"class": "cup", "points": [[320, 200]]}])
-    ...     found = session.segment([{"class": "cup", "points": [[320, 200], [300, 90]], "labels": [1, 0]}])
+    ...     detections = session.segment([{"class": "cup", "points": [[320, 200]]}])
+    ...     detections = session.segment([{"class": "cup", "points": [[320, 200], [300, 90]], "labels": [1, 0]}])
 
-    Several may be open on one model, of the same picture or of others. Closing one frees its features.
+    Several sessions may be open on one model, on the same image or on others. Closing one frees its features.
 
     Args:
-        segmenter: `sam`, `sam2`, `sam2_hf`, `sam_hq` and their kin.
-        frame: the picture.
+        segmenter: A segmenter that takes prompts, such as `sam2`.
+        frame: The image.
     """
 
-    def __init__(self, segmenter: PromptedSegmenter, frame: Frame) -> None:
+    def __init__(self, segmenter: PromptableSegmenter, frame: Frame) -> None:
         self.segmenter, self.frame = segmenter, frame
-        self._features: Any = segmenter.encoded(frame.image)
+        self._features: dict[str, Any] | None = segmenter.encode_image(frame.image)
 
     def segment(self, prompts: Sequence[Mapping[str, Any]]) -> sv.Detections:
-        """Masks of objects that someone points at.
+        """Segment the objects of some prompts.
 
         Args:
-            prompts: entries as `detectors.clicks.Clicks` has them.
+            prompts: Entries, as `structures.clicks.Clicks` takes them.
 
         Returns:
             As many detections in the same order, with `mask` and `data["mask_score"]`.
 
         Raises:
-            ConfigError: if an entry is wrong; ImageError: if one lies outside the picture; ValueError: after `close`.
+            ConfigError: If an entry is malformed.
+            ImageError: If a prompt lies outside the image.
+            ValueError: If the session is closed.
         """
-        from grounded_sam.detectors.clicks import ClickDetector
+        clicks = Clicks(prompts, "prompts")
+        entries = clicks.for_image(self.frame)
+        return self.segment_boxes(clicks.to_detections(entries, self.frame, clicks.vocabulary))
 
-        clicks = ClickDetector(prompts)
-        return self.cut(clicks.detect([self.frame], clicks.vocabulary)[0])
-
-    def cut(self, found: sv.Detections) -> sv.Detections:
-        """Masks of boxes that a detector found in the picture.
+    def segment_boxes(self, detections: sv.Detections) -> sv.Detections:
+        """Segment the boxes of detections in the image.
 
         Raises:
-            ValueError: after `close`.
+            ValueError: If the session is closed.
         """
         if self._features is None:
             raise ValueError("the session is closed")
-        return self.segmenter.cut(self.frame.image.shape[:2], found, self._features)  # type: ignore[arg-type]
+        return self.segmenter.segment_encoded(self.frame.size_hw, detections, self._features)
 
     def close(self) -> None:
-        """Let go of the features."""
+        """Free the features."""
         self._features = None
 
     def __enter__(self) -> SegmentSession:

@@ -1,1 +1,1 @@
-"""Synthetic scenes of coloured shapes with exact ground truth, and the small models trained on them."""
+"""Synthetic scenes of colored shapes with exact ground truth, and the small models trained on them."""

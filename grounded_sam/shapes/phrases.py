@@ -1,95 +1,140 @@
-"""The words for coloured shapes: phrases, what they match, and a small tokenizer that knows them."""
+"""Text for colored shapes: phrases, what they match, and a small tokenizer for them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from grounded_sam.shapes.scenes import COLOURS, EXTRA_COLOURS, EXTRA_SHAPES, PAIRS, SHAPES
+from grounded_sam.shapes.scenes import COLORS, EXTRA_COLORS, EXTRA_SHAPES, PAIRS, SHAPES, Pair
 
 if TYPE_CHECKING:
     from transformers import BertTokenizerFast
 
 NOUNS = (*SHAPES, "shape", "object")
 ARTICLES = ("a", "an", "the")
-#: Things that no scene holds; a model asked for them has to stay silent.
-OTHERS = ("car", "dog", "person", "wheel", "cup", "tree", "house", "cat", "bird", "chair", "grey")
+#: Words for things that no scene contains; a model must detect nothing for them.
+DISTRACTORS = ("car", "dog", "person", "wheel", "cup", "tree", "house", "cat", "bird", "chair", "grey")
+_LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
-def plural(noun: str) -> str:
-    """`star` -> `stars`, `cross` -> `crosses`."""
+@dataclass(frozen=True)
+class Phrase:
+    """A phrase to prompt a detector with.
+
+    Attributes:
+        color: Color that it names; None for any, `"?"` for one that matches nothing.
+        shape: Shape that it names; None for any, `"?"` for one that matches nothing.
+        text: Its text, such as `the red circles`.
+
+    >>> Phrase("red", None, "red shapes").matches(("red", "star"))
+    True
+    """
+
+    color: str | None
+    shape: str | None
+    text: str
+
+    def matches(self, pair: Pair) -> bool:
+        """Return whether the phrase refers to objects of a color and shape."""
+        color, shape = pair
+        return self.color in (None, color) and self.shape in (None, shape)
+
+
+def pluralize(noun: str) -> str:
+    """Return the plural of a noun.
+
+    >>> pluralize("star"), pluralize("cross")
+    ('stars', 'crosses')
+    """
     return noun + ("es" if noun.endswith("s") else "s")
 
 
-def matches(phrase: tuple[str | None, str | None], pair: tuple[str, str]) -> bool:
-    """Whether an object is what a phrase (colour or None, shape or None) asks for."""
-    return all(asked is None or asked == is_ for asked, is_ in zip(phrase, pair, strict=True))
+def sample_text(rng: np.random.Generator, color: str | None, shape: str | None) -> str:
+    """Sample a way to write a phrase: plain, plural, or with an article.
 
+    Args:
+        rng: Source of randomness.
+        color: Color to name, if any.
+        shape: Shape to name; None for `shape` or `object`.
 
-def wording(rng: np.random.Generator, phrase: tuple[str | None, str | None]) -> str:
-    """One of the ways to say a phrase: plain, plural, with an article."""
-    colour, shape = phrase
+    >>> sample_text(np.random.default_rng(0), "orange", "star")
+    'orange stars'
+    """
     noun = shape or str(rng.choice(["shape", "object"]))
-    start = rng.choice(["", "plural", "article"], p=[0.6, 0.25, 0.15])
-    words = [w for w in (colour, plural(noun) if start == "plural" else noun) if w]
-    if start == "article":
-        vowel = words[0][0] in "aeiou"
-        words.insert(0, str(rng.choice(["an" if vowel else "a", "the"])))
+    form = rng.choice(["", "plural", "article"], p=[0.6, 0.25, 0.15])
+    words = [word for word in (color, pluralize(noun) if form == "plural" else noun) if word]
+    if form == "article":
+        starts_with_vowel = words[0][0] in "aeiou"
+        words.insert(0, str(rng.choice(["an" if starts_with_vowel else "a", "the"])))
     return " ".join(words)
 
 
-def ask(
-    rng: np.random.Generator,
-    present: Sequence[tuple[str, str]],
-    pairs: Sequence[tuple[str, str]] = PAIRS,
-    most: int = 10,
-) -> list[tuple[str | None, str | None, str]]:
-    """Draw up to `most` phrases (colour, shape, wording) to ask of a scene that holds `present`.
+def sample_phrases(
+    rng: np.random.Generator, present: Sequence[Pair], pairs: Sequence[Pair] = PAIRS, maximum: int = 10
+) -> list[Phrase]:
+    """Sample the phrases to prompt with for a scene.
 
-    Mostly phrases that exclude each other (colour-shape pairs, or shapes, or colours), some mixed,
-    some that name other things altogether (colour and shape are then `"?"`).
+    Most prompts consist of phrases that exclude each other (pairs, or shapes, or colors); some mix these, and some
+    contain distractors.
+
+    Args:
+        rng: Source of randomness.
+        present: Color and shape of the objects in the scene.
+        pairs: Color and shape pairs that phrases may name.
+        maximum: Largest number of phrases.
+
+    Returns:
+        From 1 to `maximum` phrases.
+
+    >>> [phrase.text for phrase in sample_phrases(np.random.default_rng(3), [("red", "star")], maximum=2)]
+    ['orange circle', 'the yellow triangle']
     """
-    count = int(rng.integers(1, most + 1))
-    kind = rng.choice(["pairs", "shapes", "colours", "mixed"], p=[0.6, 0.18, 0.13, 0.09])
+    count = int(rng.integers(1, maximum + 1))
+    kind = rng.choice(["pairs", "shapes", "colors", "mixed"], p=[0.6, 0.18, 0.13, 0.09])
     shapes = [(None, shape) for shape in dict.fromkeys(shape for _, shape in pairs)]
-    colours = [(colour, None) for colour in dict.fromkeys(colour for colour, _ in pairs)]
+    colors = [(color, None) for color in dict.fromkeys(color for color, _ in pairs)]
     pool: list[tuple[str | None, str | None]]
     if kind == "pairs":
-        here = sorted(set(present))
-        kept = [here[i] for i in rng.permutation(len(here))[: int(rng.integers(0, len(here) + 1))]]
-        rest = [p for p in pairs if p not in here]
-        pool = [*kept, *(rest[i] for i in rng.permutation(len(rest)))][: max(count, len(kept))][:most]
+        visible = sorted(set(present))
+        named = [visible[i] for i in rng.permutation(len(visible))[: int(rng.integers(0, len(visible) + 1))]]
+        absent = [pair for pair in pairs if pair not in visible]
+        pool = [*named, *(absent[i] for i in rng.permutation(len(absent)))][: max(count, len(named))][:maximum]
     elif kind == "mixed":
-        pool = [*shapes, *colours, *pairs]
+        pool = [*shapes, *colors, *pairs]
     else:
-        pool = list(shapes if kind == "shapes" else colours)
+        pool = list(shapes if kind == "shapes" else colors)
     order = rng.permutation(len(pool))[:count]
-    phrases = [(*pool[i], wording(rng, pool[i])) for i in order]
+    phrases = []
+    for color, shape in (pool[i] for i in order):
+        phrases.append(Phrase(color, shape, sample_text(rng, color, shape)))
     if rng.random() < 0.12:
         for _ in range(int(rng.integers(1, 3))):
-            thing = str(rng.choice(OTHERS))
+            text = str(rng.choice(DISTRACTORS))
             if rng.random() < 0.3:
-                thing = "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), int(rng.integers(3, 9))))
-            phrases[int(rng.integers(len(phrases)))] = ("?", "?", thing)
+                text = "".join(rng.choice(list(_LETTERS), int(rng.integers(3, 9))))
+            phrases[int(rng.integers(len(phrases)))] = Phrase("?", "?", text)
     return phrases
 
 
-def tokenizer() -> BertTokenizerFast:
-    """A BERT tokenizer of a few dozen words, with letters as pieces for everything else.
+def build_tokenizer() -> BertTokenizerFast:
+    """Build a BERT tokenizer of a few dozen words that splits all other words into letters.
 
-    Grounding DINO finds phrase borders by token id (`SPECIAL_TOKENS` of its modeling file), so
-    `[CLS]`, `[SEP]`, `.` and `?` sit where BERT's own vocabulary has them.
+    Grounding DINO finds the ends of phrases by token id (`SPECIAL_TOKENS` of its modeling file), so `[CLS]`, `[SEP]`,
+    `.` and `?` have the ids that they have in BERT's own vocabulary.
+
+    >>> build_tokenizer().tokenize("red circles . zoo")
+    ['red', 'circle', '##s', '.', 'z', '##o', '##o']
     """
     from transformers import BertTokenizerFast
 
-    letters = "abcdefghijklmnopqrstuvwxyz0123456789"
-    words = [*COLOURS, *NOUNS, *ARTICLES, *OTHERS, *letters, "##s", "##es"]
-    words += [f"##{letter}" for letter in letters if letter != "s"]
-    words += ["-", "'", ",", "&", "/", "(", ")", "!", ":", *EXTRA_COLOURS, *EXTRA_SHAPES]
-    fixed = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103, ".": 1012, "?": 1029}
-    vocabulary = dict(fixed)
+    characters = f"{_LETTERS}0123456789"
+    words = [*COLORS, *NOUNS, *ARTICLES, *DISTRACTORS, *characters, "##s", "##es"]
+    words += [f"##{character}" for character in characters if character != "s"]
+    words += ["-", "'", ",", "&", "/", "(", ")", "!", ":", *EXTRA_COLORS, *EXTRA_SHAPES]
+    vocabulary = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103, ".": 1012, "?": 1029}
     for i, word in enumerate(dict.fromkeys(words)):
         vocabulary[word] = 200 + i
     taken = set(vocabulary.values())

@@ -1,8 +1,8 @@
-"""Scenes and clips of coloured shapes, drawn with exact ground truth.
+"""Synthetic scenes and clips of colored shapes with exact ground truth.
 
-A scene is a canvas of 96 to 512 px a side with up to eight objects, each a shape in a colour. The
-truth of an object is what can be seen of it: its mask without the parts that others cover, and the
-box of that mask. Everything is drawn from one `numpy.random.Generator`, so a seed is a scene.
+A scene is a canvas of 96 to 512 px per side with up to eight objects, each of them a shape in a color. The ground
+truth of an object is its visible part: its mask without what other objects occlude, and the box of that mask. All
+random numbers come from one `numpy.random.Generator`, so a seed determines a scene.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ from numpy.typing import NDArray
 
 from grounded_sam.structures.masks import masks_to_xyxy
 
+#: A color and a shape.
+Pair = tuple[str, str]
+
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
-COLOURS = {
+COLORS = {
     "red": (220, 40, 40),
     "green": (40, 170, 60),
     "blue": (50, 80, 220),
@@ -28,167 +31,232 @@ COLOURS = {
     "purple": (150, 60, 190),
     "orange": (245, 140, 30),
 }
-#: More colours for training alone: with few pairs a model learns them by heart, and fails on unseen ones.
-EXTRA_COLOURS = {
+#: Colors that only training uses: with few pairs, a model memorizes them and fails on unseen ones.
+EXTRA_COLORS = {
     "cyan": (40, 200, 210),
     "pink": (245, 130, 190),
     "brown": (125, 80, 45),
     "white": (240, 240, 240),
     "black": (25, 25, 25),
 }
-#: More shapes, for the same reason.
+#: Shapes that only training uses, for the same reason.
 EXTRA_SHAPES = ("heart", "arrow", "moon", "diamond")
-PAIRS = tuple((colour, shape) for colour in COLOURS for shape in SHAPES)
-#: Colour and shape pairs that no training scene or phrase holds: the zero-shot test.
-UNSEEN = (("green", "triangle"), ("purple", "cross"), ("red", "ring"), ("blue", "star"))
+PAIRS: tuple[Pair, ...] = tuple((color, shape) for color in COLORS for shape in SHAPES)
+#: Pairs that appear in no training scene and no training phrase, to test zero-shot generalization.
+HELD_OUT_PAIRS: tuple[Pair, ...] = (("green", "triangle"), ("purple", "cross"), ("red", "ring"), ("blue", "star"))
+#: The pairs of `PAIRS` that may be trained on.
+TRAIN_PAIRS: tuple[Pair, ...] = tuple(pair for pair in PAIRS if pair not in HELD_OUT_PAIRS)
 
-Background = Literal["flat", "gradient", "noise", "photo"]
-#: Share of an object that others may cover.
-MAX_COVERED = 1 / 3
+#: Range of `SceneObject.inner_ratio` by shape.
+INNER_RATIOS = {
+    "star": (0.36, 0.55),
+    "ring": (0.45, 0.7),
+    "cross": (0.22, 0.38),
+    "arrow": (0.2, 0.35),
+    "diamond": (0.5, 0.65),
+}
+#: Largest share of an object that others may occlude.
+MAX_OCCLUSION = 1 / 3
 
 
 @dataclass(frozen=True)
-class Thing:
-    """One object: what it is and where it lies, in pixels of its canvas."""
+class SceneObject:
+    """A colored shape and its position.
 
-    colour: str
+    Attributes:
+        color: Name of the color.
+        shape: Name of the shape.
+        rgb: The color that is painted, 0 to 255; it varies around the named one.
+        x: Center, in pixels from the left edge of the canvas.
+        y: Center, in pixels from the top edge.
+        diameter: Diameter of the circumscribed circle, in pixels.
+        angle: Rotation in radians.
+        inner_ratio: Size of a ring's hole, a star's notches or a cross's arms, as a share of the outer radius.
+        texture_seed: Seed of the pattern on its surface.
+        texture_contrast: Contrast of that pattern, 0 to 0.08.
+    """
+
+    color: str
     shape: str
     rgb: tuple[float, float, float]
     x: float
     y: float
-    diameter: float  # of the circle around it
-    angle: float  # radians
-    inner: float  # hole of a ring, notch of a star, arm of a cross; share of the outer radius
-    texture: int  # seed of the pattern on its surface
-    contrast: float  # of that pattern, 0 to 0.08
+    diameter: float
+    angle: float
+    inner_ratio: float
+    texture_seed: int
+    texture_contrast: float
 
 
 @dataclass(frozen=True)
 class Scene:
-    """An image and the truth about it; objects in drawing order, fully hidden ones kept out.
+    """An image and its ground truth: the visible objects in drawing order.
 
     Attributes:
         image: RGB, `(H, W, 3) uint8`.
-        masks: what is visible of each object, `(n, H, W) bool`.
-        xyxy: boxes of the masks in pixels, right and bottom exclusive, `(n, 4) float32`.
-        pairs: colour and shape of each object.
-        ids: which object of the clip it is, `(n,) int64`; 0 to n-1 in a single scene.
+        masks: Visible part of each object, `(n, H, W) bool`; the masks do not overlap.
+        xyxy: Boxes of the masks in pixels, right and bottom exclusive, `(n, 4) float32`.
+        pairs: Color and shape of each object.
+        ids: Index of each object in its clip, or among the objects that were drawn, `(n,) int64`.
     """
 
     image: NDArray[np.uint8]
     masks: NDArray[np.bool_]
     xyxy: NDArray[np.float32]
-    pairs: tuple[tuple[str, str], ...]
+    pairs: tuple[Pair, ...]
     ids: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
 
-def outline(shape: str, inner: float) -> list[NDArray[np.float64]]:
-    """Closed outlines of a shape in the unit circle; a second one is a hole."""
+def shape_outlines(shape: str, inner_ratio: float) -> list[NDArray[np.float64]]:
+    """Return the closed outlines of a shape in the unit circle.
 
-    def regular(n: int, radius: float = 1.0) -> NDArray[np.float64]:
-        turn = np.arange(n) * 2 * math.pi / n
-        return radius * np.stack([np.cos(turn), np.sin(turn)], axis=1)
+    Args:
+        shape: One of `SHAPES` or `EXTRA_SHAPES`.
+        inner_ratio: See `SceneObject`.
 
+    Returns:
+        Polygons `(points, 2)`; a second one is a hole.
+
+    Raises:
+        ValueError: If there is no such shape.
+
+    >>> shape_outlines("square", 0.5)[0].round().tolist()
+    [[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [-0.0, -1.0]]
+    """
     if shape == "circle":
-        return [regular(72)]
+        return [_regular_polygon(72)]
     if shape == "square":
-        return [regular(4)]
+        return [_regular_polygon(4)]
     if shape == "triangle":
-        return [regular(3)]
+        return [_regular_polygon(3)]
     if shape == "star":
-        points = regular(10)
-        points[1::2] *= inner
+        points = _regular_polygon(10)
+        points[1::2] *= inner_ratio
         return [points]
     if shape == "ring":
-        return [regular(72), regular(60, inner)]
+        return [_regular_polygon(72), _regular_polygon(60, inner_ratio)]
     if shape == "cross":
-        a, b = inner, math.sqrt(1 - inner * inner)
-        corners = [(b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a)]
-        return [np.array(corners + [(-x, -y) for x, y in corners])]
+        a, b = inner_ratio, math.sqrt(1 - inner_ratio * inner_ratio)
+        half = [(b, a), (a, a), (a, b), (-a, b), (-a, a), (-b, a)]
+        return [np.array(half + [(-x, -y) for x, y in half])]
     if shape == "heart":
         t = np.linspace(0, 2 * math.pi, 72, endpoint=False)
         wave = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
         return [np.stack([16 * np.sin(t) ** 3, 2.5 - wave], axis=1) / 17]
     if shape == "arrow":
-        upper = [(1.0, 0.0), (0.1, 0.75), (0.1, inner), (-0.9, inner)]
+        upper = [(1.0, 0.0), (0.1, 0.75), (0.1, inner_ratio), (-0.9, inner_ratio)]
         return [np.array(upper + [(x, -y) for x, y in reversed(upper[1:])])]
     if shape == "moon":
-        # The unit circle without one of radius 0.85 around (0.5, 0), which cuts it at these angles.
-        outer, hollow = np.linspace(1.015, 2 * math.pi - 1.015, 48), np.linspace(2 * math.pi - 1.538, 1.538, 32)
-        bite = np.stack([0.5 + 0.85 * np.cos(hollow), 0.85 * np.sin(hollow)], axis=1)
+        # The unit circle without a circle of radius 0.85 around (0.5, 0), which intersects it at these angles.
+        outer, inner = np.linspace(1.015, 2 * math.pi - 1.015, 48), np.linspace(2 * math.pi - 1.538, 1.538, 32)
+        bite = np.stack([0.5 + 0.85 * np.cos(inner), 0.85 * np.sin(inner)], axis=1)
         return [np.concatenate([np.stack([np.cos(outer), np.sin(outer)], axis=1), bite])]
     if shape == "diamond":
-        return [np.array([(1.0, 0.0), (0.0, inner), (-1.0, 0.0), (0.0, -inner)])]
-    raise ValueError(f"shape must be one of {', '.join(SHAPES)}; got {shape!r}")
+        return [np.array([(1.0, 0.0), (0.0, inner_ratio), (-1.0, 0.0), (0.0, -inner_ratio)])]
+    raise ValueError(f"shape must be one of {', '.join((*SHAPES, *EXTRA_SHAPES))}; got {shape!r}")
 
 
-INNER = {"star": (0.36, 0.55), "ring": (0.45, 0.7), "cross": (0.22, 0.38), "arrow": (0.2, 0.35), "diamond": (0.5, 0.65)}
+def _regular_polygon(num_points: int, radius: float = 1.0) -> NDArray[np.float64]:
+    angles = np.arange(num_points) * 2 * math.pi / num_points
+    return radius * np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
-def cover(thing: Thing, height: int, width: int) -> tuple[slice, slice, NDArray[np.float32]]:
-    """Where a thing covers a canvas: the rows, the columns and the coverage in them, 0 to 1."""
-    radius = thing.diameter / 2
-    top, left = math.floor(thing.y - radius) - 1, math.floor(thing.x - radius) - 1
-    bottom, right = math.ceil(thing.y + radius) + 1, math.ceil(thing.x + radius) + 1
-    fine = 4 if radius < 40 else 2
-    patch = np.zeros(((bottom - top) * fine, (right - left) * fine), np.uint8)
-    cos, sin = math.cos(thing.angle), math.sin(thing.angle)
+def rasterize(item: SceneObject, height: int, width: int) -> tuple[slice, slice, NDArray[np.float32]]:
+    """Rasterize an object on a canvas, antialiased.
+
+    Args:
+        item: The object; it may lie partly or fully outside the canvas.
+        height: Height of the canvas in pixels.
+        width: Width of the canvas in pixels.
+
+    Returns:
+        The rows and the columns of the canvas that the object's patch lies in, and the coverage of each pixel in
+        them, 0 to 1. All are empty if the object lies outside the canvas.
+    """
+    radius = item.diameter / 2
+    top, left = math.floor(item.y - radius) - 1, math.floor(item.x - radius) - 1
+    bottom, right = math.ceil(item.y + radius) + 1, math.ceil(item.x + radius) + 1
+    oversampling = 4 if radius < 40 else 2
+    patch = np.zeros(((bottom - top) * oversampling, (right - left) * oversampling), np.uint8)
+    cos, sin = math.cos(item.angle), math.sin(item.angle)
     polygons = []
-    for points in outline(thing.shape, thing.inner):
-        turned = radius * (points @ np.array([[cos, sin], [-sin, cos]]))
-        placed = fine * np.add(turned, (thing.x - left, thing.y - top)) - 0.5
-        polygons.append(np.round(placed * 16).astype(np.int32))
-    cv2.fillPoly(patch, polygons, 255, shift=4)
-    small = cv2.resize(patch, (right - left, bottom - top), interpolation=cv2.INTER_AREA)
+    for points in shape_outlines(item.shape, item.inner_ratio):
+        rotated = radius * (points @ np.array([[cos, sin], [-sin, cos]]))
+        scaled = oversampling * np.add(rotated, (item.x - left, item.y - top)) - 0.5
+        polygons.append(np.round(scaled * 16).astype(np.int32))
+    cv2.fillPoly(patch, polygons, 255, shift=4)  # coordinates in 1/16 px
+    coverage = cv2.resize(patch, (right - left, bottom - top), interpolation=cv2.INTER_AREA)
     y0, y1 = max(top, 0), min(bottom, height)
     x0, x1 = max(left, 0), min(right, width)
     if y0 >= y1 or x0 >= x1:
         return slice(0, 0), slice(0, 0), np.zeros((0, 0), np.float32)
-    inside = small[y0 - top : y1 - top, x0 - left : x1 - left]
+    inside = coverage[y0 - top : y1 - top, x0 - left : x1 - left]
     return slice(y0, y1), slice(x0, x1), inside.astype(np.float32) / 255
 
 
-def draw(
+def draw_scene(
     background: NDArray[np.uint8],
-    things: Sequence[Thing],
+    objects: Sequence[SceneObject],
     rng: np.random.Generator,
     noise: int = 0,
-    smooth: bool = True,
-    ids: Sequence[int] | None = None,
+    antialias: bool = True,
 ) -> Scene:
-    """Draw things over a background, later ones on top, with noise of up to `noise` levels."""
+    """Draw objects over a background, later ones on top.
+
+    Args:
+        background: RGB, `(H, W, 3) uint8`.
+        objects: What to draw. Objects of which nothing is visible are left out of the ground truth.
+        rng: Source of the noise.
+        noise: Largest value that is added to or subtracted from each channel of a pixel, in levels of 255.
+        antialias: Whether edges are blended with what is behind them.
+    """
     height, width = background.shape[:2]
     image = background.astype(np.float32)
-    masks = np.zeros((len(things), height, width), bool)
-    for i, thing in enumerate(things):
-        rows, columns, alpha = cover(thing, height, width)
-        solid = alpha >= 0.5
-        masks[:i, rows, columns] &= ~solid
-        masks[i, rows, columns] = solid
-        if not alpha.size:
+    masks = np.zeros((len(objects), height, width), bool)
+    for i, item in enumerate(objects):
+        rows, columns, coverage = rasterize(item, height, width)
+        solid = coverage >= 0.5
+        _add_on_top(masks, i, rows, columns, solid)
+        if not coverage.size:
             continue
-        pattern = np.random.default_rng(thing.texture)
-        coarse = pattern.uniform(-1, 1, (4, 4, 1)).astype(np.float32)
-        surface = cv2.resize(coarse, alpha.shape[::-1], interpolation=cv2.INTER_LINEAR)[..., None]
-        paint = np.array(thing.rgb, np.float32) * (1 + thing.contrast * surface)
-        opacity = (alpha if smooth else solid.astype(np.float32))[..., None]
-        image[rows, columns] += opacity * (paint - image[rows, columns])
+        texture_rng = np.random.default_rng(item.texture_seed)
+        coarse = texture_rng.uniform(-1, 1, (4, 4, 1)).astype(np.float32)
+        texture = cv2.resize(coarse, coverage.shape[::-1], interpolation=cv2.INTER_LINEAR)[..., None]
+        color = np.array(item.rgb, np.float32) * (1 + item.texture_contrast * texture)
+        opacity = (coverage if antialias else solid.astype(np.float32))[..., None]
+        image[rows, columns] += opacity * (color - image[rows, columns])
     if noise:
         image += rng.integers(-noise, noise + 1, image.shape, dtype=np.int8)
-    seen = masks.reshape(len(things), -1).any(1) if len(things) else np.zeros(0, bool)
-    keep = np.flatnonzero(seen).tolist()
-    names = np.arange(len(things)) if ids is None else np.asarray(ids)
+    is_visible = masks.reshape(len(objects), -1).any(1) if len(objects) else np.zeros(0, bool)
+    visible = np.flatnonzero(is_visible)
     return Scene(
         image=np.clip(image, 0, 255).astype(np.uint8),
-        masks=masks[keep],
-        xyxy=masks_to_xyxy(masks[keep]),
-        pairs=tuple((things[i].colour, things[i].shape) for i in keep),
-        ids=names[keep].astype(np.int64),
+        masks=masks[visible],
+        xyxy=masks_to_xyxy(masks[visible]),
+        pairs=tuple((objects[i].color, objects[i].shape) for i in visible.tolist()),
+        ids=visible.astype(np.int64),
     )
 
 
-def load_photos(folder: str | Path | None, longest: int = 900) -> list[NDArray[np.uint8]]:
-    """Photos of a folder (recursive), as RGB arrays of at most `longest` px, for backgrounds."""
+def _add_on_top(masks: NDArray[np.bool_], i: int, rows: slice, columns: slice, solid: NDArray[np.bool_]) -> None:
+    """Set the mask of object `i`, and remove its pixels from the masks of the objects below it."""
+    masks[:i, rows, columns] &= ~solid
+    masks[i, rows, columns] = solid
+
+
+def load_photos(folder: str | Path | None, max_side: int = 900) -> list[NDArray[np.uint8]]:
+    """Load photos for backgrounds.
+
+    Args:
+        folder: Searched recursively for JPEG, PNG and WebP files; None for no photos.
+        max_side: Longest side in pixels; larger photos are scaled down.
+
+    Returns:
+        RGB arrays `(H, W, 3) uint8`. Unreadable files, and those with a side below 96 px, are left out.
+
+    >>> load_photos(None)
+    []
+    """
     from PIL import Image, ImageOps
 
     if folder is None:
@@ -203,7 +271,7 @@ def load_photos(folder: str | Path | None, longest: int = 900) -> list[NDArray[n
         except (OSError, Image.DecompressionBombError):
             continue
         if min(rgb.size) >= 96:
-            rgb.thumbnail((longest, longest))
+            rgb.thumbnail((max_side, max_side))
             photos.append(np.asarray(rgb))
     return photos
 
@@ -211,189 +279,325 @@ def load_photos(folder: str | Path | None, longest: int = 900) -> list[NDArray[n
 def make_background(
     rng: np.random.Generator, height: int, width: int, photos: Sequence[NDArray[np.uint8]] = ()
 ) -> NDArray[np.uint8]:
-    """A flat, gradient, noise or photo background, each as likely (no photo if none is given)."""
+    """Make a flat, gradient, noise or photo background, each equally likely; no photo if there are none.
+
+    Args:
+        rng: Source of randomness.
+        height: Height in pixels.
+        width: Width in pixels.
+        photos: RGB arrays to crop from.
+
+    Returns:
+        RGB, `(height, width, 3) uint8`.
+
+    >>> make_background(np.random.default_rng(0), 4, 6).shape
+    (4, 6, 3)
+    """
+    kind: Literal["flat", "gradient", "noise", "photo"]
     kind = rng.choice(["flat", "gradient", "noise", "photo"][: 4 if len(photos) else 3])
     if kind == "photo":
-        photo = photos[int(rng.integers(len(photos)))]
-        scale = rng.uniform(0.25, 1.0)
-        crop_h = max(int(scale * photo.shape[0]), 32)
-        crop_w = min(max(int(crop_h * width / height), 32), photo.shape[1])
-        y, x = rng.integers(photo.shape[0] - crop_h + 1), rng.integers(photo.shape[1] - crop_w + 1)
-        crop = photo[y : y + crop_h, x : x + crop_w]
-        if rng.random() < 0.5:
-            crop = crop[:, ::-1]
-        crop = cv2.resize(np.ascontiguousarray(crop), (width, height), interpolation=cv2.INTER_AREA)
-        return np.ascontiguousarray(crop)
-
-    def tone() -> NDArray[np.float32]:
-        if rng.random() < 0.5:  # a grey, more or less tinted
-            grey = rng.uniform(0, 255)
-            return np.clip(grey + rng.uniform(-25, 25, 3), 0, 255).astype(np.float32)
-        return rng.uniform(0, 255, 3).astype(np.float32)
-
+        return _photo_crop(rng, height, width, photos)
     if kind == "flat":
-        return np.broadcast_to(tone(), (height, width, 3)).astype(np.uint8)
+        return np.broadcast_to(_random_tone(rng), (height, width, 3)).astype(np.uint8)
     if kind == "gradient":
-        a, b = tone(), tone()
-        turn = rng.uniform(0, 2 * math.pi)
-        ys, xs = np.mgrid[0 : 1 : complex(height), 0 : 1 : complex(width)].astype(np.float32)
-        t = xs * math.cos(turn) + ys * math.sin(turn)
-        t = ((t - t.min()) / max(float(np.ptp(t)), 1e-6))[..., None]
-        return np.asarray(a + (b - a) * t, np.uint8)
-    spread = rng.uniform(8, 60)
+        return _gradient(rng, height, width)
+    return _noise(rng, height, width)
+
+
+def _photo_crop(
+    rng: np.random.Generator, height: int, width: int, photos: Sequence[NDArray[np.uint8]]
+) -> NDArray[np.uint8]:
+    photo = photos[int(rng.integers(len(photos)))]
+    scale = rng.uniform(0.25, 1.0)
+    crop_h = max(int(scale * photo.shape[0]), 32)
+    crop_w = min(max(int(crop_h * width / height), 32), photo.shape[1])
+    y, x = rng.integers(photo.shape[0] - crop_h + 1), rng.integers(photo.shape[1] - crop_w + 1)
+    crop = photo[y : y + crop_h, x : x + crop_w]
+    if rng.random() < 0.5:
+        crop = crop[:, ::-1]
+    crop = cv2.resize(np.ascontiguousarray(crop), (width, height), interpolation=cv2.INTER_AREA)
+    return np.ascontiguousarray(crop)
+
+
+def _random_tone(rng: np.random.Generator) -> NDArray[np.float32]:
+    """Draw a color: in half of the cases a gray with a slight tint."""
+    if rng.random() < 0.5:
+        gray = rng.uniform(0, 255)
+        return np.clip(gray + rng.uniform(-25, 25, 3), 0, 255).astype(np.float32)
+    return rng.uniform(0, 255, 3).astype(np.float32)
+
+
+def _gradient(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
+    start, end = _random_tone(rng), _random_tone(rng)
+    angle = rng.uniform(0, 2 * math.pi)
+    ys, xs = np.mgrid[0 : 1 : complex(height), 0 : 1 : complex(width)].astype(np.float32)
+    t = xs * math.cos(angle) + ys * math.sin(angle)
+    t = ((t - t.min()) / max(float(np.ptp(t)), 1e-6))[..., None]
+    return np.asarray(start + (end - start) * t, np.uint8)
+
+
+def _noise(rng: np.random.Generator, height: int, width: int) -> NDArray[np.uint8]:
+    deviation = rng.uniform(8, 60)
     cell = int(rng.choice([1, 1, 2, 4, 8, 16]))
     grid = (-(-height // cell) + 1, -(-width // cell) + 1, 3 if rng.random() < 0.6 else 1)
-    field_ = rng.normal(0, spread, grid).astype(np.float32)
-    field_ = cv2.resize(field_, (width, height), interpolation=int(rng.choice([cv2.INTER_NEAREST, cv2.INTER_LINEAR])))
-    if field_.ndim == 2:
-        field_ = field_[..., None]
-    return np.clip(tone() + field_, 0, 255).astype(np.uint8)
+    noise = rng.normal(0, deviation, grid).astype(np.float32)
+    noise = cv2.resize(noise, (width, height), interpolation=int(rng.choice([cv2.INTER_NEAREST, cv2.INTER_LINEAR])))
+    if noise.ndim == 2:
+        noise = noise[..., None]
+    return np.clip(_random_tone(rng) + noise, 0, 255).astype(np.uint8)
 
 
-def make_thing(
+def sample_object(
     rng: np.random.Generator,
-    pair: tuple[str, str],
+    pair: Pair,
     height: int,
     width: int,
     diameter: tuple[float, float] = (0.10, 0.45),
-) -> Thing:
-    """A thing of a colour and shape at a random place, all of it inside the canvas."""
-    colour, shape = pair
+) -> SceneObject:
+    """Sample an object of a color and shape, at a random position fully inside the canvas.
+
+    Args:
+        rng: Source of randomness.
+        pair: Its color and shape.
+        height: Height of the canvas in pixels.
+        width: Width of the canvas in pixels.
+        diameter: Range of its diameter, as a share of the canvas's shorter side.
+
+    >>> sample_object(np.random.default_rng(0), ("red", "star"), 96, 96).shape
+    'star'
+    """
+    color, shape = pair
     size = rng.uniform(*diameter) * min(height, width)
     margin = size / 2
-    rgb = np.array((COLOURS | EXTRA_COLOURS)[colour]) * rng.uniform(0.8, 1.12) + rng.uniform(-15, 15, 3)
+    rgb = np.array((COLORS | EXTRA_COLORS)[color]) * rng.uniform(0.8, 1.12) + rng.uniform(-15, 15, 3)
     red, green, blue = np.clip(rgb, 0, 255).tolist()
-    return Thing(
-        colour=colour,
+    return SceneObject(
+        color=color,
         shape=shape,
         rgb=(red, green, blue),
         x=rng.uniform(margin, width - margin),
         y=rng.uniform(margin, height - margin),
         diameter=size,
         angle=rng.uniform(0, 2 * math.pi),
-        inner=rng.uniform(*INNER.get(shape, (0.5, 0.5))),
-        texture=int(rng.integers(2**31)),
-        contrast=rng.uniform(0, 0.08),
+        inner_ratio=rng.uniform(*INNER_RATIOS.get(shape, (0.5, 0.5))),
+        texture_seed=int(rng.integers(2**31)),
+        texture_contrast=rng.uniform(0, 0.08),
     )
 
 
-def _covered(things: Sequence[Thing], height: int, width: int) -> float:
-    """The largest share of any thing that the others cover."""
-    masks = np.zeros((len(things), height, width), bool)
+def _max_occlusion(objects: Sequence[SceneObject], height: int, width: int) -> float:
+    """Return the largest share of an object that other objects occlude, 0 to 1."""
+    masks = np.zeros((len(objects), height, width), bool)
     areas = []
-    for i, thing in enumerate(things):
-        rows, columns, alpha = cover(thing, height, width)
-        solid = alpha >= 0.5
+    for i, item in enumerate(objects):
+        rows, columns, coverage = rasterize(item, height, width)
+        solid = coverage >= 0.5
         areas.append(max(int(solid.sum()), 1))
-        masks[:i, rows, columns] &= ~solid
-        masks[i, rows, columns] = solid
-    visible = masks.reshape(len(things), -1).sum(1)
+        _add_on_top(masks, i, rows, columns, solid)
+    visible = masks.reshape(len(objects), -1).sum(1)
     return float(1 - (visible / areas).min())
 
 
 def make_scene(
     rng: np.random.Generator,
-    pairs: Sequence[tuple[str, str]] = PAIRS,
+    pairs: Sequence[Pair] = PAIRS,
     count: int | None = None,
     size_hw: tuple[int, int] | None = None,
     photos: Sequence[NDArray[np.uint8]] = (),
 ) -> Scene:
-    """One scene.
+    """Make a random scene.
 
     Args:
-        rng: where everything is drawn from.
-        pairs: colour and shape pairs that may appear.
-        count: how many objects to place, 0 to 8 by chance if not given; fewer if there is no room.
-        size_hw: canvas, 96 to 512 px a side and at most 2:1 by chance if not given.
+        rng: Source of randomness.
+        pairs: Color and shape pairs that may appear.
+        count: Number of objects, fewer if there is no room; None for a random one from 0 to 8.
+        size_hw: Height and width in pixels; None for 96 to 512 px per side at an aspect ratio of at most 2:1.
         photos: RGB arrays to crop backgrounds from.
+
+    >>> scene = make_scene(np.random.default_rng(3), count=2, size_hw=(96, 128))
+    >>> scene.image.shape, scene.masks.shape
+    ((96, 128, 3), (2, 96, 128))
     """
     if size_hw is None:
-        long = int(rng.integers(96, 513))
-        short = int(rng.integers(max(96, -(-long // 2)), long + 1))
+        long, short = _sample_sides(rng, 96, 512)
         size_hw = (long, short) if rng.random() < 0.5 else (short, long)
     height, width = size_hw
     count = int(rng.integers(0, 9)) if count is None else count
     background = make_background(rng, height, width, photos)
-    things: list[Thing] = []
+    objects: list[SceneObject] = []
     for _ in range(count):
         for _ in range(12):
-            thing = make_thing(rng, pairs[int(rng.integers(len(pairs)))], height, width)
-            if not any(math.hypot(t.x - thing.x, t.y - thing.y) < (t.diameter + thing.diameter) / 2 for t in things):
+            candidate = sample_object(rng, pairs[int(rng.integers(len(pairs)))], height, width)
+            if _fits(candidate, objects, height, width):
+                objects.append(candidate)
                 break
-            # Only shares matter, so overlap is judged on a small canvas.
-            scale = min(1.0, 128 / max(height, width))
-            small = [replace(t, x=t.x * scale, y=t.y * scale, diameter=t.diameter * scale) for t in [*things, thing]]
-            if _covered(small, math.ceil(height * scale), math.ceil(width * scale)) < MAX_COVERED:
-                break
-        else:
-            continue
-        things.append(thing)
     noise = int(rng.integers(0, 9))
-    return draw(background, things, rng, noise=noise, smooth=rng.random() < 0.8)
+    return draw_scene(background, objects, rng, noise=noise, antialias=rng.random() < 0.8)
+
+
+def _sample_sides(rng: np.random.Generator, minimum: int, maximum: int) -> tuple[int, int]:
+    """Sample the longer side of a canvas, and a shorter one of at least 96 px and half of it."""
+    long = int(rng.integers(minimum, maximum + 1))
+    return long, int(rng.integers(max(96, -(-long // 2)), long + 1))
+
+
+def _fits(candidate: SceneObject, objects: Sequence[SceneObject], height: int, width: int) -> bool:
+    """Return whether no object would be occluded too much if `candidate` were drawn on top."""
+    if not any(
+        math.hypot(other.x - candidate.x, other.y - candidate.y) < (other.diameter + candidate.diameter) / 2
+        for other in objects
+    ):
+        return True
+    # A small canvas is enough, since only shares of areas matter.
+    scale = min(1.0, 128 / max(height, width))
+    scaled = [
+        replace(item, x=item.x * scale, y=item.y * scale, diameter=item.diameter * scale)
+        for item in [*objects, candidate]
+    ]
+    return _max_occlusion(scaled, math.ceil(height * scale), math.ceil(width * scale)) < MAX_OCCLUSION
 
 
 def make_clip(
     rng: np.random.Generator,
     frames: int,
-    pairs: Sequence[tuple[str, str]] = PAIRS,
+    pairs: Sequence[Pair] = PAIRS,
     count: int | None = None,
     size_hw: tuple[int, int] | None = None,
     photos: Sequence[NDArray[np.uint8]] = (),
     speed: float = 0.02,
     away: float = 0.0,
 ) -> list[Scene]:
-    """A clip: things that move, turn, grow and shrink, pass over each other, leave and come back.
+    """Make a random clip of objects that move, rotate, change size, occlude each other, leave and return.
 
     Args:
-        rng: where everything is drawn from.
-        frames: how many.
-        pairs, size_hw, photos: see `make_scene`.
-        count: how many objects, 1 to 5 by chance if not given.
-        speed: typical way of an object from frame to frame, share of the canvas's shorter side.
-        away: chance of an object to be out of the picture for a stretch of frames, not at the first one,
-            and to come back somewhere else, or of one to come in later.
+        rng: Source of randomness.
+        frames: Number of frames.
+        pairs: Color and shape pairs that may appear.
+        count: Number of objects; None for a random one from 1 to 5.
+        size_hw: Height and width in pixels; None for 96 to 384 px per side at an aspect ratio of at most 2:1.
+        photos: RGB arrays to crop the background from.
+        speed: Standard deviation of an object's motion per frame, as a share of the canvas's shorter side.
+        away: Probability that an object is absent for some consecutive frames. It then either leaves after the
+            first frame and returns elsewhere, or enters later.
 
     Returns:
-        One scene a frame; `ids` says which object of the clip each is. An object that is hidden or
-        outside in a frame is not in that scene.
+        One scene per frame, whose `ids` identify the objects. An object that is hidden or outside the canvas is
+        missing in the scene.
+
+    >>> clip = make_clip(np.random.default_rng(0), 3, count=2, size_hw=(96, 96))
+    >>> [scene.ids.tolist() for scene in clip]
+    [[0, 1], [0, 1], [0, 1]]
     """
     if size_hw is None:
-        long = int(rng.integers(128, 385))
-        short = int(rng.integers(max(96, -(-long // 2)), long + 1))
+        long, short = _sample_sides(rng, 128, 384)
         size_hw = (short, long) if rng.random() < 0.7 else (long, short)
     height, width = size_hw
-    side = min(size_hw)
     count = int(rng.integers(1, 6)) if count is None else count
     background = make_background(rng, height, width, photos)
-    things = [make_thing(rng, pairs[int(rng.integers(len(pairs)))], height, width, (0.15, 0.45)) for _ in range(count)]
-    drift = rng.normal(0, speed * side, (count, 2))
-    sway = rng.uniform(0, 0.12 * side, (count, 2))
-    phase, pace = rng.uniform(0, 2 * math.pi, (2, count, 2))
-    turn = rng.normal(0, 0.05, count)
-    swell, swell_pace = rng.uniform(0, 0.25, count), rng.uniform(0.02, 0.15, count)
-    # An object goes out by a margin and comes back from where it left.
-    low, high = np.array([-0.3 * side, -0.3 * side]), np.array([width + 0.3 * side, height + 0.3 * side])
-    noise, smooth = int(rng.integers(0, 9)), bool(rng.random() < 0.8)
-    gone = np.zeros((count, 2), int)  # first frame away, first one back
-    if away and frames > 2:
-        start = np.where(rng.random(count) < 0.7, rng.integers(1, frames - 1, count), 0)
-        stop = start + rng.integers(1, max(2, frames - 1), count)
-        gone = np.where((rng.random(count) < away)[:, None], np.stack([start, stop], 1), 0)
-    back = rng.uniform(0.15, 0.85, (count, 2)) * (width, height) - [(thing.x, thing.y) for thing in things]
+    objects = [
+        sample_object(rng, pairs[int(rng.integers(len(pairs)))], height, width, (0.15, 0.45)) for _ in range(count)
+    ]
+    motion = _Motion.sample(rng, count, size_hw, speed)
+    noise, antialias = int(rng.integers(0, 9)), bool(rng.random() < 0.8)
+    absence = _Absence.sample(rng, objects, size_hw, frames, away)
     clip = []
     for t in range(frames):
-        now = []
-        for i, thing in enumerate(things):
-            place = np.array([thing.x, thing.y]) + drift[i] * t
-            place += sway[i] * (np.sin(phase[i] + 0.05 * pace[i] * t) - np.sin(phase[i]))
-            span = high - low
-            folded = np.abs((place - low) % (2 * span) - span)  # there and back again
-            x, y = high - folded
-            if gone[i, 0] <= t < gone[i, 1]:
-                x = -2.0 * thing.diameter
-            elif 0 < gone[i, 1] <= t:
-                x, y = np.clip((x, y) + back[i], 0, (width, height))
-            size = thing.diameter * (1 + swell[i] * math.sin(swell_pace[i] * t))
-            now.append(replace(thing, x=float(x), y=float(y), diameter=size, angle=thing.angle + turn[i] * t))
-        clip.append(draw(background, now, rng, noise=noise, smooth=smooth))
+        moved = [absence.apply(motion.apply(item, i, t), i, t) for i, item in enumerate(objects)]
+        clip.append(draw_scene(background, moved, rng, noise=noise, antialias=antialias))
     return clip
+
+
+@dataclass(frozen=True)
+class _Motion:
+    """How the objects of a clip move: a drift that is reflected outside the canvas's edges, and a sway.
+
+    Attributes:
+        drift: Motion per frame in pixels, `(n, 2)`.
+        sway: Amplitude of an oscillation in pixels, `(n, 2)`.
+        phase: Its phase in radians, `(n, 2)`.
+        pace: Its relative frequency, `(n, 2)`.
+        rotation: Rotation per frame in radians, `(n,)`.
+        swell: Amplitude of the change of size, as a share of the diameter, `(n,)`.
+        swell_pace: Its angular frequency in radians per frame, `(n,)`.
+        low: Smallest x and y of an object's center, outside the canvas.
+        high: Largest x and y of an object's center.
+    """
+
+    drift: NDArray[np.float64]
+    sway: NDArray[np.float64]
+    phase: NDArray[np.float64]
+    pace: NDArray[np.float64]
+    rotation: NDArray[np.float64]
+    swell: NDArray[np.float64]
+    swell_pace: NDArray[np.float64]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+
+    @classmethod
+    def sample(cls, rng: np.random.Generator, count: int, size_hw: tuple[int, int], speed: float) -> _Motion:
+        height, width = size_hw
+        side = min(size_hw)
+        drift = rng.normal(0, speed * side, (count, 2))
+        sway = rng.uniform(0, 0.12 * side, (count, 2))
+        phase, pace = rng.uniform(0, 2 * math.pi, (2, count, 2))
+        rotation = rng.normal(0, 0.05, count)
+        swell, swell_pace = rng.uniform(0, 0.25, count), rng.uniform(0.02, 0.15, count)
+        # An object moves out by a margin and returns where it left.
+        low, high = np.array([-0.3 * side, -0.3 * side]), np.array([width + 0.3 * side, height + 0.3 * side])
+        return cls(drift, sway, phase, pace, rotation, swell, swell_pace, low, high)
+
+    def apply(self, item: SceneObject, i: int, t: int) -> SceneObject:
+        """Return object `i` as it is at frame `t`, given as it was at the first one."""
+        center = np.array([item.x, item.y]) + self.drift[i] * t
+        center += self.sway[i] * (np.sin(self.phase[i] + 0.05 * self.pace[i] * t) - np.sin(self.phase[i]))
+        span = self.high - self.low
+        x, y = self.high - np.abs((center - self.low) % (2 * span) - span)  # reflected at both ends
+        diameter = item.diameter * (1 + self.swell[i] * math.sin(self.swell_pace[i] * t))
+        angle = item.angle + self.rotation[i] * t
+        return replace(item, x=float(x), y=float(y), diameter=diameter, angle=angle)
+
+
+@dataclass(frozen=True)
+class _Absence:
+    """When the objects of a clip are absent, and where they return.
+
+    Attributes:
+        spans: First frame without the object and first frame with it again, `(n, 2)`; 0 and 0 for none.
+        offset: How far from their own path objects return, in pixels, `(n, 2)`.
+        size_hw: Height and width of the canvas.
+    """
+
+    spans: NDArray[np.int64]
+    offset: NDArray[np.float64]
+    size_hw: tuple[int, int]
+
+    @classmethod
+    def sample(
+        cls,
+        rng: np.random.Generator,
+        objects: Sequence[SceneObject],
+        size_hw: tuple[int, int],
+        frames: int,
+        probability: float,
+    ) -> _Absence:
+        height, width = size_hw
+        count = len(objects)
+        spans = np.zeros((count, 2), int)
+        if probability and frames > 2:
+            start = np.where(rng.random(count) < 0.7, rng.integers(1, frames - 1, count), 0)
+            stop = start + rng.integers(1, max(2, frames - 1), count)
+            spans = np.where((rng.random(count) < probability)[:, None], np.stack([start, stop], 1), 0)
+        centers = np.reshape([(item.x, item.y) for item in objects], (count, 2))
+        offset = rng.uniform(0.15, 0.85, (count, 2)) * (width, height) - centers
+        return cls(spans, offset, size_hw)
+
+    def apply(self, item: SceneObject, i: int, t: int) -> SceneObject:
+        """Move object `i` out of the canvas where it is absent at frame `t`, and elsewhere once it has returned."""
+        start, stop = self.spans[i]
+        if start <= t < stop:
+            return replace(item, x=-2.0 * item.diameter)
+        if 0 < stop <= t:
+            height, width = self.size_hw
+            x, y = np.clip((item.x, item.y) + self.offset[i], 0, (width, height))
+            return replace(item, x=float(x), y=float(y))
+        return item

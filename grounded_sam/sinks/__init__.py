@@ -1,1 +1,1 @@
-"""Where results go; one class a file."""
+"""Where results go, one class per file."""

@@ -1,4 +1,4 @@
-"""The pictures of a dataset, beside its labels."""
+"""The image files of a dataset, beside its labels."""
 
 from __future__ import annotations
 
@@ -7,93 +7,108 @@ import shutil
 from pathlib import Path
 from typing import Literal
 
-from grounded_sam.errors import ConfigError
+from grounded_sam.checks import check_choice
 from grounded_sam.files import UniqueNames, atomic_write
+from grounded_sam.media.files import is_video_file
 from grounded_sam.media.images import no_pillow_limit, safe_formats
 from grounded_sam.structures.frame import Frame
 
-Handling = Literal["link", "copy", "none"]
-#: Formats that every trainer reads, and the suffix that says so.
-COMMON = {"JPEG": ".jpg", "PNG": ".png", "BMP": ".bmp"}
+#: How image files get into a dataset.
+ImageMode = Literal["link", "copy", "none"]
+#: Suffixes of the formats that every training program reads.
+COMMON_SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "BMP": ".bmp"}
 
 
 class DatasetImages:
-    """Puts the picture of each frame under a folder, by a stem that is never given twice.
+    """Put the image of each frame into a folder, under a unique name.
 
-    A JPEG, PNG or BMP that every reader shows as it was labelled is linked or copied as it is. Others are
-    written anew as PNG: those with an EXIF orientation (the labels are of the upright picture), with
-    transparency, palette or CMYK, of other formats, scaled ones. Frames of video files become JPEG.
+    JPEG, PNG and BMP files that every reader shows as they were labeled are linked or copied. Others are re-encoded as
+    PNG: files with an EXIF orientation (the labels are for the upright image), transparency, a palette or CMYK, files
+    of other formats, and images that were resized. Frames of video files become JPEG.
 
     Args:
-        how: `link` (symbolic, a copy where there are none), `copy`, or `none` for no pictures.
-        key: of the setting, for messages.
+        mode: `link` (symbolic links, or copies where the file system has none), `copy`, or `none` for no image files.
+        key: Name of the setting, for messages.
+
+    Raises:
+        ConfigError: If `mode` is none of these.
     """
 
-    def __init__(self, how: Handling, key: str) -> None:
-        if how not in ("link", "copy", "none"):
-            raise ConfigError(f"{key} must be link, copy or none, got {how!r}")
-        self.how = how
+    def __init__(self, mode: ImageMode, key: str) -> None:
+        check_choice(key, mode, ("link", "copy", "none"))
+        self.mode = mode
         self._names = UniqueNames()
 
-    def stem(self, frame: Frame) -> str:
-        """A relative path without suffix, with `/`, for a frame; made safe, and its own."""
+    def unique_stem(self, frame: Frame) -> str:
+        """Return a relative path without suffix for a frame, with `/`, safe and never given twice."""
         path = Path(frame.name.replace("\\", "/"))
-        kept = (
-            path.as_posix()
-            if frame.video is not None and path.suffix[1:].isdecimal()
-            else path.with_suffix("").as_posix()
-        )
-        return self._names(kept, "").as_posix()
+        has_suffix = frame.video is None or not path.suffix[1:].isdecimal()
+        return self._names((path.with_suffix("") if has_suffix else path).as_posix(), "").as_posix()
 
-    def put(self, frame: Frame, folder: Path, stem: str) -> str:
-        """Put a frame's picture under `folder`; returns its name there, `stem` with a suffix.
+    def save(self, frame: Frame, folder: Path, stem: str) -> str:
+        """Link, copy or write the image of a frame.
+
+        Args:
+            frame: The frame.
+            folder: Folder of the images.
+            stem: Its path in the folder without suffix, from `unique_stem`.
+
+        Returns:
+            Its path in the folder, `stem` with a suffix; with mode `none` the one that it would have.
 
         Raises:
-            ImageError: if its pixels are needed and gone.
+            ImageError: If its pixels are needed and cannot be read.
         """
-        from PIL import Image
-
-        suffix = self._as_it_is(frame)
-        name = stem + (suffix or (".jpg" if frame.video is not None and not self._still(frame) else ".png"))
-        if self.how == "none":
+        suffix = _usable_suffix(frame)
+        name = stem + (suffix or (".png" if _is_image_file(frame) or frame.video is None else ".jpg"))
+        if self.mode == "none":
             return name
-        place = folder / name
-        if frame.file is not None and place.exists() and frame.file.exists() and place.samefile(frame.file):
+        path = folder / name
+        if frame.file is not None and path.exists() and frame.file.exists() and path.samefile(frame.file):
             return name  # the input itself, or a link to it
-        with atomic_write(place) as part:
+        with atomic_write(path) as part:
             if suffix is None:
-                kind = "JPEG" if name.endswith(".jpg") else "PNG"
-                image = Image.fromarray(frame.image)
-                image.save(part, format=kind, **({"quality": 95} if kind == "JPEG" else {}))
-            elif self.how == "copy":
-                shutil.copyfile(frame.file, part)  # type: ignore[arg-type]
+                _encode(frame, part, "JPEG" if name.endswith(".jpg") else "PNG")
             else:
-                source = os.path.realpath(frame.file)  # type: ignore[arg-type]
-                try:
-                    os.symlink(source, part)
-                except OSError:  # a file system without links
-                    shutil.copyfile(source, part)
+                assert frame.file is not None
+                self._link_or_copy(frame.file, part)
         return name
 
-    def _still(self, frame: Frame) -> bool:
-        """Whether a frame is a picture file of its own."""
-        from grounded_sam.media.files import VIDEO_SUFFIXES
+    def _link_or_copy(self, file: Path, path: Path) -> None:
+        if self.mode == "link":
+            try:
+                os.symlink(os.path.realpath(file), path)
+                return
+            except OSError:  # a file system without links
+                pass
+        shutil.copyfile(file, path)
 
-        return frame.file is not None and frame.file.suffix.lower() not in VIDEO_SUFFIXES
 
-    def _as_it_is(self, frame: Frame) -> str | None:
-        """The suffix of a file that can be taken as it is, None if it has to be written anew."""
-        from PIL import Image
+def _is_image_file(frame: Frame) -> bool:
+    """Whether a frame comes from a file of its own, not from a video file."""
+    return frame.file is not None and not is_video_file(frame.file)
 
-        if not self._still(frame):
-            return None
-        try:
-            with no_pillow_limit(), Image.open(frame.file, formats=safe_formats()) as picture:  # type: ignore[arg-type]
-                plain = picture.mode in ("RGB", "L") and getattr(picture, "n_frames", 1) == 1
-                upright = picture.getexif().get(0x0112, 1) == 1
-                same = picture.size == (frame.size_hw[1], frame.size_hw[0])
-                if plain and upright and same and not picture.has_transparency_data:
-                    return COMMON.get(str(picture.format))
-        except Exception:  # what cannot be opened is told of when its pixels are asked for
-            return None
+
+def _encode(frame: Frame, path: Path, image_format: Literal["JPEG", "PNG"]) -> None:
+    from PIL import Image
+
+    options = {"quality": 95} if image_format == "JPEG" else {}
+    Image.fromarray(frame.image).save(path, format=image_format, **options)
+
+
+def _usable_suffix(frame: Frame) -> str | None:
+    """Return the suffix of a frame's file if the dataset can use the file; None if it has to be re-encoded."""
+    from PIL import Image
+
+    if not _is_image_file(frame):
         return None
+    try:
+        with no_pillow_limit(), Image.open(frame.file, formats=safe_formats()) as image:  # type: ignore[arg-type]
+            is_plain = image.mode in ("RGB", "L") and getattr(image, "n_frames", 1) == 1
+            is_upright = image.getexif().get(0x0112, 1) == 1
+            is_same_size = image.size == (frame.size_hw[1], frame.size_hw[0])
+            if is_plain and is_upright and is_same_size and not image.has_transparency_data:
+                return COMMON_SUFFIXES.get(str(image.format))
+    except Exception:  # an unreadable file is reported when its pixels are requested
+        return None
+    return None

@@ -1,4 +1,4 @@
-"""JSON lines, one a frame, written while the run goes on."""
+"""JSON lines, one per frame, written during the run."""
 
 from __future__ import annotations
 
@@ -7,66 +7,73 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+import supervision as sv
+
 from grounded_sam.structures.masks import coco_segmentation
 from grounded_sam.structures.results import FrameResult
 from grounded_sam.structures.vocabulary import Vocabulary
 
 
 class JsonLinesSink:
-    """`results.jsonl`: a line per frame as soon as it is done, for programs that follow a run.
+    """Write a line to `results.jsonl` as soon as a frame is done, for programs that follow a run.
 
-    A line has `file`, `frame` (its number), `time_s` (in a video), `width`, `height` and `objects`, each
-    with `class`, `class_id`, `score`, `bbox` (x, y, width, height), and where there are any `track_id`,
-    `mask_score` and `segmentation` (COCO RLE). The file grows in place, so that it can be read meanwhile.
+    A line has `file`, `frame` (its number), `time_s` (in a video), `width`, `height` and `objects`, each with `class`,
+    `class_id`, `score`, `bbox` (x, y, width, height), and where they exist `track_id`, `mask_score` and `segmentation`
+    (COCO RLE). The file has its own name from the start, so that it can be read during the run.
 
     Args:
-        output: folder of the run.
-        vocabulary: of the run.
-        masks: whether to write `segmentation`.
+        output: Output folder of the run.
+        vocabulary: Classes of the run.
+        masks: Whether to write `segmentation`.
     """
 
     def __init__(self, output: Path, vocabulary: Vocabulary, masks: bool = True) -> None:
-        self.path, self.masks, self.count = Path(output) / "results.jsonl", masks, 0
-        self._out: IO[str] | None = None
+        self.path, self.masks = Path(output) / "results.jsonl", masks
+        self._num_lines = 0
+        self._file: IO[str] | None = None
 
     def __enter__(self) -> JsonLinesSink:
         return self
 
     def write(self, result: FrameResult) -> None:
-        if self._out is None:
+        """Append the line of a frame."""
+        if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._out = self.path.open("w", encoding="utf-8")
-        frame, found = result.frame, result.packed
+            self._file = self.path.open("w", encoding="utf-8")
+        frame, detections = result.frame, result.packed
         height, width = frame.size_hw
         line: dict[str, Any] = {"file": frame.name, "frame": frame.index, "width": width, "height": height}
         if frame.time_s is not None:
             line["time_s"] = round(frame.time_s, 6)
-        line["objects"] = [self._object(found, i) for i in range(len(found))]
-        self._out.write(json.dumps(line, ensure_ascii=False) + "\n")
-        self._out.flush()
-        self.count += 1
+        line["objects"] = [self._object(detections, i) for i in range(len(detections))]
+        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.flush()
+        self._num_lines += 1
 
-    def _object(self, found: Any, i: int) -> dict[str, Any]:
-        x1, y1, x2, y2 = (round(float(v), 3) for v in found.xyxy[i])
+    def _object(self, detections: sv.Detections, i: int) -> dict[str, Any]:
+        """Return the entry of one detection."""
+        assert detections.class_id is not None and detections.confidence is not None
+        x1, y1, x2, y2 = (round(float(value), 3) for value in detections.xyxy[i])
         entry: dict[str, Any] = {
-            "class": str(found.data["class_name"][i]),
-            "class_id": int(found.class_id[i]),
-            "score": round(float(found.confidence[i]), 6),
+            "class": str(detections.data["class_name"][i]),
+            "class_id": int(detections.class_id[i]),
+            "score": round(float(detections.confidence[i]), 6),
             "bbox": [x1, y1, round(x2 - x1, 3), round(y2 - y1, 3)],
         }
-        if found.tracker_id is not None:
-            entry["track_id"] = int(found.tracker_id[i])
-        if "mask_score" in found.data:
-            entry["mask_score"] = round(float(found.data["mask_score"][i]), 6)
-        if self.masks and "rle" in found.data:
-            entry["segmentation"] = coco_segmentation(found, i)
+        if detections.tracker_id is not None:
+            entry["track_id"] = int(detections.tracker_id[i])
+        if "mask_score" in detections.data:
+            entry["mask_score"] = round(float(detections.data["mask_score"][i]), 6)
+        if self.masks and "rle" in detections.data:
+            entry["segmentation"] = coco_segmentation(detections, i)
         return entry
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._out is not None:
-            self._out.close()
+        if self._file is not None:
+            self._file.close()
 
     def summary(self) -> str:
-        return f"{self.count} lines in {self.path}"
+        """Return the number of lines and the path of the file."""
+        return f"{self._num_lines} lines: {self.path}"

@@ -1,96 +1,81 @@
-"""LabelMe: a JSON file beside each picture."""
+"""LabelMe: a JSON file beside each image."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
-from types import TracebackType
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
+import supervision as sv
 
-from grounded_sam.files import atomic_write
-from grounded_sam.sinks.dataset_images import DatasetImages, Handling
-from grounded_sam.sinks.splits import Splits
+from grounded_sam.files import atomic_write_text
+from grounded_sam.sinks.base import DatasetSink
+from grounded_sam.sinks.dataset_images import ImageMode
 from grounded_sam.structures.masks import join_loops, mask_outlines
 from grounded_sam.structures.results import FrameResult
-from grounded_sam.structures.vocabulary import Vocabulary
 
 
-class LabelMeSink:
-    """Under `labelme/` pictures, each with the JSON that LabelMe opens with it.
+@dataclass(eq=False)
+class LabelMeSink(DatasetSink):
+    """Write images under `labelme/`, each with a JSON file that LabelMe opens with it.
 
-    Masks become polygons through the outermost pixels, a shape per part, and parts of one object share its
-    `group_id`; a hole is tied to its outline by a line there and back. `description` has the score.
-    Without masks shapes are rectangles.
+    Masks become polygons through their outermost pixels, one shape per connected part; the parts of an object share
+    its `group_id`, and a hole is connected to its outline by a line there and back. Without masks shapes are
+    rectangles. `description` holds the score.
 
     Args:
-        output: folder of the run.
-        vocabulary: of the run.
-        split: parts by share, see `Splits`, each a folder of its own.
-        seed: of the split.
-        images: `link`, `copy` or `none`; see `Pictures`.
+        output: Output folder of the run.
+        vocabulary: Classes of the run.
+        split: Share of each split, see `splits.Splits`; each split has its own folder.
+        seed: Seed of the split.
+        images: `link`, `copy` or `none`; see `dataset_images.DatasetImages`.
     """
 
-    def __init__(
-        self,
-        output: Path,
-        vocabulary: Vocabulary,
-        split: dict[str, float] | None = None,
-        seed: int = 0,
-        images: Handling = "link",
-    ) -> None:
-        self.folder, self.vocabulary = Path(output) / "labelme", vocabulary
-        self.split, self.pictures = Splits(split, seed), DatasetImages(images, "sink.labelme.images")
-        self.images = self.objects = 0
+    name: ClassVar[str] = "labelme"
 
-    def __enter__(self) -> LabelMeSink:
-        return self
+    images: ImageMode = "link"
 
-    def write(self, result: FrameResult) -> None:
-        if not self.images:
-            self.split.claim(self.folder)
-        frame, found = result.frame, result.detections
-        folder = self.folder / (self.split(frame) or "")
-        stem = self.pictures.stem(frame)
-        picture = self.pictures.put(frame, folder, stem)
+    def _write(self, result: FrameResult) -> int:
+        frame, detections = result.frame, result.detections
+        folder = self.folder / (self._splits(frame) or "")
+        stem = self._image_files.unique_stem(frame)
+        image_name = self._image_files.save(frame, folder, stem)
         content: dict[str, Any] = {
             "version": "5.5.0",
             "flags": {},
-            "shapes": [shape for i in range(len(found)) for shape in self._shapes(found, i)],
-            "imagePath": picture.rpartition("/")[2],
+            "shapes": [shape for i in range(len(detections)) for shape in self._shapes(detections, i)],
+            "imagePath": image_name.rpartition("/")[2],
             "imageData": None,
             "imageHeight": frame.size_hw[0],
             "imageWidth": frame.size_hw[1],
         }
-        with atomic_write(folder / f"{stem}.json") as beside:
-            beside.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
-        self.images += 1
-        self.objects += len(found)
+        atomic_write_text(folder / f"{stem}.json", json.dumps(content, ensure_ascii=False, indent=1))
+        return len(detections)
 
-    def _shapes(self, found: Any, i: int) -> list[dict[str, Any]]:
-        if found.mask is None:
-            kind, shapes = "rectangle", [found.xyxy[i].reshape(2, 2).astype(float)]
+    def _shapes(self, detections: sv.Detections, i: int) -> list[dict[str, Any]]:
+        """Return the shapes of one detection."""
+        assert detections.confidence is not None
+        if detections.mask is None:
+            shape_type, polygons = "rectangle", [detections.xyxy[i].reshape(2, 2).astype(float)]
         else:
-            kind = "polygon"
-            shapes = [join_loops([part]) for part in mask_outlines(np.asarray(found.mask[i], bool), "pixels")]
-            shapes = [shape if len(shape) >= 3 else np.resize(shape, (3, 2)) for shape in shapes]
+            shape_type = "polygon"
+            polygons = [join_loops([part]) for part in mask_outlines(np.asarray(detections.mask[i], bool), "pixels")]
+            polygons = [polygon if len(polygon) >= 3 else np.resize(polygon, (3, 2)) for polygon in polygons]
         common: dict[str, Any] = {
-            "label": str(found.data["class_name"][i]),
-            "group_id": i if len(shapes) > 1 else None,
-            "description": f"{float(found.confidence[i]):.3f}",
-            "shape_type": kind,
+            "label": str(detections.data["class_name"][i]),
+            "group_id": i if len(polygons) > 1 else None,
+            "description": f"{float(detections.confidence[i]):.3f}",
+            "shape_type": shape_type,
             "flags": {},
             "mask": None,
         }
-        return [{**common, "points": shape.tolist()} for shape in shapes]
+        return [{**common, "points": polygon.tolist()} for polygon in polygons]
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.images:
-            with atomic_write(self.folder / "labels.txt") as beside:  # for `labelme --labels`
-                beside.write_text("".join(f"{name}\n" for name in self.vocabulary.classes), encoding="utf-8")
+    def _close(self) -> None:
+        # For `labelme --labels`.
+        atomic_write_text(self.folder / "labels.txt", "".join(f"{name}\n" for name in self.vocabulary.classes))
 
     def summary(self) -> str:
-        return f"{self.objects} objects of {self.images} images for LabelMe in {self.folder}"
+        """Return the counts and the folder."""
+        return f"{self._counts()} for LabelMe: {self.folder}"

@@ -10,110 +10,111 @@ from typing import Literal
 import numpy as np
 import supervision as sv
 
+from grounded_sam.checks import check_choice
 from grounded_sam.errors import ConfigError
-from grounded_sam.files import UniqueNames, atomic_write, safe_filename
-from grounded_sam.media.draw import davis_palette
+from grounded_sam.files import UniqueNames, atomic_write, atomic_write_text, safe_filename
+from grounded_sam.media.draw import davis_palette, paint_masks, save_label_map
 from grounded_sam.structures.results import FrameResult
 from grounded_sam.structures.vocabulary import Vocabulary
 
 
 class MasksSink:
-    """PNG masks under `masks/`.
+    """Write PNG masks under `masks/`.
 
-    With `mode: objects` a folder per frame with one picture per object, `<number>_<class>.png`, 255 on
-    the object; numbers follow confidence. With `mode: labels` one picture per frame whose pixels are
-    class id plus 1, 0 for background, the more confident object on top where two overlap; in colours
-    (a palette) up to 255 classes, as 16-bit gray beyond; and one `legend.json` that maps values to
-    class names. Of tracked videos, `mode: davis` gives a map of track ids per frame in DAVIS's palette
-    (16-bit gray from id 256 on) and `mode: mots` the 16-bit maps of MOTS, 1000 times class id plus 1,
-    plus track id (below 1000).
+    `objects`: a folder per frame with one image per object, `<number>_<class>.png`, 255 on the object; numbers follow
+    confidence. `labels`: one image per frame with class id plus 1, 0 for background, the more confident object on top
+    where two overlap; with a palette up to 255 classes, 16-bit gray beyond; `legend.json` maps values to class names.
+    For tracked videos, `davis`: a map of track ids per frame in the palette of DAVIS (16-bit gray from id 256 on); and
+    `mots`: the 16-bit maps of MOTS, 1000 times class id plus 1, plus track id (below 1000).
 
     Args:
-        output: folder of the run.
-        vocabulary: of the run.
+        output: Output folder of the run.
+        vocabulary: Classes of the run.
         mode: `objects`, `labels`, `davis` or `mots`.
+
+    Raises:
+        ConfigError: If `mode` is none of these.
     """
 
     def __init__(
         self, output: Path, vocabulary: Vocabulary, mode: Literal["objects", "labels", "davis", "mots"] = "objects"
     ) -> None:
-        if mode not in ("objects", "labels", "davis", "mots"):
-            raise ConfigError(f"sink.masks.mode must be objects, labels, davis or mots, got {mode!r}")
-        self.folder = Path(output) / "masks"
-        self.vocabulary, self.mode = vocabulary, mode
-        self.names, self.count = UniqueNames(), 0
+        check_choice("sink.masks.mode", mode, ("objects", "labels", "davis", "mots"))
+        self.folder, self.vocabulary, self.mode = Path(output) / "masks", vocabulary, mode
+        self._names = UniqueNames()
+        self._num_files = 0
 
     def __enter__(self) -> MasksSink:
         return self
 
     def write(self, result: FrameResult) -> None:
-        found = result.detections
-        if found.mask is None and len(found):
+        """Write the masks of a frame.
+
+        Raises:
+            ConfigError: If there are no masks, or in the modes for tracks no track ids or too many for `mots`.
+        """
+        if result.detections.mask is None and len(result.detections):
             raise ConfigError("sink=masks needs masks; choose a segmenter other than none")
         if self.mode == "objects":
-            self._objects(result)
+            self._write_objects(result)
         elif self.mode == "labels":
-            self._labels(result)
+            self._write_class_map(result)
         else:
-            self._tracks(result)
+            self._write_track_map(result)
 
-    def _objects(self, result: FrameResult) -> None:
+    def _write_objects(self, result: FrameResult) -> None:
+        """Write one image per object."""
         from PIL import Image
 
-        found, folder = result.detections, self.folder / self.names(result.frame.name, "")
-        for old in folder.glob("[0-9][0-9][0-9]*_*.png"):  # of an earlier run into the same place
+        detections, folder = result.detections, self.folder / self._names(result.frame.name, "")
+        for old in folder.glob("[0-9][0-9][0-9]*_*.png"):  # from an earlier run with the same output
             old.unlink()
-        for i, name in enumerate(found.data.get("class_name", [])):
-            assert found.mask is not None
+        for i, name in enumerate(detections.data.get("class_name", [])):
+            assert detections.mask is not None
             with atomic_write(folder / f"{i:03d}_{safe_filename(str(name))}.png") as part:
-                Image.fromarray(np.asarray(found.mask[i], np.uint8) * 255).save(part, format="PNG")
-            self.count += 1
+                Image.fromarray(np.asarray(detections.mask[i], np.uint8) * 255).save(part, format="PNG")
+            self._num_files += 1
 
-    def _labels(self, result: FrameResult) -> None:
-        from PIL import Image
+    def _write_class_map(self, result: FrameResult) -> None:
+        """Write a map of class ids plus 1, and before the first one the legend."""
+        palette = None
+        if len(self.vocabulary) <= 255:
+            colors = [sv.ColorPalette.DEFAULT.by_idx(i).as_rgb() for i in range(255)]
+            palette = [0, 0, 0, *(channel for color in colors for channel in color)]
+        if not self._num_files:
+            legend = {0: "background"} | {i + 1: name for i, name in enumerate(self.vocabulary.classes)}
+            atomic_write_text(self.folder / "legend.json", json.dumps(legend, ensure_ascii=False, indent=1))
+        assert result.detections.class_id is not None
+        path = self.folder / self._names(result.frame.name, ".png")
+        save_label_map(path, self._paint(result, result.detections.class_id + 1), palette)
+        self._num_files += 1
 
-        found = result.detections
-        few = len(self.vocabulary) <= 255
-        values = np.zeros(result.frame.size_hw, np.uint8 if few else np.uint16)
-        for i in np.argsort(found.confidence, kind="stable") if found.confidence is not None else ():
-            assert found.mask is not None and found.class_id is not None
-            values[np.asarray(found.mask[i], bool)] = found.class_id[i] + 1
-        picture = Image.fromarray(values)
-        if few:
-            colours = [sv.ColorPalette.DEFAULT.by_idx(i).as_rgb() for i in range(255)]
-            picture.putpalette([0, 0, 0, *(channel for colour in colours for channel in colour)])
-        if not self.count:
-            with atomic_write(self.folder / "legend.json") as part:
-                legend = {0: "background"} | {i + 1: name for i, name in enumerate(self.vocabulary.classes)}
-                part.write_text(json.dumps(legend, ensure_ascii=False, indent=1), encoding="utf-8")
-        with atomic_write(self.folder / self.names(result.frame.name, ".png")) as part:
-            picture.save(part, format="PNG")
-        self.count += 1
-
-    def _tracks(self, result: FrameResult) -> None:
-        from PIL import Image
-
-        found = result.detections
-        if found.tracker_id is None:
+    def _write_track_map(self, result: FrameResult) -> None:
+        """Write a map of track ids, as DAVIS or MOTS has it."""
+        ids = result.detections.tracker_id
+        if ids is None:
             raise ConfigError(
                 f"sink.masks.mode={self.mode} needs tracks: a video as input, and a tracker other than none"
             )
-        values = np.zeros(result.frame.size_hw, np.uint16)
-        assert found.confidence is not None and found.class_id is not None
-        for i in np.argsort(found.confidence, kind="stable"):
-            assert found.mask is not None
-            number = int(found.tracker_id[i])
-            if self.mode == "mots" and number > 999:
-                raise ConfigError(f"sink.masks.mode=mots holds track ids up to 999, but there is track {number}")
-            ahead = 1000 * (int(found.class_id[i]) + 1) if self.mode == "mots" else 0
-            values[np.asarray(found.mask[i], bool)] = ahead + number
-        few = self.mode == "davis" and values.max(initial=0) <= 255
-        picture = Image.fromarray(values.astype(np.uint8) if few else values)
-        if few:
-            picture.putpalette(davis_palette())
-        with atomic_write(self.folder / self.names(Path(result.frame.name).with_suffix("").as_posix(), ".png")) as part:
-            picture.save(part, format="PNG")
-        self.count += 1
+        values, palette = np.asarray(ids, np.int64), None
+        if self.mode == "mots":
+            if values.max(initial=0) > 999:
+                raise ConfigError(f"sink.masks.mode=mots holds track ids up to 999, got track {values.max()}")
+            assert result.detections.class_id is not None
+            values = 1000 * (result.detections.class_id + 1) + values
+        label_map = self._paint(result, values)
+        if self.mode == "davis" and label_map.max(initial=0) <= 255:
+            palette = davis_palette()
+        path = self.folder / self._names(Path(result.frame.name).with_suffix("").as_posix(), ".png")
+        save_label_map(path, label_map, palette)
+        self._num_files += 1
+
+    def _paint(self, result: FrameResult, values: np.ndarray) -> np.ndarray:
+        """Paint a value per detection, the more confident ones on top."""
+        confidence = result.detections.confidence
+        assert confidence is not None
+        order = np.argsort(confidence, kind="stable").tolist()
+        return paint_masks(result.detections, values, order, result.frame.size_hw)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -121,6 +122,6 @@ class MasksSink:
         return None
 
     def summary(self) -> str:
-        maps = {"objects": "masks", "labels": "label maps (legend.json says what the values mean)"}
-        what = maps.get(self.mode, "maps of tracks")
-        return f"{self.count} {what} in {self.folder}"
+        """Return the number of files and the folder."""
+        kinds = {"objects": "masks", "labels": "class maps (values are explained in legend.json)"}
+        return f"{self._num_files} {kinds.get(self.mode, 'track maps')}: {self.folder}"

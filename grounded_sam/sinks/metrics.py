@@ -1,11 +1,11 @@
-"""How good it is: what was found against labels of the same images or videos."""
+"""Measure detections, masks and tracks against the labels of the same images or videos."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Literal
 
-from grounded_sam.config.hydra import in_sweep
+from grounded_sam.checks import check_bool, check_choice, check_int, check_number
 from grounded_sam.errors import ConfigError
 from grounded_sam.evaluation.image_metrics import ImageMetrics
 from grounded_sam.evaluation.video_metrics import VideoMetrics
@@ -23,32 +23,33 @@ def metrics_sink(
     errors: int | None = None,
     precision: float | None = None,
     objects: Literal["best", "ids", "one"] = "best",
+    in_sweep: bool = False,
 ) -> ImageMetrics | VideoMetrics:
-    """Metrics of images or of videos, as the labels are.
+    """Return the metrics for images or for videos, depending on the labels.
 
     Args:
-        output: folder of the run.
-        vocabulary: of the run.
-        truth: labels; see `truth.read_truth`.
-        iou, metric, precision: see `ImageMetrics`; `VideoMetrics` has the first two.
-        errors: images drawn under `errors/`; None for 24, but none for a job of a sweep.
-        objects: see `VideoMetrics`.
+        output: Folder of the run.
+        vocabulary: Classes of the run.
+        truth: Path of the ground truth; see `read_ground_truth` for its formats.
+        iou: IoU at or above which a detection matches a label, above 0 and up to 1.
+        metric: Name of the value that a sweep optimizes.
+        errors: Number of images that are drawn in `errors/`; None for 24, or 0 in a sweep.
+        precision: Precision that the thresholds in `classes.yaml` must reach; None for the best F1. Images only.
+        objects: How tracks are matched to objects: best J&F, the same id, or all as one object. Videos only.
+        in_sweep: Whether the run is a job of a sweep, which draws no images in `errors/` by default.
 
     Raises:
-        ConfigError: for a value out of its range; if the truth cannot be read, or has not the classes asked for.
+        ConfigError: If a value is out of range, or the ground truth cannot be read or lacks classes of the run.
     """
     if truth is None:
-        raise ConfigError("sink=metrics needs labels to measure against: truth=instances.json")
-    if isinstance(iou, bool) or not isinstance(iou, int | float) or not 0 < iou <= 1:
-        raise ConfigError(f"sink.metrics.iou must be a number above 0 and up to 1, got {iou!r}")
+        raise ConfigError("sink=metrics needs ground truth: truth=instances.json")
+    check_number("sink.metrics.iou", iou, 0, 1, above=True)
+    check_int("sink.metrics.errors", errors, 0, optional=True)
+    check_number("sink.metrics.precision", precision, 0, 1, above=True, optional=True)
+    check_bool("sink.metrics.in_sweep", in_sweep)
+    check_choice("sink.metrics.objects", objects, ("best", "ids", "one"))
     if errors is None:
-        errors = 0 if in_sweep() else 24
-    if isinstance(errors, bool) or not isinstance(errors, int) or errors < 0:
-        raise ConfigError(f"sink.metrics.errors must be a whole number from 0, got {errors!r}")
-    if precision is not None and (isinstance(precision, bool) or not 0 < precision <= 1):
-        raise ConfigError(f"sink.metrics.precision must be null or a number above 0 and up to 1, got {precision!r}")
-    if objects not in ("best", "ids", "one"):
-        raise ConfigError(f"sink.metrics.objects must be best, ids or one, got {objects!r}")
+        errors = 0 if in_sweep else 24
     labels = read_ground_truth(truth)
     if isinstance(labels, LabelledVideos):
         return VideoMetrics(output, vocabulary, labels, float(iou), metric, errors, objects)

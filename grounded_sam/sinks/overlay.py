@@ -1,4 +1,4 @@
-"""Pictures and videos with masks, boxes and labels drawn on them."""
+"""Images and videos with masks, boxes and labels drawn on them."""
 
 from __future__ import annotations
 
@@ -7,27 +7,34 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from grounded_sam.errors import ConfigError
+from grounded_sam.checks import check_choice, check_int
 from grounded_sam.files import UniqueNames, atomic_write
 from grounded_sam.media.draw import draw_detections
 from grounded_sam.media.mp4 import Mp4Writer
 from grounded_sam.structures.results import FrameResult
 from grounded_sam.structures.vocabulary import Vocabulary
 
+#: Longest side that a JPEG can have, in pixels.
+MAX_JPEG_SIDE = 65_500
+
 
 class OverlaySink:
-    """Under `overlay/` one picture per picture and one MP4 per video, at their original size.
+    """Write one image per image and one MP4 per video under `overlay/`, at their original size.
 
     Args:
-        output: folder of the run.
-        vocabulary: of the run.
-        format: of pictures, `jpg` or `png`.
-        masks, boxes, labels: what to draw.
-        opacity: of the masks, 0 to 1.
-        colour_by: `class`, or `object` to tell objects of one class apart; None: `object` where there are
-            tracks, else `class`.
-        sound_from: a video file, or a folder of them, whose sound annotated videos get; None for none.
-        crf: quality of videos, 0 (lossless) to 51.
+        output: Output folder of the run.
+        vocabulary: Classes of the run.
+        format: Format of images, `jpg` or `png`.
+        masks: Whether to draw masks.
+        boxes: Whether to draw boxes.
+        labels: Whether to write class names, scores and track ids.
+        opacity: Opacity of masks, 0 to 1.
+        colour_by: One color per `class` or per `object`; None for per object where there are tracks, else per class.
+        sound_from: Video file, or a folder of them, whose audio the annotated videos get; None for no audio.
+        crf: Constant rate factor of videos, 0 (lossless) to 51.
+
+    Raises:
+        ConfigError: If a setting is not one of its choices, or out of range.
     """
 
     def __init__(
@@ -43,54 +50,54 @@ class OverlaySink:
         sound_from: str | int | None = None,
         crf: int = 20,
     ) -> None:
-        if format not in ("jpg", "png"):
-            raise ConfigError(f"sink.overlay.format must be jpg or png, got {format!r}")
-        if colour_by not in ("class", "object", None):
-            raise ConfigError(f"sink.overlay.colour_by must be class, object or null, got {colour_by!r}")
-        if isinstance(crf, bool) or not isinstance(crf, int) or not 0 <= crf <= 51:
-            raise ConfigError(f"sink.overlay.crf must be a whole number from 0 to 51, got {crf!r}")
-        self.folder = Path(output) / "overlay"
-        self.format, self.masks, self.boxes, self.labels = format, masks, boxes, labels
-        self.opacity, self.colour_by = opacity, colour_by
+        check_choice("sink.overlay.format", format, ("jpg", "png"))
+        check_choice("sink.overlay.colour_by", colour_by, ("class", "object"), optional=True)
+        check_int("sink.overlay.crf", crf, 0, 51)
+        self.folder, self.format, self.crf = Path(output) / "overlay", format, crf
+        self.masks, self.boxes, self.labels = masks, boxes, labels
+        self.opacity, self.color_by, self.palette = opacity, colour_by, vocabulary.palette()
         self.sound_from = None if sound_from is None else os.path.expanduser(str(sound_from))
-        self.crf = crf
-        self.palette = vocabulary.palette()
-        self.names, self.count = UniqueNames(), 0
-        self.clips = 0
-        self._current: tuple[str, Mp4Writer] | None = None  # the video on its way
+        self._names = UniqueNames()
+        self._num_images = self._num_videos = 0
+        self._current: tuple[str, Mp4Writer] | None = None  # name and writer of the video that is being written
 
     def __enter__(self) -> OverlaySink:
         return self
 
     def write(self, result: FrameResult) -> None:
+        """Draw a frame."""
         from PIL import Image
 
         frame = result.frame
-        picture = draw_detections(
+        drawn = draw_detections(
             frame.image,
             result.detections,
-            self.masks,
-            self.boxes,
-            self.labels,
-            self.opacity,
-            self.colour_by,
-            self.palette,
+            masks=self.masks,
+            boxes=self.boxes,
+            labels=self.labels,
+            opacity=self.opacity,
+            color_by=self.color_by,
+            palette=self.palette,
         )
         if frame.video is not None:
-            if self._current is None or self._current[0] != frame.video:
-                self._close()  # an encoder holds frames, so there is one at a time
-                path = self.folder / self.names(frame.video, ".mp4")
-                self._current = frame.video, Mp4Writer(path, self._sound(frame.video), self.crf)
-                self.clips += 1
-            self._current[1].write(picture, frame.time_s or 0.0)
+            self._writer(frame.video).write(drawn, frame.time_s or 0.0)
             return
-        kind = "png" if max(picture.shape) > 65_500 else self.format  # more, JPEG cannot hold
-        with atomic_write(self.folder / self.names(result.frame.name, f".{kind}")) as part:
-            Image.fromarray(picture).save(part, format="JPEG" if kind == "jpg" else "PNG", quality=92)
-        self.count += 1
+        suffix = "png" if max(drawn.shape) > MAX_JPEG_SIDE else self.format
+        with atomic_write(self.folder / self._names(frame.name, f".{suffix}")) as part:
+            Image.fromarray(drawn).save(part, format="JPEG" if suffix == "jpg" else "PNG", quality=92)
+        self._num_images += 1
 
-    def _sound(self, video: str) -> str | None:
-        """The file that a video came from: `sound_from` itself, or the one of that name in it."""
+    def _writer(self, video: str) -> Mp4Writer:
+        """Return the writer of a video; the one before is closed, since an encoder holds frames in memory."""
+        if self._current is None or self._current[0] != video:
+            self._close()
+            path = self.folder / self._names(video, ".mp4")
+            self._current = video, Mp4Writer(path, self._sound_file(video), self.crf)
+            self._num_videos += 1
+        return self._current[1]
+
+    def _sound_file(self, video: str) -> str | None:
+        """Return the file of a video: `sound_from` itself, or the file of that name in it."""
         if self.sound_from is None or not os.path.isdir(self.sound_from):
             return self.sound_from
         return os.path.join(self.sound_from, video)
@@ -106,5 +113,6 @@ class OverlaySink:
             self._current = None
 
     def summary(self) -> str:
-        counts = [f"{n} {what}" for n, what in ((self.count, "pictures"), (self.clips, "videos")) if n]
-        return f"{' and '.join(counts) or 'nothing'} in {self.folder}"
+        """Return the numbers of images and videos and the folder."""
+        counts = [f"{n} {noun}" for n, noun in ((self._num_images, "images"), (self._num_videos, "videos")) if n]
+        return f"{' and '.join(counts) or 'no images'} with detections drawn: {self.folder}"

@@ -4,155 +4,129 @@ from __future__ import annotations
 
 import math
 import shutil
-from pathlib import Path
-from types import TracebackType
-from typing import IO, Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 from xml.etree import ElementTree
 
 import numpy as np
-from numpy.typing import NDArray
+import supervision as sv
 
-from grounded_sam.files import atomic_write
-from grounded_sam.media.draw import davis_palette
-from grounded_sam.sinks.dataset_images import DatasetImages, Handling
-from grounded_sam.sinks.splits import Splits
+from grounded_sam.files import PendingFile, atomic_write, atomic_write_text
+from grounded_sam.media.draw import davis_palette, paint_masks, save_label_map
+from grounded_sam.sinks.base import DatasetSink
+from grounded_sam.sinks.dataset_images import ImageMode
 from grounded_sam.structures.results import FrameResult
-from grounded_sam.structures.vocabulary import Vocabulary
+
+#: Folders of the label maps.
+LABEL_MAPS = ("SegmentationObject", "SegmentationClass")
 
 
-class VocSink:
-    """Under `voc/` the folders of VOC2012: Annotations, JPEGImages, SegmentationClass, SegmentationObject, ImageSets.
+@dataclass(eq=False)
+class VocSink(DatasetSink):
+    """Write a dataset with the folders of VOC2012 under `voc/`.
 
-    Boxes are whole pixels from 1, both ends included. In `SegmentationObject` pixel value k is the k-th
-    `object` of the XML; in `SegmentationClass` it is class id plus 1 (`classes.txt` has the names in that order);
-    where two overlap the smaller lies on top. Beyond 254 values PNGs are 16-bit gray, which VOC does not
-    know. `score` is an extra element of an object. Supervision's writer has no masks but polygons without
-    holes, one object per part.
+    They are Annotations, JPEGImages, SegmentationClass, SegmentationObject and ImageSets. Boxes are whole pixels
+    counted from 1, both ends included. In `SegmentationObject` the pixel value k is the k-th `object` of the XML; in
+    `SegmentationClass` it is the class id plus 1 (`classes.txt` has the names in that order). Where two masks overlap,
+    the smaller is on top. With more than 254 values PNGs are 16-bit gray, which VOC does not know. `score` is an
+    additional element of an object. Supervision's writer has no masks but polygons without holes, one object per part.
 
     Args:
-        output: folder of the run.
-        vocabulary: of the run.
-        split: parts by share, see `Splits`; without it all is `train`.
-        seed: of the split.
-        images: `link`, `copy` or `none`; see `Pictures`.
+        output: Output folder of the run.
+        vocabulary: Classes of the run.
+        split: Share of each split, see `splits.Splits`; without it all images are in `train`.
+        seed: Seed of the split.
+        images: `link`, `copy` or `none`; see `dataset_images.DatasetImages`.
     """
 
-    def __init__(
-        self,
-        output: Path,
-        vocabulary: Vocabulary,
-        split: dict[str, float] | None = None,
-        seed: int = 0,
-        images: Handling = "link",
-    ) -> None:
-        self.folder, self.vocabulary = Path(output) / "voc", vocabulary
-        self.split, self.pictures = Splits(split, seed), DatasetImages(images, "sink.voc.images")
-        self.images = self.objects = 0
-        self._lists: dict[str, IO[str]] = {}
-        self._masks = False  # whether there are any
-        self._bare: list[tuple[str, tuple[int, int]]] = []  # images without objects
+    name: ClassVar[str] = "voc"
 
-    def __enter__(self) -> VocSink:
-        return self
+    images: ImageMode = "link"
+    _image_sets: dict[str, PendingFile] = field(default_factory=dict, init=False, repr=False)
+    _has_masks: bool = field(default=False, init=False, repr=False)
+    _empty_images: list[tuple[str, tuple[int, int]]] = field(default_factory=list, init=False, repr=False)
 
-    def write(self, result: FrameResult) -> None:
-        if not self.images:
-            self.split.claim(self.folder)
-        frame, found = result.frame, result.detections
-        part, stem = self.split(frame) or "train", self.pictures.stem(frame)
-        picture = self.pictures.put(frame, self.folder / "JPEGImages", stem)
-        self._list(part, stem)
-        with atomic_write(self.folder / "Annotations" / f"{stem}.xml") as beside:
-            tree = self._tree(result, picture)
-            ElementTree.indent(tree)
-            beside.write_bytes(ElementTree.tostring(tree, encoding="utf-8", xml_declaration=True))
-        if not len(found):
-            self._bare.append((stem, frame.size_hw))
-        elif found.mask is not None:
-            assert found.class_id is not None
-            self._masks = True
-            order = np.argsort(-np.asarray(found.mask).sum((1, 2)), kind="stable")
-            for name, values in (
-                ("SegmentationObject", np.arange(1, len(found) + 1)),
-                ("SegmentationClass", found.class_id + 1),
-            ):
-                pixels = np.zeros(frame.size_hw, np.uint16)
-                for i in order:
-                    pixels[np.asarray(found.mask[i], bool)] = values[i]
-                self._save(self.folder / name / f"{stem}.png", pixels)
-        self.images += 1
-        self.objects += len(found)
+    def _write(self, result: FrameResult) -> int:
+        frame, detections = result.frame, result.detections
+        split, stem = self._splits(frame) or "train", self._image_files.unique_stem(frame)
+        image_name = self._image_files.save(frame, self.folder / "JPEGImages", stem)
+        self._image_set(split).text.write(f"{stem}\n")
+        tree = _annotation(result, image_name)
+        ElementTree.indent(tree)
+        with atomic_write(self.folder / "Annotations" / f"{stem}.xml") as part:
+            part.write_bytes(ElementTree.tostring(tree, encoding="utf-8", xml_declaration=True))
+        if not len(detections):
+            self._empty_images.append((stem, frame.size_hw))
+        elif detections.mask is not None:
+            self._has_masks = True
+            self._write_label_maps(detections, frame.size_hw, stem)
+        return len(detections)
 
-    def _list(self, part: str, *stems: str) -> None:
-        if part not in self._lists:
-            folder = self.folder / "ImageSets" / "Main"
-            folder.mkdir(parents=True, exist_ok=True)
-            self._lists[part] = (folder / f".{part}.txt.part").open("w", encoding="utf-8")
-        self._lists[part].writelines(f"{stem}\n" for stem in stems)
+    def _image_set(self, split: str) -> PendingFile:
+        """Return the list of the images of a split."""
+        if split not in self._image_sets:
+            self._image_sets[split] = PendingFile(self.folder / "ImageSets" / "Main" / f"{split}.txt")
+        return self._image_sets[split]
 
-    def _tree(self, result: FrameResult, picture: str) -> ElementTree.Element:
-        frame, found = result.frame, result.detections
-        height, width = frame.size_hw
-        root = ElementTree.Element("annotation")
-        folder, _, name = picture.rpartition("/")
-        _add(root, "folder", "/".join(filter(None, ["JPEGImages", folder])))
-        _add(root, "filename", name)
-        size = ElementTree.SubElement(root, "size")
-        for key, value in (("width", width), ("height", height), ("depth", 3)):
-            _add(size, key, value)
-        _add(root, "segmented", int(found.mask is not None))
-        for i in range(len(found)):
-            assert found.confidence is not None
-            one = ElementTree.SubElement(root, "object")
-            x1, y1, x2, y2 = found.xyxy[i].tolist()
-            edges = (x1 <= 0, y1 <= 0, x2 >= width, y2 >= height)
-            _add(one, "name", found.data["class_name"][i])
-            _add(one, "pose", "Unspecified")
-            _add(one, "truncated", int(any(edges)))
-            _add(one, "difficult", 0)
-            _add(one, "score", round(float(found.confidence[i]), 6))
-            box = ElementTree.SubElement(one, "bndbox")
-            corners = (math.floor(x1) + 1, math.floor(y1) + 1, math.ceil(x2), math.ceil(y2))
-            for key, value in zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True):
-                _add(box, key, value)
-        return root
+    def _write_label_maps(self, detections: sv.Detections, size_hw: tuple[int, int], stem: str) -> None:
+        """Write the label maps of objects and of classes."""
+        assert detections.class_id is not None
+        areas = [] if detections.mask is None else [int(np.asarray(mask).sum()) for mask in detections.mask]
+        order = sorted(range(len(areas)), key=lambda i: -areas[i])
+        for folder, values in zip(LABEL_MAPS, (np.arange(len(detections)) + 1, detections.class_id + 1), strict=True):
+            label_map = paint_masks(detections, values, order, size_hw)
+            has_colors = label_map.max(initial=0) <= 254  # VOC reserves 255 for pixels to ignore
+            save_label_map(self.folder / folder / f"{stem}.png", label_map, davis_palette() if has_colors else None)
 
-    def _save(self, path: Path, pixels: NDArray[np.uint16]) -> None:
-        from PIL import Image
-
-        few = pixels.max(initial=0) <= 254  # 255 is what VOC leaves out
-        picture = Image.fromarray(pixels.astype(np.uint8) if few else pixels)
-        if few:
-            picture.putpalette(davis_palette())
-        with atomic_write(path) as beside:
-            picture.save(beside, format="PNG")
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if not self._lists:
-            return
-        for part in self.split.names or ["train"]:
-            self._list(part)
-        for part, lines in self._lists.items():
-            lines.close()
-            place = Path(lines.name).with_name(f"{part}.txt")
-            Path(lines.name).replace(place)
-            if self._masks:
-                with atomic_write(self.folder / "ImageSets" / "Segmentation" / place.name) as beside:
-                    shutil.copyfile(place, beside)
-        for stem, size_hw in self._bare if self._masks else ():
-            for name in ("SegmentationObject", "SegmentationClass"):
-                self._save(self.folder / name / f"{stem}.png", np.zeros(size_hw, np.uint16))
-        if self._lists:
-            with atomic_write(self.folder / "classes.txt") as beside:
-                beside.write_text("".join(f"{name}\n" for name in self.vocabulary.classes), encoding="utf-8")
+    def _close(self) -> None:
+        for split in self._splits.names or ["train"]:
+            self._image_set(split).text.flush()  # also those without images
+        for image_set in self._image_sets.values():
+            image_set.commit()
+            if self._has_masks:
+                with atomic_write(self.folder / "ImageSets" / "Segmentation" / image_set.path.name) as part:
+                    shutil.copyfile(image_set.path, part)
+        if self._has_masks:
+            for stem, size_hw in self._empty_images:
+                self._write_label_maps(sv.Detections.empty(), size_hw, stem)
+        atomic_write_text(self.folder / "classes.txt", "".join(f"{name}\n" for name in self.vocabulary.classes))
 
     def summary(self) -> str:
-        return f"{self.objects} objects of {self.images} images for Pascal VOC in {self.folder}"
+        """Return the counts and the folder."""
+        return f"{self._counts()} for Pascal VOC: {self.folder}"
+
+
+def _annotation(result: FrameResult, image_name: str) -> ElementTree.Element:
+    """Return the XML of one image."""
+    frame, detections = result.frame, result.detections
+    height, width = frame.size_hw
+    root = ElementTree.Element("annotation")
+    folder, _, name = image_name.rpartition("/")
+    _add(root, "folder", "/".join(filter(None, ["JPEGImages", folder])))
+    _add(root, "filename", name)
+    size = ElementTree.SubElement(root, "size")
+    for key, value in (("width", width), ("height", height), ("depth", 3)):
+        _add(size, key, value)
+    _add(root, "segmented", int(detections.mask is not None))
+    for i in range(len(detections)):
+        assert detections.confidence is not None
+        element = ElementTree.SubElement(root, "object")
+        x1, y1, x2, y2 = detections.xyxy[i].tolist()
+        is_truncated = x1 <= 0 or y1 <= 0 or x2 >= width or y2 >= height
+        _add(element, "name", detections.data["class_name"][i])
+        _add(element, "pose", "Unspecified")
+        _add(element, "truncated", int(is_truncated))
+        _add(element, "difficult", 0)
+        _add(element, "score", round(float(detections.confidence[i]), 6))
+        box = ElementTree.SubElement(element, "bndbox")
+        corners = (math.floor(x1) + 1, math.floor(y1) + 1, math.ceil(x2), math.ceil(y2))
+        for key, value in zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True):
+            _add(box, key, value)
+    return root
 
 
 def _add(parent: ElementTree.Element, key: str, value: Any) -> None:
-    # Control characters, which a file name may have, cannot stand in XML.
+    """Append an element with a text."""
+    # File names can have control characters, which XML cannot.
     text = "".join(c for c in str(value) if c in "\t\n\r" or ord(c) >= 32)
     ElementTree.SubElement(parent, key).text = text

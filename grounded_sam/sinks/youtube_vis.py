@@ -3,111 +3,139 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
 from grounded_sam.errors import ConfigError
 from grounded_sam.files import atomic_write
+from grounded_sam.sinks.coco import json_header
 from grounded_sam.structures.masks import coco_segmentation, mask_area
 from grounded_sam.structures.results import FrameResult
 from grounded_sam.structures.vocabulary import Vocabulary
 
 
-class YoutubeVisSink:
-    """`youtube_vis.json` as the YouTube-VIS (2019, 2021) and OVIS tools read it.
+@dataclass
+class _Video:
+    """An entry of `videos`, with the keys of the format."""
 
-    `videos` list their `file_names`; an annotation is a track, with `segmentations` (COCO RLE or null),
-    `bboxes` and `areas` per frame, `category_id` (of the ontology, or class id plus 1), `score` and `track_id`.
-    Masks wait in a hidden file, of which only places are held.
+    id: int
+    width: int
+    height: int
+    length: int = 0
+    file_names: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Track:
+    """A track, whose masks are in the temporary file.
+
+    Attributes:
+        class_id: Class in its last frame so far.
+        score: Confidence there.
+        offsets: By position in the video, the offset of the frame's line in the temporary file.
+    """
+
+    class_id: int
+    score: float
+    offsets: dict[int, int] = field(default_factory=dict)
+
+
+class YoutubeVisSink:
+    """Write `youtube_vis.json` as the tools of YouTube-VIS (2019, 2021) and OVIS read it.
+
+    `videos` list their `file_names`; an annotation is a track, with `segmentations` (COCO RLE or null), `bboxes` and
+    `areas` per frame, `category_id` (of the ontology, or class id plus 1), `score` and `track_id`. Masks go to a
+    temporary file during the run, so that they are not kept in memory.
 
     Args:
-        output: folder of the run.
-        vocabulary: of the run.
+        output: Output folder of the run.
+        vocabulary: Classes of the run.
     """
 
     def __init__(self, output: Path, vocabulary: Vocabulary) -> None:
         self.path, self.vocabulary = Path(output) / "youtube_vis.json", vocabulary
-        self.videos: dict[str, dict[str, Any]] = {}
-        # (video, track) to its frames' places in the file, and the class and score last seen
-        self.tracks: dict[tuple[str, int], dict[str, Any]] = {}
-        self._masks: IO[bytes] | None = None
+        self._videos: dict[str, _Video] = {}
+        self._tracks: dict[tuple[str, int], _Track] = {}  # by name of the video and tracker id
+        self._lines: IO[bytes] | None = None
 
     def __enter__(self) -> YoutubeVisSink:
         return self
 
     def write(self, result: FrameResult) -> None:
-        frame, found = result.frame, result.packed
-        if found.tracker_id is None:
+        """Write the objects of a frame.
+
+        Raises:
+            ConfigError: If they have no track ids.
+        """
+        frame, detections = result.frame, result.packed
+        if detections.tracker_id is None:
             raise ConfigError("sink=youtube_vis needs tracks: a video as input, and a tracker other than none")
-        if self._masks is None:
+        if self._lines is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._masks = (self.path.parent / f".{self.path.name}.masks").open("w+b")
+            # Without a name, so that nothing is left when the process is killed.
+            self._lines = tempfile.TemporaryFile("w+b", dir=self.path.parent)  # noqa: SIM115
         name = frame.video or "video"
         height, width = frame.size_hw
-        video = self.videos.setdefault(
-            name, {"id": len(self.videos) + 1, "width": width, "height": height, "length": 0, "file_names": []}
-        )
-        for i, tracker_id in enumerate(found.tracker_id.tolist()):
-            assert found.class_id is not None and found.confidence is not None and "rle" in found.data
-            track = self.tracks.setdefault((name, tracker_id), {"places": {}})
-            track |= {"class_id": int(found.class_id[i]), "score": float(found.confidence[i])}
-            x1, y1, x2, y2 = (round(float(v), 3) for v in found.xyxy[i])
+        video = self._videos.setdefault(name, _Video(len(self._videos) + 1, width, height))
+        for i, tracker_id in enumerate(detections.tracker_id.tolist()):
+            assert detections.class_id is not None and detections.confidence is not None and "rle" in detections.data
+            class_id, score = int(detections.class_id[i]), float(detections.confidence[i])
+            track = self._tracks.setdefault((name, tracker_id), _Track(class_id, score))
+            track.class_id, track.score = class_id, score
+            x1, y1, x2, y2 = (round(float(value), 3) for value in detections.xyxy[i])
             entry = {
-                "rle": coco_segmentation(found, i),
-                "area": mask_area(found, i),
-                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "segmentations": coco_segmentation(detections, i),
+                "bboxes": [x1, y1, x2 - x1, y2 - y1],
+                "areas": mask_area(detections, i),
             }
-            track["places"][video["length"]] = self._masks.tell()
-            self._masks.write(json.dumps(entry).encode() + b"\n")
-        video["length"] += 1
-        video["file_names"].append(frame.name)
+            track.offsets[video.length] = self._lines.tell()
+            self._lines.write(json.dumps(entry).encode() + b"\n")
+        video.length += 1
+        video.file_names.append(frame.name)
 
     def _annotations(self) -> Iterator[dict[str, Any]]:
-        for number, ((name, tracker_id), track) in enumerate(self.tracks.items(), 1):
-            video = self.videos[name]
+        """Yield the entry of each track."""
+        for annotation_id, ((name, tracker_id), track) in enumerate(self._tracks.items(), 1):
+            video = self._videos[name]
             entries = {}
-            assert self._masks is not None
-            for frame, place in track["places"].items():
-                self._masks.seek(place)
-                entries[frame] = json.loads(self._masks.readline())
-            columns: dict[str, list[Any]] = {
-                key: [entries[t][one] if t in entries else None for t in range(video["length"])]
-                for key, one in (("segmentations", "rle"), ("bboxes", "bbox"), ("areas", "area"))
-            }
+            assert self._lines is not None
+            for position, offset in track.offsets.items():
+                self._lines.seek(offset)
+                entries[position] = json.loads(self._lines.readline())
             yield {
-                "id": number,
-                "video_id": video["id"],
-                "category_id": self.vocabulary.category_ids[track["class_id"]],
+                "id": annotation_id,
+                "video_id": video.id,
+                "category_id": self.vocabulary.category_ids[track.class_id],
                 "track_id": tracker_id,
-                "score": round(track["score"], 6),
+                "score": round(track.score, 6),
                 "iscrowd": 0,
-                "width": video["width"],
-                "height": video["height"],
-                "length": video["length"],
-                **columns,
+                "width": video.width,
+                "height": video.height,
+                "length": video.length,
+                **{
+                    key: [entries[position][key] if position in entries else None for position in range(video.length)]
+                    for key in ("segmentations", "bboxes", "areas")
+                },
             }
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is not None and not self.videos:
+        if kind is not None and not self._videos:
             return
-        head = {
-            "info": {"description": "Made with grounded_sam"},
-            "licenses": [],
-            "categories": self.vocabulary.categories(),
-            "videos": list(self.videos.values()),
-        }
+        header = json_header(self.vocabulary, videos=[asdict(video) for video in self._videos.values()])
         with atomic_write(self.path) as part, part.open("w", encoding="utf-8") as out:
-            out.write(json.dumps(head, ensure_ascii=False)[:-1] + ',\n"annotations": [')
+            out.write(header + ',\n"annotations": [')
             for number, annotation in enumerate(self._annotations()):
                 out.write((",\n" if number else "\n") + json.dumps(annotation))
             out.write("\n]}\n")
-        if self._masks is not None:
-            self._masks.close()
-            Path(self._masks.name).unlink()
+        if self._lines is not None:
+            self._lines.close()
 
     def summary(self) -> str:
-        return f"{len(self.tracks)} tracks in {self.path}"
+        """Return the number of tracks and the path of the file."""
+        return f"{len(self._tracks)} tracks in {len(self._videos)} videos: {self.path}"

@@ -1,1 +1,1 @@
-"""Where frames come from; one class a file."""
+"""Where frames come from; one class per file."""

@@ -1,40 +1,52 @@
-"""Pictures and videos, whatever the input holds."""
+"""Images and videos, whichever the input has."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 
 from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.media.files import find_files, relative_name
 from grounded_sam.media.images import MAX_PIXELS
 from grounded_sam.media.video import is_stream
 from grounded_sam.sources.images import ImageSource
+from grounded_sam.sources.inputs import check_input
 from grounded_sam.sources.shards import check_shard, shard_of
 from grounded_sam.sources.video import VideoSource
 from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.protocols import Lookup
 from grounded_sam.structures.results import FrameResult, Skipped
 
 
 class AutoSource:
-    """Pictures as `Images` reads them, then every video, one after the other, as `Video` does.
+    """Images as `ImageSource` reads them, followed by each video as `VideoSource` does.
 
-    The input is a picture, a video, a folder of both, a glob or a list of paths of both, a camera's number
-    or a URL. Pictures of a folder are photos, each by itself; `source=video` takes them as frames. A file
-    that cannot be read is put into `skipped` and the rest goes on.
+    Images of a folder are independent photos; `source=video` reads them as frames of one video. Files that cannot be
+    read are added to `skipped`.
 
     Args:
-        input: see `Images` and `Video`.
-        start, stop, stride, max_side: of videos; see `Video`.
-        max_pixels: larger pictures are refused before they are decoded.
-        shard, num_shards: of the pictures, and of the videos, take only the `shard`-th of so many parts.
+        input: An image, a video, a folder, glob or list of paths with both, a camera index, or a URL.
+        start: Number of the first frame of each video.
+        stop: Number of the frame to stop before; None for the end.
+        stride: Keep every `stride`-th frame.
+        max_side: Scale frames down to this longer side, in pixels; None for no limit.
+        max_pixels: Larger images and frames are refused before they are decoded.
+        shard: Which part of the images, and of the videos, to take, from 0.
+        num_shards: Number of parts.
+
+    Attributes:
+        images: Source of the images; None if there are none.
+        videos: One source per video.
+        is_single: Whether the input is a single image or video.
 
     Raises:
-        ConfigError: if the input is missing or holds neither.
-        ImageError: while iterating, if the input is one single file and that cannot be read.
+        ConfigError: If the input is missing, or has neither images nor videos.
+        ImageError: While iterating, if the input is a single file and cannot be read.
+
+    >>> len(AutoSource("builtin:demo", stop=5))  # four images and a video
+    9
     """
 
     def __init__(
@@ -48,70 +60,60 @@ class AutoSource:
         shard: int = 0,
         num_shards: int = 1,
     ) -> None:
+        path_or_url = check_input(
+            input, "an image, a video, a folder, a glob or a .txt file of paths, e.g. input=photos/"
+        )
         check_shard(shard, num_shards)
         self.num_shards = num_shards
-
-        def video(path: Any, name: str | None = None) -> VideoSource:
-            return VideoSource(path, start, stop, stride, max_side, max_pixels=max_pixels, name=name)
-
         self.images: ImageSource | None = None
         self.videos: list[VideoSource] = []
-        self._passed: list[Skipped] = []
-        self._stored: Callable[[str, list[Path]], Iterable[FrameResult] | None] | None = None
-        if input is not None and is_stream(input):
-            self.videos, self.single = [video(input)], True
+        self._failed: list[Skipped] = []  # videos that cannot be opened
+        open_video = partial(
+            VideoSource, start=start, stop=stop, stride=stride, max_side=max_side, max_pixels=max_pixels
+        )
+        if is_stream(path_or_url):
+            self.videos, self.is_single = [open_video(path_or_url)], True
             return
-        pictures, clips, root = find_files(str(input)) if input is not None and str(input) else ([], [], None)
-        self.single = len(pictures) + len(clips) == 1
-        if pictures or root is None:
-            self.images = ImageSource(None if input is None else str(input), max_pixels, shard, num_shards)
-            self.images.skipped.clear()  # the videos
-        elif not clips:
-            raise ConfigError(f"no picture and no video in {input}")
-        assert root is not None
-        for clip in shard_of(clips, shard, num_shards):
+        files = find_files(path_or_url)
+        if not files.images and not files.videos:
+            raise ConfigError(f"no image and no video in {input}")
+        self.is_single = len(files.images) + len(files.videos) == 1
+        if files.images:
+            self.images = ImageSource(replace(files, videos=[]), max_pixels, shard, num_shards)
+        for path in shard_of(files.videos, shard, num_shards):
+            name = relative_name(path, files.root)
             try:
-                self.videos.append(video(clip, relative_name(clip, root)))
-            except ConfigError as error:  # a link to nowhere, a line of a list
-                if self.single or clip.is_file():  # or a setting that is wrong for all
+                self.videos.append(open_video(path, name=name))
+            except ConfigError as error:
+                if self.is_single or path.is_file():  # a setting is wrong, which is so for all videos
                     raise
-                self._passed.append(Skipped(relative_name(clip, root), str(error)))
-
-    @property
-    def stored(self) -> Callable[[str, list[Path]], Iterable[FrameResult] | None] | None:
-        """See `stages.Source`; pictures and videos ask for themselves."""
-        return self._stored
-
-    @stored.setter
-    def stored(self, ask: Callable[[str, list[Path]], Iterable[FrameResult] | None] | None) -> None:
-        self._stored = ask
-        if self.images is not None:
-            self.images.stored = ask
-        for video in self.videos:
-            video.stored = ask
+                self._failed.append(Skipped(name, str(error)))  # a broken link, or a path in a list
 
     @property
     def skipped(self) -> list[Skipped]:
         """Files that could not be used, or not to their end."""
-        parts = [self.images.skipped if self.images else [], *(video.skipped for video in self.videos)]
-        return [skipped for part in [*parts, self._passed] for skipped in part]
-
-    def skip(self, skipped: Skipped) -> None:
-        """Note a frame that a later stage could not use."""
-        self._passed.append(skipped)
+        parts = [
+            self.images.skipped if self.images is not None else [],
+            *(video.skipped for video in self.videos),
+            self._failed,
+        ]
+        return [skipped for part in parts for skipped in part]
 
     def __iter__(self) -> Iterator[Frame | FrameResult]:
+        return self.resume(lambda name, files: None)
+
+    def resume(self, lookup: Lookup) -> Iterator[Frame | FrameResult]:
+        """Yield the stored results of each image and video that has some, else its frames."""
         if self.images is not None:
-            yield from self.images
+            yield from self.images.resume(lookup)
         for video in self.videos:
             try:
-                with closing(iter(video)) as frames:  # type: ignore[type-var]
-                    yield from frames
+                yield from video.resume(lookup)
             except ImageError as error:
-                if self.single:
+                if self.is_single:
                     raise
-                video.skipped.clear()  # it says the same
-                self._passed.append(Skipped(video.name, str(error).removeprefix(f"{video.input}: ")))
+                if not video.skipped:  # else it says the same
+                    self._failed.append(Skipped(video.name, str(error).removeprefix(f"{video.decoder.input}: ")))
 
     def __len__(self) -> int:
         return (len(self.images) if self.images is not None else 0) + sum(len(video) for video in self.videos)

@@ -1,4 +1,4 @@
-"""Labels that exist already, as COCO instances."""
+"""Existing labels of images, as COCO instances."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from grounded_sam.errors import ConfigError, ImageError
+from grounded_sam.errors import ImageError
 from grounded_sam.formats.coco import CocoFile
 from grounded_sam.media.images import MAX_PIXELS, read_image
+from grounded_sam.sources.inputs import check_input
 from grounded_sam.sources.shards import check_shard, shard_of
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.results import Skipped
@@ -21,17 +22,22 @@ from grounded_sam.structures.results import Skipped
 class CocoSource:
     """The images of a COCO file with their annotations, for `detector=stored`.
 
-    Pictures are opened when a stage or sink wants their pixels.
+    Images are opened when a stage or sink needs their pixels.
 
     Args:
-        input: a COCO instances file, or a file of results.
-        dataset: for results, the COCO file with their images and categories.
-        images: the folder that its file names are relative to; None for that of the file, or `images` in it.
-        max_pixels: larger pictures are refused before they are decoded.
-        shard, num_shards: of the images take only the `shard`-th of so many parts.
+        input: A COCO instances file, or a file of results.
+        images: Folder that file names are relative to; None for the folder of the file, or `images` in it.
+        dataset: For results, the COCO file with their images and categories.
+        max_pixels: Larger images are refused before they are decoded.
+        shard: Which part of the images to take, from 0.
+        num_shards: Number of parts.
+
+    Attributes:
+        vocabulary: Categories of the file.
+        skipped: Annotations that could not be used.
 
     Raises:
-        ConfigError: if the file cannot be read or is no COCO file; see `coco.CocoFile`.
+        ConfigError: If the file cannot be read, or is not a COCO file; see `formats.coco.CocoFile`.
     """
 
     def __init__(
@@ -43,18 +49,16 @@ class CocoSource:
         shard: int = 0,
         num_shards: int = 1,
     ) -> None:
-        if input is None or not str(input):
-            raise ConfigError("input is missing: give a COCO file, e.g. input=instances.json")
+        path = Path(check_input(input, "a COCO file, e.g. input=instances.json")).expanduser()
         check_shard(shard, num_shards)
-        about = None if dataset is None else Path(str(dataset)).expanduser()
-        self.file = CocoFile(Path(str(input)).expanduser(), about)
+        dataset_path = None if dataset is None else Path(str(dataset)).expanduser()
+        self.file = CocoFile(path, dataset_path)
         self.vocabulary = self.file.vocabulary
         self.skipped: list[Skipped] = list(self.file.notes)
-        self.max_pixels = max_pixels
-        self.num_shards = num_shards
+        self.max_pixels, self.num_shards = max_pixels, num_shards
         self._images = shard_of(self.file.images, shard, num_shards)
-        beside = (about or self.file.path).parent
-        self.folders = [Path(str(images)).expanduser()] if images else [beside, beside / "images"]
+        folder = (dataset_path or self.file.path).parent
+        self.folders = [Path(str(images)).expanduser()] if images else [folder, folder / "images"]
 
     def __len__(self) -> int:
         return len(self._images)
@@ -65,23 +69,36 @@ class CocoSource:
             path = next((p for folder in self.folders if (p := folder / name).is_file()), self.folders[0] / name)
             video = image.get("video")
             yield Frame(
-                partial(self._read, path, size_hw),
-                index if video is None else image.get("frame", index),
-                name,
-                image.get("time_s"),
-                video,
-                path,
-                size_hw,
-                self.file.detections(image),
+                pixels=partial(self._read, path, size_hw),
+                index=index if video is None else image.get("frame", index),
+                name=name,
+                time_s=image.get("time_s"),
+                video=video,
+                file=path,
+                size=size_hw,
+                annotations=self.file.detections(image),
             )
 
     def _read(self, path: Path, size_hw: tuple[int, int]) -> NDArray[np.uint8]:
         if not path.is_file():
-            raise ImageError(f"{path}: no such file; source.images says where the pictures are")
-        image = read_image(path, self.max_pixels)
-        if image.shape[:2] != size_hw:
-            height, width = size_hw
-            raise ImageError(
-                f"{path}: {image.shape[1]}x{image.shape[0]} px, but {width}x{height} px in {self.file.path.name}"
-            )
-        return image
+            raise ImageError(f"{path}: no such file; set source.images to the folder of the images")
+        return read_image_of_size(path, size_hw, self.max_pixels, self.file.path.name)
+
+
+def read_image_of_size(path: Path, size_hw: tuple[int, int], max_pixels: int, labels: str) -> NDArray[np.uint8]:
+    """Read an image whose labels say how large it is.
+
+    Args:
+        path: The image.
+        size_hw: Height and width according to the labels.
+        max_pixels: Larger images are refused before they are decoded.
+        labels: Name of the labels, for messages.
+
+    Raises:
+        ImageError: If the image cannot be read, or has another size.
+    """
+    image = read_image(path, max_pixels)
+    if image.shape[:2] != size_hw:
+        height, width = size_hw
+        raise ImageError(f"{path}: {image.shape[1]}x{image.shape[0]} px, but {width}x{height} px in {labels}")
+    return image

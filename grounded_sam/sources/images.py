@@ -1,94 +1,99 @@
-"""Pictures from a file, a folder, a glob or a list of paths."""
+"""Images from a file, a folder, a glob or a list of paths."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing
 from pathlib import Path
 
+from grounded_sam.checks import check_int
 from grounded_sam.errors import ConfigError, ImageError
-from grounded_sam.media.files import (
-    find_files,
-    relative_name,
-)
+from grounded_sam.media.files import InputFiles, find_files, relative_name
 from grounded_sam.media.images import MAX_PIXELS, read_image
 from grounded_sam.media.prefetch import prefetch
+from grounded_sam.sources.inputs import check_input
 from grounded_sam.sources.shards import check_shard, shard_of
 from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.protocols import Lookup
 from grounded_sam.structures.results import FrameResult, Skipped
+
+#: Images that are decoded ahead.
+AHEAD = 2
 
 
 class ImageSource:
-    """Pictures, decoded one at a time in natural order of their paths.
+    """Images, decoded one at a time in natural order of their paths.
 
-    In a folder every file with a picture's suffix counts, and files without a suffix that are
-    pictures. It is searched recursively, also through links, but hidden files and the outputs of
-    earlier runs are left out. Videos in it are listed as skipped. A file that cannot be read is put
-    into `skipped` and the rest goes on.
+    A folder is searched recursively, also through links, for files with an image suffix and for images without a
+    suffix; hidden files and the outputs of earlier runs are left out. Videos are listed in `skipped`, as are files that
+    cannot be read.
 
     Args:
-        input: a picture, a folder, a glob (`photos/**/*.jpg`), a `.txt` file with one path a line
-            (relative ones are relative to it), or `builtin:demo`.
-        max_pixels: larger pictures are refused before they are decoded.
-        shard, num_shards: of the pictures take only the `shard`-th of so many parts.
+        input: An image, a folder, a glob (`photos/**/*.jpg`), a `.txt` file with one path per line (relative ones are
+            relative to it), or `builtin:demo`; in Python also files that `media.files.find_files` returned.
+        max_pixels: Larger images are refused before they are decoded.
+        shard: Which part of the images to take, from 0.
+        num_shards: Number of parts.
+
+    Attributes:
+        skipped: Files that could not be used.
 
     Raises:
-        ConfigError: if the input is missing or holds no picture.
-        ImageError: while iterating, if the input is one single file and that cannot be read.
+        ConfigError: If the input is missing, or has no image.
+        ImageError: While iterating, if the input is a single file and cannot be read.
+
+    >>> [frame.image.shape for frame in ImageSource("builtin:demo", num_shards=4)]
+    [(340, 480, 3)]
     """
 
     def __init__(
         self,
-        input: str | os.PathLike[str] | None,
+        input: str | os.PathLike[str] | InputFiles | None,
         max_pixels: int = MAX_PIXELS,
         shard: int = 0,
         num_shards: int = 1,
     ) -> None:
-        if input is None or not str(input):
-            raise ConfigError(
-                "input is missing: give a picture, a folder, a glob or a .txt file of paths, e.g. input=photos/"
-            )
-        if not isinstance(max_pixels, int) or max_pixels < 1:
-            raise ConfigError(f"source.max_pixels must be a whole number from 1, got {max_pixels!r}")
+        path = check_input(input, "an image, a folder, a glob or a .txt file of paths, e.g. input=photos/")
+        check_int("source.max_pixels", max_pixels, 1)
         check_shard(shard, num_shards)
-        self.max_pixels = max_pixels
-        self.skipped: list[Skipped] = []
-        self.stored: Callable[[str, list[Path]], Iterable[FrameResult] | None] | None = None
-        self.files, videos, self.root = find_files(str(input))
-        self.single = len(self.files) == 1 and Path(str(input)) == self.files[0]
-        if not self.files:
-            if videos:
-                raise ConfigError(f"no picture in {input}, only videos; source=auto or source=video takes those")
-            raise ConfigError(f"no picture in {input}")
-        self.skipped += [Skipped(self.name(path), "a video; source=images reads pictures") for path in videos]
-        self.num_shards = num_shards
-        self.files = shard_of(self.files, shard, num_shards)
+        self.max_pixels, self.num_shards = max_pixels, num_shards
+        files = input if isinstance(input, InputFiles) else find_files(path)
+        if not files.images:
+            hint = ", only videos; use source=auto or source=video" if files.videos else ""
+            raise ConfigError(f"no image in {input}{hint}")
+        self.root, self.is_single = files.root, files.is_file
+        self.skipped = [Skipped(self.name(path), "a video; source=images reads images") for path in files.videos]
+        self.files = shard_of(files.images, shard, num_shards)
 
     def __len__(self) -> int:
         return len(self.files)
 
     def __iter__(self) -> Iterator[Frame | FrameResult]:
-        with closing(prefetch(self._decoded(), 2)) as frames:
+        return self.resume(lambda name, files: None)
+
+    def resume(self, lookup: Lookup) -> Iterator[Frame | FrameResult]:
+        """Yield the stored result of each image that has one, else the decoded image."""
+        with closing(prefetch(self._decode(lookup), AHEAD)) as frames:
             yield from frames
 
-    def _decoded(self) -> Generator[Frame | FrameResult]:
+    def _decode(self, lookup: Lookup) -> Generator[Frame | FrameResult]:
         index = 0
         for path in self.files:
-            if self.stored is not None and (results := self.stored(self.name(path), [path])) is not None:
+            name = self.name(path)
+            if (results := lookup(name, [path])) is not None:
                 yield from results
                 continue
             try:
                 image = read_image(path, self.max_pixels)
             except ImageError as error:
-                if self.single:
+                if self.is_single:
                     raise
-                reason = str(error).removeprefix(f"{path}: ")
-                self.skipped.append(Skipped(self.name(path), reason))
+                self.skipped.append(Skipped(name, str(error).removeprefix(f"{path}: ")))
                 continue
-            yield Frame(image, index, self.name(path), file=path)
+            yield Frame(pixels=image, index=index, name=name, file=path)
             index += 1
 
     def name(self, path: Path) -> str:
-        """The path relative to the input, with `/`; bytes that are no UTF-8 as `\\xNN`."""
+        """Return the name of an image in the output: its path relative to the input, with `/`."""
         return relative_name(path, self.root)

@@ -1,4 +1,4 @@
-"""What an earlier run stored, once more through the pipeline."""
+"""What an earlier run stored."""
 
 from __future__ import annotations
 
@@ -6,29 +6,33 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 
-from grounded_sam.errors import ConfigError
 from grounded_sam.formats.store import StoreReader, find_store
 from grounded_sam.media.images import MAX_PIXELS
+from grounded_sam.sources.inputs import check_input
 from grounded_sam.sources.shards import check_shard, shard_of
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.results import Skipped
 
 
 class StoreSource:
-    """The images of a store with what was found in them, for `detector=stored`.
+    """The images of a store with their detections, for `detector=stored`.
 
-    Pictures and videos are opened when a stage or sink wants their pixels, where they lay when they were
-    stored. What could not be used then is listed again.
+    Images and videos are opened when a stage or sink needs their pixels, at the paths where they were. Files that could
+    not be used then are listed in `skipped` again.
 
     Args:
-        input: the folder of a store, or the output that has one.
-        root: where the pictures lie now, if they were moved: the folder that their names are relative to.
-        max_pixels: larger pictures are refused before they are decoded.
-        shard, num_shards: of the images take only the `shard`-th of so many parts; frames of one video go
-            together.
+        input: Folder of a store, or the output folder that has one.
+        root: Folder that names in the store are relative to, if the images were moved; None for their old paths.
+        max_pixels: Larger images are refused before they are decoded.
+        shard: Which part of the images to take, from 0; frames of one video stay together.
+        num_shards: Number of parts.
+
+    Attributes:
+        vocabulary: Classes of the store.
+        skipped: Files that could not be used.
 
     Raises:
-        ConfigError: if there is no store, or one of a newer version, or a part of it is damaged.
+        ConfigError: If there is no store, it is of a newer version, or a part of it is damaged.
     """
 
     def __init__(
@@ -39,10 +43,9 @@ class StoreSource:
         shard: int = 0,
         num_shards: int = 1,
     ) -> None:
-        if input is None or not str(input):
-            raise ConfigError("input is missing: give a folder that sink=store wrote, e.g. input=labels")
+        folder = check_input(input, "a folder that sink=store wrote, e.g. input=labels")
         check_shard(shard, num_shards)
-        self._reader = StoreReader(find_store(str(input)), max_pixels, None if root is None else str(root))
+        self._reader = StoreReader(find_store(folder), max_pixels, None if root is None else str(root))
         self.vocabulary = self._reader.vocabulary
         self.skipped: list[Skipped] = list(self._reader.skipped.values())
         self.num_shards = num_shards
@@ -54,4 +57,4 @@ class StoreSource:
     def __iter__(self) -> Iterator[Frame]:
         for key in self._keys:
             for result in self._reader.read(key, self.vocabulary):
-                yield replace(result.frame, found=result.detections)
+                yield replace(result.frame, annotations=result.detections)

@@ -1,45 +1,70 @@
-"""Prompts by hand instead of text: points, boxes and masks, each with a class name."""
+"""Prompts by hand: points, boxes and masks, each with a class name."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import supervision as sv
 from numpy.typing import NDArray
 
-from grounded_sam.errors import ConfigError
+from grounded_sam.checks import check_int
+from grounded_sam.errors import ConfigError, ImageError
+from grounded_sam.media.images import read_image
+from grounded_sam.structures.detections import empty_detections, make_detections
 from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.masks import masks_to_xyxy
+from grounded_sam.structures.vocabulary import Vocabulary
 
 _KEYS = {"class", "points", "labels", "box", "mask", "image", "frame", "object"}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Click:
-    """One object that a person pointed at."""
+    """The prompts of one object.
 
-    name: str
-    points: NDArray[np.float32] | None  # (p, 2)
-    labels: NDArray[np.int64] | None  # (p,)
-    box: NDArray[np.float32] | None  # (4,)
-    mask: Path | NDArray[np.bool_] | None
-    image: str | None
+    Attributes:
+        class_name: Class of the object.
+        points: `(p, 2) float32`, pixels.
+        labels: `(p,) int64`, 1 for a point on the object, 0 for one on the background.
+        box: `(4,) float32`, xyxy in pixels.
+        mask: Path of a mask image, or a mask `(H, W) bool`.
+        image: Name of the image, or the end of it; None for every image.
+        frame: Frame number in a video; None for the first frame.
+        object: `tracker_id` of the object in a video; None for a new one.
+    """
+
+    class_name: str
+    points: NDArray[np.float32] | None = None
+    labels: NDArray[np.int64] | None = None
+    box: NDArray[np.float32] | None = None
+    mask: Path | NDArray[np.bool_] | None = None
+    image: str | None = None
     frame: int | None = None
     object: int | None = None
 
-    def holds_for(self, frame: Frame) -> bool:
-        """Whether it is for every picture, or names this one."""
+    def matches(self, frame: Frame) -> bool:
+        """Return whether the prompts are for this image, or for every image."""
         return self.image is None or f"/{frame.name}".endswith(f"/{self.image}")
 
 
 def read_click(entry: Any, where: str, folder: Path) -> Click:
-    """Check one entry; see `Clicks`.
+    """Read one entry; see `Clicks` for its keys.
+
+    Args:
+        entry: The entry.
+        where: Name of the entry, for messages.
+        folder: Folder that a relative path of a mask is relative to.
 
     Raises:
-        ConfigError: naming the entry and what is wrong with it.
+        ConfigError: If the entry is malformed, naming it.
+
+    >>> read_click({"class": "cup", "points": [320, 200]}, "clicks[0]", Path()).points.tolist()
+    [[320.0, 200.0]]
     """
     if not isinstance(entry, Mapping):
         raise ConfigError(f"{where}: expected a mapping with class and points, box or mask, got {entry!r}")
@@ -51,66 +76,208 @@ def read_click(entry: Any, where: str, folder: Path) -> Click:
     if not entry.get("class"):
         raise ConfigError(f"{where}: class is missing")
     if not any(entry.get(key) is not None for key in ("points", "box", "mask")):
-        raise ConfigError(f"{where}: give points, a box or a mask")
-
-    def numbers(key: str, shape: tuple[int, ...]) -> NDArray[np.float32] | None:
-        if entry.get(key) is None:
-            return None
-        try:
-            values = np.array(entry[key], np.float32)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"{where}: {key} must be numbers, got {entry[key]!r}") from error
-        if key == "points" and values.shape == (2,):
-            values = values[None]
-        fits = values.ndim == len(shape) and all(
-            want in (-1, got) for want, got in zip(shape, values.shape, strict=True)
-        )
-        if not fits or not values.size or not np.isfinite(values).all():
-            form = {"points": "[[x, y], ...]", "box": "[x1, y1, x2, y2]", "labels": "[1, 0, ...]"}[key]
-            raise ConfigError(f"{where}: {key} must be {form}, got {entry[key]!r}")
-        return values
-
-    points, box = numbers("points", (-1, 2)), numbers("box", (4,))
-    labels: NDArray[np.float32] | None = numbers("labels", (-1,))
+        raise ConfigError(f"{where}: expected points, a box or a mask")
+    box = _numbers(entry, "box", (4,), where)
     if box is not None and not (box[0] < box[2] and box[1] < box[3]):
         raise ConfigError(f"{where}: box must have x1 < x2 and y1 < y2, got {entry['box']!r}")
-    if points is not None:
-        labels = np.ones(len(points), np.float32) if labels is None else labels
-        if len(labels) != len(points) or not set(labels.tolist()) <= {0, 1}:
-            raise ConfigError(
-                f"{where}: labels must be one of 1 (on it) or 0 (beside it) per point, got {entry.get('labels')!r}"
-            )
-    elif labels is not None:
-        raise ConfigError(f"{where}: labels without points")
-    mask: Any = entry.get("mask")
-    if isinstance(mask, np.ndarray):
-        if mask.ndim != 2 or mask.dtype != bool:
-            raise ConfigError(f"{where}: mask must be an array (H, W) of bool, got {mask.dtype} of shape {mask.shape}")
-    elif mask is not None:
-        mask = folder / Path(str(mask)).expanduser()
-        if not mask.is_file():
-            raise ConfigError(f"{where}: there is no mask {mask}")
-    for key, least in (("frame", 0), ("object", 1)):
-        value = entry.get(key)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-            raise ConfigError(f"{where}: {key} must be a whole number from {least}, got {value!r}")
+    points, labels = _points(entry, where)
+    check_int(f"{where}: frame", entry.get("frame"), 0, optional=True)
+    check_int(f"{where}: object", entry.get("object"), 1, optional=True)
     return Click(
-        name=str(entry["class"]).strip(),
+        class_name=str(entry["class"]).strip(),
         points=points,
-        labels=None if points is None or labels is None else labels.astype(np.int64),
+        labels=labels,
         box=box,
-        mask=mask,
+        mask=_mask(entry.get("mask"), where, folder),
         image=None if entry.get("image") is None else str(entry["image"]),
         frame=entry.get("frame"),
         object=entry.get("object"),
     )
 
 
-def read_json_entries(path: Path, key: str) -> list[Any]:
-    """The entries of a JSON file that `key` names.
+def _numbers(entry: Mapping[str, Any], key: str, shape: tuple[int, ...], where: str) -> NDArray[np.float32] | None:
+    """Read numbers of a given shape, where -1 stands for any length; None if the key is absent."""
+    if entry.get(key) is None:
+        return None
+    try:
+        values = np.array(entry[key], np.float32)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{where}: {key} must be numbers, got {entry[key]!r}") from error
+    if key == "points" and values.shape == (2,):
+        values = values[None]
+    fits = values.ndim == len(shape) and all(want in (-1, got) for want, got in zip(shape, values.shape, strict=True))
+    if not fits or not values.size or not np.isfinite(values).all():
+        form = {"points": "[[x, y], ...]", "box": "[x1, y1, x2, y2]", "labels": "[1, 0, ...]"}[key]
+        raise ConfigError(f"{where}: {key} must be {form}, got {entry[key]!r}")
+    return values
+
+
+def _points(entry: Mapping[str, Any], where: str) -> tuple[NDArray[np.float32] | None, NDArray[np.int64] | None]:
+    """Read points and their labels."""
+    points, labels = _numbers(entry, "points", (-1, 2), where), _numbers(entry, "labels", (-1,), where)
+    if points is None:
+        if labels is not None:
+            raise ConfigError(f"{where}: labels without points")
+        return None, None
+    labels = np.ones(len(points), np.float32) if labels is None else labels
+    if len(labels) != len(points) or not set(labels.tolist()) <= {0, 1}:
+        raise ConfigError(
+            f"{where}: labels must have one value per point, 1 (on the object) or 0 (background), "
+            f"got {entry.get('labels')!r}"
+        )
+    return points, labels.astype(np.int64)
+
+
+def _mask(mask: Any, where: str, folder: Path) -> Path | NDArray[np.bool_] | None:
+    """Check a mask, and resolve its path."""
+    if mask is None:
+        return None
+    if isinstance(mask, np.ndarray):
+        if mask.ndim != 2 or mask.dtype != bool:
+            raise ConfigError(f"{where}: mask must be an array (H, W) of bool, got {mask.dtype} of shape {mask.shape}")
+        return mask
+    path = folder / Path(str(mask)).expanduser()
+    if not path.is_file():
+        raise ConfigError(f"{where}: mask {path} does not exist")
+    return path
+
+
+class Clicks:
+    """Prompts by hand for images, or for objects of a video.
+
+    An entry has `class` (a name) and at least one of
+
+    - `points`: `[[x, y], ...]` in pixels, with `labels`, 1 on the object or 0 on the background (default: all 1);
+    - `box`: `[x1, y1, x2, y2]` in pixels;
+    - `mask`: an image of the same size that is white on the object, or in Python an array `(H, W) bool`.
+
+    `image` (a name as in the output, or the end of one) restricts an entry to one image. In a video an entry applies
+    to frame number `frame` or to `image`, by default to the first frame. `object` is the `tracker_id` of the object: it
+    starts a track or, on a later frame, corrects it; by default the object is new.
+
+    Args:
+        entries: Entries, or the path of a JSON file with a list of them. Paths of masks are relative to that file.
+        key: Name of the setting, for messages.
+
+    Attributes:
+        clicks: The entries, parsed.
+        vocabulary: Their classes.
+        ids: Ids that entries give to objects, sorted.
 
     Raises:
-        ConfigError: if it cannot be read or holds no list.
+        ConfigError: If there are no entries, the file cannot be read, or an entry is malformed.
+
+    >>> Clicks([{"class": "cup", "box": [10, 10, 50, 50]}]).vocabulary.classes
+    ('cup',)
+    """
+
+    def __init__(self, entries: str | Sequence[Mapping[str, Any]] | None, key: str = "clicks") -> None:
+        if not entries:
+            raise ConfigError(
+                f"{key} is missing: give a JSON file or entries, e.g. '{key}=[{{class: car, points: [[300, 200]]}}]'"
+            )
+        folder = Path()
+        if isinstance(entries, str):
+            path = Path(entries).expanduser()
+            folder, entries = path.parent, read_json_entries(path, key)
+        self.clicks = [read_click(entry, f"{key}[{i}]", folder) for i, entry in enumerate(entries)]
+        self.vocabulary = Vocabulary.parse([click.class_name for click in self.clicks])
+        self.ids = sorted({click.object for click in self.clicks if click.object is not None})
+
+    def for_image(self, frame: Frame) -> list[Click]:
+        """Select the entries that apply to an image."""
+        return [click for click in self.clicks if click.matches(frame)]
+
+    def for_video_frame(self, frame: Frame, position: int) -> list[Click]:
+        """Select the entries that apply to a frame of a video.
+
+        Args:
+            frame: The frame.
+            position: Its position among the frames that are processed, from 0.
+        """
+        return [
+            click
+            for click in self.for_image(frame)
+            if (position == 0 if click.frame is None and click.image is None else click.frame in (None, frame.index))
+        ]
+
+    def to_detections(self, clicks: Sequence[Click], frame: Frame, vocabulary: Vocabulary) -> sv.Detections:
+        """Convert entries to detections of a frame, as prompts for a segmenter or tracker.
+
+        Args:
+            clicks: Some of the entries.
+            frame: The frame that they apply to.
+            vocabulary: Classes that `class_id` refers to.
+
+        Returns:
+            Detections with confidence 1 and, as columns of `data`, `points` and `labels` and `prompt_mask` (object
+            arrays, None where not given) and `prompt_box` (bool). `xyxy` encloses the prompts.
+
+        Raises:
+            ConfigError: If the vocabulary lacks a class.
+            ImageError: If a prompt lies outside the frame, or a mask has another size.
+        """
+        unknown = sorted({click.class_name for click in self.clicks} - set(vocabulary.classes))
+        if unknown:
+            raise ConfigError(
+                f"clicks name classes that are not in text: {', '.join(map(repr, unknown))}; "
+                f"text has {', '.join(map(repr, vocabulary.classes))}"
+            )
+        if not clicks:
+            return empty_detections(vocabulary)
+        columns: dict[str, NDArray[Any]] = {
+            key: np.full(len(clicks), None, object) for key in ("points", "labels", "prompt_mask")
+        }
+        columns["prompt_box"] = np.array([click.box is not None for click in clicks])
+        boxes = np.zeros((len(clicks), 4), np.float32)
+        for i, click in enumerate(clicks):
+            if click.mask is not None:
+                mask = _read_mask(click.mask, frame)
+                columns["prompt_mask"][i] = mask
+                boxes[i] = masks_to_xyxy(mask[None])[0]
+            if click.points is not None and click.labels is not None:
+                _check_inside(click.points, frame)
+                columns["points"][i], columns["labels"][i] = click.points, click.labels
+                on = click.points[click.labels == 1] if click.labels.any() else click.points
+                boxes[i] = [*on.min(0), *(on.max(0) + 1)]
+            if click.box is not None:
+                _check_overlaps(click.box, frame)
+                boxes[i] = click.box
+        ids = [vocabulary.classes.index(click.class_name) for click in clicks]
+        return make_detections(boxes, np.ones(len(clicks)), ids, vocabulary, frame.size_hw, **columns)
+
+
+def _read_mask(mask: Path | NDArray[np.bool_], frame: Frame) -> NDArray[np.bool_]:
+    """Load the mask of an entry, `(H, W) bool`, of the frame's size."""
+    height, width = frame.size_hw
+    array = mask if isinstance(mask, np.ndarray) else read_image(mask)[..., 0] > 127
+    if array.shape != (height, width):
+        name = "mask" if isinstance(mask, np.ndarray) else f"mask {mask}"
+        raise ImageError(f"{name} is {array.shape[1]}x{array.shape[0]} px, but {frame.name} is {width}x{height} px")
+    return array
+
+
+def _check_inside(points: NDArray[np.float32], frame: Frame) -> None:
+    height, width = frame.size_hw
+    if (points < 0).any() or (points >= [width, height]).any():
+        raise ImageError(f"points {points.tolist()} lie outside {frame.name}, which is {width}x{height} px")
+
+
+def _check_overlaps(box: NDArray[np.float32], frame: Frame) -> None:
+    height, width = frame.size_hw
+    if box[0] >= width or box[1] >= height or box[2] <= 0 or box[3] <= 0:
+        raise ImageError(f"box {box.tolist()} lies outside {frame.name}, which is {width}x{height} px")
+
+
+def read_json_entries(path: Path, key: str) -> list[Any]:
+    """Read a JSON file that holds a list of entries.
+
+    Args:
+        path: The file.
+        key: Setting that names it, for messages.
+
+    Raises:
+        ConfigError: If it cannot be read, or holds no list.
     """
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))

@@ -1,12 +1,12 @@
-"""`supervision.Detections` as the interchange type: how it is made here and what holds of it.
+"""`supervision.Detections` as the interchange type between stages: how it is made, and its rules.
 
 xyxy                (n, 4) float32, pixels, 0 <= x1 < x2 <= W and 0 <= y1 < y2 <= H
 confidence          (n,) float32, 0 to 1
 class_id            (n,) int64, index into the vocabulary
-mask                (n, H, W) bool, or None before a segmenter ran
+mask                (n, H, W) bool, or None before segmentation
 data["class_name"]  (n,) str
-data["mask_score"]  (n,) float32, the segmenter's own estimate of IoU, where a segmenter ran
-tracker_id          (n,) int64, one per object and video, or None where nothing is tracked
+data["mask_score"]  (n,) float32, the segmenter's own estimate of IoU, after segmentation
+tracker_id          (n,) int64, one per object and video, or None without tracking
 """
 
 from __future__ import annotations
@@ -19,9 +19,7 @@ import supervision as sv
 from numpy.typing import NDArray
 
 from grounded_sam.errors import GroundedSamError
-from grounded_sam.structures.masks import (
-    masks_to_xyxy,
-)
+from grounded_sam.structures.masks import masks_to_xyxy, replace_masks
 from grounded_sam.structures.vocabulary import Vocabulary
 
 
@@ -34,111 +32,144 @@ def make_detections(
     mask: NDArray[np.bool_] | None = None,
     **data: Any,
 ) -> sv.Detections:
-    """Detections that keep to the rules of this module.
+    """Make detections that follow the rules of this module.
 
-    Boxes are clipped to the image; those with nothing inside it are dropped.
+    Boxes are clipped to the image; those outside of it, empty or not finite are dropped.
 
     Args:
         xyxy: `(n, 4)` pixels.
         confidence: `(n,)`, 0 to 1.
         class_id: `(n,)`, index into `vocabulary.classes`.
-        size_hw: height and width of the image.
+        vocabulary: Classes.
+        size_hw: Height and width of the image.
         mask: `(n, H, W) bool`.
-        data: more columns, each `(n, ...)`.
+        data: More columns, each `(n, ...)`.
+
+    >>> words = Vocabulary.parse(["car"])
+    >>> make_detections([[-5, 0, 5, 9], [20, 20, 30, 30]], [0.9, 0.8], [0, 0], words, (10, 10)).xyxy.tolist()
+    [[0.0, 0.0, 5.0, 9.0]]
     """
     height, width = size_hw
     boxes = np.array(xyxy, np.float32).reshape(-1, 4)
     boxes[:, 0::2] = boxes[:, 0::2].clip(0, width)
     boxes[:, 1::2] = boxes[:, 1::2].clip(0, height)
     ids = np.asarray(class_id, np.int64).reshape(-1)
-    found = sv.Detections(
+    detections = sv.Detections(
         xyxy=boxes,
         confidence=np.asarray(confidence, np.float32).reshape(-1),
         class_id=ids,
         mask=mask,
         data={"class_name": np.array(vocabulary.classes, dtype=str)[ids], **data},
     )
-    sound = np.isfinite(boxes).all(1) & (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
-    return found if sound.all() else found[sound]  # type: ignore[return-value]
+    valid = np.isfinite(boxes).all(1) & (boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])
+    return detections if valid.all() else detections[valid]  # type: ignore[return-value]
 
 
 def empty_detections(vocabulary: Vocabulary) -> sv.Detections:
-    """No detections, with the columns that some would have."""
+    """Make no detections, with the columns that some would have."""
     return make_detections(np.empty((0, 4)), [], [], vocabulary, (1, 1))
 
 
 def validate_detections(
-    found: sv.Detections, vocabulary: Vocabulary, size_hw: tuple[int, int], stage: str
+    detections: sv.Detections, vocabulary: Vocabulary, size_hw: tuple[int, int], stage: str
 ) -> sv.Detections:
-    """Hand detections through if they keep to the rules; for stages that others wrote.
+    """Check that the detections of a stage follow the rules of this module, and return them.
+
+    Numbers are converted to 32 bits and class names added, in place.
+
+    Args:
+        detections: Detections that a stage returned.
+        vocabulary: Classes that they refer to.
+        size_hw: Height and width of the image.
+        stage: Name of the stage, for messages.
 
     Raises:
-        GroundedSamError: naming the stage, the rule, and what came.
+        GroundedSamError: If they break a rule, naming the stage, the rule and the value.
     """
-    n, (height, width) = len(found), size_hw
+    n, (height, width) = len(detections), size_hw
 
-    def wrong(rule: str, got: object) -> GroundedSamError:
+    def invalid(rule: str, got: object) -> GroundedSamError:
         return GroundedSamError(f"{stage}: expected {rule}, got {got}")
 
-    if found.confidence is None or found.confidence.shape != (n,):
-        raise wrong(f"confidence of shape ({n},)", None if found.confidence is None else found.confidence.shape)
-    # As files and stores hold them, so that a threshold says the same of both.
-    found.confidence, found.xyxy = found.confidence.astype(np.float32), found.xyxy.astype(np.float32)
-    if found.class_id is None or found.class_id.shape != (n,):
-        raise wrong(f"class_id of shape ({n},)", None if found.class_id is None else found.class_id.shape)
-    if n and not (found.class_id.min() >= 0 and found.class_id.max() < len(vocabulary)):
-        raise wrong(f"class_id from 0 to {len(vocabulary) - 1}", sorted(set(found.class_id.tolist())))
-    if found.mask is not None and found.mask.shape != (n, height, width):
-        raise wrong(f"masks of shape {(n, height, width)}", found.mask.shape)
-    inside = (found.xyxy >= 0) & (found.xyxy <= np.array([width, height, width, height]))
+    confidence, class_id = detections.confidence, detections.class_id
+    if confidence is None or confidence.shape != (n,):
+        raise invalid(f"confidence of shape ({n},)", None if confidence is None else confidence.shape)
+    # Files and the store hold 32 bits: a threshold then selects the same before and after.
+    detections.confidence, detections.xyxy = confidence.astype(np.float32), detections.xyxy.astype(np.float32)
+    if class_id is None or class_id.shape != (n,):
+        raise invalid(f"class_id of shape ({n},)", None if class_id is None else class_id.shape)
+    if n and not (class_id.min() >= 0 and class_id.max() < len(vocabulary)):
+        raise invalid(f"class_id from 0 to {len(vocabulary) - 1}", sorted(set(class_id.tolist())))
+    if detections.mask is not None and detections.mask.shape != (n, height, width):
+        raise invalid(f"masks of shape {(n, height, width)}", detections.mask.shape)
+    inside = (detections.xyxy >= 0) & (detections.xyxy <= np.array([width, height, width, height]))
     if not inside.all():
-        raise wrong(f"boxes inside the {width}x{height} px image", found.xyxy[~inside.all(1)][0].tolist())
-    if "class_name" not in found.data:
-        found.data["class_name"] = np.array(vocabulary.classes, dtype=str)[found.class_id]
-    return found
+        raise invalid(f"boxes inside the {width}x{height} px image", detections.xyxy[~inside.all(1)][0].tolist())
+    if "class_name" not in detections.data:
+        detections.data["class_name"] = np.array(vocabulary.classes, dtype=str)[class_id]
+    return detections
 
 
-def with_masks(found: sv.Detections, mask: NDArray[np.bool_], mask_score: NDArray[np.float32]) -> sv.Detections:
-    """The same detections, in the same order, with masks and their scores."""
-    return sv.Detections(
-        xyxy=found.xyxy,
-        mask=mask,
-        confidence=found.confidence,
-        class_id=found.class_id,
-        tracker_id=found.tracker_id,
-        data={**found.data, "mask_score": mask_score},
-        metadata=found.metadata,
-    )
+def with_masks(detections: sv.Detections, mask: NDArray[np.bool_], mask_score: NDArray[np.float32]) -> sv.Detections:
+    """Add masks and their scores to detections.
+
+    Args:
+        detections: `n` detections, which are not changed.
+        mask: `(n, H, W) bool`, in the same order.
+        mask_score: `(n,) float32`, estimated IoU.
+    """
+    return replace_masks(detections, mask, {**detections.data, "mask_score": mask_score})
 
 
 def tracked_detections(
     tracker_id: NDArray[Any], mask: NDArray[np.bool_], confidence: NDArray[Any], mask_score: NDArray[Any]
 ) -> sv.Detections:
-    """What a tracker gives: masks `(n, H, W)` with ids, without classes; objects without a pixel are dropped."""
-    seen = mask.any((1, 2))
+    """Make the detections that a tracker returns: with ids and masks, without classes.
+
+    Args:
+        tracker_id: `(n,)`.
+        mask: `(n, H, W) bool`; objects with an empty mask are dropped.
+        confidence: `(n,)`, 0 to 1.
+        mask_score: `(n,)`, estimated IoU.
+
+    >>> masks = np.array([[[True, False]], [[False, False]]])
+    >>> tracked_detections(np.array([7, 8]), masks, np.ones(2), np.ones(2)).tracker_id.tolist()
+    [7]
+    """
+    visible = mask.any((1, 2))
     return sv.Detections(
-        xyxy=masks_to_xyxy(mask[seen]),
-        mask=mask[seen],
-        confidence=np.asarray(confidence, np.float32)[seen],
-        tracker_id=np.asarray(tracker_id, np.int64)[seen],
-        data={"mask_score": np.asarray(mask_score, np.float32)[seen]},
+        xyxy=masks_to_xyxy(mask[visible]),
+        mask=mask[visible],
+        confidence=np.asarray(confidence, np.float32)[visible],
+        tracker_id=np.asarray(tracker_id, np.int64)[visible],
+        data={"mask_score": np.asarray(mask_score, np.float32)[visible]},
     )
 
 
-def select_rows(found: sv.Detections, rows: Any) -> sv.Detections:
-    """Some of the detections, by numbers or by a boolean mask, in that order."""
-    return found[np.asarray(rows) if len(rows) else np.empty(0, np.intp)]  # type: ignore[return-value]
+def select_rows(detections: sv.Detections, rows: Any) -> sv.Detections:
+    """Select detections by indices, in that order, or by a boolean mask; also if there are none."""
+    return detections[np.asarray(rows) if len(rows) else np.empty(0, np.intp)]  # type: ignore[return-value]
 
 
-def replace_tracks(found: sv.Detections, by: sv.Detections, without: Sequence[int] = ()) -> sv.Detections:
-    """Tracked detections with those of `by` instead of their own of the same ids, and without some ids."""
-    assert found.tracker_id is not None and by.tracker_id is not None
-    rest = select_rows(found, ~np.isin(found.tracker_id, [*by.tracker_id.tolist(), *without]))
-    parts = [part for part in (rest, by) if len(part)]
-    return sv.Detections.merge(parts) if parts else rest
+def replace_tracks(detections: sv.Detections, by: sv.Detections, without: Sequence[int] = ()) -> sv.Detections:
+    """Replace tracks by others with the same ids, and remove some.
+
+    Args:
+        detections: Tracked detections.
+        by: Tracked detections that replace those of the same `tracker_id`, or are added.
+        without: Ids to remove.
+    """
+    assert detections.tracker_id is not None and by.tracker_id is not None
+    others = select_rows(detections, ~np.isin(detections.tracker_id, [*by.tracker_id.tolist(), *without]))
+    parts = [part for part in (others, by) if len(part)]
+    return sv.Detections.merge(parts) if parts else others
 
 
 def merge_detections(parts: Sequence[sv.Detections], vocabulary: Vocabulary) -> sv.Detections:
-    """All detections of several parts; the columns of an empty result are there too."""
+    """Concatenate detections; an empty result has the columns too.
+
+    >>> len(merge_detections([], Vocabulary.parse(["car"])))
+    0
+    """
     filled = [part for part in parts if len(part)]
     return sv.Detections.merge(filled) if filled else empty_detections(vocabulary)

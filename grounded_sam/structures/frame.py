@@ -1,4 +1,4 @@
-"""Pictures in: one way to read a file, an array or a PIL image into upright 8-bit RGB."""
+"""One image on its way through the pipeline."""
 
 from __future__ import annotations
 
@@ -18,19 +18,22 @@ if TYPE_CHECKING:
     import supervision as sv
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class Frame:
-    """One picture on its way through the pipeline.
+    """An image, or one frame of a video.
 
     Attributes:
-        pixels: RGB, upright, `(H, W, 3) uint8`; or a function that makes it when `image` is first asked for.
-        index: its place in the source, from 0; of a video, the number of the frame in it.
-        name: its path relative to the input, with `/`; unique within a source.
-        time_s: seconds from the start of a video, else None.
-        video: name of the video that it belongs to, else None.
-        file: the picture or video file that it comes from, if it comes from one.
-        size: height and width, where pixels are made later.
-        found: what an earlier run found in it, for `detector=stored`.
+        pixels: RGB, upright, `(H, W, 3) uint8`; or a function that returns them, called when `image` is first read.
+        index: Position in the source, from 0; in a video, the frame number.
+        name: Path relative to the input, with `/`; unique within a source.
+        time_s: Seconds from the start of the video; None for an image.
+        video: Name of the video; None for an image.
+        file: Image or video file that the frame comes from, if any.
+        size: Height and width in pixels, needed where `pixels` is a function.
+        annotations: Detections that the source brings along, for `detector=stored`.
+
+    >>> Frame(pixels=np.zeros((4, 6, 3), np.uint8)).size_hw
+    (4, 6)
     """
 
     pixels: NDArray[np.uint8] | Callable[[], NDArray[np.uint8]]
@@ -40,14 +43,14 @@ class Frame:
     video: str | None = None
     file: Path | None = None
     size: tuple[int, int] | None = None
-    found: sv.Detections | None = None
+    annotations: sv.Detections | None = None
 
     @property
     def image(self) -> NDArray[np.uint8]:
-        """RGB, upright, `(H, W, 3) uint8`.
+        """Pixels, RGB, upright, `(H, W, 3) uint8`; decoded once.
 
         Raises:
-            ImageError: if it is made only now and cannot be.
+            ImageError: If they are decoded now and cannot be.
         """
         if callable(self.pixels):
             object.__setattr__(self, "pixels", self.pixels())
@@ -55,22 +58,28 @@ class Frame:
 
     @property
     def size_hw(self) -> tuple[int, int]:
+        """Height and width in pixels; does not decode where `size` is given."""
         return self.size or (self.image.shape[0], self.image.shape[1])
 
 
 def to_frame(picture: Any, index: int = 0) -> Frame:
-    """Whatever a caller may hold as a picture, as a frame.
+    """Convert an image in any supported form to a frame.
 
     Args:
-        picture: a path, a PIL image, or an array: RGB `(H, W, 3) uint8` or gray `(H, W) uint8`.
+        picture: A path, a PIL image, an array (RGB `(H, W, 3) uint8` or gray `(H, W) uint8`) or a `Frame`.
+        index: Position of the image in its list or video.
 
     Raises:
-        ImageError: for anything else, naming what came.
+        ImageError: If the image cannot be read, or is none of these.
+
+    >>> to_frame(np.zeros((4, 6), np.uint8)).image.shape
+    (4, 6, 3)
     """
     if isinstance(picture, Frame):
         return picture
     if isinstance(picture, str | os.PathLike):
-        return Frame(read_image(picture), index, Path(picture).name, file=Path(picture))
+        path = Path(picture)
+        return Frame(pixels=read_image(path), index=index, name=path.name, file=path)
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.size == 0:
             raise ImageError(f"expected an RGB array of uint8, got {picture.dtype} of shape {picture.shape}")
@@ -78,12 +87,12 @@ def to_frame(picture: Any, index: int = 0) -> Frame:
             picture = np.repeat(picture[..., None], 3, axis=2)
         if picture.ndim != 3 or picture.shape[2] != 3:
             raise ImageError(f"expected an RGB array of shape (H, W, 3), got {picture.shape}")
-        return Frame(np.ascontiguousarray(picture), index, f"image-{index}")
+        return Frame(pixels=np.ascontiguousarray(picture), index=index, name=f"image-{index}")
     from PIL import Image, ImageOps
 
     if isinstance(picture, Image.Image):
         try:
-            return Frame(to_rgb(ImageOps.exif_transpose(picture)), index, f"image-{index}")
-        except Exception as error:  # as above: a PIL image decodes only now
-            raise ImageError(f"damaged picture ({' '.join(str(error).split())})") from error
+            return Frame(pixels=to_rgb(ImageOps.exif_transpose(picture)), index=index, name=f"image-{index}")
+        except Exception as error:  # a PIL image is decoded only now, and its plugins raise many kinds of error
+            raise ImageError(f"damaged image ({' '.join(str(error).split())})") from error
     raise ImageError(f"expected a path, a PIL image or an RGB array, got {type(picture).__name__}")

@@ -1,4 +1,4 @@
-"""Masks as polygons that give them back: parts and holes kept, no point moved."""
+"""Masks as arrays, as COCO run-length encoding (RLE) and as polygons, and their boxes."""
 
 from __future__ import annotations
 
@@ -9,16 +9,201 @@ import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
-Loop = NDArray[np.float64]  # (n, 2) x, y
+#: Vertices of a closed polygon, `(n, 2)` x, y.
+Loop = NDArray[np.float64]
+
+
+# Boxes and IoU
+
+
+def masks_to_xyxy(masks: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Compute the boxes around masks.
+
+    Args:
+        masks: `(n, H, W) bool`.
+
+    Returns:
+        `(n, 4) float32` pixels, right and bottom exclusive; zeros where a mask is empty.
+
+    >>> masks = np.zeros((1, 4, 6), bool)
+    >>> masks[0, 1:3, 2:5] = True
+    >>> masks_to_xyxy(masks).tolist()
+    [[2.0, 1.0, 5.0, 3.0]]
+    """
+    boxes = np.zeros((len(masks), 4), np.float32)
+    for box, mask in zip(boxes, masks, strict=True):
+        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        if len(rows):
+            box[:] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+    return boxes
+
+
+def mask_iou(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> NDArray[np.float64]:
+    """Compute the IoU of each pair of masks.
+
+    Args:
+        a: `(n, H, W) bool`.
+        b: `(m, H, W) bool`.
+
+    Returns:
+        `(n, m)`, 0 to 1.
+
+    >>> masks = np.array([[[True, True]], [[True, False]]])
+    >>> mask_iou(masks, masks).tolist()
+    [[1.0, 0.5], [0.5, 1.0]]
+    """
+    from pycocotools import mask as coco_mask
+
+    if not len(a) or not len(b):
+        return np.zeros((len(a), len(b)))
+    return np.asarray(coco_mask.iou(_encode(a), _encode(b), [0] * len(b)))
+
+
+# Run-length encoding
+
+
+def _encode(masks: NDArray[Any]) -> list[dict[str, Any]]:
+    """Encode masks `(n, H, W)` as RLE with `counts` as bytes."""
+    from pycocotools import mask as coco_mask
+
+    rles: list[dict[str, Any]] = coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0), dtype=np.uint8))
+    return rles
+
+
+def encode_rle(mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """Encode a mask as compressed COCO RLE, for JSON.
+
+    Args:
+        mask: `(H, W) bool`.
+
+    Returns:
+        `size` (height and width) and `counts`, a string.
+
+    >>> encode_rle(np.ones((2, 3), bool))
+    {'size': [2, 3], 'counts': '06'}
+    """
+    return _to_json(_encode(mask[None])[0])
+
+
+def _to_json(rle: dict[str, Any]) -> dict[str, Any]:
+    """Convert an RLE of pycocotools to one for JSON, whose `counts` are a string."""
+    return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
+
+
+def pack_masks(detections: sv.Detections) -> sv.Detections:
+    """Replace mask arrays by compressed COCO RLE, which takes a fraction of the memory.
+
+    Returns:
+        Detections with `data["rle"]`, dicts of `size` and `counts` (bytes), and `mask` None; the same detections if
+        they have no mask arrays.
+    """
+    if detections.mask is None:
+        return detections
+    return with_rles(detections, _encode(np.asarray(detections.mask)))
+
+
+def unpack_masks(detections: sv.Detections, size_hw: tuple[int, int]) -> sv.Detections:
+    """Replace RLE by mask arrays; the inverse of `pack_masks`.
+
+    Args:
+        detections: Detections with `data["rle"]`; others are returned as they are.
+        size_hw: Height and width of the image.
+
+    Returns:
+        Detections with `mask (n, H, W) bool`.
+
+    >>> masks = np.eye(3, dtype=bool)[None]
+    >>> detections = sv.Detections(xyxy=masks_to_xyxy(masks), mask=masks)
+    >>> bool((unpack_masks(pack_masks(detections), (3, 3)).mask == masks).all())
+    True
+    """
+    if "rle" not in detections.data:
+        return detections
+    from pycocotools import mask as coco_mask
+
+    mask = np.zeros((0, *size_hw), bool)
+    if len(detections):
+        stacked = coco_mask.decode(list(detections.data["rle"]))
+        mask = np.ascontiguousarray(stacked.transpose(2, 0, 1)).view(bool)
+    data = {key: value for key, value in detections.data.items() if key != "rle"}
+    return replace_masks(detections, mask, data)
+
+
+def with_rles(detections: sv.Detections, rles: Sequence[Any]) -> sv.Detections:
+    """Set masks that are encoded already, as `pack_masks` returns them.
+
+    Args:
+        detections: `n` detections.
+        rles: `n` dicts of `size` and `counts` (bytes).
+    """
+    column = np.empty(len(rles), object)
+    column[:] = rles
+    return replace_masks(detections, None, {**detections.data, "rle": column})
+
+
+def replace_masks(detections: sv.Detections, mask: NDArray[np.bool_] | None, data: dict[str, Any]) -> sv.Detections:
+    """Copy detections with other masks and columns.
+
+    Args:
+        detections: `n` detections.
+        mask: `(n, H, W) bool`, or None.
+        data: Columns that replace `detections.data`, each `(n, ...)`.
+    """
+    return sv.Detections(
+        xyxy=detections.xyxy,
+        mask=mask,
+        confidence=detections.confidence,
+        class_id=detections.class_id,
+        tracker_id=detections.tracker_id,
+        data=data,
+        metadata=detections.metadata,
+    )
+
+
+def coco_segmentation(detections: sv.Detections, i: int) -> dict[str, Any] | None:
+    """Return the mask of one detection as COCO RLE for JSON.
+
+    Args:
+        detections: Detections from `pack_masks`.
+        i: Index of the detection.
+
+    Returns:
+        `size` and `counts` (a string); None without masks.
+    """
+    return _to_json(detections.data["rle"][i]) if "rle" in detections.data else None
+
+
+def mask_area(detections: sv.Detections, i: int) -> int:
+    """Return the number of pixels of the mask of one detection.
+
+    Args:
+        detections: Detections from `pack_masks`.
+        i: Index of the detection.
+    """
+    from pycocotools import mask as coco_mask
+
+    return int(coco_mask.area(detections.data["rle"][i]))
+
+
+# Polygons
 
 
 def mask_outlines(mask: NDArray[np.bool_], along: Literal["edges", "pixels"]) -> list[list[Loop]]:
-    """The parts of a mask `(H, W) bool`, each its outer loop and then those of its holes.
+    """Trace the outlines of a mask, so that filling them gives exactly the mask again.
 
-    Two conventions are about. pycocotools (COCO, CVAT) takes coordinates as lines between pixels: there loops
-    go along `edges`. OpenCV and Pillow (YOLO and LabelMe tools) fill from the middle of a pixel to the
-    middle of another, both included: there loops go through the outermost `pixels`. Either way the mask
-    comes back as it was.
+    There are two conventions. pycocotools (COCO, CVAT) takes coordinates as lines between pixels: its outlines run
+    along the `edges` of pixels. OpenCV and Pillow (YOLO and LabelMe tools) fill from the center of one pixel to the
+    center of another, both included: their outlines run through the outermost `pixels`.
+
+    Args:
+        mask: `(H, W) bool`.
+        along: Convention of the program that will fill the outlines.
+
+    Returns:
+        For each connected part its outer loop, followed by those of its holes; empty for an empty mask.
+
+    >>> mask_outlines(np.ones((2, 3), bool), "pixels")[0][0].tolist()
+    [[0.0, 0.0], [0.0, 1.0], [2.0, 1.0], [2.0, 0.0]]
     """
     import cv2
 
@@ -28,136 +213,63 @@ def mask_outlines(mask: NDArray[np.bool_], along: Literal["edges", "pixels"]) ->
     crop = mask[y1:y2, x1:x2].astype(np.uint8)
     if along == "edges":
         crop = crop.repeat(2, 0).repeat(2, 1)
-    found, tree = cv2.findContours(crop, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
-    loops = [contour[:, 0].astype(np.float64) for contour in found]
+    contours, hierarchy = cv2.findContours(crop, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE)
+    loops = [contour[:, 0].astype(np.float64) for contour in contours]
     if along == "edges":
-        # In a picture twice as large a left or upper border lies on even, a right or lower one on odd numbers.
-        loops = [_distinct(np.ceil(loop / 2)) for loop in loops]
+        # In an image twice as large, left and upper borders lie on even numbers, right and lower ones on odd numbers.
+        loops = [_simplify(np.ceil(loop / 2)) for loop in loops]
     loops = [loop + (x1, y1) for loop in loops]
+    parents = [node[3] for node in hierarchy[0]]  # -1 for outer loops
     parts = [
-        [i, *(j for j, node in enumerate(tree[0]) if node[3] == i)] for i, node in enumerate(tree[0]) if node[3] < 0
+        [i, *(j for j, parent in enumerate(parents) if parent == i)]
+        for i, parent_of_i in enumerate(parents)
+        if parent_of_i < 0
     ]
     return [[loops[i] for i in part] for part in parts]
 
 
 def join_loops(parts: Sequence[Sequence[Loop]]) -> Loop:
-    """All loops as one polygon, holes and separate parts tied in by lines that go there and back.
+    """Join loops to one polygon, with connecting lines that run there and back.
 
-    For formats that have one polygon an object; filled by parity it is the same area. As ultralytics'
-    `merge_multi_segment`, each tied where it comes nearest to what there is.
+    For formats with one polygon per object; filled by the even-odd rule it covers the same area. Like ultralytics'
+    `merge_multi_segment`, but each loop is connected where it is nearest to the polygon so far.
+
+    Args:
+        parts: Parts of a mask, from `mask_outlines`.
+
+    Returns:
+        `(n, 2)` x, y.
     """
     from scipy.spatial import cKDTree
 
-    whole, *rest = sorted((loop for part in parts for loop in part), key=len, reverse=True)
-    for loop in rest:
-        distance, nearest = cKDTree(whole).query(loop)
-        start = int(distance.argmin())
-        tie = int(nearest[start])
-        turned = np.concatenate([loop[start:], loop[: start + 1]])
-        whole = np.concatenate([whole[: tie + 1], turned, whole[tie:]])
-    return whole
+    polygon, *others = sorted((loop for part in parts for loop in part), key=len, reverse=True)
+    for loop in others:
+        distances, nearest = cKDTree(polygon).query(loop)
+        start = int(distances.argmin())
+        vertex = int(nearest[start])
+        rotated = np.concatenate([loop[start:], loop[: start + 1]])
+        polygon = np.concatenate([polygon[: vertex + 1], rotated, polygon[vertex:]])
+    return polygon
 
 
-def _distinct(loop: Loop) -> Loop:
-    """Without points that repeat the one before or lie on the line between their neighbours."""
+def _simplify(loop: Loop) -> Loop:
+    """Remove vertices that repeat the one before, or lie on the line between their neighbors."""
     loop = loop[(loop != np.roll(loop, 1, 0)).any(1)]
     before, after = loop - np.roll(loop, 1, 0), np.roll(loop, -1, 0) - loop
-    bends = before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]
-    return loop[bends] if bends.sum() >= 3 else loop
-
-
-def mask_iou(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> NDArray[np.float64]:
-    """IoU of masks `(n, H, W)` and `(m, H, W)`, `(n, m)`."""
-    from pycocotools import mask as coco_mask
-
-    if not len(a) or not len(b):
-        return np.zeros((len(a), len(b)))
-    encoded = [coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0), dtype=np.uint8)) for masks in (a, b)]
-    return np.asarray(coco_mask.iou(*encoded, [0] * len(b)))
-
-
-def masks_to_xyxy(masks: NDArray[np.bool_]) -> NDArray[np.float32]:
-    """Boxes around masks `(n, H, W)`, `(n, 4) float32`, right and bottom exclusive; zeros where empty."""
-    boxes = np.zeros((len(masks), 4), np.float32)
-    for box, mask in zip(boxes, masks, strict=True):
-        rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-        if len(rows):
-            box[:] = columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
-    return boxes
-
-
-def pack_masks(found: sv.Detections) -> sv.Detections:
-    """The same with masks as compressed COCO RLE in `data["rle"]`, dicts of `size` and `counts`, instead of arrays."""
-    if found.mask is None:
-        return found
-    from pycocotools import mask as coco_mask
-
-    rles = coco_mask.encode(np.asfortranarray(np.asarray(found.mask).transpose(1, 2, 0), dtype=np.uint8))
-    return with_rles(found, rles)
-
-
-def with_rles(found: sv.Detections, rles: Sequence[Any]) -> sv.Detections:
-    """Detections with masks that are RLE already, see `packed`."""
-    column = np.empty(len(rles), object)
-    column[:] = rles
-    return sv.Detections(
-        xyxy=found.xyxy,
-        confidence=found.confidence,
-        class_id=found.class_id,
-        tracker_id=found.tracker_id,
-        data={**found.data, "rle": column},
-        metadata=found.metadata,
-    )
-
-
-def unpack_masks(found: sv.Detections, size_hw: tuple[int, int]) -> sv.Detections:
-    """What `packed` packed."""
-    if "rle" not in found.data:
-        return found
-    from pycocotools import mask as coco_mask
-
-    data = {key: value for key, value in found.data.items() if key != "rle"}
-    mask = np.zeros((0, *size_hw), bool)
-    if len(found):
-        stacked = coco_mask.decode(list(found.data["rle"]))
-        mask = np.ascontiguousarray(stacked.transpose(2, 0, 1)).view(bool)
-    return sv.Detections(
-        xyxy=found.xyxy,
-        mask=mask,
-        confidence=found.confidence,
-        class_id=found.class_id,
-        tracker_id=found.tracker_id,
-        data=data,
-        metadata=found.metadata,
-    )
-
-
-def coco_segmentation(found: sv.Detections, i: int) -> dict[str, Any] | None:
-    """The mask of one of packed detections as JSON has it; None without masks."""
-    if "rle" not in found.data:
-        return None
-    rle = found.data["rle"][i]
-    return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
-
-
-def mask_area(found: sv.Detections, i: int) -> int:
-    """Pixels of the mask of one of packed detections."""
-    from pycocotools import mask as coco_mask
-
-    return int(coco_mask.area(found.data["rle"][i]))
-
-
-def encode_rle(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    """A mask `(H, W) bool` as compressed COCO RLE with `counts` as text."""
-    from pycocotools import mask as coco_mask
-
-    rle = coco_mask.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {"size": list(mask.shape), "counts": rle["counts"].decode("ascii")}
+    is_corner = before[:, 0] * after[:, 1] != before[:, 1] * after[:, 0]
+    return loop[is_corner] if is_corner.sum() >= 3 else loop
 
 
 def encode_polygons(mask: NDArray[np.bool_]) -> list[list[float]]:
-    """A mask `(H, W) bool` as COCO polygons along the edges of its pixels, one a part.
+    """Convert a mask to COCO polygons along the edges of its pixels, from which pycocotools makes the same mask.
 
-    A hole is tied to its outline by a line there and back. `pycocotools` makes the same mask of them.
+    Args:
+        mask: `(H, W) bool`.
+
+    Returns:
+        One polygon per connected part, `[x1, y1, x2, y2, ...]`; holes are connected to their outline, see `join_loops`.
+
+    >>> encode_polygons(np.ones((2, 3), bool))
+    [[0.0, 0.0, 0.0, 2.0, 3.0, 2.0, 3.0, 0.0]]
     """
     return [join_loops([part]).reshape(-1).tolist() for part in mask_outlines(mask, "edges")]

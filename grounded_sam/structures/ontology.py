@@ -1,57 +1,99 @@
-"""What the user asks for: classes, the phrases that mean each, and look-alikes to leave out."""
+"""Read what users write as classes: strings, lists, files, ontologies and the categories of COCO files."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from grounded_sam.errors import VocabularyError
 
-# A full stop ends a phrase when a space or the end follows, but not after a lone letter ("U.S. flag").
-_STOP = re.compile(r"(?<!\b[^\W\d_])\.(?=\s|$)")
-
-
-_FILES = {".yaml", ".yml", ".json", ".txt"}
-
-
-#: What an ontology may say of a class, and its shape; editors check files against it too.
+#: JSON Schema of ontologies; editors can check files against it too.
 SCHEMA = Path(__file__).with_name("ontology.schema.json")
+# A full stop ends a phrase if a space or the end follows, but not after a single letter ("U.S. flag").
+_FULL_STOP = re.compile(r"(?<!\b[^\W\d_])\.(?=\s|$)")
+_FILE_SUFFIXES = {".yaml", ".yml", ".json", ".txt"}
 
 
-@cache
-def _checker() -> Any:
-    from jsonschema import Draft202012Validator
+@dataclass(frozen=True)
+class OntologyClass:
+    """One class of an ontology.
 
-    return Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
+    Attributes:
+        name: Name of the class.
+        phrases: Phrases that a detector is queried with, at least one.
+        id: Id in the user's own taxonomy.
+        score: Lowest confidence, 0 to 1.
+        color: `#rrggbb`.
+        supercategory: As in COCO.
+    """
+
+    name: str
+    phrases: tuple[str, ...]
+    id: int | None = None
+    score: float | None = None
+    color: str | None = None
+    supercategory: str | None = None
 
 
-def _number(value: Any, kind: type) -> Any:
-    """A number that a file gave as a word."""
-    try:
-        return kind(value) if isinstance(value, str) else value
-    except ValueError:
-        return value
+@dataclass(frozen=True)
+class Ontology:
+    """Classes, and phrases that compete with them.
+
+    Attributes:
+        classes: The classes in order.
+        negatives: Phrases whose detections are dropped.
+    """
+
+    classes: tuple[OntologyClass, ...]
+    negatives: tuple[str, ...]
 
 
-def read_ontology(content: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A mapping with `classes`, each with phrases, id, score, colour and supercategory as it likes.
+def read_ontology(content: Mapping[str, Any], where: str) -> Ontology:
+    """Read a mapping with `classes` and, if there are any, `negatives`; see `ontology.schema.json`.
+
+    Args:
+        content: The mapping.
+        where: Name of the file or setting, for messages.
 
     Raises:
-        VocabularyError: naming the place that does not fit `ontology.schema.json`, and what would.
-    """
-    from jsonschema.exceptions import best_match
-    from PIL import ImageColor
+        VocabularyError: If it does not match the schema, naming the key and what is allowed there.
 
-    classes = content["classes"]
+    >>> read_ontology({"classes": {"car": {"id": 3, "colour": "red"}}}, "text").classes[0].color
+    '#ff0000'
+    """
+    entries = _named_entries(content["classes"], where)
+    negatives = content.get("negatives", [])
+    negatives = [negatives] if isinstance(negatives, str) else negatives
+    _check_schema({**content, "classes": entries, "negatives": negatives}, where)
+    without_id = [repr(name) for name, entry in entries.items() if "id" not in entry]
+    if without_id and len(without_id) < len(entries):
+        raise VocabularyError(f"{where}: give all classes an id, or none; there is none for {', '.join(without_id)}")
+    classes = tuple(
+        OntologyClass(
+            name=name,
+            phrases=tuple(dict.fromkeys(parse_phrases(entry.get("phrases"), name))) or (name,),
+            id=entry.get("id"),
+            score=entry.get("score"),
+            color=_hex_color(entry.get("colour"), f"{where}: classes.{name}.colour"),
+            supercategory=entry.get("supercategory"),
+        )
+        for name, entry in entries.items()
+    )
+    return Ontology(classes, tuple(dict.fromkeys(parse_phrases(negatives, "negatives"))))
+
+
+def _named_entries(classes: Any, where: str) -> dict[str, dict[str, Any]]:
+    """Convert `classes` in any of its forms to a mapping from class name to entry."""
     if isinstance(classes, Sequence) and not isinstance(classes, str):
         named = [(item.get("name"), item) if isinstance(item, Mapping) else (item, {}) for item in classes]
         entries = {str(name): {k: v for k, v in entry.items() if k != "name"} for name, entry in named}
         if len(entries) != len(named) or any(name is None for name, _ in named):
-            raise VocabularyError(f"{where}: each of the classes needs a name of its own")
+            raise VocabularyError(f"{where}: every class needs a name, and no two the same")
     elif isinstance(classes, Mapping):
         entries = {
             str(name): dict(entry) if isinstance(entry, Mapping) else {} if entry is None else {"phrases": entry}
@@ -64,51 +106,68 @@ def read_ontology(content: Mapping[str, Any], where: str) -> dict[str, Any]:
     for entry in entries.values():
         for key, kind in (("id", int), ("score", float)):
             if key in entry:
-                entry[key] = _number(entry[key], kind)
+                entry[key] = _to_number(entry[key], kind)
         if isinstance(entry.get("phrases"), str):
             entry["phrases"] = [entry["phrases"]]
-    negatives = content.get("negatives", [])
-    whole = {**content, "classes": entries, "negatives": [negatives] if isinstance(negatives, str) else negatives}
-    checker = _checker()
-    error = best_match(checker.iter_errors(whole))
+    return entries
+
+
+def _to_number(value: Any, kind: type) -> Any:
+    """Convert a number that was read as a string; anything else stays as it is."""
+    try:
+        return kind(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+@cache
+def _validator() -> Any:
+    from jsonschema import Draft202012Validator
+
+    return Draft202012Validator(json.loads(SCHEMA.read_text(encoding="utf-8")))
+
+
+def _check_schema(ontology: Mapping[str, Any], where: str) -> None:
+    """Check an ontology against its schema.
+
+    Raises:
+        VocabularyError: With the most relevant violation.
+    """
+    from jsonschema.exceptions import best_match
+
+    error = best_match(_validator().iter_errors(ontology))
     if error is not None:
-        place = ".".join(str(part) for part in error.absolute_path) or "the ontology"
+        key = ".".join(str(part) for part in error.absolute_path) or "the ontology"
         known = error.schema.get("properties") if error.validator == "additionalProperties" else None
         hint = f"; the keys are {', '.join(sorted(known))}" if known else ""
-        raise VocabularyError(f"{where}: {place}: {error.message}{hint}")
-    ids = [entry.get("id") for entry in entries.values()]
-    if any(number is not None for number in ids) and None in ids:
-        without = ", ".join(repr(name) for name, entry in entries.items() if "id" not in entry)
-        raise VocabularyError(f"{where}: give all classes an id, or none; {without} have none")
-    colours = []
-    for name, entry in entries.items():
-        try:
-            rgb = None if entry.get("colour") is None else ImageColor.getrgb(entry["colour"])[:3]
-        except ValueError as error_:
-            raise VocabularyError(
-                f"{where}: classes.{name}.colour: {entry['colour']!r} is no colour; expected #rrggbb or a name"
-            ) from error_
-        colours.append(None if rgb is None else "#{:02x}{:02x}{:02x}".format(*rgb))
+        raise VocabularyError(f"{where}: {key}: {error.message}{hint}")
 
-    def column(values: list[Any]) -> tuple[Any, ...]:
-        return tuple(values) if any(value is not None for value in values) else ()
 
-    return {
-        "classes": tuple(entries),
-        "phrases": tuple(
-            tuple(dict.fromkeys(parse_phrases(entry.get("phrases"), name))) or (name,)
-            for name, entry in entries.items()
-        ),
-        "negatives": tuple(dict.fromkeys(parse_phrases(whole["negatives"], "negatives"))),
-        "ids": column(ids),
-        "scores": column([entry.get("score") for entry in entries.values()]),
-        "colours": column(colours),
-        "supercategories": column([entry.get("supercategory") for entry in entries.values()]),
-    }
+def _hex_color(color: str | None, where: str) -> str | None:
+    """Convert a color to `#rrggbb`."""
+    from PIL import ImageColor
+
+    if color is None:
+        return None
+    try:
+        return "#{:02x}{:02x}{:02x}".format(*ImageColor.getrgb(color)[:3])
+    except ValueError as error:
+        raise VocabularyError(f"{where}: {color!r} is not a color; expected #rrggbb or a CSS color name") from error
 
 
 def coco_categories(categories: Sequence[Any], where: str) -> dict[str, Any]:
-    """The categories of a COCO file as an ontology."""
+    """Convert the `categories` of a COCO file to the form of an ontology.
+
+    Args:
+        categories: The categories.
+        where: Name of the file, for messages.
+
+    Raises:
+        VocabularyError: If a category has no id or no name.
+
+    >>> coco_categories([{"id": 18, "name": "dog", "color": [0, 0, 0]}], "instances.json")
+    {'classes': [{'name': 'dog', 'id': 18}]}
+    """
     classes = []
     for item in categories:
         if not isinstance(item, Mapping) or "name" not in item or "id" not in item:
@@ -118,6 +177,18 @@ def coco_categories(categories: Sequence[Any], where: str) -> dict[str, Any]:
 
 
 def parse_phrases(value: Any, where: str) -> list[str]:
+    """Convert a phrase or a list of phrases to a list, without empty ones.
+
+    Args:
+        value: A string, a number, a list of them, or None.
+        where: Name of the setting, for messages.
+
+    Raises:
+        VocabularyError: If it is something else.
+
+    >>> parse_phrases(["car ", "", 7], "text")
+    ['car', '7']
+    """
     if value is None:
         return []
     if isinstance(value, str | int | float):
@@ -133,16 +204,31 @@ def parse_phrases(value: Any, where: str) -> list[str]:
 
 
 def parse_text(text: str) -> Any:
+    """Split a string into phrases at commas, semicolons and line ends, or else at full stops; or read a file.
+
+    Args:
+        text: The string, or the path of a YAML, JSON or TXT file.
+
+    Returns:
+        A list of phrases, or the content of the file.
+
+    Raises:
+        VocabularyError: If the file cannot be read.
+
+    >>> parse_text("car . U.S. flag")
+    ['car', 'U.S. flag']
+    """
     path = Path(text).expanduser()
-    if path.suffix.lower() in _FILES:
-        return _from_file(path)
+    if path.suffix.lower() in _FILE_SUFFIXES:
+        return _read_file(path)
     parts = re.split(r"[,;\n]", text)
     if len(parts) == 1:
-        parts = _STOP.split(text)
-    return [stripped for part in parts if (stripped := _STOP.sub("", part.strip()).strip())]
+        parts = _FULL_STOP.split(text)
+    return [stripped for part in parts if (stripped := _FULL_STOP.sub("", part.strip()).strip())]
 
 
-def _from_file(path: Path) -> Any:
+def _read_file(path: Path) -> Any:
+    """Read a file of classes."""
     try:
         content = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -156,7 +242,7 @@ def _from_file(path: Path) -> Any:
         else:
             import yaml
 
-            loaded = yaml.load(content, Loader=yaml.BaseLoader)  # words stay words: no, 2024-01-01, 1e3
+            loaded = yaml.load(content, Loader=yaml.BaseLoader)  # keeps words as strings: no, 2024-01-01, 1e3
     except Exception as error:
         raise VocabularyError(f"{path} is not valid {kind}: {' '.join(str(error).split())}") from error
     if not isinstance(loaded, list | Mapping):

@@ -1,9 +1,15 @@
-"""What a stage has to be. An own class needs to import nothing from here: having the methods is enough."""
+"""What a stage has to offer, and what it may offer.
+
+A class of your own needs no base class: having the methods is enough. The first protocol of each group is required,
+the others are optional, and the pipeline tests for them with `isinstance`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -13,19 +19,21 @@ from numpy.typing import NDArray
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.results import FrameResult, Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
+from grounded_sam.weights.hub import HubFile
+
+#: Look up stored results by the name and the files of an image or video; None where nothing is stored.
+Lookup = Callable[[str, list[Path]], Iterable[FrameResult] | None]
+
+
+# Sources
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Where frames come from: decoded lazily, one at a time.
+    """Where frames come from, decoded one at a time.
 
-    Bad files are put into `skipped` and passed over. `len()` is how many frames there are at most;
-    it raises a TypeError where that is not known.
-
-    Two more are used if they are there. `stored` is set to a function by a run that goes on after an
-    earlier one: given the name and the files of a picture or video it returns the results of that run, which
-    the source then gives instead of frames, or None. `vocabulary` are the classes of a source that brings
-    its own, so that `text` may be left out.
+    Files that cannot be used are added to `skipped` and passed over. `len()` is the largest number of frames that may
+    come; it raises a TypeError where that is unknown.
     """
 
     skipped: list[Skipped]
@@ -35,84 +43,290 @@ class Source(Protocol):
 
 
 @runtime_checkable
+class Resumable(Protocol):
+    """A source that asks for stored results before it decodes a file."""
+
+    def resume(self, lookup: Lookup) -> Iterator[Frame | FrameResult]:
+        """Iterate as `__iter__` does, but yield the results of `lookup` instead of the frames that have some."""
+
+
+@runtime_checkable
+class Sharded(Protocol):
+    """A source that takes one of `num_shards` parts of its input."""
+
+    num_shards: int
+
+
+@runtime_checkable
+class HasVocabulary(Protocol):
+    """A source or detector with classes of its own, so that `text` may be left out."""
+
+    vocabulary: Vocabulary | None
+
+
+# Detectors
+
+
+@runtime_checkable
 class Detector(Protocol):
-    """Frames and words to boxes.
+    """Frames and text to boxes."""
 
-    Returns one `Detections` per frame: `xyxy (n, 4)` in pixels of the frame, `confidence (n,)` 0 to 1,
-    `class_id (n,)` into `vocabulary.classes`. No threshold is applied here: `select` does that. With
-    `mask (n, H, W) bool` filled, no segmenter is needed.
+    def detect(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
+        """Detect the classes of a vocabulary.
 
-    Two attributes are looked at if they are there: `batch_size`, frames per call (1 if absent), and
-    `vocabulary`, the classes of a detector that brings its own, so that `text` may be left out.
+        Returns:
+            One `Detections` per frame: `xyxy (n, 4)` in pixels, `confidence (n,)` from 0 to 1, `class_id (n,)` into
+            `vocabulary.classes`. Thresholds are left to `select`. With `mask (n, H, W) bool` no segmenter is run.
+        """
+
+
+@runtime_checkable
+class BatchDetector(Protocol):
+    """A detector that takes `batch_size` frames per call; others get one."""
+
+    batch_size: int
+
+
+@dataclass(frozen=True)
+class DetectorTraits:
+    """What a detector does besides boxes, known from its settings before weights are loaded.
+
+    Attributes:
+        masks: Its detections have masks, so a segmenter has nothing to do.
+        replaces_segmenter: It uses the segmenter itself, or makes one unnecessary: none is built.
+        clicks: Its detections are prompts by hand, from which a tracker can start without masks.
+        image_prompts: It holds boxes drawn in whole images, so images cannot be tiled.
     """
 
-    def detect(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]: ...
+    masks: bool = False
+    replaces_segmenter: bool = False
+    clicks: bool = False
+    image_prompts: bool = False
+
+
+@runtime_checkable
+class DeclaresTraits(Protocol):
+    """A detector class that declares what it does besides boxes."""
+
+    @classmethod
+    def traits(cls, settings: Mapping[str, Any]) -> DetectorTraits:
+        """Return the traits for some settings, as the config has them."""
+
+
+# Models
+
+
+@runtime_checkable
+class LoadsOneFile(Protocol):
+    """A class of any stage that loads a single file of weights, instead of a transformers checkpoint."""
+
+    @classmethod
+    def hub_file(cls, settings: Mapping[str, Any]) -> HubFile:
+        """Return the file on the hub that some settings name, as the config has them."""
+
+
+@runtime_checkable
+class TakesOptions(Protocol):
+    """A class of any stage that takes the fields of a dataclass as further keyword arguments.
+
+    Attributes:
+        OPTIONS: The dataclass.
+    """
+
+    OPTIONS: type
+
+
+# Segmenters
 
 
 @runtime_checkable
 class Segmenter(Protocol):
-    """Boxes to masks.
+    """Boxes to masks."""
 
-    Takes an image `(H, W, 3) uint8` and its detections; returns as many in the same order, with
-    `mask (n, H, W) bool` and `data["mask_score"] (n,) float32`.
-    """
+    def segment(self, image: NDArray[np.uint8], detections: sv.Detections) -> sv.Detections:
+        """Segment each detection of an image `(H, W, 3) uint8`.
 
-    def segment(self, image: NDArray[np.uint8], detections: sv.Detections) -> sv.Detections: ...
+        Returns:
+            As many detections in the same order, with `mask (n, H, W) bool` and `data["mask_score"] (n,) float32`.
+        """
+
+
+@runtime_checkable
+class PromptableSegmenter(Protocol):
+    """A segmenter that encodes an image once for any number of prompts."""
+
+    def encode_image(self, image: NDArray[np.uint8]) -> dict[str, Any]:
+        """Compute the features of an image."""
+
+    def segment_encoded(
+        self, size_hw: tuple[int, int], detections: sv.Detections, features: Mapping[str, Any]
+    ) -> sv.Detections:
+        """Segment detections of an encoded image, as `segment` does."""
+
+
+@runtime_checkable
+class CachesFeatures(Protocol):
+    """A segmenter that can keep image features on disk."""
+
+    def use_feature_cache(self, cache: Any) -> None:
+        """Read features from a `segmenters.feature_cache.FeatureCache` and write new ones to it."""
+
+
+@runtime_checkable
+class GeneratesMasks(Protocol):
+    """A segmenter with an automatic mask generator."""
+
+    def mask_generator(self, **settings: Any) -> Any:
+        """Return an object whose `generate(image)` returns the records of `SamAutomaticMaskGenerator`."""
+
+
+# Trackers
 
 
 @runtime_checkable
 class TrackSession(Protocol):
-    """One video on its way through a tracker. Ids are the caller's.
+    """One video on its way through a tracker. Ids are given by the caller.
 
-    `step(image)` goes one frame on and returns the objects seen there: `mask (n, H, W) bool`, `xyxy`,
-    `tracker_id`, `confidence` (of presence) and `data["mask_score"]`, no class. `prompt(found)` adds or
-    corrects the objects that `found.tracker_id` names on that same frame, from `found.mask` (or boxes or
-    clicks), and returns them likewise, without touching the others. What a session holds does not grow
-    with the number of frames.
-
-    Three more are used if they are there. `guess(ids)` returns where objects that `step` did not see would
-    be if they were there, so that a detection can find them again. `forget(tracker_id)` drops what an object
-    left in memory since its prompts, after it was found to lie on something else. An attribute `segmenter`
-    that is not None replaces the pipeline's: it works on the features that the tracker has of the frame.
+    Detections that a session returns have `mask (n, H, W) bool`, `xyxy`, `tracker_id`, `confidence` (that the object is
+    present) and `data["mask_score"]`, and no class. Memory does not grow with the number of frames.
     """
 
-    def step(self, image: NDArray[np.uint8]) -> sv.Detections: ...
-    def prompt(self, found: sv.Detections) -> sv.Detections: ...
-    def remove(self, tracker_id: int) -> None: ...
-    def close(self) -> None: ...
+    def step(self, image: NDArray[np.uint8]) -> sv.Detections:
+        """Advance to the next frame and return the objects that are visible in it."""
+
+    def prompt(self, detections: sv.Detections) -> sv.Detections:
+        """Add or correct the objects `detections.tracker_id` on the current frame and return them.
+
+        Prompts are masks, boxes or clicks; other objects are not affected.
+        """
+
+    def remove(self, tracker_id: int) -> None:
+        """Remove an object and free its memory."""
+
+    def close(self) -> None:
+        """Free everything."""
+
+
+@runtime_checkable
+class PredictsHidden(Protocol):
+    """A session that can say where objects would be that it holds to be absent, so that detections can match them."""
+
+    def predict_hidden(self, ids: Sequence[int]) -> sv.Detections:
+        """Return the masks of objects that the last `step` did not show."""
+
+
+@runtime_checkable
+class ResetsMemory(Protocol):
+    """A session that can forget what an object left in memory after its prompts."""
+
+    def reset_memory(self, tracker_id: int) -> None:
+        """Drop the memory of an object that has drifted to something else."""
+
+
+@runtime_checkable
+class SharesFeatures(Protocol):
+    """A session with a segmenter that reuses the image features of the current frame; None to use the pipeline's."""
+
+    segmenter: Segmenter | None
 
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Opens a session per video; built with `segmenter`, the pipeline's, so that both may share a model."""
+    """Propagates masks from frame to frame. Built with `segmenter`, the pipeline's, to share its model."""
 
-    def open(self, size_hw: tuple[int, int]) -> TrackSession: ...
+    def open(self, size_hw: tuple[int, int]) -> TrackSession:
+        """Open a session for a video of frames of one size."""
+
+
+@runtime_checkable
+class NeedsMasks(Protocol):
+    """A tracker class that declares whether it has to be prompted with masks."""
+
+    @classmethod
+    def needs_masks(cls, settings: Mapping[str, Any]) -> bool:
+        """Return whether these settings, as the config has them, take mask prompts only."""
 
 
 @runtime_checkable
 class EndToEndTracker(Protocol):
-    """A tracker that tells objects apart by itself, instead of carrying masks from keyframe to keyframe.
+    """A tracker that associates the detections of every frame by itself."""
 
-    `follow` yields every frame with its objects: `class_id`, `confidence` and ids of its own, which are given others.
-    `look` is what detector and segmenter find in a frame. One that never asks for it says so with a class attribute
-    `needs_detector` that is false: then detector=none will do for videos, and `select` has its say on what it finds.
-    """
+    def track(
+        self, frames: Iterator[Frame], vocabulary: Vocabulary, detect: Callable[[Frame], sv.Detections]
+    ) -> Iterator[tuple[Frame, sv.Detections]]:
+        """Yield every frame with its objects: `class_id`, `confidence` and a `tracker_id` of the tracker's own.
 
-    def follow(
-        self, frames: Iterator[Frame], vocabulary: Vocabulary, look: Callable[[Frame], sv.Detections]
-    ) -> Iterator[tuple[Frame, sv.Detections]]: ...
+        Args:
+            frames: Frames of one video.
+            vocabulary: Classes to look for.
+            detect: Returns the selected detections of a frame, with masks if there is a segmenter.
+        """
+
+
+@runtime_checkable
+class TextTracker(Protocol):
+    """A tracker that finds the classes itself, without a detector; `select` is applied to what it returns."""
+
+    def track_text(self, frames: Iterator[Frame], vocabulary: Vocabulary) -> Iterator[tuple[Frame, sv.Detections]]:
+        """Yield every frame with its objects, as `EndToEndTracker.track` does."""
+
+
+# Sinks
 
 
 @runtime_checkable
 class Sink(AbstractContextManager[Any], Protocol):
-    """Where results go. Built with `output` (a folder) and `vocabulary` beside its own settings.
+    """Where results go. Built with `output` (a folder), `vocabulary` and its own settings.
 
-    Opens files at the first `write`, renames them into place when whole, and leaves what was written
-    so far usable when the run is interrupted. `summary()` is a line for the end of the run.
-
-    Two more are used if they are there: `skip(skipped)` is told of every file that could not be used, and
-    `stored(name, files)`, of a sink that can read what it wrote before, is handed to the source.
+    Files are opened at the first `write` and renamed into place when they are complete. What was written before an
+    interruption stays usable.
     """
 
-    def write(self, result: FrameResult) -> None: ...
-    def summary(self) -> str: ...
+    def write(self, result: FrameResult) -> None:
+        """Write one result."""
+
+    def summary(self) -> str:
+        """Return one line for the end of the run: what was written, and where."""
+
+
+@runtime_checkable
+class RecordsSkipped(Protocol):
+    """A sink that records files that could not be used."""
+
+    def skip(self, skipped: Skipped) -> None:
+        """Record one file."""
+
+
+@runtime_checkable
+class ResultStore(Protocol):
+    """A sink that reads back what earlier runs wrote, so that a run can resume."""
+
+    def lookup(self, name: str, files: list[Path], replay: bool = True) -> Iterable[FrameResult] | None:
+        """Return the stored results of an image or of a whole video, if its files have not changed.
+
+        Args:
+            name: Name of the image or video.
+            files: Its files.
+            replay: Whether the results are wanted; False returns an empty iterable for what is stored.
+        """
+
+    def output_classes(self) -> Vocabulary:
+        """Return the classes of the run, followed by those stored before."""
+
+    def files_resumed(self) -> int:
+        """Return how many files `lookup` has found so far."""
+
+    def notes(self) -> list[Skipped]:
+        """Return the problems that were recorded for files that `lookup` has found."""
+
+
+@runtime_checkable
+class Measures(Protocol):
+    """A sink that measures the run."""
+
+    def value(self) -> float:
+        """Return the number that a sweep maximizes.
+
+        Raises:
+            ConfigError: If the chosen metric does not exist.
+        """

@@ -1,4 +1,4 @@
-"""What a stage has to be. An own class needs to import nothing from here: having the methods is enough."""
+"""What comes out of the pipeline for one frame, and which files did not make it."""
 
 from __future__ import annotations
 
@@ -12,38 +12,49 @@ from grounded_sam.structures.masks import pack_masks, unpack_masks
 
 
 class FrameResult:
-    """A frame and what was found in it, now or, if `stored`, by an earlier run into the same output.
+    """A frame and its detections, computed now or stored by an earlier run.
 
-    Masks are kept as they came and turned into arrays or RLE once, when a sink first asks for `detections` or
-    `packed`.
+    Masks are kept in the form they arrive in. The other form is made once, when `detections` or `packed` is
+    first read: a sink that writes RLE never decodes masks, and one that draws never encodes them.
 
     Args:
-        frame: the frame.
-        found: what was found, with masks as arrays, packed (see `detections.packed`), or without.
-        stored: whether an earlier run found it.
+        frame: The frame.
+        detections: Its detections, with masks as arrays, as RLE (see `structures.masks.pack_masks`), or without.
+        stored: Whether an earlier run into the same output computed them.
 
     Attributes:
-        found: for who does not look at masks; others take one of the two below.
+        frame: The frame.
+        raw: The detections as given, for readers that ignore masks.
+        stored: As above.
+
+    >>> import numpy as np
+    >>> frame = Frame(pixels=np.zeros((4, 6, 3), np.uint8))
+    >>> len(FrameResult(frame=frame, detections=sv.Detections.empty()).detections)
+    0
     """
 
-    def __init__(self, frame: Frame, found: sv.Detections, stored: bool = False) -> None:
-        self.frame, self.stored = frame, stored
-        self.found = found
+    def __init__(self, *, frame: Frame, detections: sv.Detections, stored: bool = False) -> None:
+        self.frame, self.raw, self.stored = frame, detections, stored
 
     @cached_property
     def detections(self) -> sv.Detections:
-        """With masks as arrays, `(n, H, W) bool`."""
-        return unpack_masks(self.found, self.frame.size_hw)
+        """Detections with `mask (n, H, W) bool`, or None where there are no masks."""
+        return unpack_masks(self.raw, self.frame.size_hw)
 
     @cached_property
     def packed(self) -> sv.Detections:
-        """With masks as RLE in `data["rle"]`."""
-        return pack_masks(self.found)
+        """Detections with masks as COCO RLE in `data["rle"]`, dicts of `size` and `counts`, and `mask` None."""
+        return pack_masks(self.raw)
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file that could not be used, and why."""
+    """A file that could not be used.
+
+    Attributes:
+        file: Name relative to the input, with `/`.
+        reason: What was wrong with it, in one line.
+    """
 
     file: str
     reason: str

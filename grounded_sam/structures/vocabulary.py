@@ -1,4 +1,4 @@
-"""What the user asks for: classes, the phrases that mean each, and look-alikes to leave out."""
+"""The classes of a run, the phrases that a detector is queried with, and look-alikes to leave out."""
 
 from __future__ import annotations
 
@@ -6,35 +6,35 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from grounded_sam.errors import VocabularyError
-from grounded_sam.structures.ontology import (
-    coco_categories,
-    parse_phrases,
-    parse_text,
-    read_ontology,
-)
+from grounded_sam.structures.ontology import Ontology, coco_categories, parse_phrases, parse_text, read_ontology
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Classes in the user's order; the place of a class is its `class_id`.
+    """Classes in the user's order; the index of a class is its `class_id`.
 
     Attributes:
-        classes: class names, as the user wrote them.
-        phrases: for each class the phrases that mean it, at least one.
-        negatives: phrases that compete with the classes and whose detections are dropped.
-        ids: for each class its id in the user's own taxonomy, as COCO files carry them; empty for 1, 2, 3...
-        scores: for each class its least confidence, None for `select.score`; or empty.
-        colours: for each class its colour, `#rrggbb` or None; or empty.
-        supercategories: for each class what COCO calls so, or None; or empty.
-        asked: whether a detector is asked for it. Names of labels that exist may share phrases.
+        classes: Class names as the user wrote them, no two the same.
+        phrases: Phrases of each class, at least one.
+        negatives: Phrases that compete with the classes, whose detections are dropped.
+        ids: Id of each class in the user's own taxonomy, which COCO files use; empty for 1, 2, 3...
+        scores: Lowest confidence of each class, None for `select.score`; or empty.
+        colors: Color of each class, `#rrggbb` or None; or empty.
+        supercategories: COCO supercategory of each class, or None; or empty.
+        queried: Whether a detector is queried with the phrases, which must then be distinct. The classes of labels and
+            of results may share phrases.
 
     Raises:
-        VocabularyError: without classes, with an empty phrase, with one id for two classes, or if one
-            phrase stands for two classes, or for a class and a negative (compared without case and outer
-            punctuation).
+        VocabularyError: If there are no classes, a phrase has no letters, two classes have the same name or id, or a
+            phrase (compared without case and punctuation) belongs to two classes, or to a class and a negative.
+
+    >>> Vocabulary(("vehicle", "dog"), (("car", "truck"), ("dog",))).category_ids
+    (1, 2)
     """
 
     classes: tuple[str, ...]
@@ -42,9 +42,9 @@ class Vocabulary:
     negatives: tuple[str, ...] = ()
     ids: tuple[int, ...] = ()
     scores: tuple[float | None, ...] = ()
-    colours: tuple[str | None, ...] = ()
+    colors: tuple[str | None, ...] = ()
     supercategories: tuple[str | None, ...] = ()
-    asked: bool = field(default=True, repr=False, compare=False)
+    queried: bool = field(default=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if not self.classes:
@@ -52,61 +52,78 @@ class Vocabulary:
         if len(self.classes) != len(self.phrases):
             raise VocabularyError(f"expected phrases for each of {len(self.classes)} classes, got {len(self.phrases)}")
         if len(set(self.classes)) < len(self.classes):
-            twice = next(name for name in self.classes if self.classes.count(name) > 1)
-            raise VocabularyError(f"class {twice!r} is named twice")
-        taken: dict[int, str] = {}
+            duplicate = next(name for name in self.classes if self.classes.count(name) > 1)
+            raise VocabularyError(f"class {duplicate!r} is named twice")
+        class_of_id: dict[int, str] = {}
         for name, number in zip(self.classes, self.ids, strict=False):
-            if taken.setdefault(number, name) != name:
-                raise VocabularyError(f"classes {taken[number]!r} and {name!r} have the same id {number}")
-        owner: dict[str, str] = {}
+            if class_of_id.setdefault(number, name) != name:
+                raise VocabularyError(f"classes {class_of_id[number]!r} and {name!r} have the same id {number}")
+        self._check_phrases()
+
+    def _check_phrases(self) -> None:
+        """Check that there are phrases for all classes, and no phrase for two of them."""
+        owners: dict[str, str] = {}
         named = list(zip(self.classes, self.phrases, strict=True))
-        for name, phrases in [*named, *((f"negative {n!r}", (n,)) for n in self.negatives)]:
+        for name, phrases in [*named, *((f"negative {phrase!r}", (phrase,)) for phrase in self.negatives)]:
             if not phrases:
                 raise VocabularyError(f"class {name!r} has no phrase")
             for phrase in phrases:
-                key = _key(phrase)
+                key = _normalized(phrase)
                 if not key:
                     raise VocabularyError(f"class {name!r} has a phrase without letters: {phrase!r}")
-                if owner.setdefault(key, name) != name and self.asked:
-                    raise VocabularyError(f"phrase {phrase!r} stands for both {owner[key]!r} and {name!r}")
+                if owners.setdefault(key, name) != name and self.queried:
+                    raise VocabularyError(f"phrase {phrase!r} belongs to both {owners[key]!r} and {name!r}")
 
     def __len__(self) -> int:
         return len(self.classes)
 
     @property
     def category_ids(self) -> tuple[int, ...]:
-        """For each class the id that files of categories give it."""
+        """Id of each class in files with categories."""
         return self.ids or tuple(range(1, len(self.classes) + 1))
 
     @property
     def class_score(self) -> dict[str, float]:
-        """Least confidence by class, of those that have one of their own."""
+        """Lowest confidence by class name, of the classes that have their own."""
         return {name: score for name, score in zip(self.classes, self.scores, strict=False) if score is not None}
 
     def categories(self) -> list[dict[str, Any]]:
-        """The classes as COCO's `categories`."""
-        above = self.supercategories or (None,) * len(self)
+        """Return the classes as `categories` of a COCO file.
+
+        >>> Vocabulary.parse(["car"]).categories()
+        [{'id': 1, 'name': 'car'}]
+        """
+        supercategories = self.supercategories or (None,) * len(self)
         return [
             {"id": number, "name": name} | ({} if group is None else {"supercategory": group})
-            for number, name, group in zip(self.category_ids, self.classes, above, strict=True)
+            for number, name, group in zip(self.category_ids, self.classes, supercategories, strict=True)
         ]
 
     def palette(self) -> list[str]:
-        """For each class a colour, `#rrggbb`: its own, or the next of supervision's."""
+        """Return a color for each class, `#rrggbb`: its own, or one of supervision's default palette."""
         import supervision as sv
 
-        own = self.colours or (None,) * len(self)
-        return [colour or sv.ColorPalette.DEFAULT.by_idx(i).as_hex() for i, colour in enumerate(own)]
+        colors = self.colors or (None,) * len(self)
+        return [color or sv.ColorPalette.DEFAULT.by_idx(i).as_hex() for i, color in enumerate(colors)]
 
     def with_classes(self, names: Sequence[str]) -> Vocabulary:
-        """The same with more classes at the end, to name results with; those that are there already stay."""
-        return self.joined(Vocabulary(tuple(names), tuple((name,) for name in names), asked=False)) if names else self
+        """Append classes, for naming results; those that exist already are ignored.
 
-    def joined(self, other: Vocabulary) -> Vocabulary:
-        """The classes of both, to name results with; of a class in both what `self` says counts.
+        >>> Vocabulary.parse(["car"]).with_classes(["wheel", "car"]).classes
+        ('car', 'wheel')
+        """
+        if not names:
+            return self
+        return self.merged_with(Vocabulary(tuple(names), tuple((name,) for name in names), queried=False))
 
-        Ids are kept; where only one of the two has ids, or one id stands for two classes, the other class
-        gets a free one.
+    def merged_with(self, other: Vocabulary) -> Vocabulary:
+        """Append the classes of another vocabulary, for naming results.
+
+        Properties of a class that both have are taken from `self`. Ids are kept; where only one of the two has ids, or
+        one id stands for two classes, the other class gets a free one.
+
+        >>> Vocabulary.parse(["car"]).merged_with(Vocabulary.parse(["wheel", "car"])).classes
+        ('car', 'wheel')
         """
         new = [i for i, name in enumerate(other.classes) if name not in self.classes]
         if not new:
@@ -115,64 +132,77 @@ class Vocabulary:
         for i in new if ids else ():
             number = other.ids[i] if other.ids else None
             ids.append(number if number is not None and number not in ids else max(ids) + 1)
-        columns: dict[str, Any] = {}
-        for key in ("scores", "colours", "supercategories"):
-            mine, theirs = getattr(self, key), getattr(other, key)
-            whole = [*(mine or [None] * len(self)), *((theirs[i] if theirs else None) for i in new)]
-            columns[key] = tuple(whole) if any(value is not None for value in whole) else ()
+
+        def merged(own: tuple[T | None, ...], others: tuple[T | None, ...]) -> tuple[T | None, ...]:
+            return _column([*(own or [None] * len(self)), *((others[i] if others else None) for i in new)])
+
         return replace(
             self,
             classes=(*self.classes, *(other.classes[i] for i in new)),
             phrases=(*self.phrases, *(other.phrases[i] for i in new)),
             ids=tuple(ids),
-            asked=False,
-            **columns,
+            scores=merged(self.scores, other.scores),
+            colors=merged(self.colors, other.colors),
+            supercategories=merged(self.supercategories, other.supercategories),
+            queried=False,
         )
 
-    def phrased(self, phrasing: str) -> Vocabulary:
-        """The same classes, each phrase put as `phrasing` says: `a photo of a {}`.
+    def with_prompt_template(self, template: str) -> Vocabulary:
+        """Put every phrase into a template, such as `a photo of a {}`; class names stay.
 
         Raises:
-            VocabularyError: if it has not exactly one `{}`.
+            VocabularyError: If the template does not have exactly one `{}`.
+
+        >>> Vocabulary.parse(["car"]).with_prompt_template("a photo of a {}").phrases
+        (('a photo of a car',),)
         """
-        if phrasing.count("{}") != 1:
-            raise VocabularyError(f"phrasing must have one {{}} where the phrase goes, got {phrasing!r}")
-        if phrasing == "{}":
+        if template.count("{}") != 1:
+            raise VocabularyError(f"prompt_template must have one {{}} where the phrase goes, got {template!r}")
+        if template == "{}":
             return self
-        put = tuple(tuple(phrasing.replace("{}", phrase) for phrase in phrases) for phrases in self.phrases)
-        return replace(self, phrases=put, negatives=tuple(phrasing.replace("{}", n) for n in self.negatives))
+        return replace(
+            self,
+            phrases=tuple(tuple(template.replace("{}", phrase) for phrase in phrases) for phrases in self.phrases),
+            negatives=tuple(template.replace("{}", phrase) for phrase in self.negatives),
+        )
 
     @classmethod
-    def of_categories(cls, categories: Sequence[Any], where: str) -> Vocabulary:
-        """The names and ids of COCO `categories`, to name labels with.
+    def from_categories(cls, categories: Sequence[Any], where: str) -> Vocabulary:
+        """Make a vocabulary of COCO `categories`, for naming labels.
+
+        Args:
+            categories: The categories; only id, name and supercategory are used.
+            where: Name of the file, for messages.
 
         Raises:
-            VocabularyError: if one has no id or name, or two have the same.
+            VocabularyError: If one has no id or name, or two have the same.
         """
-        named = coco_categories(categories, where)["classes"]
-        above = tuple(item.get("supercategory") for item in named)
+        classes = coco_categories(categories, where)["classes"]
         return cls(
-            classes=tuple(str(item["name"]) for item in named),
-            phrases=tuple((str(item["name"]),) for item in named),
-            ids=tuple(item["id"] for item in named),
-            supercategories=above if any(above) else (),
-            asked=False,
+            classes=tuple(str(item["name"]) for item in classes),
+            phrases=tuple((str(item["name"]),) for item in classes),
+            ids=tuple(item["id"] for item in classes),
+            supercategories=_column([item.get("supercategory") for item in classes]),
+            queried=False,
         )
 
     @classmethod
     def parse(cls, text: Any, negative: Any = ()) -> Vocabulary:
-        """Read a vocabulary from whatever a user may write.
+        """Read a vocabulary in any form that a user may write.
 
         Args:
-            text: a list of classes; a mapping from class to phrase or phrases; one string, where
-                commas, semicolons, line ends or full stops part the classes; an ontology, which is a
-                mapping with `classes` and maybe `negatives` (see `ontology.schema.json`); the path of a
-                YAML, JSON or TXT file (one class a line) that holds one of those, or of a COCO file,
-                whose categories are taken with their ids; or a `Vocabulary`.
-            negative: phrases to absorb look-alikes, in any of the list forms.
+            text: A list of classes; a mapping from class to phrase or phrases; one string, where commas, semicolons,
+                line ends or full stops separate the classes; an ontology, which is a mapping with `classes` and
+                optionally `negatives` (see `ontology.schema.json`); the path of a YAML, JSON or TXT file (one class per
+                line) that holds one of these, or of a COCO file, whose categories are taken with their ids; or a
+                `Vocabulary`.
+            negative: Phrases for look-alikes, in any of the list forms.
 
         Raises:
-            VocabularyError: if it names nothing, or one thing twice, or the file cannot be read.
+            VocabularyError: If there is no class, two have the same name or phrase, or the file cannot be read.
+
+        >>> Vocabulary.parse({"vehicle": ["car", "truck"], "dog": None}).phrases
+        (('car', 'truck'), ('dog',))
         """
         if isinstance(text, Vocabulary):
             return text
@@ -182,11 +212,9 @@ class Vocabulary:
             text = parse_text(where)
         if isinstance(text, Mapping) and isinstance(text.get("categories"), Sequence) and "classes" not in text:
             text = coco_categories(text["categories"], where)
+        negatives = parse_phrases(parse_text(negative) if isinstance(negative, str) else negative, "negative")
         if isinstance(text, Mapping) and "classes" in text:
-            ontology = cls(**read_ontology(text, where))
-            more = cls.parse(["_"], negative).negatives
-            return replace(ontology, negatives=tuple(dict.fromkeys([*ontology.negatives, *more])))
-        negatives = tuple(parse_phrases(parse_text(negative) if isinstance(negative, str) else negative, "negative"))
+            return cls._from_ontology(read_ontology(text, where), negatives)
         if isinstance(text, Mapping):
             classes = [(str(name), parse_phrases(value, str(name)) or [str(name)]) for name, value in text.items()]
         elif isinstance(text, Iterable):
@@ -202,6 +230,26 @@ class Vocabulary:
             negatives=tuple(dict.fromkeys(negatives)),
         )
 
+    @classmethod
+    def _from_ontology(cls, ontology: Ontology, negatives: Sequence[str]) -> Vocabulary:
+        """Make a vocabulary of an ontology and more negatives."""
+        classes = ontology.classes
+        return cls(
+            classes=tuple(item.name for item in classes),
+            phrases=tuple(item.phrases for item in classes),
+            negatives=tuple(dict.fromkeys([*ontology.negatives, *negatives])),
+            ids=tuple(item.id for item in classes if item.id is not None),
+            scores=_column([item.score for item in classes]),
+            colors=_column([item.color for item in classes]),
+            supercategories=_column([item.supercategory for item in classes]),
+        )
 
-def _key(phrase: str) -> str:
+
+def _column(values: Sequence[T | None]) -> tuple[T | None, ...]:
+    """Return values of all classes, or an empty tuple if no class has one."""
+    return tuple(values) if any(value is not None for value in values) else ()
+
+
+def _normalized(phrase: str) -> str:
+    """Return a phrase without case and punctuation."""
     return " ".join(re.sub(r"[^\w]+", " ", phrase).casefold().split())

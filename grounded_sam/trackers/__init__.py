@@ -1,1 +1,1 @@
-"""Masks followed from frame to frame; one class a file."""
+"""Trackers: objects from frame to frame; one class per module."""

@@ -1,4 +1,4 @@
-"""Ids for what the detector finds in every frame: ByteTrack, OC-SORT and their kin of the package `trackers`."""
+"""Trackers by boxes: ByteTrack, OC-SORT and others of the package `trackers`."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any
 import numpy as np
 import supervision as sv
 
+from grounded_sam.checks import check_choice
 from grounded_sam.errors import ConfigError
 from grounded_sam.structures.detections import select_rows
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.vocabulary import Vocabulary
 
+#: Class of each method in the package.
 METHODS = {
     "bytetrack": "ByteTrackTracker",
     "ocsort": "OCSORTTracker",
@@ -20,8 +22,8 @@ METHODS = {
     "cbiou": "CBIoUTracker",
 }
 
-#: For the scores of text-queried detectors; the package's own (0.6, 0.7) are for detectors of fixed classes, and leave
-#: most of these without an id.
+#: Thresholds for open-vocabulary detectors. With the defaults of the package (0.6, 0.7), which are for closed-set
+#: detectors, most detections get no id.
 THRESHOLDS = {
     "bytetrack": {"track_activation_threshold": 0.3, "high_conf_det_threshold": 0.3},
     "ocsort": {"high_conf_det_threshold": 0.3},
@@ -30,56 +32,58 @@ THRESHOLDS = {
 
 
 class BoxTracker:
-    """Associates boxes from frame to frame by motion and overlap; no memory of looks, and nothing between detections.
+    """Associate boxes from frame to frame by motion and overlap, without appearance.
 
-    For when masks per frame are enough: detector and segmenter work on every frame, so `track.redetect_every` has no
-    say; `source.stride` leaves frames out. Objects that the method has not confirmed yet are not shown. Ids follow
-    boxes of any class; the class of a track is voted on.
+    Detector and segmenter run on every frame: `track.redetect_every` has no effect, and `source.stride` skips frames.
+    Objects that the method has not confirmed yet are not returned. Association ignores classes; the pipeline votes on
+    the class of a track.
 
     Args:
-        segmenter: of the pipeline; not used.
-        method: `bytetrack` (Zhang et al. 2022), `ocsort` (Cao et al. 2023), `sort` or `cbiou`.
-        settings: arguments of the method's class in `trackers`, such as `minimum_consecutive_frames`. Thresholds on
-            confidence are 0.3 here where they are not given (`track_activation_threshold`, `high_conf_det_threshold`).
-            What is weaker goes on with tracks that exist, if it comes this far: `select.score=0.1`.
+        segmenter: Segmenter of the pipeline; not used.
+        method: `bytetrack` (Zhang et al. 2022), `ocsort` (Cao et al. 2023), `sort` (Bewley et al. 2016) or `cbiou`.
+        settings: Arguments of the method's class in `trackers`, such as `minimum_consecutive_frames`. Its confidence
+            thresholds (`track_activation_threshold`, `high_conf_det_threshold`) default to 0.3 here. Detections below
+            them can continue a track, if they pass `select.score`.
 
     Raises:
-        ConfigError: for an unknown method or setting, or without the package.
+        ConfigError: If the method or a setting is unknown, or the package is not installed.
     """
 
     def __init__(
         self, segmenter: Any = None, method: str = "bytetrack", settings: Mapping[str, Any] | None = None
     ) -> None:
-        if method not in METHODS:
-            raise ConfigError(f"tracker.method must be one of {', '.join(METHODS)}, got {method!r}")
+        check_choice("tracker.method", method, tuple(METHODS))
         try:
             import trackers
         except ImportError as error:
-            raise ConfigError("tracker=boxes needs the package trackers: pip install --no-deps trackers") from error
-        self._kind: Any = getattr(trackers, METHODS[method])
+            raise ConfigError(
+                "tracker=boxes needs the package trackers; install it with pip install --no-deps trackers"
+            ) from error
+        self._class: Any = getattr(trackers, METHODS[method])
         self.settings = {**THRESHOLDS.get(method, {}), **(settings or {})}
         try:
-            self._kind(**self.settings)
+            self._class(**self.settings)
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"tracker.settings do not fit {method}: {' '.join(str(error).split())}") from error
+            raise ConfigError(f"tracker.settings are not valid for {method}: {' '.join(str(error).split())}") from error
 
-    def follow(
-        self, frames: Iterator[Frame], vocabulary: Vocabulary, look: Callable[[Frame], sv.Detections]
+    def track(
+        self, frames: Iterator[Frame], vocabulary: Vocabulary, detect: Callable[[Frame], sv.Detections]
     ) -> Iterator[tuple[Frame, sv.Detections]]:
-        """Every frame with the objects found in it that the method has given an id."""
-        tracker = self._kind(**self.settings)
+        """Yield every frame with the detections that have an id; see `structures.protocols.EndToEndTracker`."""
+        tracker = self._class(**self.settings)
         for frame in frames:
-            found = look(frame)
-            # The package copies what it is given; masks stay here.
-            given = sv.Detections(
-                xyxy=found.xyxy,
-                confidence=found.confidence,
-                class_id=found.class_id,
-                data={"row": np.arange(len(found))},
+            detections = detect(frame)
+            # The package copies its input, which is slow with masks.
+            boxes = sv.Detections(
+                xyxy=detections.xyxy,
+                confidence=detections.confidence,
+                class_id=detections.class_id,
+                data={"row": np.arange(len(detections))},
             )
-            seen = tracker.update(given)
-            ids = np.empty(0, np.int64) if seen.tracker_id is None else np.asarray(seen.tracker_id, np.int64)
-            named = np.flatnonzero(ids >= 0)
-            out = select_rows(found, np.asarray(seen.data["row"], np.intp)[named] if len(named) else [])
-            out.tracker_id = ids[named]
-            yield frame, out
+            tracked = tracker.update(boxes)
+            ids = np.empty(0, np.int64) if tracked.tracker_id is None else np.asarray(tracked.tracker_id, np.int64)
+            confirmed = np.flatnonzero(ids >= 0)
+            rows: Any = np.asarray(tracked.data["row"], np.intp)[confirmed] if len(confirmed) else []
+            chosen = select_rows(detections, rows)
+            chosen.tracker_id = ids[confirmed]
+            yield frame, chosen

@@ -1,4 +1,4 @@
-"""Frames, masks and points as SAM 2's video models take them."""
+"""Convert frames, masks and points to the inputs of SAM 2's video models."""
 
 from __future__ import annotations
 
@@ -11,14 +11,25 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: ImageNet's, as in sam2's `load_video_frames`.
+#: Mean and standard deviation of ImageNet, with which `load_video_frames` of sam2 normalizes.
 MEAN, STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
 
 
 def to_pixels(image: NDArray[np.uint8], side: int, device: Any = "cpu", mean: Any = MEAN, std: Any = STD) -> Tensor:
-    """A frame `(H, W, 3) uint8` as the square that SAM 2 sees, `(1, 3, side, side) float32`.
+    """Resize and normalize a frame, as `load_video_frames` of sam2 does (bicubic filter of Pillow).
 
-    As sam2's `load_video_frames` does it: Pillow's bicubic resize, then mean and deviation, by default ImageNet's.
+    Args:
+        image: RGB, `(H, W, 3) uint8`.
+        side: Height and width of the model's input in pixels.
+        device: Device of the result.
+        mean: Mean of each channel, for values from 0 to 1.
+        std: Standard deviation of each channel.
+
+    Returns:
+        A tensor `(1, 3, side, side) float32`.
+
+    >>> to_pixels(np.zeros((4, 6, 3), np.uint8), 8).shape
+    torch.Size([1, 3, 8, 8])
     """
     import torch
     from PIL import Image
@@ -29,35 +40,73 @@ def to_pixels(image: NDArray[np.uint8], side: int, device: Any = "cpu", mean: An
 
 
 def to_mask_input(mask: NDArray[np.bool_], side: int, device: Any = "cpu") -> Tensor:
-    """A mask `(H, W) bool` at the model's size, `(1, 1, side, side)` of 0 and 1; as `add_new_mask` does it."""
+    """Resize a mask, as `add_new_mask` of sam2 does.
+
+    Args:
+        mask: Mask, `(H, W) bool`.
+        side: Height and width of the model's input in pixels.
+        device: Device of the result.
+
+    Returns:
+        A tensor `(1, 1, side, side) float32` of zeros and ones.
+    """
     import torch
 
-    given = torch.from_numpy(np.ascontiguousarray(mask))[None, None].float().to(device)
+    values = torch.from_numpy(np.ascontiguousarray(mask))[None, None].float().to(device)
     if mask.shape != (side, side):
-        given = torch.nn.functional.interpolate(given, (side, side), mode="bilinear", antialias=True)
-    return (given >= 0.5).float()
+        values = torch.nn.functional.interpolate(values, (side, side), mode="bilinear", antialias=True)
+    return (values >= 0.5).float()
 
 
 def to_points(
-    found: sv.Detections, i: int, size_hw: tuple[int, int], side: int
+    detections: sv.Detections, i: int, size_hw: tuple[int, int], side: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-    """Box corners (labels 2 and 3) and clicks (1 and 0) of a detection, in pixels of the model's square."""
+    """Return the point prompts of detection `i`: box corners (labels 2 and 3), then clicks (1 and 0).
+
+    Args:
+        detections: Prompts; see `structures.clicks.Clicks.to_detections`.
+        i: Index of the detection.
+        size_hw: Height and width of the frame in pixels.
+        side: Height and width of the model's input in pixels.
+
+    Returns:
+        Points `(p, 2)` in pixels of the model's input, and labels `(p,)`.
+
+    >>> to_points(sv.Detections(xyxy=np.array([[0.0, 0, 50, 100]])), 0, size_hw=(100, 100), side=10)[0].tolist()
+    [[0.0, 0.0], [5.0, 10.0]]
+    """
     points, labels = np.empty((0, 2), np.float32), np.empty(0, np.int32)
-    if "prompt_box" not in found.data or found.data["prompt_box"][i]:
-        points, labels = found.xyxy[i].reshape(2, 2).astype(np.float32), np.array([2, 3], np.int32)
-    clicks = found.data["points"][i] if "points" in found.data else None
+    if "prompt_box" not in detections.data or detections.data["prompt_box"][i]:
+        points, labels = detections.xyxy[i].reshape(2, 2).astype(np.float32), np.array([2, 3], np.int32)
+    clicks = detections.data["points"][i] if "points" in detections.data else None
     if clicks is not None:
         points = np.concatenate([points, np.asarray(clicks, np.float32)])
-        labels = np.concatenate([labels, np.asarray(found.data["labels"][i], np.int32)])
+        labels = np.concatenate([labels, np.asarray(detections.data["labels"][i], np.int32)])
     height, width = size_hw
     return points * np.array([side / width, side / height], np.float32), labels
 
 
-def mask_prompt(found: sv.Detections, i: int, default: str) -> NDArray[np.bool_] | None:
-    """The mask `(H, W)` that detection `i` is prompted with; None if it is its box or its clicks.
+def mask_prompt(detections: sv.Detections, i: int, prompt: str) -> NDArray[np.bool_] | None:
+    """Return the mask `(H, W) bool` that prompts for detection `i`; None if its box or clicks do.
 
-    Clicks (columns of `detectors.clicks`) are taken as they were made; the rest as `default` says.
+    Args:
+        detections: Detections or prompts by hand; see `structures.clicks.Clicks.to_detections`.
+        i: Index of the detection.
+        prompt: Setting `prompt` of the tracker; has no effect on prompts by hand.
     """
-    if "points" in found.data:
-        return found.data["prompt_mask"][i]  # type: ignore[no-any-return]
-    return None if found.mask is None or default == "box" else np.asarray(found.mask[i], bool)
+    if "points" in detections.data:
+        return detections.data["prompt_mask"][i]  # type: ignore[no-any-return]
+    return None if detections.mask is None or prompt == "box" else np.asarray(detections.mask[i], bool)
+
+
+def oldest_dispensable(prompted: list[int], max_prompts: int) -> int:
+    """Return the prompted frame to drop when there are too many: the oldest one except the first.
+
+    Args:
+        prompted: Numbers of the prompted frames.
+        max_prompts: Largest number of prompted frames; with 1, the first one is dropped.
+
+    >>> oldest_dispensable([0, 10, 20], 2)
+    10
+    """
+    return sorted(prompted)[1 if max_prompts > 1 else 0]

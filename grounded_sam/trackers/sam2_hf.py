@@ -1,202 +1,171 @@
-"""SAM 2, EdgeTAM and SAM 3 video memory one frame at a time, over transformers' video models."""
+"""Tracking with the memory of SAM 2, EdgeTAM or the tracker of SAM 3, with the video models of transformers."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
-from grounded_sam.acceleration.backends import Backend, BackendSettings
-from grounded_sam.acceleration.patching import Precision, check_precision
 from grounded_sam.acceleration.sam2 import speed_up_encoder, speed_up_memory
-from grounded_sam.errors import ConfigError
+from grounded_sam.segmenters.options import model_identity
 from grounded_sam.segmenters.sam2_hf import Sam2Hf
 from grounded_sam.structures.detections import tracked_detections
-from grounded_sam.trackers.prompting import mask_prompt, to_mask_input, to_pixels, to_points
-from grounded_sam.weights.loading import pick_device
+from grounded_sam.trackers.base import MemorySession, MemoryTracker, find_shared
+from grounded_sam.trackers.options import TrackerOptions
+from grounded_sam.trackers.prompting import mask_prompt, oldest_dispensable, to_mask_input, to_pixels, to_points
 from grounded_sam.weights.sam2_video import load_image_processor, load_video_model
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Sam2HfSession:
-    """One video on its way through a transformers model, whose own session is pruned after every frame.
+class Sam2HfSession(MemorySession):
+    """Track the objects of one video with a model of transformers.
 
-    See `trackers.sam2.Sam2Session`: on the same weights the masks are the same. Transformers' streaming
-    keeps every frame, every mask and every memory for good; here what memory attention cannot reach goes.
+    With the same weights, masks equal those of `trackers.sam2.Sam2Session`. In streaming mode transformers keeps every
+    frame, mask and memory forever; here everything that memory attention cannot reach is dropped.
+
+    Args:
+        tracker: The tracker that opens the session.
+        size_hw: Height and width of the frames in pixels.
+
+    Attributes:
+        state: Session of transformers, which holds the memories.
+        ids: Ids of the objects, in the order in which they were added.
     """
 
     def __init__(self, tracker: Sam2HfTracker, size_hw: tuple[int, int]) -> None:
-        self.model, self.size_hw = tracker.model, size_hw
-        self.prompt_with, self.max_prompts = tracker.prompt, tracker.max_prompts
-        self._normal = tracker.normal
-        session = getattr(
-            sys.modules[type(self.model).__module__], type(self.model).__name__.replace("Model", "InferenceSession")
-        )
-        place = self.model.device
-        self.state: Any = session(
+        super().__init__(tracker, tracker.model.mask_decoder, size_hw)
+        self._mean_std = tracker.mean_std
+        module = sys.modules[type(self.model).__module__]
+        session_class = getattr(module, type(self.model).__name__.replace("Model", "InferenceSession"))
+        device = self.model.device
+        self.state: Any = session_class(
             video_height=size_hw[0],
             video_width=size_hw[1],
-            inference_device=place,
-            inference_state_device=place,
-            video_storage_device=place,
+            inference_device=device,
+            inference_state_device=device,
+            video_storage_device=device,
             dtype=self.model.dtype,
         )
         self.ids: list[int] = []
-        self.frame = -1
-        self._image: NDArray[np.uint8] | None = None
-        self._logits: dict[int, Tensor] = {}  # of the current frame, of objects propagated to it
-        self._place: Any = None
-        self._guesses: dict[int, Tensor] = {}  # the same, also of objects held to be absent
-        self._decoded: Any = None
-        self._hook = self.model.mask_decoder.register_forward_hook(self._catch)
-        #: The segmenter of the same model on this session's image features; None if it has another model.
-        self.segmenter = None if tracker.shared is None else tracker.shared.over(self.features)
-
-    def _catch(self, _module: Any, _inputs: Any, out: Any) -> None:
-        self._decoded = out
+        self._memory_positions: Any = None  # positional encoding of mask memory
 
     def _pixels(self, image: NDArray[np.uint8]) -> Tensor:
-        return to_pixels(image, self._side(), self.model.device, *self._normal)
+        return to_pixels(image, self._side, self.model.device, *self._mean_std)
 
-    def features(self, image: NDArray[np.uint8]) -> list[Tensor]:
-        """The features of an image; of the current frame encoded once."""
+    def image_features(self, image: NDArray[np.uint8]) -> list[Tensor]:
+        """Return the feature maps of an image, from fine to coarse; the current frame is encoded once."""
         import torch
 
         with torch.inference_mode():
             if image is not self._image:
-                pixels = self._pixels(image)
-                return list(self.model.get_image_features(pixels, return_dict=True).fpn_hidden_states)
-            self._see()
+                return list(self.model.get_image_features(self._pixels(image), return_dict=True).fpn_hidden_states)
+            self._add_frame()
             return list(self.model._prepare_vision_features(self.state, self.frame, 1)[0])
 
     def step(self, image: NDArray[np.uint8]) -> sv.Detections:
-        """Go one frame on; see `Sam2Session.step`."""
+        """Advance to the next frame and return the visible objects; see `Sam2Session.step`."""
         import torch
 
-        if image.shape[:2] != self.size_hw:
-            height, width = self.size_hw
-            raise ValueError(f"expected a frame of {width}x{height} px, got {image.shape[1]}x{image.shape[0]} px")
-        self.frame += 1
-        self._image = image
+        self._start_frame(image)
         self.state.processed_frames = {}
         self.state.cache.clear_all()
-        self._logits.clear()
-        self._guesses.clear()
-        outs, scores = {}, []
+        outputs, scores = {}, []
         with torch.inference_mode():
             for tracker_id in self.ids:
                 self._prune(tracker_id)
-                outs[tracker_id] = self._run(tracker_id, is_init_cond_frame=False)
-                self._logits[tracker_id] = outs[tracker_id]["pred_masks"]
-                masks_, ious = self._decoded[0], self._decoded[1]  # (1, 1, k, h, w), (1, 1, k)
-                self._guesses[tracker_id] = masks_[:, 0, ious.argmax()][:, None]
+                outputs[tracker_id] = self._propagate(tracker_id, is_init_cond_frame=False)
+                self._logits[tracker_id] = outputs[tracker_id]["pred_masks"]
+                logits, ious = self._decoder_output[0], self._decoder_output[1]  # (1, 1, k, h, w), (1, 1, k)
+                self._hidden_logits[tracker_id] = logits[:, 0, ious.argmax()][:, None]
                 scores.append(float(ious.max()))
-            for tracker_id, out in outs.items():
-                self._memorise(tracker_id, out, prompted=False)
-            masks, there = self._out(list(outs.values()))
-        return tracked_detections(np.array(self.ids, np.int64), masks, there, np.array(scores))
+            for tracker_id, output in outputs.items():
+                self._encode_memory(tracker_id, output, prompted=False)
+            masks, confidence = self._results(list(outputs.values()))
+        return tracked_detections(np.array(self.ids, np.int64), masks, confidence, np.array(scores))
 
-    def prompt(self, found: sv.Detections) -> sv.Detections:
+    def prompt(self, detections: sv.Detections) -> sv.Detections:
         """Add or correct objects on the frame of the last `step`; see `Sam2Session.prompt`."""
         import torch
 
-        assert found.tracker_id is not None
-        side = self._side()
-        outs, scores, given = [], [], []
+        assert detections.tracker_id is not None
+        outputs, scores, prompt_masks = [], [], []
         with torch.inference_mode():
-            for i, tracker_id in enumerate(found.tracker_id.tolist()):
+            for i, tracker_id in enumerate(detections.tracker_id.tolist()):
                 if tracker_id not in self.ids:
                     self.ids.append(tracker_id)
-                    self.state.output_dict_per_obj[tracker_id] = {
-                        "cond_frame_outputs": {},
-                        "non_cond_frame_outputs": {},
-                    }
+                    empty: dict[str, dict[int, Any]] = {"cond_frame_outputs": {}, "non_cond_frame_outputs": {}}
+                    self.state.output_dict_per_obj[tracker_id] = empty
                 self.state.output_dict_per_obj[tracker_id]["non_cond_frame_outputs"].pop(self.frame, None)
-                mask = mask_prompt(found, i, self.prompt_with)
+                mask = mask_prompt(detections, i, self.options.prompt)
                 if mask is not None:
-                    with self._one_mask():
-                        at_size = to_mask_input(mask, side, self.model.device)
-                        out = self._run(tracker_id, is_init_cond_frame=True, mask_inputs=at_size)
+                    values = to_mask_input(mask, self._side, self.model.device)
+                    with self._single_mask():
+                        output = self._propagate(tracker_id, is_init_cond_frame=True, mask_inputs=values)
                     score = 1.0
                 else:
-                    points, labels = to_points(found, i, self.size_hw, side)
-                    clicked = {
-                        "point_coords": torch.from_numpy(points)[None, None].to(self.model.device),
-                        "point_labels": torch.from_numpy(labels)[None, None].to(self.model.device),
-                    }
-                    before = self._logits.get(tracker_id)
-                    out = self._run(
-                        tracker_id,
-                        is_init_cond_frame=before is None,
-                        point_inputs=clicked,
-                        prev_sam_mask_logits=None if before is None else before.clamp(-32, 32),
-                    )
-                    self._logits[tracker_id] = out["pred_masks"]
-                    score = float(self._decoded[1].max())
-                self._memorise(tracker_id, out, prompted=True)
-                outs.append(out)
+                    output = self._decode_points(tracker_id, detections, i)
+                    score = float(self._decoder_output[1].max())
+                self._encode_memory(tracker_id, output, prompted=True)
+                outputs.append(output)
                 scores.append(score)
-                given.append(mask)
-            masks, there = self._out(outs)
-        for i, mask in enumerate(given):
+                prompt_masks.append(mask)
+            masks, confidence = self._results(outputs)
+        for i, mask in enumerate(prompt_masks):
             if mask is not None:
                 masks[i] = mask
-        return tracked_detections(found.tracker_id, masks, there, np.array(scores))
+        return tracked_detections(detections.tracker_id, masks, confidence, np.array(scores))
 
-    def guess(self, ids: Sequence[int]) -> sv.Detections:
-        """Where objects that the last `step` did not see would be; see `Sam2Session.guess`."""
-        known = [i for i in ids if i in self._guesses]
-        masks = np.zeros((len(known), *self.size_hw), bool)
-        for mask, tracker_id in zip(masks, known, strict=True):
-            mask[:] = self._sized(self._guesses[tracker_id])
-        return tracked_detections(np.array(known, np.int64), masks, np.zeros(len(known)), np.zeros(len(known)))
-
-    def forget(self, tracker_id: int) -> None:
-        """Drop what an object left in memory since its prompts."""
+    def reset_memory(self, tracker_id: int) -> None:
+        """Drop the memory of an object, except that of its prompts."""
         self.state.output_dict_per_obj[tracker_id]["non_cond_frame_outputs"].clear()
         self._logits.pop(tracker_id, None)
 
     def remove(self, tracker_id: int) -> None:
-        """Forget an object altogether; it costs nothing any more."""
+        """Remove an object and free its memory."""
         if tracker_id in self.ids:
             self.ids.remove(tracker_id)
             del self.state.output_dict_per_obj[tracker_id]
-            self._logits.pop(tracker_id, None)
+            self._forget_object(tracker_id)
 
     def close(self) -> None:
-        """Let go of everything."""
-        self._hook.remove()
+        """Free everything."""
+        super().close()
         self.state.reset_inference_session()
         self.state.processed_frames = {}
-        self._logits.clear()
-        self._guesses.clear()
-        self._image = self._place = self._decoded = None
+        self._memory_positions = None
 
+    @property
     def _side(self) -> int:
+        """Height and width of the model's input in pixels."""
         side = self.model.image_size
         return int(side if isinstance(side, int) else side[0])
 
-    def _see(self) -> None:
-        """Hand the current frame to transformers' session, once."""
+    @property
+    def _is_edgetam(self) -> bool:
+        """Whether the model has the spatial perceiver of EdgeTAM, which encodes memories itself."""
+        return hasattr(self.model, "spatial_perceiver")
+
+    def _add_frame(self) -> None:
+        """Add the current frame to the session of transformers, if it is not in it yet."""
         if self.frame not in self.state.processed_frames:
             assert self._image is not None
             self.state.add_new_frame(self._pixels(self._image), self.frame)
 
-    def _run(self, tracker_id: int, is_init_cond_frame: bool, **prompts: Any) -> dict[str, Tensor]:
-        """One object through the current frame, whose image is encoded the first time only."""
-        self._see()
-        arguments: dict[str, Any] = {"point_inputs": None, "mask_inputs": None, **prompts}
-        if hasattr(self.model, "spatial_perceiver"):  # EdgeTAM would encode the memory itself
-            arguments["run_mem_encoder"] = False
-        out: dict[str, Tensor] = self.model._run_single_frame_inference(
+    def _propagate(self, tracker_id: int, is_init_cond_frame: bool, **prompts: Any) -> dict[str, Tensor]:
+        """Run the model for one object on the current frame, whose image is encoded by the first call only."""
+        self._add_frame()
+        kwargs: dict[str, Any] = {"point_inputs": None, "mask_inputs": None, **prompts}
+        if self._is_edgetam:  # `_encode_memory` does it, for all models alike
+            kwargs["run_mem_encoder"] = False
+        output: dict[str, Tensor] = self.model._run_single_frame_inference(
             inference_session=self.state,
             obj_idx=tracker_id,
             frame_idx=self.frame,
@@ -204,15 +173,34 @@ class Sam2HfSession:
             is_init_cond_frame=is_init_cond_frame,
             reverse=False,
             streaming=True,
-            **arguments,
+            **kwargs,
         )
-        return out
+        return output
+
+    def _decode_points(self, tracker_id: int, detections: sv.Detections, i: int) -> dict[str, Tensor]:
+        """Decode the box and clicks of an object; with memory and logits if it was propagated to this frame."""
+        import torch
+
+        points, labels = to_points(detections, i, self.size_hw, self._side)
+        inputs = {
+            "point_coords": torch.from_numpy(points)[None, None].to(self.model.device),
+            "point_labels": torch.from_numpy(labels)[None, None].to(self.model.device),
+        }
+        previous = self._logits.get(tracker_id)
+        output = self._propagate(
+            tracker_id,
+            is_init_cond_frame=previous is None,
+            point_inputs=inputs,
+            prev_sam_mask_logits=None if previous is None else previous.clamp(-32, 32),
+        )
+        self._logits[tracker_id] = output["pred_masks"]
+        return output
 
     @contextmanager
-    def _one_mask(self) -> Iterator[None]:
-        """Take a mask prompt's object pointer from the single-mask token, as sam2 does.
+    def _single_mask(self) -> Iterator[None]:
+        """Take the object pointer of a mask prompt from the single-mask token, as sam2 does.
 
-        Transformers leaves `multimask_output` at true there, so its pointers are others than sam2's.
+        Transformers sets `multimask_output` there, so its pointers differ from those of sam2.
         """
         forward = self.model._single_frame_forward
         self.model._single_frame_forward = partial(forward, multimask_output=False)
@@ -221,98 +209,77 @@ class Sam2HfSession:
         finally:
             del self.model._single_frame_forward
 
-    def _memorise(self, tracker_id: int, out: dict[str, Tensor], prompted: bool) -> None:
-        """Store the frame's memory of one object, made from its mask at low resolution as sam2 does it."""
+    def _encode_memory(self, tracker_id: int, output: dict[str, Tensor], prompted: bool) -> None:
+        """Encode the low-resolution mask of an object, as sam2 does, and store it as its memory of this frame."""
         import torch
 
-        side = self._side()
-        full = torch.nn.functional.interpolate(out["pred_masks"], (side, side), mode="bilinear")
-        features, place = self.model._encode_new_memory(
+        high_res = torch.nn.functional.interpolate(output["pred_masks"], (self._side, self._side), mode="bilinear")
+        features, positions = self.model._encode_new_memory(
             current_vision_feats=self.state.cache.get_vision_features(self.frame)["vision_feats"][-1],
-            pred_masks_high_res=full,
-            object_score_logits=out["object_score_logits"],
+            pred_masks_high_res=high_res,
+            object_score_logits=output["object_score_logits"],
             is_mask_from_pts=prompted,
         )
-        if self._place is None or hasattr(self.model, "spatial_perceiver"):
-            self._place = place  # without a perceiver it is the same for all frames
-        kept = {"object_pointer": out["object_pointer"], "maskmem_features": features, "maskmem_pos_enc": self._place}
-        self.state.store_output(tracker_id, self.frame, output_value=kept, is_conditioning_frame=prompted)
+        if self._memory_positions is None or self._is_edgetam:
+            self._memory_positions = positions  # of other models they are the same in all frames
+        memory = {
+            "object_pointer": output["object_pointer"],
+            "maskmem_features": features,
+            "maskmem_pos_enc": self._memory_positions,
+        }
+        self.state.store_output(tracker_id, self.frame, output_value=memory, is_conditioning_frame=prompted)
 
     def _prune(self, tracker_id: int) -> None:
-        """Drop what this frame and later ones cannot reach; of the prompts keep the first and the latest."""
+        """Drop what memory attention cannot reach from this frame on, and surplus prompted frames."""
         memory = self.state.output_dict_per_obj[tracker_id]
-        recent, prompts = memory["non_cond_frame_outputs"], memory["cond_frame_outputs"]
+        recent, prompted = memory["non_cond_frame_outputs"], memory["cond_frame_outputs"]
         for frame in list(recent):
             if frame <= self.frame - self.model.config.max_object_pointers_in_encoder:
                 del recent[frame]
             elif frame <= self.frame - self.model.num_maskmem:
                 recent[frame].pop("maskmem_features", None)
-        while len(prompts) > self.max_prompts:
-            del prompts[sorted(prompts)[1 if self.max_prompts > 1 else 0]]
+        while len(prompted) > self.options.max_prompts:
+            del prompted[oldest_dispensable(list(prompted), self.options.max_prompts)]
 
-    def _out(self, outs: list[dict[str, Tensor]]) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
-        """Masks at the video's size and confidence of presence, one object at a time."""
-        masks = np.zeros((len(outs), *self.size_hw), bool)
-        for mask, out in zip(masks, outs, strict=True):
-            mask[:] = self._sized(out["pred_masks"])
-        return masks, np.array([float(out["object_score_logits"].sigmoid()) for out in outs], np.float32)
-
-    def _sized(self, logits: Tensor) -> NDArray[np.bool_]:
-        """Logits `(1, 1, h, w)` as a mask at the video's size."""
-        import torch
-
-        sized = torch.nn.functional.interpolate(logits, self.size_hw, mode="bilinear")
-        return (sized[0, 0] > 0).cpu().numpy()  # type: ignore[no-any-return]
+    def _results(self, outputs: list[dict[str, Tensor]]) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
+        """Return masks of the frame's size, and confidence that the object is present."""
+        masks = np.zeros((len(outputs), *self.size_hw), bool)
+        for mask, output in zip(masks, outputs, strict=True):
+            mask[:] = self._to_masks(output["pred_masks"])[0]
+        return masks, np.array([float(output["object_score_logits"].sigmoid()) for output in outputs], np.float32)
 
 
-class Sam2HfTracker:
-    """Follows masks through a video with transformers' SAM 2, EdgeTAM or SAM 3 tracker.
+class Sam2HfTracker(MemoryTracker):
+    """Propagate masks through a video with SAM 2, EdgeTAM or the tracker of SAM 3 of transformers.
 
     Args:
-        segmenter: of the pipeline; if it is `Sam2Hf` of the same checkpoint, model and image features are shared.
-        checkpoint: a hub id or folder of a `Sam2VideoModel`, `EdgeTamVideoModel` or `Sam3TrackerVideoModel`,
-            or `builtin:NAME`.
-        device: `auto`, `cpu`, `cuda`...
-        prompt: what a new object is given to the model as: its `mask` or its `box`; `auto`: its mask if it has one.
-        max_prompts: conditioning frames kept per object, the first and the latest ones.
-        precision, compile, backend, exports: see `segmenters.sam2_hf.Sam2Hf`.
+        segmenter: Segmenter of the pipeline. If it is a `Sam2Hf` with the same checkpoint, device, precision and back
+            end, model and image features are shared.
+        checkpoint: Hub id or local folder of a `Sam2VideoModel`, `EdgeTamVideoModel` or `Sam3TrackerVideoModel`, or
+            `builtin:NAME`.
+        **options: See `trackers.options.TrackerOptions`.
+
+    Attributes:
+        mean_std: Mean and standard deviation of each channel that the model expects pixels to be normalized with.
 
     Raises:
-        CheckpointError: if the weights cannot be had, or are of a model that does not track.
+        CheckpointError: If the weights are missing, or of a model that cannot track.
+        ConfigError: If an option is not allowed.
     """
 
-    def __init__(
-        self,
-        segmenter: Any = None,
-        checkpoint: str = "facebook/sam2.1-hiera-tiny",
-        device: str = "auto",
-        prompt: Literal["auto", "mask", "box"] = "auto",
-        max_prompts: int = 4,
-        precision: Precision = "exact",
-        compile: bool = False,
-        backend: Backend = "torch",
-        exports: str | None = None,
-    ) -> None:
-        if prompt not in ("auto", "mask", "box"):
-            raise ConfigError(f"tracker.prompt must be auto, mask or box, got {prompt!r}")
-        if isinstance(max_prompts, bool) or not isinstance(max_prompts, int) or max_prompts < 1:
-            raise ConfigError(f"tracker.max_prompts must be a whole number from 1, got {max_prompts!r}")
-        check_precision(precision, compile, "tracker")
-        where = BackendSettings(backend, exports)
-        where.check(pick_device(device), "tracker")
-        source = (checkpoint, pick_device(device), precision, backend)
-        self.shared = segmenter if isinstance(segmenter, Sam2Hf) and segmenter.source == source else None
-        if self.shared is not None:
-            self.model = self.shared.model
+    def __init__(self, segmenter: Any = None, checkpoint: str = "facebook/sam2.1-hiera-tiny", **options: Any) -> None:
+        parsed = TrackerOptions(**options)
+        shared = find_shared(segmenter, Sam2Hf, model_identity(parsed, checkpoint))
+        super().__init__(parsed, shared)
+        if shared is None:
+            self.model = load_video_model(checkpoint).to(parsed.torch_device)
+            speed_up_encoder(self.model, parsed.precision, parsed.compile, parsed.backend_settings)
+            processor = load_image_processor(checkpoint, self.model)
         else:
-            self.model = load_video_model(checkpoint).to(source[1])
-            speed_up_encoder(self.model, precision, compile, where)
-        speed_up_memory(self.model, precision)
-        processor = self.shared.processor if self.shared is not None else load_image_processor(checkpoint, self.model)
-        #: Mean and deviation of the pixels that the model was trained with.
-        self.normal = (np.array(processor.image_mean, np.float32), np.array(processor.image_std, np.float32))
-        self.prompt, self.max_prompts = prompt, max_prompts
+            self.model, processor = shared.model, shared.processor
+        speed_up_memory(self.model, parsed.precision)
+        self.mean_std = (np.array(processor.image_mean, np.float32), np.array(processor.image_std, np.float32))
 
     def open(self, size_hw: tuple[int, int]) -> Sam2HfSession:
-        """A session for one video of frames of `size_hw`."""
+        """Open a session for a video of frames of one size."""
         return Sam2HfSession(self, size_hw)

@@ -1,12 +1,11 @@
-"""The command `grounded-sam-models`: which weights the stages take, fetching them ahead, and where they lie."""
+"""The Hugging Face hub and its cache: what a stage loads, what is cached, downloading, verifying."""
 
 from __future__ import annotations
 
 import glob
 import hashlib
 import re
-import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,9 +15,8 @@ from grounded_sam.errors import CheckpointError
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
 
-
-#: What weights of a transformers checkpoint are called, and what is loaded if there are several of them.
-WEIGHTS = (
+#: Names of the weights of a transformers checkpoint, in the order of preference.
+WEIGHT_FILES = (
     r"model\.safetensors",
     r"model-\d+-of-(\d+)\.safetensors",
     r"pytorch_model\.bin",
@@ -27,18 +25,35 @@ WEIGHTS = (
 
 
 @dataclass(frozen=True)
-class Weights:
-    """What a stage loads: of the hub a file or a repository, or a place on this machine.
+class HubFile:
+    """A single file of weights on the hub.
+
+    Attributes:
+        repo: Hub id of the repository, or the local path or `builtin:NAME` that was given instead.
+        name: Path of the file in the repository.
+        sha256: SHA-256 of the file; None if unknown.
+        kind: Kind of the model, for `builtin:`.
+    """
+
+    repo: str
+    name: str
+    sha256: str | None
+    kind: str
+
+
+@dataclass(frozen=True)
+class WeightsSpec:
+    """Weights that a stage loads, from the hub or from this machine.
 
     Attributes:
         stage: `detector`, `segmenter` or `tracker`.
-        choice: of that group.
-        key: of the part of the config that names the checkpoint: `detector`, `detector.detectors.first`.
-        checkpoint: as it is named there, or stands for null.
-        repo: on the hub; None if the checkpoint lies here.
-        file: in `repo`; None for a transformers checkpoint.
-        sha256: what that file's SHA-256 has to be, if known.
-        place: of what lies here.
+        choice: Choice of that config group.
+        key: Key of the config that names the checkpoint, such as `detector` or `detector.detectors.first`.
+        checkpoint: The checkpoint, as it is named there.
+        repo: Repository on the hub; None for local weights.
+        file: File in `repo`; None for a transformers checkpoint.
+        sha256: SHA-256 that the file must have; None if unknown.
+        path: Path of local weights.
     """
 
     stage: str
@@ -48,122 +63,129 @@ class Weights:
     repo: str | None = None
     file: str | None = None
     sha256: str | None = None
-    place: Path | None = None
+    path: Path | None = None
 
     def __str__(self) -> str:
-        inside = self.key.removeprefix(self.stage).lstrip(".")
-        return f"{self.stage}={self.choice}" + (f" ({inside})" if inside else "")
+        inner = self.key.removeprefix(self.stage).lstrip(".")
+        return f"{self.stage}={self.choice}" + (f" ({inner})" if inner else "")
 
 
 @dataclass(frozen=True)
-class Cached:
-    """What the hub's cache has of something.
+class CacheStatus:
+    """What the cache of the hub has of a repository, or of one file in it.
 
     Attributes:
-        folder: of the snapshot; None if there is none.
-        files: names that are loaded, and their sizes; None where not known.
-        present: bytes of them that are there.
-        whole: whether all of them are.
+        folder: Folder of the snapshot; None if there is none.
+        files: Sizes in bytes of the files that are loaded, by name; None where unknown.
+        cached_bytes: Bytes of them that are in the cache.
+        is_complete: Whether all of them are in the cache.
     """
 
     folder: Path | None
     files: dict[str, int | None]
-    present: int
-    whole: bool
+    cached_bytes: int
+    is_complete: bool
 
     @property
     def size(self) -> int | None:
-        """Bytes of all files; None if not known."""
+        """Bytes of all files; None if unknown."""
         sizes = [size for size in self.files.values() if size is not None]
         return sum(sizes) if self.files and len(sizes) == len(self.files) else None
 
-    def place(self, weights: Weights) -> Path:
-        """The folder, or the file in it."""
+    def path(self, file: str | None) -> Path:
+        """Return the folder of the snapshot, or the path of a file in it."""
         assert self.folder is not None
-        return self.folder / weights.file if weights.file is not None else self.folder
+        return self.folder / file if file is not None else self.folder
 
 
-def loaded(names: Iterable[str], file: str | None) -> list[str]:
-    """Those files of a repository that a stage loads: `file`, or what a transformers checkpoint is read from.
+def files_to_load(names: Iterable[str], file: str | None) -> list[str]:
+    """Select the files of a repository that a stage loads.
 
-    Of several formats of the same weights that is one, safetensors before others; never code.
+    Of several formats of the same weights only one is selected, safetensors first; code never.
+
+    Args:
+        names: All files of the repository.
+        file: The only file needed; None for a transformers checkpoint.
+
+    >>> files_to_load(["config.json", "model.safetensors", "pytorch_model.bin", "modeling.py"], None)
+    ['config.json', 'model.safetensors']
     """
     names = list(names)
     if file is not None:
         return [name for name in names if name == file]
     top = [name for name in names if "/" not in name]
     texts = [n for n in top if n.endswith((".json", ".txt", ".jinja", ".model")) and not n.endswith(".index.json")]
-    for form in WEIGHTS:
-        weights = [name for name in top if re.fullmatch(form, name)]
+    for pattern in WEIGHT_FILES:
+        weights = [name for name in top if re.fullmatch(pattern, name)]
         if weights:
             index = f"{weights[0].split('-')[0]}{Path(weights[0]).suffix}.index.json"
             return sorted([*texts, *weights, *([index] if index in top and len(weights) > 1 else [])])
     return sorted(texts)
 
 
-def _has_weights(names: Iterable[str], file: str | None) -> bool:
-    """Whether nothing that is loaded is wanting, as far as names tell."""
+def _is_loadable(names: Iterable[str], file: str | None) -> bool:
+    """Return whether these files are enough to load the model, as far as their names tell."""
     names = list(names)
     if file is not None:
         return file in names
-    weights = [match for name in names for form in WEIGHTS if (match := re.fullmatch(form, name))]
-    parts = {int(match.group(1)) if match.re.groups else 1 for match in weights}
-    return "config.json" in names and parts == {len(weights)}
+    matches = [match for name in names for pattern in WEIGHT_FILES if (match := re.fullmatch(pattern, name))]
+    num_parts = {int(match.group(1)) if match.re.groups else 1 for match in matches}
+    return "config.json" in names and num_parts == {len(matches)}
 
 
-def snapshot(repo: str) -> Path | None:
-    """The folder of the hub's cache from which a repository is loaded when nothing is asked of the hub."""
+def snapshot_folder(repo: str) -> Path | None:
+    """Return the folder of the cache that a repository is loaded from offline; None if there is none."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
-    place = Path(constants.HF_HUB_CACHE).expanduser() / repo_folder_name(repo_id=repo, repo_type="model")
+    folder = Path(constants.HF_HUB_CACHE).expanduser() / repo_folder_name(repo_id=repo, repo_type="model")
     try:
-        commit = (place / "refs" / "main").read_text().strip()
+        commit = (folder / "refs" / "main").read_text().strip()
     except OSError:
         return None
-    folder = place / "snapshots" / commit
-    return folder if re.fullmatch("[0-9a-f]{40}", commit) and folder.is_dir() else None
+    snapshot = folder / "snapshots" / commit
+    return snapshot if re.fullmatch("[0-9a-f]{40}", commit) and snapshot.is_dir() else None
 
 
-def _listing(repo: str) -> dict[str, int | None]:
-    """What the cache knows of the files of a cached repository, without the hub: names and sizes."""
+def _cached_listing(repo: str) -> dict[str, int | None]:
+    """Return the sizes of all files of a cached repository by name, as far as the cache knows them offline."""
     try:
-        from huggingface_hub import get_cached_repo_tree  # older clients keep no listing
+        from huggingface_hub import get_cached_repo_tree  # missing in older clients
 
         return {file.path: file.size for file in get_cached_repo_tree(repo)}
-    except Exception:  # nor is there one of files that came one by one
+    except Exception:  # there is no listing for files that were downloaded one by one
         return {}
 
 
-def cached(repo: str, file: str | None, info: ModelInfo | None = None) -> Cached:
-    """What the cache has of a repository or of one file in it.
+def cache_status(repo: str, file: str | None, info: ModelInfo | None = None) -> CacheStatus:
+    """Return what the cache has of a repository, or of one file in it.
 
     Args:
-        repo: on the hub.
-        file: in it; None for a transformers checkpoint.
-        info: what the hub says of it.
+        repo: Hub id.
+        file: File in the repository; None for a transformers checkpoint.
+        info: What the hub says about the repository, if it was asked.
     """
-    folder = snapshot(repo)
+    folder = snapshot_folder(repo)
     files: dict[str, int | None] = {}
     if info is not None and (folder is None or info.sha == folder.name):
         files = {sibling.rfilename: sibling.size for sibling in info.siblings or []}
     elif folder is not None:
-        files = _listing(repo)
-    listed = bool(files)
-    if folder is not None and not listed:
+        files = _cached_listing(repo)
+    is_listed = bool(files)
+    if folder is not None and not is_listed:
         files = {p.relative_to(folder).as_posix(): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
-    files = {name: files[name] for name in loaded(files, file)}
+    files = {name: files[name] for name in files_to_load(files, file)}
     if folder is None:
-        return Cached(None, files, 0, False)
-    present = {name: (folder / name).stat().st_size for name in files if (folder / name).is_file()}
-    whole = _has_weights(present, file) and len(present) == len(files)
-    if not whole and not listed:  # what else there is of it is not known
+        return CacheStatus(None, files, 0, False)
+    cached = {name: (folder / name).stat().st_size for name in files if (folder / name).is_file()}
+    is_complete = _is_loadable(cached, file) and len(cached) == len(files)
+    if not is_complete and not is_listed:  # there may be more files, of unknown size
         files = dict.fromkeys(files)
-    return Cached(folder, files, sum(present.values()), whole)
+    return CacheStatus(folder, files, sum(cached.values()), is_complete)
 
 
-def unreachable() -> str | None:
-    """Why the hub cannot be asked, found out within seconds; None if it can."""
+def why_unreachable() -> str | None:
+    """Return why the hub cannot be asked, within seconds; None if it can."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
@@ -172,15 +194,15 @@ def unreachable() -> str | None:
     try:
         get_session().head(constants.ENDPOINT, timeout=5)
     except Exception as error:
-        return f"{constants.ENDPOINT}: {_reason(error)}"
+        return f"{constants.ENDPOINT}: {_one_line(error)}"
     return None
 
 
-def _reason(error: Exception) -> str:
-    """What the hub's client says, in one line.
+def _one_line(error: Exception) -> str:
+    """Return the message of a hub, network or disk error in one line.
 
     Raises:
-        Exception: the error itself if it is none of those that hubs, networks and disks cause.
+        Exception: The error itself, if it is of another kind.
     """
     clients = ("httpx", "httpcore", "requests", "huggingface_hub", "hf_xet")
     if not isinstance(error, OSError | ValueError | RuntimeError) and not type(error).__module__.startswith(clients):
@@ -188,24 +210,24 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split()).split(" For more ")[0][:200] or type(error).__name__
 
 
-def _refused(repo: str, error: Exception, file: str | None = None) -> str:
-    """Why the hub did not give something, and what a user can do about it, in one line."""
+def _explain_failure(repo: str, error: Exception, file: str | None = None) -> str:
+    """Explain in one line why the hub did not return something, and what the user can do."""
     from huggingface_hub.errors import GatedRepoError, RemoteEntryNotFoundError, RepositoryNotFoundError
 
     if isinstance(error, GatedRepoError):
         return (
-            f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, and when access is given "
-            "log in with `hf auth login` or set HF_TOKEN"
+            f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, and when access is granted "
+            "run `hf auth login` or set HF_TOKEN"
         )
     if isinstance(error, RepositoryNotFoundError):
-        return f"the hub has no {repo}, or it is private and HF_TOKEN or `hf auth login` is wanting"
+        return f"repository {repo} not found; if it is private, set HF_TOKEN or run `hf auth login`"
     if isinstance(error, RemoteEntryNotFoundError):
         return f"{repo} on the hub has no {file or 'such file'}"
-    return f"cannot get {repo} from the hub: {_reason(error)}"
+    return f"cannot download {repo} from the hub: {_one_line(error)}"
 
 
-def _asked(repos: Iterable[str]) -> dict[str, ModelInfo | str]:
-    """What the hub says of each repository, or why it does not."""
+def model_infos(repos: Iterable[str]) -> dict[str, ModelInfo | str]:
+    """Ask the hub about repositories, in parallel; return for each the answer, or why there is none."""
     from concurrent.futures import ThreadPoolExecutor
 
     from huggingface_hub import HfApi
@@ -214,26 +236,30 @@ def _asked(repos: Iterable[str]) -> dict[str, ModelInfo | str]:
         try:
             return HfApi().model_info(repo, files_metadata=True, timeout=10)
         except Exception as error:
-            return _refused(repo, error)
+            return _explain_failure(repo, error)
 
     unique = list(dict.fromkeys(repos))
     with ThreadPoolExecutor(8) as pool:
         return dict(zip(unique, pool.map(ask, unique), strict=True))
 
 
-def known() -> dict[str, dict[str, Any]]:
-    """Licence and gating of repositories, as far as the package knows them without the hub."""
+def known_models() -> dict[str, dict[str, Any]]:
+    """Return licence and gating by repository, as far as the package knows them offline.
+
+    >>> known_models()["facebook/sam3"]["gated"]
+    True
+    """
     import yaml
 
     return yaml.safe_load(Path(__file__).with_name("models.yaml").read_text(encoding="utf-8"))
 
 
-def blob(path: Path, repo: Path) -> Path | None:
-    """The blob that a file of a snapshot stands for, whose name is its digest; None where the cache keeps none.
+def blob_path(path: Path, repo: Path) -> Path | None:
+    """Return the blob that a file of a snapshot links to, whose name is its digest; None if there is none.
 
     Args:
-        path: of the file.
-        repo: folder of the repository in the cache; a link that leads out of it is not followed.
+        path: The file.
+        repo: Folder of the repository in the cache; links that leave it are not followed.
     """
     if not path.is_symlink():
         return None
@@ -243,58 +269,67 @@ def blob(path: Path, repo: Path) -> Path | None:
     return target if re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", target.name) else None
 
 
-def digest(path: Path, length: int) -> str:
-    """What the hub names a file by: the SHA-256 of large ones (64 digits), git's SHA-1 of others (40)."""
-    hashed = hashlib.sha256() if length == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
+def hub_digest(path: Path, length: int) -> str:
+    """Return the digest that the hub names a file by: SHA-256 for large files (64 digits), git's SHA-1 else (40)."""
+    digest = hashlib.sha256() if length == 64 else hashlib.sha1(b"blob %d\0" % path.stat().st_size)
     with path.open("rb") as file:
         while chunk := file.read(2**20):
-            hashed.update(chunk)
-    return hashed.hexdigest()
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
-def check(have: Cached, sha256: str | None) -> tuple[list[Path], list[Path]]:
+def verify_cache(status: CacheStatus, sha256: str | None) -> tuple[list[Path], list[Path]]:
     """Compare each file with the digest that the cache keeps of it.
 
+    Args:
+        status: What is in the cache.
+        sha256: SHA-256 that a single file must have; None if unknown.
+
     Returns:
-        Files that are damaged, and files that cannot be checked: without symlinks the cache keeps no digests.
+        Damaged files, and files that cannot be verified: without symlinks the cache keeps no digests.
 
     Raises:
-        CheckpointError: if a single file is whole, but not the one that its stage expects.
+        CheckpointError: If a single file is intact, but not the one that its stage expects.
     """
-    assert have.folder is not None
-    damaged, unchecked = [], []
-    for name in have.files:
-        path = have.folder / name
-        stored = blob(path, have.folder.parent.parent)
-        expected = stored.name if stored is not None else sha256
+    assert status.folder is not None
+    damaged, unverified = [], []
+    for name in status.files:
+        path = status.folder / name
+        blob = blob_path(path, status.folder.parent.parent)
+        expected = blob.name if blob is not None else sha256
         if expected is None:
-            unchecked.append(path)
-        elif digest(path, len(expected)) != expected.lower():
+            unverified.append(path)
+        elif hub_digest(path, len(expected)) != expected.lower():
             damaged.append(path)
-        elif sha256 is not None and expected.lower() != sha256.lower() and digest(path, 64) != sha256.lower():
-            raise CheckpointError(f"{path} is as the hub has it, but its SHA-256 is not {sha256}, which is expected")
-    return damaged, unchecked
+        elif sha256 is not None and expected.lower() != sha256.lower() and hub_digest(path, 64) != sha256.lower():
+            raise CheckpointError(f"{path} is as on the hub, but its SHA-256 is not {sha256}, which is expected")
+    return damaged, unverified
 
 
-def drop(path: Path, repo: Path) -> None:
-    """Take a damaged file out of the cache, so that it is fetched anew."""
+def delete_from_cache(path: Path, repo: Path) -> None:
+    """Delete a damaged file from the cache, so that it is downloaded again.
+
+    Args:
+        path: File of a snapshot.
+        repo: Folder of the repository in the cache.
+    """
     from huggingface_hub import constants
 
-    stored = blob(path, repo)
-    if stored is None:
+    blob = blob_path(path, repo)
+    if blob is None:
         path.unlink()
         return
-    payload = stored.resolve()  # in newer caches perhaps shared with other repositories, for which it is damaged too
-    stored.unlink()
+    payload = blob.resolve()  # newer caches may share it between repositories, for which it is damaged too
+    blob.unlink()
     if payload.is_relative_to(Path(constants.HF_HUB_CACHE).expanduser().resolve()):
         payload.unlink(missing_ok=True)
 
 
-def download(repo: str, file: str | None) -> None:
-    """Bring into the hub's cache what a stage loads of a repository and is not there yet.
+def download_to_cache(repo: str, file: str | None) -> None:
+    """Download what a stage loads of a repository and the cache lacks.
 
     Raises:
-        CheckpointError: if the hub has it not, or does not give it; in one line with what to do.
+        CheckpointError: If the hub does not have it or refuses it, in one line with what to do.
     """
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
@@ -303,52 +338,59 @@ def download(repo: str, file: str | None) -> None:
             hf_hub_download(repo, file)
             return
         info = HfApi().model_info(repo, files_metadata=True, timeout=10)
-        names = loaded([sibling.rfilename for sibling in info.siblings or []], None)
-        if _has_weights(names, None):
+        names = files_to_load([sibling.rfilename for sibling in info.siblings or []], None)
+        if _is_loadable(names, None):
             snapshot_download(repo, allow_patterns=[glob.escape(name) for name in names])
             return
     except Exception as error:
-        raise CheckpointError(_refused(repo, error, file)) from error
-    raise CheckpointError(f"{repo} on the hub is no transformers checkpoint: config.json or weights are wanting")
+        raise CheckpointError(_explain_failure(repo, error, file)) from error
+    raise CheckpointError(f"{repo} on the hub is not a transformers checkpoint: config.json or weights are missing")
 
 
-def fetch(repo: str, file: str | None, sha256: str | None, why: str | None) -> tuple[Cached, list[Path]]:
-    """Bring something into the cache and check it; what is damaged is fetched anew.
+def fetch_weights(
+    repo: str,
+    file: str | None,
+    sha256: str | None,
+    unreachable: str | None,
+    on_damaged: Callable[[list[Path]], None],
+) -> tuple[CacheStatus, list[Path]]:
+    """Download weights to the cache and verify them; damaged files are downloaded again.
 
     Args:
-        repo: on the hub.
-        file: in it; None for a transformers checkpoint.
-        sha256: that the file must have.
-        why: the hub cannot be asked; None if it can.
+        repo: Hub id.
+        file: File in the repository; None for a transformers checkpoint.
+        sha256: SHA-256 that the file must have; None if unknown.
+        unreachable: Why the hub cannot be asked; None if it can.
+        on_damaged: Called with damaged files before they are downloaded again.
 
     Returns:
-        What there is, and which files could not be checked.
+        What is in the cache, and which files could not be verified.
 
     Raises:
-        CheckpointError: if it cannot be had, or is still damaged.
+        CheckpointError: If the weights cannot be downloaded, or are still damaged.
     """
-    refused = None
-    if why is None:
+    failure = None
+    if unreachable is None:
         try:
-            download(repo, file)
+            download_to_cache(repo, file)
         except CheckpointError as error:
-            refused = error
-    have = cached(repo, file)
-    if not have.whole:
-        raise refused or CheckpointError(f"{repo} is not in the cache, and the hub is not asked ({why})")
-    damaged, unchecked = check(have, sha256)
+            failure = error
+    status = cache_status(repo, file)
+    if not status.is_complete:
+        raise failure or CheckpointError(f"{repo} is not in the cache, and the hub is not asked ({unreachable})")
+    damaged, unverified = verify_cache(status, sha256)
     if not damaged:
-        return have, unchecked
-    said = ", ".join(map(str, damaged))
-    if refused is not None or why is not None:
-        raise CheckpointError(f"damaged in the cache: {said}; it cannot be fetched anew ({refused or why})")
-    print(f"grounded-sam-models: damaged in the cache, fetched anew: {said}", file=sys.stderr)
-    assert have.folder is not None
+        return status, unverified
+    if failure is not None or unreachable is not None:
+        paths = ", ".join(map(str, damaged))
+        raise CheckpointError(f"damaged in the cache: {paths}; cannot be downloaded again ({failure or unreachable})")
+    on_damaged(damaged)
+    assert status.folder is not None
     for path in damaged:
-        drop(path, have.folder.parent.parent)
-    download(repo, file)
-    have = cached(repo, file)
-    damaged, unchecked = check(have, sha256)
-    if damaged or not have.whole:
-        raise CheckpointError(f"damaged again after it was fetched anew: {', '.join(map(str, damaged)) or repo}")
-    return have, unchecked
+        delete_from_cache(path, status.folder.parent.parent)
+    download_to_cache(repo, file)
+    status = cache_status(repo, file)
+    damaged, unverified = verify_cache(status, sha256)
+    if damaged or not status.is_complete:
+        raise CheckpointError(f"damaged again after a new download: {', '.join(map(str, damaged)) or repo}")
+    return status, unverified

@@ -1,6 +1,6 @@
-"""Where weights come from: the hub, a local file or folder, or the small ones that ship with the package.
+"""Find and load weights: from the hub, from local files, or those that ship with the package.
 
-Nothing is ever unpickled with code: safetensors, or `torch.load(weights_only=True)`.
+Pickles are never executed: only safetensors, and `torch.load(weights_only=True)`.
 """
 
 from __future__ import annotations
@@ -17,31 +17,42 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+#: Weights that ship with the package.
 BUILTIN_DIR = Path(__file__).parents[1] / "shapes" / "weights"
 _SUFFIXES = (".safetensors", ".pt", ".pth")
 
 
 def builtin_path(name: str, kind: str) -> Path:
-    """The file or folder behind `builtin:NAME` for a kind of model (`detector`, `sam`, `sam2`).
+    """Return the file or folder of `builtin:NAME`.
+
+    Args:
+        name: Name of the model, such as `shapes`.
+        kind: Kind of the model: `detector`, `sam` or `sam2`.
 
     Raises:
-        CheckpointError: if the package ships none of that name; lists those it ships.
+        CheckpointError: If the package ships no such model; lists those it ships.
+
+    >>> builtin_path("shapes", "sam2").name
+    'shapes-sam2.safetensors'
     """
     for path in (BUILTIN_DIR / f"{name}-{kind}", BUILTIN_DIR / f"{name}-{kind}.safetensors"):
         if path.exists():
             return path
-    found = [*BUILTIN_DIR.glob(f"*-{kind}"), *BUILTIN_DIR.glob(f"*-{kind}.safetensors")]
-    names = sorted(path.name.rsplit("-", 1)[0] for path in found)
-    raise CheckpointError(
-        f"the package ships no {kind} named {name!r}; it ships {', '.join(f'builtin:{n}' for n in names) or 'none'}"
-    )
+    paths = [*BUILTIN_DIR.glob(f"*-{kind}"), *BUILTIN_DIR.glob(f"*-{kind}.safetensors")]
+    names = sorted(path.name.rsplit("-", 1)[0] for path in paths)
+    available = ", ".join(f"builtin:{name_}" for name_ in names) or "none"
+    raise CheckpointError(f"the package has no {kind} named {name!r}; available: {available}")
 
 
 def find_folder(checkpoint: str, kind: str) -> str:
-    """A transformers checkpoint: `builtin:NAME`, a local folder, or a hub id (returned as it is).
+    """Return the local folder of a transformers checkpoint, or its hub id.
+
+    Args:
+        checkpoint: `builtin:NAME`, local folder, or hub id.
+        kind: Kind of the model, for `builtin:`.
 
     Raises:
-        CheckpointError: for a path that is no folder with a `config.json`.
+        CheckpointError: If it is a path, but not a folder with `config.json`.
     """
     checkpoint = str(checkpoint)
     if checkpoint.startswith("builtin:"):
@@ -49,7 +60,7 @@ def find_folder(checkpoint: str, kind: str) -> str:
     path = Path(checkpoint).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise CheckpointError(f"{path} holds no config.json, so it is not a transformers checkpoint")
+            raise CheckpointError(f"{path} has no config.json, so it is not a transformers checkpoint")
         return str(path)
     if path.exists() or path.is_absolute() or checkpoint.startswith((".", "~")) or checkpoint.count("/") != 1:
         raise CheckpointError(
@@ -59,23 +70,23 @@ def find_folder(checkpoint: str, kind: str) -> str:
 
 
 def find_file(checkpoint: str, kind: str, hub_file: str | None = None, sha256: str | None = None) -> Path:
-    """A file of weights: `builtin:NAME`, a local file, a folder with one such file, or a hub id.
+    """Return a file of weights, downloaded if needed.
 
     Args:
-        checkpoint: which.
-        kind: of model, for `builtin:`.
-        hub_file: the file to take from a hub repository.
-        sha256: what the file's SHA-256 has to be, if known.
+        checkpoint: `builtin:NAME`, local file, folder with one such file, or hub id.
+        kind: Kind of the model, for `builtin:`.
+        hub_file: File to take from a hub repository.
+        sha256: SHA-256 that the file must have; None if unknown.
 
     Raises:
-        CheckpointError: if there is no such file, it cannot be fetched, or its checksum differs.
+        CheckpointError: If there is no such file, it cannot be downloaded, or its checksum differs.
     """
     checkpoint = str(checkpoint)
     path = Path(checkpoint).expanduser()
     if checkpoint.startswith("builtin:"):
         path = builtin_path(checkpoint.removeprefix("builtin:"), kind)
     elif path.is_dir():
-        files = sorted(f for f in path.iterdir() if f.suffix in _SUFFIXES)
+        files = sorted(file for file in path.iterdir() if file.suffix in _SUFFIXES)
         if len(files) != 1:
             raise CheckpointError(
                 f"expected one file of weights ({', '.join(_SUFFIXES)}) in {path}, found {len(files)}; name the file"
@@ -90,27 +101,31 @@ def find_file(checkpoint: str, kind: str, hub_file: str | None = None, sha256: s
         path = _from_hub(checkpoint, hub_file)
     if sha256 is not None:
         with path.open("rb") as file:
-            got = hashlib.file_digest(file, "sha256").hexdigest()
-        if got != sha256.lower():
-            raise CheckpointError(f"{path} is damaged or another file: expected SHA-256 {sha256}, got {got}")
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        if digest != sha256.lower():
+            raise CheckpointError(f"{path} is damaged or another file: expected SHA-256 {sha256}, got {digest}")
     return path
 
 
 def _from_hub(repo: str, file: str) -> Path:
     from huggingface_hub import hf_hub_download
 
-    def fetch(local_files_only: bool) -> str:
+    def load(local_files_only: bool) -> str:
         return hf_hub_download(repo, file, local_files_only=local_files_only)
 
-    return Path(from_cache_or_hub(repo, fetch))
+    return Path(from_cache_or_hub(repo, load))
 
 
 def from_cache_or_hub(repo: str, load: Callable[[bool], T]) -> T:
-    """Call `load(local_files_only)`: first on the hub's cache, then, if that lacks something, on the hub.
+    """Load something from the hub's cache, or else from the hub.
+
+    Args:
+        repo: Hub id, for messages.
+        load: Function that loads it; its argument is `local_files_only`.
 
     Raises:
-        CheckpointError: if the hub cannot be reached or does not have it; without waiting through the
-            hub client's retries when there is no network at all.
+        CheckpointError: If the hub cannot be reached or does not have it. Without a network this does not wait for the
+            retries of the hub's client.
     """
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError
@@ -119,44 +134,44 @@ def from_cache_or_hub(repo: str, load: Callable[[bool], T]) -> T:
     try:
         return load(True)
     except (OSError, ValueError) as error:
-        missing: Exception = error
+        failure: Exception = error
     try:
         if not constants.HF_HUB_OFFLINE:
             get_session().head(constants.ENDPOINT, timeout=10)
             return load(False)
     except (HfHubHTTPError, OSError, ValueError, RuntimeError) as error:
-        missing = error
+        failure = error
     except Exception as error:
         if not type(error).__module__.startswith(("httpx", "httpcore", "requests")):
             raise
-        missing = error
-    reason = " ".join(str(missing).split()).split(". ")[0][:200]
+        failure = error
+    reason = " ".join(str(failure).split()).split(". ")[0][:200]
     raise CheckpointError(
         f"cannot get the weights {repo!r} from the Hugging Face hub, nor are they in its cache ({reason}); "
         "give a local copy with checkpoint=PATH, or use preset=shapes, whose weights ship with the package"
-    ) from missing
+    ) from failure
 
 
 def load_checkpoint(
     checkpoint: str,
     kinds: Sequence[str],
-    model_kind: Any,
-    part_kinds: Sequence[Any],
+    model_class: Any,
+    part_classes: Sequence[Any],
     dtype: Any = None,
     builtin_kind: str = "detector",
 ) -> tuple[Any, ...]:
-    """A model of transformers, in evaluation mode, and what belongs to it, such as its processor.
+    """Load a transformers model in evaluation mode, and what belongs to it, such as its processor.
 
     Args:
-        checkpoint: a hub id, a local folder, or `builtin:NAME`.
-        kinds: the `model_type`s that will do.
-        model_kind: class that loads the model.
-        part_kinds: classes that load the rest.
-        dtype: torch's, of the weights; None: 32-bit floats.
-        builtin_kind: of model, for `builtin:`.
+        checkpoint: Hub id, local folder, or `builtin:NAME`.
+        kinds: Values of `model_type` that are accepted.
+        model_class: Class that loads the model.
+        part_classes: Classes that load the rest.
+        dtype: Torch dtype of the weights; None for float32.
+        builtin_kind: Kind of the model, for `builtin:`.
 
     Raises:
-        CheckpointError: if the checkpoint cannot be had, is damaged, lacks weights or is of another kind.
+        CheckpointError: If the checkpoint is missing, damaged, incomplete, or of another kind.
     """
     folder = find_folder(checkpoint, builtin_kind)
     import torch
@@ -170,30 +185,30 @@ def load_checkpoint(
         kind = AutoConfig.from_pretrained(folder, **safe).model_type
         if kind not in kinds:
             raise CheckpointError(f"{checkpoint} is a {kind} checkpoint; expected {' or '.join(kinds)}")
-        parts = [part.from_pretrained(folder, **safe) for part in part_kinds]
+        parts = [part_class.from_pretrained(folder, **safe) for part_class in part_classes]
         safe["dtype"] = dtype or torch.float32
-        return *model_kind.from_pretrained(folder, output_loading_info=True, **safe), *parts
+        return *model_class.from_pretrained(folder, output_loading_info=True, **safe), *parts
 
     try:
-        model, loaded, *parts = load(True) if Path(folder).is_dir() else from_cache_or_hub(folder, load)
+        model, info, *parts = load(True) if Path(folder).is_dir() else from_cache_or_hub(folder, load)
     except CheckpointError:
         raise
-    except Exception as error:  # damaged files make transformers and safetensors raise all sorts
+    except Exception as error:  # damaged files make transformers and safetensors raise many kinds of error
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise CheckpointError(f"cannot load {checkpoint}: {reason}") from error
-    lacking = sorted([*loaded["missing_keys"], *(str(key) for key in loaded["mismatched_keys"])])
-    if lacking:
-        raise CheckpointError(f"{checkpoint} lacks {len(lacking)} weights of its model, such as {lacking[0]}")
+    missing = sorted([*info["missing_keys"], *(str(key) for key in info["mismatched_keys"])])
+    if missing:
+        raise CheckpointError(f"{checkpoint} lacks {len(missing)} weights of its model, such as {missing[0]}")
     return model.eval(), *parts
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a `.safetensors`, `.pt` or `.pth` file, in 32-bit floats, on the CPU.
+    """Load the tensors of a `.safetensors`, `.pt` or `.pth` file to the CPU, floats as float32.
 
-    A wrapping `{"model": ...}` (as SAM 2's files have) is taken off.
+    A wrapping `{"model": ...}`, as in the files of SAM 2, is removed.
 
     Raises:
-        CheckpointError: if the file cannot be read, or holds anything but tensors.
+        CheckpointError: If the file cannot be read, or holds anything but tensors.
     """
     import torch
     from safetensors.torch import load_file
@@ -202,43 +217,51 @@ def load_weights(path: Path) -> dict[str, Tensor]:
         if path.suffix == ".safetensors":
             weights: Any = load_file(path)
         else:
-            # Mapped, so that it is not in memory twice while a model is filled; PyTorch's old format cannot be.
+            # Memory-mapped, so that weights are not held twice; PyTorch's old format does not support it.
             weights = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except Exception as error:  # damaged files make both libraries raise all sorts
+    except Exception as error:  # damaged files make both libraries raise many kinds of error
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"cannot load {path} as weights: {reason}") from error
     if isinstance(weights, dict) and isinstance(weights.get("model"), dict):
         weights = weights["model"]
-    if not isinstance(weights, dict) or not all(isinstance(v, torch.Tensor) for v in weights.values()):
+    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise CheckpointError(f"{path} does not hold a dictionary of tensors")
-    return {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+    return {key: value.float() if value.is_floating_point() else value for key, value in weights.items()}
 
 
-def load_into(model: Any, path: Path, what: str) -> None:
-    """Load weights into a model; every tensor must fit.
+def load_into(model: Any, path: Path, name: str) -> None:
+    """Load a file of weights into a model; every tensor must fit.
+
+    Args:
+        model: A `torch.nn.Module`.
+        path: File of weights.
+        name: Name of the model, for messages.
 
     Raises:
-        CheckpointError: naming the first tensors that are missing, unknown or of another shape.
+        CheckpointError: If tensors are missing, unknown or of another shape, naming the first ones.
     """
     weights, own = load_weights(path), model.state_dict()
-    problems = [f"misses {k}" for k in own if k not in weights]
-    problems += [f"has an unknown {k}" for k in weights if k not in own]
+    problems = [f"misses {key}" for key in own if key not in weights]
+    problems += [f"has an unknown {key}" for key in weights if key not in own]
     problems += [
-        f"has {k} of shape {tuple(weights[k].shape)}, not {tuple(own[k].shape)}"
-        for k in own
-        if k in weights and weights[k].shape != own[k].shape
+        f"has {key} of shape {tuple(weights[key].shape)}, not {tuple(own[key].shape)}"
+        for key in own
+        if key in weights and weights[key].shape != own[key].shape
     ]
     if problems:
         more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise CheckpointError(f"{path} does not fit {what}: it {'; '.join(problems[:3])}{more}")
+        raise CheckpointError(f"{path} does not fit {name}: it {'; '.join(problems[:3])}{more}")
     model.load_state_dict(weights)
 
 
 def pick_device(device: str) -> str:
-    """`auto` to `cuda` where there is one, else `cpu`; anything else as it is.
+    """Resolve `auto` to `cuda` where there is a CUDA device, else to `cpu`; check any other device.
 
     Raises:
-        ConfigError: if torch has no such device, or not as many.
+        ConfigError: If torch has no such device.
+
+    >>> pick_device("cpu")
+    'cpu'
     """
     import torch
 
@@ -247,19 +270,25 @@ def pick_device(device: str) -> str:
     try:
         chosen = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
     except RuntimeError as error:
-        raise ConfigError(f"device={device} is none that torch knows; use auto, cpu, cuda or cuda:1") from error
+        raise ConfigError(f"device={device} is unknown to torch; use auto, cpu, cuda or cuda:1") from error
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        seen = torch.cuda.device_count()
-        raise ConfigError(f"device={device}, but torch sees {seen or 'no'} CUDA devices; use device=cpu or device=auto")
+        count = torch.cuda.device_count()
+        raise ConfigError(
+            f"device={device}, but torch sees {count or 'no'} CUDA devices; use device=cpu or device=auto"
+        )
     return str(chosen)
 
 
 def weights_digest(weights: Mapping[str, Any]) -> str:
-    """A name for weights: the SHA-256 of their names, dtypes and bytes."""
+    """Return the SHA-256 of the names, dtypes, shapes and bytes of weights.
+
+    Args:
+        weights: A state dict.
+    """
     import torch
 
-    total = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, tensor in sorted(weights.items()):
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return total.hexdigest()
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""SAM 2, EdgeTAM and the SAM 3 tracker over transformers' video models, used on single pictures."""
+"""Convert weights and configs of the package `sam2` to `Sam2VideoModel` of transformers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-#: Names in sam2's state dict to those of transformers' `Sam2VideoModel`, applied in this order.
+#: Patterns and replacements that turn parameter names of sam2 into those of `Sam2VideoModel`, in this order.
 RENAMES = (
     (r"^image_encoder\.trunk\.", "vision_encoder.backbone."),
     (r"^image_encoder\.neck\.convs\.(\d+)\.conv\.", r"vision_encoder.neck.convs.\1."),
@@ -50,36 +50,48 @@ RENAMES = (
 
 
 def rename_weights(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of sam2's `SAM2Base` under the names of transformers' `Sam2VideoModel`."""
+    """Convert the weights of a `SAM2Base` of sam2 to those of a `Sam2VideoModel` of transformers.
+
+    Args:
+        weights: State dict of the `SAM2Base`.
+
+    Returns:
+        State dict of the `Sam2VideoModel`.
+    """
     import torch
 
-    out: dict[str, Tensor] = {}
-    points: dict[int, Tensor] = {}
+    renamed: dict[str, Tensor] = {}
+    point_embeddings: dict[int, Tensor] = {}
     for name, value in weights.items():
-        corner = re.fullmatch(r"sam_prompt_encoder\.point_embeddings\.(\d)\.weight", name)
-        if corner:
-            points[int(corner[1])] = value
+        point_embedding = re.fullmatch(r"sam_prompt_encoder\.point_embeddings\.(\d)\.weight", name)
+        if point_embedding:
+            point_embeddings[int(point_embedding[1])] = value
             continue
-        down = re.fullmatch(r"memory_encoder\.mask_downsampler\.encoder\.(\d+)\.(weight|bias)", name)
-        if down:  # conv, norm, activation; and again; and one last conv
-            place, part = int(down[1]), down[2]
-            last = max(
-                int(k.split(".")[3]) for k in weights if k.startswith("memory_encoder.mask_downsampler.encoder.")
-            )
-            layer = f"layers.{place // 3}.{('conv', 'layer_norm')[place % 3]}" if place < last else "final_conv"
-            out[f"memory_encoder.mask_downsampler.{layer}.{part}"] = value
+        downsampler = re.fullmatch(r"memory_encoder\.mask_downsampler\.encoder\.(\d+)\.(weight|bias)", name)
+        if downsampler:  # convolution, norm and activation, repeated, and a final convolution
+            index, part = int(downsampler[1]), downsampler[2]
+            prefix = "memory_encoder.mask_downsampler.encoder."
+            last = max(int(key.split(".")[3]) for key in weights if key.startswith(prefix))
+            layer = f"layers.{index // 3}.{('conv', 'layer_norm')[index % 3]}" if index < last else "final_conv"
+            renamed[f"memory_encoder.mask_downsampler.{layer}.{part}"] = value
             continue
-        new = name
-        for pattern, by in RENAMES:
-            new = re.sub(pattern, by, new)
-        out[new] = value
-    out["prompt_encoder.point_embed.weight"] = torch.cat([points[i] for i in sorted(points)])
-    out["shared_image_embedding.positional_embedding"] = out["prompt_encoder.shared_embedding.positional_embedding"]
-    return out
+        new_name = name
+        for pattern, replacement in RENAMES:
+            new_name = re.sub(pattern, replacement, new_name)
+        renamed[new_name] = value
+    renamed["prompt_encoder.point_embed.weight"] = torch.cat([point_embeddings[i] for i in sorted(point_embeddings)])
+    renamed["shared_image_embedding.positional_embedding"] = renamed[
+        "prompt_encoder.shared_embedding.positional_embedding"
+    ]
+    return renamed
 
 
 def video_config(architecture: Path) -> Any:
-    """The `Sam2VideoConfig` of a model that one of sam2's YAML files describes."""
+    """Convert the config of a model of sam2 to a `Sam2VideoConfig`.
+
+    Args:
+        architecture: YAML file of the sam2 package, or of the `builtin:` models.
+    """
     from omegaconf import OmegaConf
     from transformers import Sam2VideoConfig
 

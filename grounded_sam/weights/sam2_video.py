@@ -1,4 +1,4 @@
-"""SAM 2, EdgeTAM and the SAM 3 tracker over transformers' video models, used on single pictures."""
+"""Load the video models of transformers: SAM 2, EdgeTAM and the tracker of SAM 3."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ from grounded_sam.weights.sam2_conversion import rename_weights, video_config
 
 
 def load_video_model(checkpoint: str) -> Any:
-    """A video model of transformers: `builtin:NAME` (converted), a local folder or a hub id.
+    """Load a video model of transformers, in evaluation mode.
+
+    Args:
+        checkpoint: Hub id, local folder, or `builtin:NAME`, whose weights are converted from the format of sam2.
 
     Raises:
-        CheckpointError: if it cannot be had, or has no memory to track with.
+        CheckpointError: If the checkpoint is missing, or its model cannot track.
     """
     import torch
     from transformers import AutoConfig, AutoModel, Sam2VideoModel, Sam3TrackerVideoModel
@@ -31,23 +34,32 @@ def load_video_model(checkpoint: str) -> Any:
         return model.eval()
     folder = find_folder(checkpoint, "sam2")
 
-    def fetch(local_files_only: bool) -> Any:
+    def load(local_files_only: bool) -> Any:
         safe = {"local_files_only": local_files_only, "trust_remote_code": False}
         config = AutoConfig.from_pretrained(folder, **safe)
-        # SAM 3's files hold its detector as well.
-        kind = Sam3TrackerVideoModel if config.model_type in ("sam3", "sam3_video") else AutoModel
-        return kind.from_pretrained(folder, dtype=torch.float32, **safe)
+        # The checkpoints of SAM 3 also contain its detector, which AutoModel would load.
+        model_class = Sam3TrackerVideoModel if config.model_type in ("sam3", "sam3_video") else AutoModel
+        return model_class.from_pretrained(folder, dtype=torch.float32, **safe)
 
-    model = from_cache_or_hub(folder, fetch)
+    model = from_cache_or_hub(folder, load)
     if not hasattr(model, "_encode_new_memory"):
         raise CheckpointError(
-            f"{checkpoint} is a {type(model).__name__}, which does not track; expected SAM 2, EdgeTAM or SAM 3 of video"
+            f"{checkpoint} is a {type(model).__name__}, which cannot track; expected a video model of SAM 2, EdgeTAM "
+            "or SAM 3"
         )
     return model.eval()
 
 
 def load_image_processor(checkpoint: str, model: Any) -> Any:
-    """The image processor of a checkpoint; for `builtin:NAME` SAM 2's own at the model's size."""
+    """Load the image processor of a checkpoint; for `builtin:NAME`, that of SAM 2 at the size of the model.
+
+    Args:
+        checkpoint: As for `load_video_model`.
+        model: Model that `load_video_model` returned for it.
+
+    Raises:
+        CheckpointError: If the checkpoint is missing.
+    """
     from transformers import AutoImageProcessor
     from transformers.models.sam2 import Sam2ImageProcessor
 
@@ -56,7 +68,7 @@ def load_image_processor(checkpoint: str, model: Any) -> Any:
         return Sam2ImageProcessor(size={"height": side, "width": side})
     folder = find_folder(checkpoint, "sam2")
 
-    def fetch(local_files_only: bool) -> Any:
+    def load(local_files_only: bool) -> Any:
         return AutoImageProcessor.from_pretrained(folder, local_files_only=local_files_only, trust_remote_code=False)
 
-    return from_cache_or_hub(folder, fetch)
+    return from_cache_or_hub(folder, load)

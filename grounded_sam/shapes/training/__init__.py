@@ -1,1 +1,1 @@
-"""Training of the small models."""
+"""Training of the small models on synthetic scenes."""

@@ -1,8 +1,8 @@
 """Train the small Grounding DINO on scenes: `python -m grounded_sam.shapes.training.detector out=DIR`.
 
-First the backbone alone, on crops of single objects, with its batch norms alive: in a detector, where
-Grounding DINO freezes them, shapes are not learnt within any time worth waiting for (a Swin backbone
-was at 25% after 18,000 scenes; this one is above 90% after two minutes of crops). Then the whole model.
+The backbone is trained alone first, on crops of single objects, with trainable batch norms. Inside the detector, where
+Grounding DINO freezes them, the backbone learns shapes far too slowly: a Swin backbone reached 25% after 18,000
+scenes, this one more than 90% after two minutes of crops. The whole model is trained after that.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 from torchvision.ops import generalized_box_iou
@@ -28,37 +28,36 @@ from transformers import (
     GroundingDinoProcessor,
 )
 
-from grounded_sam.shapes.phrases import ask, matches, tokenizer
+from grounded_sam.shapes.phrases import Phrase, build_tokenizer, sample_phrases
 from grounded_sam.shapes.scenes import (
-    COLOURS,
-    EXTRA_COLOURS,
+    COLORS,
+    EXTRA_COLORS,
     EXTRA_SHAPES,
-    PAIRS,
     SHAPES,
-    UNSEEN,
-    draw,
+    TRAIN_PAIRS,
+    Pair,
+    Scene,
+    draw_scene,
     load_photos,
     make_background,
     make_scene,
-    make_thing,
+    sample_object,
 )
-from grounded_sam.shapes.training.loop import fit, settings
+from grounded_sam.shapes.training.loop import fit, load_settings
 
 log = logging.getLogger(__name__)
 
-SHORT, LONG = 160, 320
-SEEN = tuple(pair for pair in PAIRS if pair not in UNSEEN)
-ALL_SHAPES, ALL_COLOURS = (*SHAPES, *EXTRA_SHAPES), (*COLOURS, *EXTRA_COLOURS)
-EXTRA = tuple(
-    (colour, shape)
-    for colour in ALL_COLOURS
-    for shape in ALL_SHAPES
-    if colour in EXTRA_COLOURS or shape in EXTRA_SHAPES
+SHORT_SIDE, LONG_SIDE = 160, 320
+MAX_TOKENS = 64
+ALL_SHAPES, ALL_COLORS = (*SHAPES, *EXTRA_SHAPES), (*COLORS, *EXTRA_COLORS)
+#: Pairs with a color or a shape that only training uses.
+EXTRA_PAIRS: tuple[Pair, ...] = tuple(
+    (color, shape) for color in ALL_COLORS for shape in ALL_SHAPES if color in EXTRA_COLORS or shape in EXTRA_SHAPES
 )
 
 
-def config(vocabulary_size: int) -> GroundingDinoConfig:
-    """The architecture of Grounding DINO tiny, small, with a ResNet for its Swin."""
+def detector_config(vocabulary_size: int) -> GroundingDinoConfig:
+    """Return the architecture: Grounding DINO tiny, scaled down, with a ResNet instead of Swin."""
     return GroundingDinoConfig(
         backbone_config={
             "model_type": "resnet",
@@ -92,16 +91,16 @@ def config(vocabulary_size: int) -> GroundingDinoConfig:
         decoder_n_points=4,
         dropout=0.0,
         fusion_droppath=0.0,
-        max_text_len=64,
+        max_text_len=MAX_TOKENS,
         two_stage=True,
         decoder_bbox_embed_share=False,
     )
 
 
-def build(vocabulary_size: int) -> GroundingDinoForObjectDetection:
-    """A fresh model whose first logits are near -4.4, since the contrastive head has no bias."""
-    model = GroundingDinoForObjectDetection(config(vocabulary_size))
-    model.requires_grad_(True)  # it freezes some of a convolutional backbone
+def build_detector(vocabulary_size: int) -> GroundingDinoForObjectDetection:
+    """Build an untrained detector whose initial logits are near -4.4, as its contrastive head has no bias."""
+    model = GroundingDinoForObjectDetection(detector_config(vocabulary_size))
+    model.requires_grad_(True)  # transformers freezes parts of a convolutional backbone
     with torch.no_grad():
         for layer in model.model.encoder.layers:
             layer.fusion_layer.vision_param.fill_(0.1)
@@ -114,94 +113,146 @@ def build(vocabulary_size: int) -> GroundingDinoForObjectDetection:
     return model
 
 
-def processor(words: BertTokenizerFast) -> GroundingDinoProcessor:
-    """Images with a shorter side of 160 px and a longer one of at most 320, as they come."""
-    images = GroundingDinoImageProcessor(size={"shortest_edge": SHORT, "longest_edge": LONG})
-    return GroundingDinoProcessor(images, words)
+def build_processor(tokenizer: BertTokenizerFast) -> GroundingDinoProcessor:
+    """Build the processor: images are resized to a shorter side of 160 px and a longer side of at most 320 px."""
+    images = GroundingDinoImageProcessor(size={"shortest_edge": SHORT_SIDE, "longest_edge": LONG_SIDE})
+    return GroundingDinoProcessor(images, tokenizer)
 
 
-@dataclass
-class Batch:
-    """Images `(b, 3, H, W)`, their prompts, and per image boxes (cxcywh, 0 to 1) and token targets."""
+@dataclass(frozen=True)
+class DenseTarget:
+    """All objects of an image on the feature grid, for the auxiliary dense heads.
+
+    Attributes:
+        coverage: Share of each cell that each object covers, `(n, h, w)`.
+        labels: Index of each object's shape and color, `(n, 2) int64`.
+    """
+
+    coverage: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class DetectionBatch:
+    """Images with prompts and targets.
+
+    Attributes:
+        inputs: Inputs of the model: `pixel_values (b, 3, H, W)`, `input_ids (b, T)` and so on.
+        boxes: Per image, boxes of the objects that its prompt names, cxcywh from 0 to 1, `(n, 4)`.
+        token_targets: Per image, 1 for the tokens of every phrase that matches the object, else 0, `(n, T)`.
+        dense: Per image, all its objects.
+    """
 
     inputs: dict[str, Tensor]
-    boxes: list[Tensor]  # (n, 4)
-    tokens: list[Tensor]  # (n, T) 0 or 1: the tokens of every phrase that asks for the object
-    dense: list[tuple[Tensor, Tensor]]  # all objects: masks (n, h, w), (n, 2) shape and colour
+    boxes: list[Tensor]
+    token_targets: list[Tensor]
+    dense: list[DenseTarget]
 
 
-def spans(words: BertTokenizerFast, phrases: list[str]) -> tuple[list[int], list[tuple[int, int]]]:
-    """Token ids of `phrase. phrase. ...` and the token range of each phrase."""
-    ids, ranges = [words.cls_token_id], []
-    stop = words.convert_tokens_to_ids(".")
+def tokenize_phrases(tokenizer: BertTokenizerFast, phrases: list[str]) -> tuple[list[int], list[tuple[int, int]]]:
+    """Tokenize phrases as the prompt `phrase. phrase. ...`.
+
+    Returns:
+        The token ids of the prompt, and the range (start, stop) of tokens of each phrase.
+
+    >>> tokenize_phrases(build_tokenizer(), ["red star", "circles"])[1]
+    [(1, 3), (4, 6)]
+    """
+    ids, ranges = [tokenizer.cls_token_id], []
+    separator = tokenizer.convert_tokens_to_ids(".")
     for phrase in phrases:
-        pieces = words(phrase, add_special_tokens=False)["input_ids"]
+        pieces = tokenizer(phrase, add_special_tokens=False)["input_ids"]
         ranges.append((len(ids), len(ids) + len(pieces)))
-        ids += [*pieces, stop]
-    return [*ids, words.sep_token_id], ranges
+        ids += [*pieces, separator]
+    return [*ids, tokenizer.sep_token_id], ranges
 
 
-class Scenes:
-    """Batches of scenes of one aspect each, so that nothing is padded (but sometimes on purpose)."""
+class DetectionBatches:
+    """Make the batch of a step. Its scenes share an aspect ratio, so that images need no padding.
 
-    def __init__(self, cfg: Any, words: BertTokenizerFast) -> None:
-        self.cfg, self.words = cfg, words
+    Args:
+        cfg: Settings `seed`, `batch` and `photos`.
+        tokenizer: Tokenizer of the model.
+    """
+
+    def __init__(self, cfg: DictConfig, tokenizer: BertTokenizerFast) -> None:
+        self.cfg, self.tokenizer = cfg, tokenizer
         self.photos = load_photos(cfg.photos)
-        self.images = GroundingDinoImageProcessor(do_resize=False, do_pad=False)
+        self.processor = GroundingDinoImageProcessor(do_resize=False, do_pad=False)
 
-    def __call__(self, step: int) -> Batch:
+    def __call__(self, step: int) -> DetectionBatch:
         rng = np.random.default_rng([self.cfg.seed, 1, step])
         ratio = rng.uniform(1, 2)
-        wide = rng.random() < 0.5
-        short, long = SHORT, round(SHORT * ratio)
-        height, width = (short, long) if wide else (long, short)
-        pixels, ids, boxes, targets, dense = [], [], [], [], []
+        is_wide = rng.random() < 0.5
+        height, width = (SHORT_SIDE, round(SHORT_SIDE * ratio)) if is_wide else (round(SHORT_SIDE * ratio), SHORT_SIDE)
+        pixels, ids, boxes, token_targets, dense = [], [], [], [], []
         for _ in range(self.cfg.batch):
             side = int(rng.integers(96, max(97, int(512 / ratio)) + 1))
-            size = (side, round(side * ratio)) if wide else (round(side * ratio), side)
-            scene = make_scene(rng, SEEN * 3 + EXTRA, size_hw=size, photos=self.photos)
-            phrases = ask(rng, scene.pairs, SEEN + EXTRA)
-            tokens, ranges = spans(self.words, [p[2] for p in phrases])
-            target = torch.zeros(len(scene.pairs), 64)
-            for row, pair in zip(target, scene.pairs, strict=True):
-                for phrase, (start, stop) in zip(phrases, ranges, strict=True):
-                    if matches(phrase[:2], pair):
-                        row[start:stop] = 1
-            asked = target.any(1)
-            scale = torch.tensor([size[1], size[0], size[1], size[0]])
-            corners = torch.from_numpy(scene.xyxy) / scale
-            centres = torch.cat([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], 1)
-            image = torch.from_numpy(scene.image).permute(2, 0, 1)[None].float()
-            image = F.interpolate(image, (height, width), mode="bilinear", antialias=True, align_corners=False)
-            pixels.append(image[0].round().to(torch.uint8))
+            size_hw = (side, round(side * ratio)) if is_wide else (round(side * ratio), side)
+            scene = make_scene(rng, TRAIN_PAIRS * 3 + EXTRA_PAIRS, size_hw=size_hw, photos=self.photos)
+            phrases = sample_phrases(rng, scene.pairs, TRAIN_PAIRS + EXTRA_PAIRS)
+            tokens, ranges = tokenize_phrases(self.tokenizer, [phrase.text for phrase in phrases])
+            targets = _token_targets(scene, phrases, ranges)
+            is_prompted = targets.any(1)
+            pixels.append(_resize_image(scene.image, height, width))
             ids.append(tokens)
-            boxes.append(centres[asked])
-            targets.append(target[asked])
-            cells = torch.from_numpy(scene.masks)[None].float()
-            if len(scene.pairs):
-                cells = F.interpolate(cells, (-(-height // 8), -(-width // 8)), mode="area")[0]
-            else:
-                cells = torch.zeros(0, -(-height // 8), -(-width // 8))
-            names = [[ALL_SHAPES.index(s), ALL_COLOURS.index(c)] for c, s in scene.pairs]
-            dense.append((cells, torch.tensor(names, dtype=torch.long).reshape(-1, 2)))
+            boxes.append(_normalized_boxes(scene)[is_prompted])
+            token_targets.append(targets[is_prompted])
+            dense.append(_dense_target(scene, -(-height // 8), -(-width // 8)))
         length = max(map(len, ids))
         padded = torch.tensor([row + [0] * (length - len(row)) for row in ids])
         inputs = {
-            "pixel_values": self.images(pixels, return_tensors="pt")["pixel_values"],
+            "pixel_values": self.processor(pixels, return_tensors="pt")["pixel_values"],
             "input_ids": padded,
-            "attention_mask": (torch.arange(length) < torch.tensor([len(r) for r in ids])[:, None]).long(),
+            "attention_mask": (torch.arange(length) < torch.tensor([len(row) for row in ids])[:, None]).long(),
             "token_type_ids": torch.zeros_like(padded),
         }
-        return Batch(inputs, boxes, [t[:, :length] for t in targets], dense)
+        return DetectionBatch(inputs, boxes, [targets[:, :length] for targets in token_targets], dense)
 
 
-def corners(boxes: Tensor) -> Tensor:
-    """cxcywh to xyxy."""
+def _token_targets(scene: Scene, phrases: list[Phrase], ranges: list[tuple[int, int]]) -> Tensor:
+    """Mark the tokens of the phrases that match each object, `(n, MAX_TOKENS)` of 0 and 1."""
+    targets = torch.zeros(len(scene.pairs), MAX_TOKENS)
+    for row, pair in zip(targets, scene.pairs, strict=True):
+        for phrase, (start, stop) in zip(phrases, ranges, strict=True):
+            if phrase.matches(pair):
+                row[start:stop] = 1
+    return targets
+
+
+def _normalized_boxes(scene: Scene) -> Tensor:
+    """Return the boxes of a scene as cxcywh from 0 to 1, `(n, 4)`."""
+    height, width = scene.image.shape[:2]
+    xyxy = torch.from_numpy(scene.xyxy) / torch.tensor([width, height, width, height])
+    return torch.cat([(xyxy[:, :2] + xyxy[:, 2:]) / 2, xyxy[:, 2:] - xyxy[:, :2]], 1)
+
+
+def _resize_image(image: np.ndarray, height: int, width: int) -> Tensor:
+    """Resize an RGB image to `(3, height, width) uint8`."""
+    tensor = torch.from_numpy(image).permute(2, 0, 1)[None].float()
+    tensor = F.interpolate(tensor, (height, width), mode="bilinear", antialias=True, align_corners=False)
+    return tensor[0].round().to(torch.uint8)
+
+
+def _dense_target(scene: Scene, height: int, width: int) -> DenseTarget:
+    coverage = torch.zeros(0, height, width)
+    if len(scene.pairs):
+        coverage = F.interpolate(torch.from_numpy(scene.masks)[None].float(), (height, width), mode="area")[0]
+    labels = [[ALL_SHAPES.index(shape), ALL_COLORS.index(color)] for color, shape in scene.pairs]
+    return DenseTarget(coverage, torch.tensor(labels, dtype=torch.long).reshape(-1, 2))
+
+
+def box_corners(boxes: Tensor) -> Tensor:
+    """Convert boxes `(..., 4)` from center and size to corners.
+
+    >>> box_corners(torch.tensor([[2.0, 2.0, 2.0, 4.0]])).tolist()
+    [[1.0, 0.0, 3.0, 4.0]]
+    """
     return torch.cat([boxes[..., :2] - boxes[..., 2:] / 2, boxes[..., :2] + boxes[..., 2:] / 2], -1)
 
 
-def focal(logits: Tensor, targets: Tensor) -> Tensor:
-    """Sigmoid focal loss, element-wise (alpha 0.25, gamma 2; Lin et al. 2017)."""
+def focal_loss(logits: Tensor, targets: Tensor) -> Tensor:
+    """Compute the element-wise sigmoid focal loss with alpha 0.25 and gamma 2 (Lin et al., 2017)."""
     probability = logits.sigmoid()
     entropy = F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
     miss = probability * (1 - targets) + (1 - probability) * targets
@@ -209,159 +260,228 @@ def focal(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def match(logits: Tensor, boxes: Tensor, targets: Tensor, truth: Tensor, times: int) -> tuple[Tensor, Tensor]:
-    """Pair queries and truths (DETR's costs 2, 5, 2, per phrase token), each truth `times` times."""
+def match_queries(
+    logits: Tensor, boxes: Tensor, token_targets: Tensor, target_boxes: Tensor, repeats: int
+) -> tuple[Tensor, Tensor]:
+    """Match queries to targets with the Hungarian method and DETR's costs (class 2, L1 5, GIoU 2).
+
+    Args:
+        logits: Logits of the queries, `(q, T)`.
+        boxes: Boxes of the queries, cxcywh from 0 to 1, `(q, 4)`.
+        token_targets: Tokens of each target, `(n, T)` of 0 and 1; the class cost is averaged over them.
+        target_boxes: Boxes of the targets, `(n, 4)`.
+        repeats: Number of queries per target.
+
+    Returns:
+        Indices of the matched queries and of their targets.
+    """
     probability = logits.sigmoid()
     positive = 0.25 * (1 - probability) ** 2 * -(probability + 1e-8).log()
     negative = 0.75 * probability**2 * -(1 - probability + 1e-8).log()
-    weight = targets / targets.sum(1, keepdim=True)
+    weight = token_targets / token_targets.sum(1, keepdim=True)
     cost = 2 * (positive - negative) @ weight.T
-    cost += 5 * torch.cdist(boxes, truth, p=1) - 2 * generalized_box_iou(corners(boxes), corners(truth))
-    rows, columns = linear_sum_assignment(cost.repeat(1, times).numpy())
-    return torch.as_tensor(rows), torch.as_tensor(columns) % len(truth)
+    giou = generalized_box_iou(box_corners(boxes), box_corners(target_boxes))
+    cost += 5 * torch.cdist(boxes, target_boxes, p=1) - 2 * giou
+    rows, columns = linear_sum_assignment(cost.repeat(1, repeats).numpy())
+    return torch.as_tensor(rows), torch.as_tensor(columns) % len(target_boxes)
 
 
-def set_loss(logits: Tensor, boxes: Tensor, batch: Batch, times: int = 1) -> tuple[Tensor, Tensor]:
-    """Class and box loss of one set of predictions: logits `(b, q, T)`, boxes `(b, q, 4)`."""
+def set_loss(logits: Tensor, boxes: Tensor, batch: DetectionBatch, repeats: int = 1) -> tuple[Tensor, Tensor]:
+    """Compute the class loss and the box loss of one set of predictions.
+
+    Args:
+        logits: Logits of the queries, `(b, q, T)`.
+        boxes: Boxes of the queries, cxcywh from 0 to 1, `(b, q, 4)`.
+        batch: The batch with its targets.
+        repeats: Number of queries that are matched to each target.
+    """
     mask = batch.inputs["attention_mask"].bool()
-    aim = torch.zeros_like(logits)
+    class_targets = torch.zeros_like(logits)
     box_loss = logits.new_zeros(())
-    count = max(sum(map(len, batch.boxes)), 1) * times
-    for i, (truth, targets) in enumerate(zip(batch.boxes, batch.tokens, strict=True)):
-        if not len(truth):
+    count = max(sum(map(len, batch.boxes)), 1) * repeats
+    for i, (target_boxes, token_targets) in enumerate(zip(batch.boxes, batch.token_targets, strict=True)):
+        if not len(target_boxes):
             continue
         valid = mask[i]
-        rows, columns = match(logits[i][:, valid], boxes[i], targets[:, valid], truth, times)
-        aim[i, rows] = targets[columns]
-        got, want = boxes[i, rows], truth[columns]
-        box_loss = box_loss + 5 * (got - want).abs().sum()
-        box_loss = box_loss + 2 * (1 - torch.diag(generalized_box_iou(corners(got), corners(want)))).sum()
-    class_loss = focal(logits.masked_fill(~mask[:, None], -30.0), aim)
-    # A truth has as many positive tokens as its phrases have: 2.5 on average.
+        rows, columns = match_queries(logits[i][:, valid], boxes[i], token_targets[:, valid], target_boxes, repeats)
+        class_targets[i, rows] = token_targets[columns]
+        matched, expected = boxes[i, rows], target_boxes[columns]
+        giou = torch.diag(generalized_box_iou(box_corners(matched), box_corners(expected)))
+        box_loss = box_loss + 5 * (matched - expected).abs().sum()
+        box_loss = box_loss + 2 * (1 - giou).sum()
+    class_loss = focal_loss(logits.masked_fill(~mask[:, None], -30.0), class_targets)
+    # Normalized by a typical number of positive tokens per target, which depends on the phrases.
     return 2 * (class_loss * mask[:, None]).sum() / (count * 2.0), box_loss / count
 
 
 class DenseHead(nn.Module):
-    """Thrown away after training: shape, colour and extent at every cell, so that features come early."""
+    """Auxiliary head that classifies every cell of the feature map, so that features become useful early.
 
-    def __init__(self, width: int) -> None:
+    It predicts whether a cell contains an object, and the object's shape and color. It is used in training only.
+
+    Args:
+        channels: Number of channels of the features.
+    """
+
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, 1 + len(ALL_SHAPES) + len(ALL_COLOURS))
+        self.linear = nn.Linear(channels, 1 + len(ALL_SHAPES) + len(ALL_COLORS))
 
-    def forward(self, features: Tensor, batch: Batch, height: int, width: int) -> Tensor:
-        out = self.linear(features[:, : height * width])
-        total, count = out.new_zeros(()), 0
-        for i, (cells, names) in enumerate(batch.dense):
-            cover = cells.flatten(1)
-            solid = (cover.sum(0) if len(cover) else out.new_zeros(height * width)).clamp(0, 1)
-            total = total + F.binary_cross_entropy_with_logits(out[i, :, 0], solid)
-            if not len(names):
+    def forward(self, features: Tensor, batch: DetectionBatch, height: int, width: int) -> Tensor:
+        """Compute the loss for features `(b, cells, channels)` whose first `height * width` cells are used."""
+        logits = self.linear(features[:, : height * width])
+        total = logits.new_zeros(())
+        for i, target in enumerate(batch.dense):
+            coverage = target.coverage.flatten(1)
+            objectness = coverage.sum(0) if len(coverage) else logits.new_zeros(height * width)
+            total = total + F.binary_cross_entropy_with_logits(logits[i, :, 0], objectness.clamp(0, 1))
+            if not len(target.labels):
                 continue
-            best, owner = cover.max(0)
-            here = best > 0.4
-            if here.any():
-                got = out[i, here]
-                want = names[owner[here]]
-                total = total + F.cross_entropy(got[:, 1 : 1 + len(ALL_SHAPES)], want[:, 0])
-                total = total + F.cross_entropy(got[:, 1 + len(ALL_SHAPES) :], want[:, 1])
-            count += 1
+            largest, owner = coverage.max(0)
+            is_covered = largest > 0.4
+            if is_covered.any():
+                cells = logits[i, is_covered]
+                labels = target.labels[owner[is_covered]]
+                total = total + F.cross_entropy(cells[:, 1 : 1 + len(ALL_SHAPES)], labels[:, 0])
+                total = total + F.cross_entropy(cells[:, 1 + len(ALL_SHAPES) :], labels[:, 1])
         return total / len(batch.dense)
 
 
-class Crops:
-    """Batches of single objects, 14 to 60 px wide, on canvases of 64 px: `(pixels, cover, names)`."""
+@dataclass(frozen=True)
+class CropBatch:
+    """Images of single objects.
 
-    def __init__(self, cfg: Any) -> None:
+    Attributes:
+        pixels: Normalized images, `(b, 3, 64, 64)`.
+        coverage: Share of each pixel that the object covers, `(b, 1, 64, 64)`.
+        labels: Index of the object's shape and color, `(b, 2) int64`.
+    """
+
+    pixels: Tensor
+    coverage: Tensor
+    labels: Tensor
+
+
+class CropBatches:
+    """Make the batch of a step: single objects, 14 to 60 px wide, on canvases of 64 px.
+
+    Args:
+        cfg: Settings `seed`, `batch` and `photos`.
+    """
+
+    def __init__(self, cfg: DictConfig) -> None:
         self.cfg = cfg
         self.photos = load_photos(cfg.photos)
-        self.images = GroundingDinoImageProcessor(do_resize=False, do_pad=False)
+        self.processor = GroundingDinoImageProcessor(do_resize=False, do_pad=False)
 
-    def __call__(self, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, step: int) -> CropBatch:
         rng = np.random.default_rng([self.cfg.seed, 3, step])
-        pixels, covers, names = [], [], []
+        pixels, coverage, labels = [], [], []
         for _ in range(self.cfg.batch):
             side = int(64 * np.exp(rng.uniform(np.log(0.6), np.log(2.5))))
-            thing = make_thing(rng, SEEN[rng.integers(len(SEEN))], side, side, (0.22, 0.94))
-            scene = draw(make_background(rng, side, side, self.photos), [thing], rng, noise=int(rng.integers(0, 9)))
-            image = torch.from_numpy(scene.image).permute(2, 0, 1)[None].float()
-            image = F.interpolate(image, (64, 64), mode="bilinear", antialias=True, align_corners=False)
-            pixels.append(image[0].round().to(torch.uint8))
-            covers.append(F.interpolate(torch.from_numpy(scene.masks[:1])[None].float(), (64, 64), mode="area")[0])
-            names.append([SHAPES.index(thing.shape), list(COLOURS).index(thing.colour)])
-        return self.images(pixels, return_tensors="pt")["pixel_values"], torch.stack(covers), torch.tensor(names)
+            item = sample_object(rng, TRAIN_PAIRS[rng.integers(len(TRAIN_PAIRS))], side, side, (0.22, 0.94))
+            background = make_background(rng, side, side, self.photos)
+            scene = draw_scene(background, [item], rng, noise=int(rng.integers(0, 9)))
+            pixels.append(_resize_image(scene.image, 64, 64))
+            coverage.append(F.interpolate(torch.from_numpy(scene.masks[:1])[None].float(), (64, 64), mode="area")[0])
+            labels.append([SHAPES.index(item.shape), list(COLORS).index(item.color)])
+        normalized = self.processor(pixels, return_tensors="pt")["pixel_values"]
+        return CropBatch(normalized, torch.stack(coverage), torch.tensor(labels))
 
 
-def pretrain(cfg: Any, backbone: Any) -> None:
-    """Train the backbone to tell shapes and colours apart, from features pooled over the object."""
-    heads = [nn.Sequential(nn.LayerNorm(c), nn.Linear(c, len(SHAPES) + len(COLOURS))) for c in backbone.channels]
+def pretrain_backbone(cfg: DictConfig, backbone: Any) -> None:
+    """Train the backbone to classify shapes and colors from features pooled over the object."""
+    heads = [nn.Sequential(nn.LayerNorm(c), nn.Linear(c, len(SHAPES) + len(COLORS))) for c in backbone.channels]
 
-    def loss_of(batch: tuple[Tensor, Tensor, Tensor], step: int) -> tuple[Tensor, dict[str, float]]:
-        pixels, cover, names = batch
-        total, right = pixels.new_zeros(()), 0.0
-        for features, head in zip(backbone(pixels).feature_maps, heads, strict=True):
-            weight = F.interpolate(cover, features.shape[-2:], mode="area")
+    def loss_fn(batch: CropBatch, step: int) -> tuple[Tensor, dict[str, float]]:
+        total, accuracy = batch.pixels.new_zeros(()), 0.0
+        for features, head in zip(backbone(batch.pixels).feature_maps, heads, strict=True):
+            weight = F.interpolate(batch.coverage, features.shape[-2:], mode="area")
             weight = weight + 0.3 * F.max_pool2d(weight, 3, 1, 1) + 1e-4
             logits = head((features * weight).sum((2, 3)) / weight.sum((2, 3)))
-            total = total + F.cross_entropy(logits[:, : len(SHAPES)], names[:, 0])
-            total = total + 0.3 * F.cross_entropy(logits[:, len(SHAPES) :], names[:, 1])
-            right += (logits[:, : len(SHAPES)].argmax(1) == names[:, 0]).float().mean().item() / len(heads)
-        return total, {"shapes": right}
+            shapes, colors = logits[:, : len(SHAPES)], logits[:, len(SHAPES) :]
+            total = total + F.cross_entropy(shapes, batch.labels[:, 0])
+            total = total + 0.3 * F.cross_entropy(colors, batch.labels[:, 1])
+            accuracy += (shapes.argmax(1) == batch.labels[:, 0]).float().mean().item() / len(heads)
+        return total, {"shape_accuracy": accuracy}
 
-    fit(backbone, Crops(cfg), loss_of, cfg, extra=heads)
+    fit(backbone, CropBatches(cfg), loss_fn, cfg, auxiliary_heads=heads)
 
 
-def main() -> None:
-    cfg = settings("detector")
-    words = tokenizer()
-    model = build(len(words))
-    heads = [DenseHead(64), DenseHead(64)]
-    scenes = Scenes(cfg, words)
-    if cfg.crops.steps and not (Path(cfg.out) / "training.pt").exists():
-        backbone = AutoBackbone.from_config(model.config.backbone_config)
-        pretrain(OmegaConf.merge(cfg, cfg.crops, {"out": f"{cfg.out}/backbone"}), backbone)
-        # The detector's frozen batch norms take the statistics that these have now.
-        model.model.backbone.conv_encoder.model.load_state_dict(backbone.state_dict(), strict=False)
-    if cfg.start_from:
-        start = torch.load(cfg.start_from, map_location="cpu", weights_only=True)["model"]
-        start = {k: v for k, v in start.items() if ".backbone." not in k and "input_proj_vision" not in k}
-        model.load_state_dict(start, strict=False)
-    log.info("%.2f M parameters", sum(p.numel() for p in model.parameters()) / 1e6)
-    early: dict[str, Tensor] = {}
-    model.model.input_proj_vision[0].register_forward_hook(lambda _m, _i, out: early.update(map=out))
+class DetectionLoss:
+    """Compute the loss of the detector: decoder layers, first stage, and auxiliary dense heads.
 
-    def loss_of(batch: Batch, step: int) -> tuple[Tensor, dict[str, float]]:
-        out = model.model(**batch.inputs, return_dict=True)
+    Args:
+        model: The detector.
+        heads: One dense head for the projected backbone features, and one for the encoder's output.
+    """
+
+    def __init__(self, model: GroundingDinoForObjectDetection, heads: list[DenseHead]) -> None:
+        self.model, self.heads = model, heads
+        self._projected: Tensor
+        model.model.input_proj_vision[0].register_forward_hook(self._keep_projected)
+
+    def _keep_projected(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        self._projected = output
+
+    def __call__(self, batch: DetectionBatch, step: int) -> tuple[Tensor, dict[str, float]]:
+        out = self.model.model(**batch.inputs, return_dict=True)
+        total, metrics = self._decoder_loss(out, batch)
         length = batch.inputs["input_ids"].shape[1]
+        boxes = out.enc_outputs_coord_logits.sigmoid()
+        class_loss, box_loss = set_loss(out.enc_outputs_class[..., :length], boxes, batch, repeats=3)
+        height, width = self._projected.shape[-2:]
+        dense = [
+            self.heads[0](self._projected.flatten(2).transpose(1, 2), batch, height, width),
+            self.heads[1](out.encoder_last_hidden_state_vision, batch, height, width),
+        ]
+        metrics |= {"first_stage": (class_loss + box_loss).item(), "dense": dense[1].item()}
+        dense_weight = max(0.1, 1 - step / 3000)
+        return total + class_loss + box_loss + dense_weight * (dense[0] + dense[1]), metrics
+
+    def _decoder_loss(self, out: Any, batch: DetectionBatch) -> tuple[Tensor, dict[str, float]]:
+        """Sum the losses of all decoder layers; the metrics are those of the last layer."""
         text, mask = out.encoder_last_hidden_state_text, batch.inputs["attention_mask"].bool()
+        length = batch.inputs["input_ids"].shape[1]
         total = text.new_zeros(())
-        figures = {}
+        metrics = {}
         reference = out.init_reference_points
         for level in range(out.intermediate_hidden_states.shape[1]):
             hidden = out.intermediate_hidden_states[:, level]
-            logits = model.class_embed[level](hidden, text, mask)[..., :length]
-            boxes = (model.bbox_embed[level](hidden) + torch.special.logit(reference, eps=1e-5)).sigmoid()
-            classes, places = set_loss(logits, boxes, batch)
-            total = total + classes + places
-            figures = {"class": classes.item(), "box": places.item()}
+            logits = self.model.class_embed[level](hidden, text, mask)[..., :length]
+            boxes = (self.model.bbox_embed[level](hidden) + torch.special.logit(reference, eps=1e-5)).sigmoid()
+            class_loss, box_loss = set_loss(logits, boxes, batch)
+            total = total + class_loss + box_loss
+            metrics = {"class": class_loss.item(), "box": box_loss.item()}
             reference = out.intermediate_reference_points[:, level]
-        logits = out.enc_outputs_class[..., :length]
-        boxes = out.enc_outputs_coord_logits.sigmoid()
-        classes, places = set_loss(logits, boxes, batch, times=3)
-        height, width = early["map"].shape[-2:]
-        share = max(0.1, 1 - step / 3000)
-        dense = [
-            heads[0](early["map"].flatten(2).transpose(1, 2), batch, height, width),
-            heads[1](out.encoder_last_hidden_state_vision, batch, height, width),
-        ]
-        figures |= {"first": (classes + places).item(), "dense": dense[1].item()}
-        return total + classes + places + share * (dense[0] + dense[1]), figures
+        return total, metrics
 
+
+def main() -> None:
+    """Train the detector and write it to the folder `model` in `out`."""
+    cfg = load_settings("detector")
+    tokenizer = build_tokenizer()
+    model = build_detector(len(tokenizer))
+    heads = [DenseHead(64), DenseHead(64)]
+    batches = DetectionBatches(cfg, tokenizer)
+    if cfg.crops.steps and not (Path(cfg.out) / "training.pt").exists():
+        backbone = AutoBackbone.from_config(model.config.backbone_config)
+        crops_cfg = OmegaConf.merge(cfg, cfg.crops, {"out": f"{cfg.out}/backbone"})
+        assert isinstance(crops_cfg, DictConfig)
+        pretrain_backbone(crops_cfg, backbone)
+        # The frozen batch norms of the detector take over the statistics of these.
+        model.model.backbone.conv_encoder.model.load_state_dict(backbone.state_dict(), strict=False)
+    if cfg.start_from:
+        state = torch.load(cfg.start_from, map_location="cpu", weights_only=True)["model"]
+        state = {k: v for k, v in state.items() if ".backbone." not in k and "input_proj_vision" not in k}
+        model.load_state_dict(state, strict=False)
+    log.info("%.2f M parameters", sum(p.numel() for p in model.parameters()) / 1e6)
     try:
-        fit(model, scenes, loss_of, cfg, extra=heads)
-    finally:
+        fit(model, batches, DetectionLoss(model, heads), cfg, auxiliary_heads=heads)
+    finally:  # also when interrupted
         folder = Path(cfg.out) / "model"
         model.half().save_pretrained(folder)
-        processor(words).save_pretrained(folder)
+        build_processor(tokenizer).save_pretrained(folder)
         log.info("model in %s", folder)
 
 

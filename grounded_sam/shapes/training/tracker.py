@@ -2,171 +2,262 @@
 
 `python -m grounded_sam.shapes.training.tracker start_from=FILE out=DIR`
 
-The image encoder of the still training is kept as it is. Clips go through the model as in
-`SAM2VideoPredictor`: a prompt on the first frame, memories and object pointers after that. Every
-second step is a still one, so that the decoder stays good on images.
+The image encoder keeps the weights of the image training. Clips run through the model as in `SAM2VideoPredictor`: a
+prompt on the first frame, memories and object pointers after that. Every second step trains on images, so that the
+decoder stays accurate on them.
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from omegaconf import DictConfig
+from safetensors.torch import load_file
 from torch import Tensor
 
-from grounded_sam.shapes.scenes import make_clip
-from grounded_sam.shapes.training.loop import fit, settings
-from grounded_sam.shapes.training.segmenter import SEEN, Sam2, Scenes, build, fit_frame, mask_loss
+from grounded_sam.shapes.scenes import TRAIN_PAIRS, make_clip
+from grounded_sam.shapes.training.loop import fit, load_settings, save_weights
+from grounded_sam.shapes.training.segmenter import (
+    PromptBatches,
+    TrainableSam2,
+    build_segmenter,
+    mask_loss,
+    resize_scene,
+)
 
 log = logging.getLogger(__name__)
 
+ClipPrompt = Literal["mask", "box", "point"]
 
-class Clips(Scenes):
-    """Batches of clips with objects to follow from the first frame."""
 
-    def clip(self, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        """Frames `(t, 3, s, s)` and masks `(t, n, s, s)` of objects that are well seen at first."""
-        low, high = self.cfg.frames
+@dataclass(frozen=True)
+class TrainingClip:
+    """A clip in the coordinates of the model's input.
+
+    Attributes:
+        pixels: Normalized frames, `(t, 3, size, size)`.
+        masks: Masks of the objects to track, `(t, n, size, size) float32` of 0 and 1; empty where not visible.
+    """
+
+    pixels: Tensor
+    masks: Tensor
+
+
+@dataclass(frozen=True)
+class FramePrediction:
+    """What the mask decoder predicts for the objects on a frame.
+
+    Attributes:
+        mask_logits: Multi-mask output, `(n, k, size, size)`.
+        iou: Predicted IoU, `(n, k)`.
+        object_score: Logit of whether the object is visible, `(n, 1)`.
+    """
+
+    mask_logits: Tensor
+    iou: Tensor
+    object_score: Tensor
+
+
+class ClipBatches(PromptBatches):
+    """Make clips with objects that are visible on the first frame, and, as the base class, batches of images.
+
+    Args:
+        cfg: Settings of the base class, and `frames`, `objects` and `away`.
+        size: Side of the model's input in pixels.
+        keep_aspect: See `resize_scene`.
+    """
+
+    def sample_clip(self, rng: np.random.Generator) -> TrainingClip:
+        """Sample a clip."""
+        minimum, maximum = self.cfg.frames
         while True:
-            frames = int(rng.integers(low, high + 1))
+            frames = int(rng.integers(minimum, maximum + 1))
             speed = float(rng.uniform(0.004, 0.05)) * min(1.0, 8 / frames)
-            pairs = SEEN
-            if rng.random() < 0.5:  # look-alikes, which share a colour or a shape
-                colour, shape = SEEN[rng.integers(len(SEEN))]
-                pairs = tuple(p for p in SEEN if p[0] == colour or p[1] == shape)
+            pairs = TRAIN_PAIRS
+            if rng.random() < 0.5:  # objects that look alike, since they share a color or a shape
+                color, shape = TRAIN_PAIRS[rng.integers(len(TRAIN_PAIRS))]
+                pairs = tuple(pair for pair in TRAIN_PAIRS if pair[0] == color or pair[1] == shape)
             scenes = make_clip(rng, frames, pairs, photos=self.photos, speed=speed, away=self.cfg.away)
-            placed = [fit_frame(scene, self.size, self.squeeze) for scene in scenes]
-            seen = [i for i, mask in zip(scenes[0].ids, placed[0][1], strict=True) if mask.sum() > 100]
-            if seen:
+            resized = [resize_scene(scene, self.size, self.keep_aspect) for scene in scenes]
+            large = [i for i, mask in zip(scenes[0].ids, resized[0].masks, strict=True) if mask.sum() > 100]
+            if large:
                 break
-        chosen = rng.permutation(seen)[: self.cfg.objects]
-        masks = np.zeros((frames, len(chosen), self.size, self.size), np.float32)
+        tracked = rng.permutation(large)[: self.cfg.objects]
+        masks = np.zeros((frames, len(tracked), self.size, self.size), np.float32)
         for t, scene in enumerate(scenes):
-            for k, i in enumerate(chosen):
-                for place in np.flatnonzero(scene.ids == i):
-                    masks[t, k] = placed[t][1][place]
-        pixels = np.stack([image for image, _, _ in placed])
-        return torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(masks)
+            for k, object_id in enumerate(tracked):
+                for row in np.flatnonzero(scene.ids == object_id):
+                    masks[t, k] = resized[t].masks[row]
+        pixels = np.stack([frame.image for frame in resized])
+        return TrainingClip(torch.from_numpy(pixels).permute(0, 3, 1, 2), torch.from_numpy(masks))
 
-
-def follow(model: Any, pixels: Tensor, masks: Tensor, prompt: str, rng: np.random.Generator, scenes: Scenes) -> list:
-    """Run a clip with `masks[0]` prompted; the outputs of each frame as `_forward_sam_heads` gives them."""
-    frames, objects = masks.shape[:2]
-    with torch.no_grad():
-        backbone = model.forward_image(pixels)
-    memory: dict[str, dict[int, Any]] = {"cond_frame_outputs": {}, "non_cond_frame_outputs": {}}
-    outputs = []
-    for t in range(frames):
-        one = {
-            "backbone_fpn": [f[t : t + 1].expand(objects, -1, -1, -1) for f in backbone["backbone_fpn"]],
-            "vision_pos_enc": [f[t : t + 1].expand(objects, -1, -1, -1) for f in backbone["vision_pos_enc"]],
+    def point_inputs(
+        self, rng: np.random.Generator, masks: Tensor, prompt: Literal["box", "point"]
+    ) -> dict[str, Tensor]:
+        """Simulate boxes or clicks for masks `(n, size, size)`, in the form that SAM 2 takes."""
+        coords, labels = [], []
+        for mask in masks.numpy():
+            rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+            box = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float64)
+            simulated = self.simulate_prompt(rng, mask, box, 1)
+            coords.append(np.reshape(simulated.box, (2, 2)) if prompt == "box" else np.array(simulated.points))
+            labels.append([2, 3] if prompt == "box" else simulated.labels)
+        return {
+            "point_coords": torch.from_numpy(np.stack(coords)).float(),
+            "point_labels": torch.tensor(labels, dtype=torch.int32),
         }
-        _, features, positions, sizes = model._prepare_backbone_features(one)
-        mask_inputs = point_inputs = None
-        if t == 0 and prompt == "mask":
-            mask_inputs = masks[0][:, None]
-        elif t == 0:
-            coords, labels = [], []
-            for mask in masks[0].numpy():
-                rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
-                box = np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1], np.float64)
-                noisy, clicked, signs = scenes.prompts(rng, mask, box, 1)
-                coords.append(np.reshape(noisy, (2, 2)) if prompt == "box" else np.array(clicked))
-                labels.append([2, 3] if prompt == "box" else signs)
-            point_inputs = {
-                "point_coords": torch.from_numpy(np.stack(coords)).float(),
-                "point_labels": torch.tensor(labels, dtype=torch.int32),
-            }
-        # Only the last frames are learnt from; the ones before fill the memory.
-        with torch.set_grad_enabled(torch.is_grad_enabled() and (t == 0 or t >= frames - scenes.cfg.learnt)):
-            current, heads, _, _ = model._track_step(
+
+
+def track_clip(
+    model: Any, clip: TrainingClip, prompt: ClipPrompt, rng: np.random.Generator, batches: ClipBatches
+) -> list[FramePrediction]:
+    """Track the objects of a clip from a prompt on its first frame.
+
+    Args:
+        model: A `SAM2Base`.
+        clip: The clip.
+        prompt: What the objects are prompted with.
+        rng: Source of randomness for simulated prompts.
+        batches: Simulates prompts; of its settings, gradients are computed for the first frame and the last
+            `learnt` ones.
+    """
+    frames, objects = clip.masks.shape[:2]
+    with torch.no_grad():
+        backbone = model.forward_image(clip.pixels)
+    memory: dict[str, dict[int, Any]] = {"cond_frame_outputs": {}, "non_cond_frame_outputs": {}}
+    predictions = []
+    for t in range(frames):
+        expanded = {
+            key: [level[t : t + 1].expand(objects, -1, -1, -1) for level in backbone[key]]
+            for key in ("backbone_fpn", "vision_pos_enc")
+        }
+        _, features, positions, sizes = model._prepare_backbone_features(expanded)
+        mask_inputs = clip.masks[0][:, None] if t == 0 and prompt == "mask" else None
+        point_inputs = batches.point_inputs(rng, clip.masks[0], prompt) if t == 0 and prompt != "mask" else None
+        # Earlier frames only fill the memory, to save time.
+        with torch.set_grad_enabled(torch.is_grad_enabled() and (t == 0 or t >= frames - batches.cfg.learnt)):
+            current, outputs, _, _ = model._track_step(
                 t, t == 0, features, positions, sizes, point_inputs, mask_inputs, memory, 16, False, None
             )
-            current["obj_ptr"] = heads[5]
-            model._encode_memory_in_output(features, sizes, point_inputs, True, heads[4], heads[6], current)
+            # Outputs of `SAM2Base._forward_sam_heads`: the masks and IoUs of all mask tokens are the second and the
+            # third, the best high-resolution mask, the object pointer and the object score the last three.
+            _, mask_logits, iou, _, best_mask, pointer, object_score = outputs
+            current["obj_ptr"] = pointer
+            model._encode_memory_in_output(features, sizes, point_inputs, True, best_mask, object_score, current)
         memory["cond_frame_outputs" if t == 0 else "non_cond_frame_outputs"][t] = current
-        outputs.append(heads)
-    return outputs
+        predictions.append(FramePrediction(mask_logits, iou, object_score))
+    return predictions
+
+
+@dataclass
+class ClipMetrics:
+    """Accuracy over objects and frames.
+
+    Attributes:
+        ious: IoU of the best mask of each visible object; 0 where the object is predicted to be absent.
+        presence_correct: 1 where the visibility of an object is predicted correctly, else 0.
+    """
+
+    ious: list[float] = field(default_factory=list)
+    presence_correct: list[float] = field(default_factory=list)
+
+
+class TrackingLoss:
+    """Compute the loss of a step: on clips at even steps, on images at odd ones.
+
+    Args:
+        segmenter: The model.
+        batches: Clips and images.
+        cfg: Settings `seed` and `clips`.
+    """
+
+    def __init__(self, segmenter: TrainableSam2, batches: ClipBatches, cfg: DictConfig) -> None:
+        self.segmenter, self.batches, self.cfg = segmenter, batches, cfg
+
+    def __call__(self, batch: int, step: int) -> tuple[Tensor, dict[str, float]]:
+        # Metrics are doubled, because the log averages them over all steps, of which they occur in every second one.
+        if step % 2:
+            loss, iou = self.image_loss(step)
+            return loss, {"image_iou": 2 * iou, "clip_iou": 0.0, "presence": 0.0}
+        metrics = ClipMetrics()
+        loss = self.clip_loss(step, metrics)
+        clip_iou, presence = np.mean(metrics.ious or [0.0]), np.mean(metrics.presence_correct)
+        return loss, {"image_iou": 0.0, "clip_iou": 2 * float(clip_iou), "presence": 2 * float(presence)}
+
+    def image_loss(self, step: int) -> tuple[Tensor, float]:
+        """Return the loss on the images of a step, and the mean IoU."""
+        batch = self.batches(step)
+        size = self.segmenter.size
+        with torch.no_grad():
+            features = self.segmenter.encode(batch.pixels)
+        logits, predicted_iou = self.segmenter.decode(features, batch)
+        logits = F.interpolate(logits, (size, size), mode="bilinear", align_corners=False)
+        losses, iou = mask_loss(logits, batch.masks)
+        total = losses[:, 0].mean() + losses[:, 1:].min(1).values.mean() + 0.1 * losses.mean()
+        return total + F.mse_loss(predicted_iou, iou), iou[:, 0].mean().item()
+
+    def clip_loss(self, step: int, metrics: ClipMetrics, seed: int = 4) -> Tensor:
+        """Return the mean loss per frame on the clips of a step, and add to `metrics`."""
+        rng = np.random.default_rng([self.cfg.seed, seed, step])
+        total, num_frames = torch.zeros(()), 0
+        for _ in range(self.cfg.clips):
+            clip = self.batches.sample_clip(rng)
+            prompt: ClipPrompt = rng.choice(["mask", "box", "point"], p=[0.6, 0.3, 0.1]).item()
+            for t, predicted in enumerate(track_clip(self.segmenter.model, clip, prompt, rng, self.batches)):
+                if t == 0 and prompt == "mask":
+                    continue
+                for loss in _frame_losses(predicted, clip.masks[t], metrics):
+                    total = total + loss
+                num_frames += 1
+        return total / max(num_frames, 1)
+
+
+def _frame_losses(predicted: FramePrediction, masks: Tensor, metrics: ClipMetrics) -> list[Tensor]:
+    """Return the losses on a frame with ground-truth masks `(n, size, size)`, and add to `metrics`."""
+    is_present = masks.flatten(1).any(1)
+    score = predicted.object_score[:, 0]
+    losses = [F.binary_cross_entropy_with_logits(score, is_present.float())]
+    metrics.presence_correct += ((score > 0) == is_present).float().tolist()
+    # SAM 2 removes the masks of objects that it takes to be absent, so that they have no gradient.
+    is_kept = is_present & (score > 0)
+    if is_kept.any():
+        per_mask, iou = mask_loss(predicted.mask_logits[is_kept].clamp(-60, 60), masks[is_kept])
+        losses.append(per_mask.min(1).values.mean())
+        losses.append(0.1 * per_mask.mean())
+        losses.append(F.mse_loss(predicted.iou[is_kept], iou))
+        metrics.ious += iou[torch.arange(len(iou)), predicted.iou[is_kept].argmax(1)].tolist()
+    metrics.ious += [0.0] * int((is_present & ~is_kept).sum())
+    return losses
 
 
 def main() -> None:
-    cfg = settings("tracker")
-    model: Any = build("sam2")
-    model.load_state_dict({k: v.float() for k, v in load_file(cfg.start_from).items()})
+    """Train the memory and write the weights to `out`."""
+    cfg = load_settings("tracker")
+    model: Any = build_segmenter("sam2")
+    model.load_state_dict({name: value.float() for name, value in load_file(cfg.start_from).items()})
     model.image_encoder.requires_grad_(False)
-    with torch.no_grad():  # a mask is only learnt from while its object is held to be there
+    with torch.no_grad():  # start with objects predicted to be present, since masks are only learned then
         model.sam_mask_decoder.pred_obj_score_head.layers[-1].weight.mul_(0.1)
         model.sam_mask_decoder.pred_obj_score_head.layers[-1].bias.fill_(4.0)
-    runner = Sam2(model)
-    clips = Clips(cfg, runner.size, runner.squeeze)
-
-    def clip_loss(step: int, seed: int = 4) -> tuple[Tensor, list[float], list[float]]:
-        rng = np.random.default_rng([cfg.seed, seed, step])
-        total, count = torch.zeros(()), 0
-        overlaps: list[float] = []
-        there: list[float] = []
-        for _ in range(cfg.clips):
-            pixels, masks = clips.clip(rng)
-            prompt = str(rng.choice(["mask", "box", "point"], p=[0.6, 0.3, 0.1]))
-            for t, heads in enumerate(follow(model, pixels, masks, prompt, rng, clips)):
-                if t == 0 and prompt == "mask":
-                    continue
-                several, ious, score = heads[1], heads[2], heads[6]
-                present = masks[t].flatten(1).any(1)
-                total = total + F.binary_cross_entropy_with_logits(score[:, 0], present.float())
-                there += ((score[:, 0] > 0) == present).float().tolist()
-                count += 1
-                alive = present & (score[:, 0] > 0)
-                if alive.any():
-                    losses, got = mask_loss(several[alive].clamp(-60, 60), masks[t][alive])
-                    total = total + losses.min(1).values.mean() + 0.1 * losses.mean()
-                    total = total + F.mse_loss(ious[alive], got)
-                    overlaps += got[torch.arange(len(got)), ious[alive].argmax(1)].tolist()
-                overlaps += [0.0] * int((present & ~alive).sum())
-        return total / max(count, 1), overlaps, there
-
-    def loss_of(step: int, _again: int) -> tuple[Tensor, dict[str, float]]:
-        if step % 2:
-            batch = clips(step)
-            with torch.no_grad():
-                features = runner.encode(batch.pixels)
-            low, iou, _ = runner.decode(features, batch)
-            losses, got = mask_loss(
-                F.interpolate(low, (runner.size, runner.size), mode="bilinear", align_corners=False), batch.masks
-            )
-            total = losses[:, 0].mean() + losses[:, 1:].min(1).values.mean() + 0.1 * losses.mean()
-            return total + F.mse_loss(iou, got), {
-                "still_iou": 2 * got[:, 0].mean().item(),
-                "clip_iou": 0.0,
-                "there": 0.0,
-            }
-        total, overlaps, there = clip_loss(step)
-        return total, {
-            "still_iou": 0.0,
-            "clip_iou": 2 * float(np.mean(overlaps or [0.0])),
-            "there": 2 * float(np.mean(there)),
-        }
+    segmenter = TrainableSam2(model)
+    loss_fn = TrackingLoss(segmenter, ClipBatches(cfg, segmenter.size, segmenter.keep_aspect), cfg)
 
     def validate() -> dict[str, float]:
-        overlaps, there = [], []
+        metrics = ClipMetrics()
         for i in range(cfg.validation_scenes // cfg.clips):
-            _, a, b = clip_loss(10**6 + i, seed=11)
-            overlaps += a
-            there += b
-        return {"clip_iou": float(np.mean(overlaps)), "there": float(np.mean(there))}
+            loss_fn.clip_loss(10**6 + i, metrics, seed=11)
+        return {"clip_iou": float(np.mean(metrics.ious)), "presence": float(np.mean(metrics.presence_correct))}
 
     try:
-        fit(model, lambda step: step, loss_of, cfg, validate)
-    finally:
-        path = Path(cfg.out) / "sam2.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.half().contiguous() for k, v in model.state_dict().items()}, path)
-        log.info("weights in %s", path)
+        fit(model, lambda step: step, loss_fn, cfg, validate)
+    finally:  # also when interrupted
+        save_weights(model, Path(cfg.out) / "sam2.safetensors")
 
 
 if __name__ == "__main__":

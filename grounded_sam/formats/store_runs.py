@@ -1,0 +1,228 @@
+"""Which settings and classes wrote into a store, and the fingerprint by which a run recognizes its own.
+
+Every setting that wrote into a store has a file `_run-*.json` in it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, reduce
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as installed_version
+from pathlib import Path
+from typing import Any
+
+from grounded_sam.errors import ConfigError
+from grounded_sam.files import atomic_write
+from grounded_sam.formats.store_migrations import class_name, migrate_settings, migrate_vocabulary
+from grounded_sam.structures.vocabulary import Vocabulary
+
+#: Version of the format. Readers refuse stores of later versions.
+VERSION = 1
+#: Settings that change how fast results are computed, but not the results.
+INCIDENTAL = {"device", "batch_size", "chunk", "points_per_batch", "exports", "export_dir"}
+#: Libraries whose versions are recorded.
+LIBRARIES = ("grounded_sam", "torch", "transformers", "sam2", "segment-anything")
+
+
+@dataclass(frozen=True)
+class StoreRun:
+    """Settings and classes of one or more runs.
+
+    Attributes:
+        settings: All settings that decide the results, by config group; see `essential_settings`.
+        classes: Columns of the vocabulary, as stored.
+        version: Version of this package.
+        created: Time of the first write, ISO 8601; empty if nothing was written yet.
+    """
+
+    settings: dict[str, Any]
+    classes: dict[str, Any]
+    version: str
+    created: str = ""
+
+    @classmethod
+    def current(cls, settings: Mapping[str, Any], vocabulary: Vocabulary) -> StoreRun:
+        """Describe the run that is about to start.
+
+        Args:
+            settings: All settings that decide the results, as the config has them.
+            vocabulary: Classes of the run.
+        """
+        columns = asdict(vocabulary)
+        del columns["queried"]
+        columns["colours"] = columns.pop("colors")
+        return cls(essential_settings(settings), columns, package_version("grounded_sam"))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decides the results: models, files of weights, thresholds, classes."""
+        has_builtin_weights = "builtin:" in json.dumps(self.settings, default=str)
+        content = {
+            "settings": self.settings,
+            "vocabulary": self.classes,
+            "builtin": self.version if has_builtin_weights else None,
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Classes of the results, not meant for querying a detector."""
+        columns: dict[str, Any] = {key: tuple(values) for key, values in self.classes.items()}
+        columns["phrases"] = tuple(map(tuple, columns["phrases"]))
+        columns["colors"] = columns.pop("colours", ())
+        return Vocabulary(**columns, queried=False)
+
+    def changes(self, current: StoreRun) -> list[str]:
+        """Describe how the settings and classes of another run differ from these, one line per key."""
+        settings = _changes(self.settings, current.settings, "")
+        common = [key for key in current.classes if key in self.classes]
+        return settings + [
+            line for key in common for line in _changes(self.classes[key], current.classes[key], f"vocabulary.{key}")
+        ]
+
+    def write(self, folder: Path, now: str) -> None:
+        """Write the run file, unless it exists.
+
+        Args:
+            folder: Folder of the store.
+            now: Current time, ISO 8601.
+        """
+        path = folder / f"_run-{self.fingerprint[:16]}.json"
+        if path.exists():
+            return
+        content = {
+            "schema": VERSION,
+            "fingerprint": self.fingerprint,
+            "created": now,
+            "settings": self.settings,
+            "vocabulary": self.classes,
+            "versions": {name: package_version(name) for name in LIBRARIES},
+        }
+        with atomic_write(path, shared=True) as part:  # shards start together
+            part.write_text(json.dumps(content, ensure_ascii=False, indent=1, default=str), encoding="utf-8")
+
+
+def fingerprint(settings: Mapping[str, Any], vocabulary: Vocabulary) -> str:
+    """Return the SHA-256 of everything that decides the results: models, files of weights, thresholds, classes.
+
+    Args:
+        settings: All settings that decide the results, as the config has them.
+        vocabulary: Classes of the run.
+
+    >>> words = Vocabulary.parse(["car"])
+    >>> settings = [{"detector": {"_target_": target}} for target in ("old.module.Detector", "new.Detector")]
+    >>> fingerprint(settings[0], words) == fingerprint(settings[1], words)
+    True
+    """
+    return StoreRun.current(settings, vocabulary).fingerprint
+
+
+def essential_settings(settings: Any) -> Any:
+    """Reduce settings to those that decide the results, in a form that does not depend on where files are.
+
+    Incidental keys are removed, classes are named without their module, and the path of a file or folder is replaced by
+    its name and the SHA-256 of its content.
+
+    Args:
+        settings: Settings as the config has them. Not for stored ones, whose paths are replaced already.
+
+    >>> essential_settings({"_target_": "my.stages.Detector", "device": "cpu", "score": 0.3})
+    {'_target_': 'Detector', 'score': 0.3}
+    """
+    if isinstance(settings, Mapping):
+        return {
+            str(key): class_name(value) if key == "_target_" and isinstance(value, str) else essential_settings(value)
+            for key, value in sorted(settings.items())
+            if key not in INCIDENTAL
+        }
+    if isinstance(settings, list | tuple):
+        return [essential_settings(value) for value in settings]
+    if isinstance(settings, str) and settings:
+        files = _files_at(settings)
+        return {"name": Path(settings).expanduser().name, "sha256": file_digest(files)} if files else settings
+    return settings
+
+
+def _files_at(text: str) -> list[Path]:
+    """List the file or the files of the folder that a setting names; none if it is not a path."""
+    path = Path(text).expanduser()
+    try:
+        if path.is_file():
+            return [path]
+        return sorted(file for file in path.rglob("*") if file.is_file()) if "/" in text else []
+    except OSError:  # such as a text that is too long for a path
+        return []
+
+
+def file_digest(files: Sequence[Path]) -> str:
+    """Return the SHA-256 of a file; of several files, that of their digests in order.
+
+    Raises:
+        OSError: If a file cannot be read.
+    """
+    digests = []
+    for file in files:
+        with file.open("rb") as content:
+            digests.append(hashlib.file_digest(content, "sha256").hexdigest())
+    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def package_version(name: str) -> str:
+    """Return the version of an installed package; `unknown` if it is not installed, as in a bare checkout."""
+    try:
+        return installed_version(name)
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def read_runs(folder: Path) -> list[StoreRun]:
+    """Read the settings that wrote into a store, oldest first, under the names of the current version.
+
+    Raises:
+        ConfigError: If a run file is damaged, or the store is of a later version.
+    """
+    runs = []
+    for path in folder.glob("_run-*.json"):
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if (schema := content["schema"]) > VERSION:
+                raise ConfigError(f"{folder} has schema version {schema}, this grounded_sam reads up to {VERSION}")
+            run = StoreRun(
+                settings=migrate_settings(content["settings"]),
+                classes=migrate_vocabulary(content["vocabulary"]),
+                version=str(content.get("versions", {}).get("grounded_sam", "unknown")),
+                created=content["created"],
+            )
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ConfigError(
+                f"{path} cannot be read ({reason}); delete it, and run again with its settings"
+            ) from error
+        runs.append(run)
+    return sorted(runs, key=lambda run: (run.created, run.fingerprint))
+
+
+def store_vocabulary(folder: Path) -> Vocabulary:
+    """Return the classes of all runs of a store, those of the first run first.
+
+    Raises:
+        ConfigError: As `read_runs`.
+    """
+    first, *others = (run.vocabulary for run in read_runs(folder))
+    return reduce(Vocabulary.merged_with, others, first)
+
+
+def _changes(before: Any, now: Any, key: str) -> list[str]:
+    """Describe where two values differ, each as `key: was VALUE, now VALUE`; keys that both have come first."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        keys = [*(k for k in now if k in before), *(k for k in {**before, **now} if not (k in now and k in before))]
+        return [line for k in keys for line in _changes(before.get(k), now.get(k), f"{key}.{k}" if key else k)]
+    plain = json.loads(json.dumps(now, default=str))
+    if before == plain:
+        return []
+    old, new = (json.dumps(value, ensure_ascii=False) for value in (before, plain))
+    return [f"{key}: was {old}, now {new}"]

@@ -1,0 +1,211 @@
+"""Write results into a store, and look up those that are in it."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import time
+import uuid
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import supervision as sv
+
+from grounded_sam.errors import ConfigError
+from grounded_sam.files import atomic_write
+from grounded_sam.formats.store import SCHEMA, StoreReader
+from grounded_sam.formats.store_runs import StoreRun, file_digest, read_runs
+from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.masks import mask_area
+from grounded_sam.structures.results import FrameResult, Skipped
+from grounded_sam.structures.vocabulary import Vocabulary
+
+
+class StoreWriter:
+    """Write results as rows of part files; see `formats.store` for the format.
+
+    A part is written when it has enough images or is old enough. It is renamed into the store when it is complete, so
+    an interruption of any kind loses at most the part in memory. Several processes may write into one folder.
+
+    Args:
+        folder: Folder of the store; created with the first part.
+        vocabulary: Classes of the run.
+        settings: All settings that decide the results; see `store_runs.fingerprint`.
+        part_images: Images per part.
+        part_seconds: Age in seconds at which a part is written even if it has fewer.
+        resume: `same` refuses a store that other settings made; `extend` adds to it.
+
+    Attributes:
+        images: Images and frames written so far.
+        objects: Detections written so far.
+
+    Raises:
+        ConfigError: If the store was made with other settings, or is damaged.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        vocabulary: Vocabulary,
+        settings: Mapping[str, Any],
+        part_images: int = 512,
+        part_seconds: float = 60.0,
+        *,
+        resume: Literal["same", "extend"] = "same",
+    ) -> None:
+        self.folder, self.vocabulary = folder, vocabulary
+        self.part_images, self.part_seconds = part_images, part_seconds
+        self.images = self.objects = 0
+        self._run = StoreRun.current(settings, vocabulary)
+        if resume == "same":
+            self._check_settings()
+        self._reader = StoreReader(folder)
+        self._classes = vocabulary.merged_with(self._reader.vocabulary) if len(self._reader) else vocabulary
+        self._digests: dict[str, str] = {}  # of files that are not stored yet, by name
+        self._rows: list[dict[str, Any]] = []
+        self._part_images, self._part_start = 0, time.monotonic()
+        self._video_row: dict[str, Any] | None = None  # of the video that is being written
+        self._failed = False
+
+    def _check_settings(self) -> None:
+        """Check that no run with other settings wrote into the store."""
+        others = [run for run in read_runs(self.folder) if run.fingerprint != self._run.fingerprint]
+        if others:
+            changes = others[-1].changes(self._run)
+            raise ConfigError(
+                f"{self.folder} was made with other settings ({'; '.join(changes[:5]) or 'by another version'}); "
+                "choose another output, or resume=extend to keep its results and add to them"
+            )
+
+    def output_classes(self) -> Vocabulary:
+        """Return the classes of the run, followed by those stored before."""
+        return self._classes
+
+    def lookup(self, name: str, files: list[Path]) -> Iterable[FrameResult] | None:
+        """Return the stored results of an image or of a complete video, if its files have not changed.
+
+        Args:
+            name: Name of the image or video.
+            files: Its files.
+
+        Returns:
+            The results, with class ids of `output_classes`; None if there are none.
+        """
+        try:
+            digest = file_digest(files)
+        except OSError:  # reported when the file is decoded
+            return None
+        results = self._reader.lookup(name, files, digest, self._classes)
+        if results is None:
+            self._digests[name] = digest
+        return results
+
+    def note(self, name: str) -> Skipped | None:
+        """Return the problem that an earlier run recorded for a file, such as a truncated video; None without one."""
+        return self._reader.skipped.get(name)
+
+    def write(self, result: FrameResult) -> None:
+        """Write one result.
+
+        Raises:
+            ConfigError: If a part cannot be written, such as on a full disk.
+        """
+        frame, detections = result.frame, result.packed
+        if self._video_row is not None and self._video_row["video"] != frame.video:
+            self._end_video()
+        columns = self._frame_columns(frame)
+        self._rows.append({"kind": "image", **columns, "objects": len(detections)})
+        self._rows += [{"kind": "object", **columns, **_object_columns(detections, i)} for i in range(len(detections))]
+        self.images += 1
+        self.objects += len(detections)
+        self._part_images += 1
+        if self._part_images >= self.part_images or time.monotonic() - self._part_start >= self.part_seconds:
+            self._flush()
+
+    def _frame_columns(self, frame: Frame) -> dict[str, Any]:
+        """Return the columns that an image row and its object rows have in common."""
+        height, width = frame.size_hw
+        path = None if frame.file is None else os.fsencode(frame.file.absolute()).decode("utf-8", "backslashreplace")
+        columns: dict[str, Any] = {"file": frame.name, "path": path, "fingerprint": self._run.fingerprint}
+        columns |= {"width": width, "height": height, "time_s": frame.time_s}
+        if frame.video is None:
+            return {**columns, "digest": self._digests.pop(frame.name, None)}
+        columns["digest"] = self._digests.get(frame.video)
+        if self._video_row is None:
+            self._video_row = {**columns, "kind": "video", "file": frame.video, "video": frame.video, "time_s": None}
+            self._video_row |= {"take": uuid.uuid4().hex, "frame": 0}
+        self._video_row["frame"] += 1
+        return {**columns, "video": frame.video, "frame": frame.index, "take": self._video_row["take"]}
+
+    def skip(self, skipped: Skipped) -> None:
+        """Record a file that could not be used, unless it is recorded already; later runs try it again."""
+        if self.note(skipped.file) == skipped:
+            return
+        row = {"kind": "skipped", "file": skipped.file, "reason": skipped.reason, "fingerprint": self._run.fingerprint}
+        self._rows.append({**row, "digest": self._digests.get(skipped.file)})
+
+    def close(self, complete: bool) -> None:
+        """Write what is still in memory.
+
+        Args:
+            complete: Whether the last video was processed to its end; otherwise a later run processes it again.
+
+        Raises:
+            ConfigError: If it cannot be written.
+        """
+        if self._failed:
+            return
+        if complete:
+            self._end_video()
+        self._flush()
+
+    def _end_video(self) -> None:
+        """Write that a video is complete, at once: processing it may have taken hours."""
+        if self._video_row is not None:
+            self._digests.pop(self._video_row["video"], None)
+            self._rows.append(self._video_row)
+            self._video_row = None
+            self._flush()
+
+    def _flush(self) -> None:
+        """Write the rows in memory as a part, and the run file if there is none yet."""
+        if not self._rows:
+            return
+        now = datetime.datetime.now(datetime.UTC)
+        path = self.folder / f"part-{now:%Y%m%dT%H%M%S.%f}-{uuid.uuid4().hex[:8]}.parquet"
+        try:
+            self._run.write(self.folder, now.isoformat())
+            with atomic_write(path) as part:
+                pq.write_table(pa.Table.from_pylist(self._rows, SCHEMA), part, compression="zstd")
+                with part.open("rb") as written:
+                    os.fsync(written.fileno())
+        except OSError as error:
+            self._failed = True
+            reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
+            raise ConfigError(
+                f"cannot write into {self.folder}: {reason}; what was stored before is intact, and running the same "
+                "command again continues from there"
+            ) from error
+        self._rows, self._part_images, self._part_start = [], 0, time.monotonic()
+
+
+def _object_columns(detections: sv.Detections, i: int) -> dict[str, Any]:
+    """Return the columns of one detection, with masks as RLE."""
+    assert detections.class_id is not None and detections.confidence is not None
+    columns: dict[str, Any] = {
+        "class_id": int(detections.class_id[i]),
+        "class": str(detections.data["class_name"][i]),
+        "score": float(detections.confidence[i]),
+        **dict(zip(("x1", "y1", "x2", "y2"), detections.xyxy[i].tolist(), strict=True)),
+    }
+    if "rle" in detections.data:
+        counts = detections.data["rle"][i]["counts"].decode("ascii")
+        columns |= {"area": mask_area(detections, i), "counts": counts}
+    if "mask_score" in detections.data:
+        columns["mask_score"] = float(detections.data["mask_score"][i])
+    if detections.tracker_id is not None:
+        columns["tracker_id"] = int(detections.tracker_id[i])
+    return columns

@@ -1,0 +1,173 @@
+"""Match detections with tracks: by overlap, and by distance where a track is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import supervision as sv
+from numpy.typing import NDArray
+
+from grounded_sam.pipeline.track_settings import TrackSettings
+from grounded_sam.structures.masks import mask_iou
+
+#: Stands for "no match" in a cost matrix; larger than any distance.
+NO_MATCH = 1e6
+
+
+@dataclass
+class Track:
+    """One object of a video.
+
+    Attributes:
+        tracker_id: Id of the object.
+        votes: By class id, how often keyframes gave that class, and the sum of their confidences.
+        class_id: Class with the highest sum of confidences; -1 before the first vote.
+        lost: Frames in a row in which the object was not visible.
+        hidden: Whether the track was found to be on another object; it is not shown until a detection confirms it.
+        box: Last visible box, `(4,) float32`.
+        mask: Last visible mask, `(H, W) bool`, kept where `min_step_iou` is set.
+        companions: Tracks of other classes that were on the same object when the track was last confirmed.
+    """
+
+    tracker_id: int
+    votes: dict[int, tuple[int, float]] = field(default_factory=dict)
+    class_id: int = -1
+    lost: int = 0
+    hidden: bool = False
+    box: NDArray[np.float32] | None = None
+    mask: NDArray[np.bool_] | None = None
+    companions: set[int] = field(default_factory=set)
+
+    def vote(self, class_id: int, confidence: float) -> None:
+        """Count the class of a keyframe; a class holds until another has a higher sum of confidences."""
+        count, total = self.votes.get(class_id, (0, 0.0))
+        self.votes[class_id] = count + 1, total + confidence
+        if self.class_id < 0 or self.votes[class_id][1] > self.votes[self.class_id][1]:
+            self.class_id = class_id
+
+    @property
+    def confidence(self) -> float:
+        """Mean confidence of the keyframes that voted for the class of the track."""
+        count, total = self.votes[self.class_id]
+        return total / count
+
+
+def tracker_ids(detections: sv.Detections) -> NDArray[np.int64]:
+    """Return the ids of tracked detections, `(n,) int64`; empty where there are none."""
+    if detections.tracker_id is None:
+        return np.empty(0, np.int64)
+    return np.asarray(detections.tracker_id, np.int64)
+
+
+def overlaps(detections: sv.Detections, tracks: sv.Detections) -> NDArray[np.float64]:
+    """Return the IoU of detections and tracks, `(n, m)`: of masks, or of boxes where there are no masks."""
+    if not len(detections) or not len(tracks):
+        return np.zeros((len(detections), len(tracks)))
+    if detections.mask is None or tracks.mask is None:
+        return np.asarray(sv.box_iou_batch(detections.xyxy, tracks.xyxy), np.float64)
+    return mask_iou(np.asarray(detections.mask, bool), np.asarray(tracks.mask, bool))
+
+
+def same_class_overlaps(
+    overlap: NDArray[np.float64], detections: sv.Detections, tracks: Sequence[Track], settings: TrackSettings
+) -> NDArray[np.float64]:
+    """Return `overlap (n, m)` with 0 where the classes differ, unless matching is class-agnostic."""
+    if settings.class_agnostic or not overlap.size:
+        return overlap
+    assert detections.class_id is not None
+    classes = np.array([track.class_id for track in tracks])
+    return np.where(detections.class_id[:, None] == classes[None], overlap, 0.0)
+
+
+def match_by_overlap(overlap: NDArray[np.float64], min_iou: float) -> list[tuple[int, int]]:
+    """Match rows and columns of an IoU matrix one to one, maximizing the sum of IoU (Hungarian method)."""
+    from scipy.optimize import linear_sum_assignment
+
+    pairs = zip(*linear_sum_assignment(overlap, maximize=True), strict=True)
+    return [(int(row), int(column)) for row, column in pairs if overlap[row, column] >= min_iou]
+
+
+def match_by_distance(
+    detections: sv.Detections, rows: Sequence[int], lost: Sequence[Track], settings: TrackSettings
+) -> list[tuple[int, int]]:
+    """Match detections with lost tracks of their class that were last seen nearby.
+
+    Args:
+        detections: Detections of a keyframe.
+        rows: Which of them are free.
+        lost: Tracks that are not visible.
+        settings: `max_center_distance` and `class_agnostic`.
+
+    Returns:
+        Pairs of a row of `detections` and a tracker id, with the smallest sum of distances.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    assert detections.class_id is not None
+    distance = np.full((len(rows), len(lost)), NO_MATCH)
+    for column, track in enumerate(lost):
+        for n, row in enumerate(rows):
+            same_class = settings.class_agnostic or detections.class_id[row] == track.class_id
+            if track.box is None or not same_class:
+                continue
+            centers = [(box[:2] + box[2:]) / 2 for box in (detections.xyxy[row], track.box)]
+            diagonal = float(np.hypot(*(track.box[2:] - track.box[:2])))
+            distance[n, column] = float(np.hypot(*(centers[0] - centers[1]))) / max(diagonal, 1.0)
+    pairs = zip(*linear_sum_assignment(distance), strict=True)
+    limit = settings.max_center_distance
+    return [(rows[n], lost[column].tracker_id) for n, column in pairs if distance[n, column] <= limit]
+
+
+def find_duplicates(visible: sv.Detections, live: Mapping[int, Track], settings: TrackSettings) -> list[int]:
+    """Return the younger id of every two tracks whose masks are the same object.
+
+    Args:
+        visible: Tracked detections of a frame, with masks.
+        live: All tracks by id, oldest first.
+        settings: `merge_iou` and `class_agnostic`.
+    """
+    ids = tracker_ids(visible).tolist()
+    if len(ids) < 2 or visible.mask is None:
+        return []
+    masks = np.asarray(visible.mask, bool)
+    overlap = mask_iou(masks, masks)
+    age = {tracker_id: n for n, tracker_id in enumerate(live)}
+    duplicates: list[int] = []
+    for a, b in zip(*np.nonzero(np.triu(overlap >= settings.merge_iou, 1)), strict=True):
+        same_class = live[ids[a]].class_id == live[ids[b]].class_id
+        if (same_class or settings.class_agnostic) and not {ids[a], ids[b]} & set(duplicates):
+            duplicates.append(max(ids[a], ids[b], key=age.__getitem__))
+    return duplicates
+
+
+def find_drifted(
+    overlap: NDArray[np.float64],
+    detections: sv.Detections,
+    tracks: Sequence[Track],
+    owners: Mapping[int, int],
+    settings: TrackSettings,
+) -> list[int]:
+    """Return unconfirmed tracks that lie on a detection of another class.
+
+    A track may share an object with a track of another class, such as a wheel with a car, if it did so when it was last
+    confirmed; confirmed tracks record such companions here.
+
+    Args:
+        overlap: IoU of detections and tracks, `(n, m)`.
+        detections: Detections of a keyframe.
+        tracks: Visible tracks, one per column of `overlap`.
+        owners: Tracker id that each matched detection belongs to, by row.
+        settings: `match_iou` and `class_agnostic`.
+    """
+    assert detections.class_id is not None
+    confirmed, drifted = set(owners.values()), []
+    for column, track in enumerate(tracks):
+        rows = [row for row in range(len(detections)) if overlap[row, column] >= settings.match_iou]
+        others = {owners.get(row, -1) for row in rows if int(detections.class_id[row]) != track.class_id}
+        if track.tracker_id in confirmed:
+            track.companions = others - {-1}
+        elif not settings.class_agnostic and others - track.companions:
+            drifted.append(track.tracker_id)
+    return drifted

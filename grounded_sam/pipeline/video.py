@@ -1,0 +1,214 @@
+"""Track objects through a video: detect at keyframes, propagate masks in between."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
+
+import numpy as np
+import supervision as sv
+
+from grounded_sam.errors import ConfigError
+from grounded_sam.pipeline.backward import track_both_ways
+from grounded_sam.pipeline.images import ImageStages, StageTimer
+from grounded_sam.pipeline.select import Select, select_detections
+from grounded_sam.pipeline.track_settings import TrackSettings
+from grounded_sam.pipeline.tracks import TrackManager
+from grounded_sam.structures.clicks import Click
+from grounded_sam.structures.detections import replace_tracks, select_rows, validate_detections
+from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.protocols import (
+    EndToEndTracker,
+    PredictsHidden,
+    ResetsMemory,
+    SharesFeatures,
+    TextTracker,
+    Tracker,
+    TrackSession,
+)
+from grounded_sam.structures.request import Request
+from grounded_sam.structures.results import FrameResult
+from grounded_sam.structures.vocabulary import Vocabulary
+
+
+def track_video(
+    frames: Iterator[Frame],
+    request: Request,
+    tracker: Tracker | EndToEndTracker | TextTracker,
+    stages: ImageStages,
+    settings: TrackSettings,
+    select: Select,
+    timer: StageTimer,
+) -> Generator[FrameResult]:
+    """Track objects through a video, lazily and in order.
+
+    Args:
+        frames: Frames of one video, all of one size; closed at the end.
+        request: Classes, clicks, and classes of the results.
+        tracker: Tracker.
+        stages: Detector and segmenter for keyframes.
+        settings: How to track.
+        select: Which objects of a tracker that finds them itself to keep.
+        timer: Where to count the time of `track`.
+
+    Returns:
+        One result per frame, whose detections have `tracker_id`.
+
+    Raises:
+        ConfigError: If the tracker does not support what is asked.
+    """
+    try:
+        if isinstance(tracker, Tracker):
+            keyframes = KeyframeTracking(tracker, stages, settings, request, timer)
+            steps = keyframes.steps(frames)
+            results = (result for result, _ in steps)
+            if settings.direction == "both":
+                results = track_both_ways(steps, tracker, settings, request.classes)
+            with closing(steps), closing(results):
+                yield from results
+        else:
+            yield from _track_end_to_end(frames, request, tracker, stages, settings, select)
+    finally:
+        if isinstance(frames, Generator):
+            frames.close()
+
+
+def _track_end_to_end(
+    frames: Iterator[Frame],
+    request: Request,
+    tracker: EndToEndTracker | TextTracker,
+    stages: ImageStages,
+    settings: TrackSettings,
+    select: Select,
+) -> Generator[FrameResult]:
+    """Yield the results of a tracker that associates objects itself."""
+    name, vocabulary = type(tracker).__name__, request.vocabulary
+    if vocabulary is None or request.clicks is not None:
+        raise ConfigError(f"{name} does not take clicks; choose another tracker, e.g. tracker=sam2")
+    if settings.direction != "forward":
+        raise ConfigError(f"track.direction={settings.direction} needs a tracker with memory, and {name} has none")
+
+    def detect(frame: Frame) -> sv.Detections:
+        return stages.segment(frame, stages.detect([frame], vocabulary)[0], vocabulary, stages.segmenter)
+
+    if isinstance(tracker, TextTracker):
+        tracked = tracker.track_text(frames, vocabulary)
+    else:
+        tracked = tracker.track(frames, vocabulary, detect)
+    manager = TrackManager(settings)
+    try:
+        for frame, detections in tracked:
+            selected = detections
+            if isinstance(tracker, TextTracker):  # others track what `detect` has selected already
+                valid = validate_detections(detections, vocabulary, frame.size_hw, name)
+                selected = select_detections(valid, select, vocabulary)
+            yield FrameResult(frame=frame, detections=manager.label(manager.adopt(selected), request.classes))
+    finally:
+        if isinstance(tracked, Generator):
+            tracked.close()
+
+
+class KeyframeTracking:
+    """Track one video with a memory tracker, and detect at keyframes.
+
+    Args:
+        tracker: Opens the session.
+        stages: Detector and segmenter for keyframes.
+        settings: How to track.
+        request: Classes, clicks, and classes of the results.
+        timer: Where to count the time of `track`.
+    """
+
+    def __init__(
+        self, tracker: Tracker, stages: ImageStages, settings: TrackSettings, request: Request, timer: StageTimer
+    ) -> None:
+        self.tracker, self.stages, self.settings = tracker, stages, settings
+        self.request, self.timer = request, timer
+        self.tracks = TrackManager(settings, request.clicks.ids if request.clicks is not None else ())
+
+    def steps(self, frames: Iterator[Frame]) -> Generator[tuple[FrameResult, sv.Detections]]:
+        """Yield a result per frame, and with it the detections of the tracks that start there."""
+        session: TrackSession | None = None
+        try:
+            for position, frame in enumerate(frames):
+                if session is None:
+                    session = self.tracker.open(frame.size_hw)
+                with self.timer("track"):
+                    detections = session.step(frame.image)
+                visible, started = self._step(session, frame, position, detections)
+                self.tracks.remember(visible)
+                labelled = self.tracks.label(visible, self.request.classes)
+                yield (
+                    FrameResult(frame=frame, detections=labelled),
+                    self.tracks.label(started, self.request.classes),
+                )
+        finally:
+            if session is not None:
+                session.close()
+
+    def _step(
+        self, session: TrackSession, frame: Frame, position: int, detections: sv.Detections
+    ) -> tuple[sv.Detections, sv.Detections]:
+        """Update the tracks with one frame; return the visible tracks and those that start."""
+        update = self.tracks.update(detections)
+        for tracker_id in update.ended:
+            session.remove(tracker_id)
+        visible, started, drifted = update.visible, select_rows(update.visible, []), update.drifted
+        vocabulary, clicks = self.request.vocabulary, self.request.clicks
+        if vocabulary is not None and position % self.settings.redetect_every == 0:
+            visible, started, hidden = self._redetect(session, frame, vocabulary, visible, started)
+            drifted = drifted + hidden
+        for tracker_id in set(drifted) - set(update.ended):
+            if isinstance(session, ResetsMemory) and self.tracks.live[tracker_id].hidden:
+                session.reset_memory(tracker_id)
+        if clicks is not None and (clicked := clicks.for_video_frame(frame, position)):
+            visible, started = self._apply_clicks(session, frame, clicked, visible, started)
+        return visible, started
+
+    def _redetect(
+        self,
+        session: TrackSession,
+        frame: Frame,
+        vocabulary: Vocabulary,
+        visible: sv.Detections,
+        started: sv.Detections,
+    ) -> tuple[sv.Detections, sv.Detections, list[int]]:
+        """Match the detections of a keyframe with the tracks, and prompt the session with what is new or corrected."""
+        segmenter = self.stages.segmenter
+        if isinstance(session, SharesFeatures) and session.segmenter is not None:
+            segmenter = session.segmenter
+        boxes = self.stages.detect([frame], vocabulary)[0]
+        detections = self.stages.segment(frame, boxes, vocabulary, segmenter)
+        visible_ids = [] if visible.tracker_id is None else visible.tracker_id.tolist()
+        lost = [i for i in self.tracks.live if i not in visible_ids]
+        predicted = session.predict_hidden(lost) if lost and isinstance(session, PredictsHidden) else None
+        match = self.tracks.match(visible, detections, predicted)
+        visible = replace_tracks(visible, started, match.hidden)
+        if len(match.new):
+            started = session.prompt(match.new)
+            visible = replace_tracks(visible, started)
+        if len(match.corrected):
+            visible = replace_tracks(visible, session.prompt(match.corrected))
+        return visible, started, match.hidden
+
+    def _apply_clicks(
+        self,
+        session: TrackSession,
+        frame: Frame,
+        clicked: Sequence[Click],
+        visible: sv.Detections,
+        started: sv.Detections,
+    ) -> tuple[sv.Detections, sv.Detections]:
+        """Start or correct tracks with clicks on this frame."""
+        assert self.request.clicks is not None
+        prompts = self.request.clicks.to_detections(clicked, frame, self.request.classes)
+        assert prompts.class_id is not None
+        ids = [self.tracks.new_id() if click.object is None else click.object for click in clicked]
+        prompts.tracker_id = np.array(ids, np.int64)
+        is_new = np.array([tracker_id not in self.tracks.live for tracker_id in ids])
+        for tracker_id, class_id in zip(ids, prompts.class_id.tolist(), strict=True):
+            self.tracks.start(tracker_id, class_id, 1.0)
+        drawn = session.prompt(prompts)
+        assert drawn.tracker_id is not None
+        new = select_rows(drawn, np.isin(drawn.tracker_id, np.array(ids)[is_new]))
+        return replace_tracks(visible, drawn), replace_tracks(started, new)

@@ -1,0 +1,89 @@
+"""What the sinks that write datasets share: their settings, the split, the image files and the counts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import ClassVar, Self
+
+from grounded_sam.sinks.dataset_images import DatasetImages, ImageMode
+from grounded_sam.sinks.splits import Splits
+from grounded_sam.structures.results import FrameResult
+from grounded_sam.structures.vocabulary import Vocabulary
+
+
+@dataclass(eq=False)
+class DatasetSink(ABC):
+    """Base of the sinks that write a dataset; a format implements `_write` and `_close`.
+
+    Args:
+        output: Output folder of the run.
+        vocabulary: Classes of the run.
+        split: Share of each split, such as `{train: 0.8, val: 0.2}`, see `splits.Splits`; None for no splits.
+        seed: Seed of the split.
+
+    Attributes:
+        name: Name of the format: its key in the config and, of most formats, its folder in `output`.
+        folder: That folder.
+        num_images: Images written so far.
+        num_objects: Objects written so far.
+
+    Raises:
+        ConfigError: If a setting is not one of its choices, or the shares are invalid.
+    """
+
+    name: ClassVar[str]
+
+    output: Path
+    vocabulary: Vocabulary
+    split: Mapping[str, float] | None = None
+    seed: int = 0
+    images: ImageMode = field(default="none", init=False)  # formats with image files declare it again, as a setting
+
+    def __post_init__(self) -> None:
+        self.folder = Path(self.output) / self.name
+        self.num_images = self.num_objects = 0
+        self._splits = Splits(self.split, self.seed)
+        self._image_files = DatasetImages(self.images, f"sink.{self.name}.images")
+        self._is_open = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def write(self, result: FrameResult) -> None:
+        """Write an image and its labels.
+
+        Raises:
+            ConfigError: At the first image, if the folder holds a dataset of another split.
+            ImageError: If an image file has to be written and the pixels cannot be read.
+        """
+        if not self._is_open:
+            self._open()
+            self._is_open = True
+        self.num_objects += self._write(result)
+        self.num_images += 1
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._is_open:
+            self._close()
+
+    def _open(self) -> None:
+        """Prepare the output, before the first image."""
+        self._splits.claim(self.folder)
+
+    @abstractmethod
+    def _write(self, result: FrameResult) -> int:
+        """Write an image and its labels, and return the number of objects."""
+
+    @abstractmethod
+    def _close(self) -> None:
+        """Complete the dataset, after the last image, also after an interruption."""
+
+    def _counts(self) -> str:
+        """Return the counts, for `summary`."""
+        return f"{self.num_objects} objects in {self.num_images} images"

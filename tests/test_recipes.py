@@ -12,9 +12,11 @@ import pytest
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).parents[1]
-SECTIONS = dict(re.findall(
+SECTIONS = dict(
+    re.findall(
         r"^## (Add an? [^\n]+)\n(.*?)(?=^## |\Z)", (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S | re.M
-    ))
+    )
+)
 
 
 def follow_recipe(title: str, folder: Path) -> str:

@@ -75,16 +75,16 @@ class BackendSettings:
 
 
 def convert_backbone(backbone: nn.Module, settings: BackendSettings, precision: Precision) -> None:
-    """Replace the `forward` of a backbone, whose one input is a batch of images, by another back end's.
+    """Run the `forward` of a backbone, whose only input is a batch of images, in another back end.
 
-    The backbone is converted when images of a size first arrive, and compared with PyTorch on them. The conversions of
+    The backbone is converted when images of a size first arrive, and compared with PyTorch on them. The conversions for
     the last `MAX_LOADED_SIZES` sizes stay loaded. OpenVINO computes in bfloat16 unless `precision` is `exact`; ONNX
     Runtime computes in float32.
 
     Args:
         backbone: Module with float32 weights on the CPU, whose outputs are tensors in lists, tuples, mappings or output
             classes of transformers.
-        settings: What is to run it; nothing is changed for `torch`.
+        settings: Back end, and folder of conversions; nothing is changed for `torch`.
         precision: Precision of the stage.
     """
     if settings.backend == "torch":
@@ -96,7 +96,7 @@ def convert_backbone(backbone: nn.Module, settings: BackendSettings, precision: 
         )
         precision = "exact"
     original = backbone.forward
-    # What the graph depends on: the code that produces it, and the weights.
+    # The graph depends on the weights and on the code that produces it.
     versions = [f"{package} {version(package)}" for package in ("torch", "transformers", "sam2", "segment_anything")]
     origin = f"{type(backbone).__name__} {weights_digest(backbone.state_dict())} {versions}"
     loaded: OrderedDict[str, Callable[[Tensor], Any]] = OrderedDict()
@@ -212,9 +212,9 @@ def _write_conversion(network: _Network, pixels: Tensor, fingerprint: str, backe
     ):
         pixels = torch.from_numpy(_to_numpy(pixels).copy())  # tensors of inference mode cannot be exported
         expected, tree = network.flat_forward(pixels)
-        part = Path(temporary) / "part"
-        part.mkdir()
-        path = part / "backbone.onnx"
+        pending = Path(temporary) / "part"
+        pending.mkdir()
+        path = pending / "backbone.onnx"
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -222,17 +222,17 @@ def _write_conversion(network: _Network, pixels: Tensor, fingerprint: str, backe
         except Exception as error:  # exporters fail in many ways
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"cannot convert {network.class_name}: {reason}; use backend=torch") from error
-        error_ = max_relative_error(expected, _start_session(path, backend, "exact")(pixels))
-        if not error_ <= TOLERANCE:
+        deviation = max_relative_error(expected, _start_session(path, backend, "exact")(pixels))
+        if not deviation <= TOLERANCE:
             raise CheckpointError(
-                f"{network.class_name} in {backend} differs from PyTorch by {error_:.1e} of the largest value; "
+                f"{network.class_name} in {backend} differs from PyTorch by {deviation:.1e} of the largest value; "
                 "use backend=torch"
             )
-        metadata = {"name": fingerprint, "outputs": pytree.treespec_dumps(tree), "off": error_}
-        (part / "about.json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
-        log.info("%s in %s differs from PyTorch by %.1e of the largest value", network.class_name, backend, error_)
+        metadata = {"name": fingerprint, "outputs": pytree.treespec_dumps(tree), "off": deviation}
+        (pending / "about.json").write_text(json.dumps(metadata, indent=1), encoding="utf-8")
+        log.info("%s in %s differs from PyTorch by %.1e of the largest value", network.class_name, backend, deviation)
         try:
-            os.replace(part, folder)
+            os.replace(pending, folder)
         except OSError:
             if not (folder / "about.json").is_file():  # else another process has written the same conversion
                 raise

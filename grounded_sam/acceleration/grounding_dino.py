@@ -17,6 +17,7 @@ from grounded_sam.acceleration.patching import (
     chunked_feed_forward,
     compile_forward,
     has_bfloat16,
+    modules_of_class,
     patch_forward,
     use_bfloat16_linears,
     use_bfloat16_matmul,
@@ -92,10 +93,8 @@ def fold_text_projections(model: nn.Module) -> int:
     import torch
 
     count = 0
-    modules: list[Any] = list(model.modules())
-    for module in modules:
-        if type(module).__name__ not in ("GroundingDinoBiMultiHeadAttention", "MMGroundingDinoBiMultiHeadAttention"):
-            continue
+    names = ("GroundingDinoBiMultiHeadAttention", "MMGroundingDinoBiMultiHeadAttention")
+    for module in modules_of_class(model, *names):
         trial = TrialInputs(module.vision_proj.weight)
         inputs = (trial.normal(2, 9, module.vision_dim), trial.normal(2, 3, module.text_dim))
         masks = {  # true where padded
@@ -165,10 +164,8 @@ def use_embedding_bag(model: nn.Module) -> int:
         Number of layers that were patched.
     """
     count = 0
-    modules: list[Any] = list(model.modules())
-    for module in modules:
-        if not type(module).__name__.endswith("GroundingDinoMultiscaleDeformableAttention"):
-            continue
+    names = ("GroundingDinoMultiscaleDeformableAttention", "MMGroundingDinoMultiscaleDeformableAttention")
+    for module in modules_of_class(model, *names):
         is_equal = []
         for kwargs, queries in _deformable_trials(module):
             vars(module).pop("forward", None)
@@ -256,7 +253,7 @@ def sample_with_embedding_bag(
         value: The maps, flattened and concatenated, `(b, n, heads, width)`.
         sizes: Height and width of each map.
         offsets: x and y in pixels of the map, each `(b, q, heads, levels * points)`.
-        references: What is added to them, each `(b, q, levels * points)`; the center of the first pixel is 0.
+        references: Reference points that are added to the offsets, each `(b, q, levels * points)`; the center of the first pixel is 0.
         weights: Weights of the samples, with the shape of the offsets.
 
     Returns:
@@ -395,10 +392,7 @@ def use_fused_attention(model: nn.Module) -> int:
     import torch
 
     count = 0
-    modules: list[Any] = list(model.modules())
-    for module in modules:
-        if not type(module).__name__.endswith("GroundingDinoMultiheadAttention"):
-            continue
+    for module in modules_of_class(model, "GroundingDinoMultiheadAttention", "MMGroundingDinoMultiheadAttention"):
         weight = module.query.weight
         trial = TrialInputs(weight)
         inputs = [trial.normal(2, length, weight.shape[1]) for length in (9, 5, 5)]
@@ -520,17 +514,15 @@ def use_bfloat16_window_attention(model: Any) -> int:
     import torch
 
     count = 0
-    modules: list[Any] = list(model.model.backbone.modules())
-    for module in modules:
-        if type(module).__name__ == "SwinAttention":
-            size = module.relative_position_bias().shape[-1]
-            generator = torch.Generator().manual_seed(0)  # weights are bfloat16 already, the input is not
-            x = torch.randn((4, size, module.q_proj.in_features), generator=generator)
-            mask = torch.zeros(2, size, size)
-            mask[1, :, size // 2 :] = -100.0
-            count += patch_forward(
-                module, _bfloat16_swin_attention, (x,), 3e-2, "use_bfloat16_window_attention", attention_mask=mask
-            )
+    for module in modules_of_class(model.model.backbone, "SwinAttention"):
+        size = module.relative_position_bias().shape[-1]
+        generator = torch.Generator().manual_seed(0)  # weights are bfloat16 already, the input is not
+        x = torch.randn((4, size, module.q_proj.in_features), generator=generator)
+        mask = torch.zeros(2, size, size)
+        mask[1, :, size // 2 :] = -100.0
+        count += patch_forward(
+            module, _bfloat16_swin_attention, (x,), 3e-2, "use_bfloat16_window_attention", attention_mask=mask
+        )
     return count
 
 

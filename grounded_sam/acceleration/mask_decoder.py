@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from grounded_sam.acceleration.patching import TrialInputs, patch_forward
+from grounded_sam.acceleration.patching import TrialInputs, modules_of_class, patch_forward
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,9 +51,7 @@ def add_positions_once(model: Any) -> int:
         Number of layers that were patched.
     """
     count = 0
-    for module in model.modules():
-        if type(module).__name__ != "TwoWayAttentionBlock":
-            continue
+    for module in modules_of_class(model, "TwoWayAttentionBlock"):
         weight = module.norm1.weight
         trial = TrialInputs(weight)
         inputs = [trial.normal(2, length, len(weight)) for length in (3, 21, 3, 21)]

@@ -73,6 +73,20 @@ def patch_forward(
     return True
 
 
+def modules_of_class(root: Any, *class_names: str) -> list[Any]:
+    """Return the modules below a module, itself included, whose class has one of some names.
+
+    Args:
+        root: A `torch.nn.Module`.
+        *class_names: Names of classes, without their module; subclasses do not count.
+
+    >>> from torch import nn
+    >>> modules_of_class(nn.Sequential(nn.ReLU(), nn.Linear(2, 3)), "Linear")
+    [Linear(in_features=2, out_features=3, bias=True)]
+    """
+    return [module for module in root.modules() if type(module).__name__ in class_names]
+
+
 def _tensors(output: Any) -> Iterator[Tensor]:
     """Yield the tensors in nested tuples and lists; None is passed over."""
     if isinstance(output, tuple | list):

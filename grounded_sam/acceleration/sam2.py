@@ -15,6 +15,7 @@ from grounded_sam.acceleration.patching import (
     chunk_feed_forwards,
     compile_forward,
     has_bfloat16,
+    modules_of_class,
     patch_forward,
     use_bfloat16_linears,
     use_bfloat16_matmul,
@@ -47,7 +48,7 @@ def speed_up_encoder(model: Any, precision: Precision, compile_: bool, backend: 
         fold_token_projections(model)
         add_positions_once(model)
     if backend.backend != "torch":
-        backbone = getattr(encoder, "trunk", getattr(encoder, "backbone", encoder))  # SAM's encoder has no parts
+        backbone = getattr(encoder, "trunk", getattr(encoder, "backbone", encoder))  # SAM's encoder is its own backbone
         convert_backbone(backbone, backend, precision)
         if compile_:
             log.warning("compile=true has no effect on the image encoder, which runs in %s", backend.backend)
@@ -100,13 +101,12 @@ def use_bfloat16_hiera_attention(encoder: Any) -> int:
     import torch
 
     count = 0
-    for module in encoder.modules():
-        if type(module).__name__ in ("MultiScaleAttention", "Sam2MultiScaleAttention"):
-            x = TrialInputs(module.qkv.weight).normal(1, 36, 32, module.dim)  # more than a block, also after pooling
-            use_bfloat16_matmul(module.qkv, torch.bfloat16)
-            use_bfloat16_matmul(module.proj, torch.float32)
-            if module.qkv.weight.device.type == "cpu":
-                count += patch_forward(module, _hiera_attention, (x,), 3e-2, "use_bfloat16_hiera_attention")
+    for module in modules_of_class(encoder, "MultiScaleAttention", "Sam2MultiScaleAttention"):
+        x = TrialInputs(module.qkv.weight).normal(1, 36, 32, module.dim)  # more than a block, also after pooling
+        use_bfloat16_matmul(module.qkv, torch.bfloat16)
+        use_bfloat16_matmul(module.proj, torch.float32)
+        if module.qkv.weight.device.type == "cpu":
+            count += patch_forward(module, _hiera_attention, (x,), 3e-2, "use_bfloat16_hiera_attention")
     return count
 
 
@@ -141,8 +141,8 @@ def cache_position_embeddings(encoder: Any) -> int:
     import torch
 
     count = 0
-    for module in encoder.modules():
-        if type(module).__name__ not in ("Hiera", "Sam2HieraDetModel") or not hasattr(module, "_get_pos_embed"):
+    for module in modules_of_class(encoder, "Hiera", "Sam2HieraDetModel"):
+        if not hasattr(module, "_get_pos_embed"):
             continue
         embeddings: dict[Any, Tensor] = {}
 
@@ -172,7 +172,7 @@ def memory_attention_layers(model: Any, include_self: bool = False) -> list[Any]
         include_self: Whether to return the layers of self-attention too.
     """
     names = ("RoPEAttention", "Sam2VideoRoPEAttention", "Sam3TrackerVideoRoPEAttention")
-    layers = [module for module in model.memory_attention.modules() if type(module).__name__ in names]
+    layers = modules_of_class(model.memory_attention, *names)
     return [layer for layer in layers if include_self or layer.kv_in_dim < layer.internal_dim]
 
 
@@ -309,7 +309,7 @@ def _rotate_transformers(
 
 
 def _pooled_attention(q: Tensor, k: Tensor, v: Tensor, value_projection: Any) -> Tensor:
-    """Attend to values and project what comes out."""
+    """Attend to unprojected values and project the result."""
     return value_projection(blockwise_attention(q, k, v))  # type: ignore[no-any-return]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pydoc
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -69,14 +70,11 @@ def _class_of(node: Any) -> type | None:
 
     Listing weights is also of use on a machine that lacks a package, or a module of the user's own.
     """
-    from hydra.errors import HydraException
-    from hydra.utils import get_object
-
     if not isinstance(node, dict) or node.get("_target_") is None:
         return None
     try:
-        cls = get_object(node["_target_"])
-    except (HydraException, ImportError, AttributeError, ValueError):
+        cls = pydoc.locate(node["_target_"])  # Hydra's own function would log what it cannot import
+    except pydoc.ErrorDuringImport:
         return None
     return cls if isinstance(cls, type) else None
 

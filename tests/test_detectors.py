@@ -50,12 +50,12 @@ def clip_boxes(boxes, size_hw):
 def assert_same(detections, expected, size_hw):
     """Compare detections with a processor's as sets, since queries with equal scores have no order."""
     boxes, inside = clip_boxes(expected["boxes"], size_hw)
-    wanted = np.column_stack([expected["labels"].numpy(), expected["scores"].numpy(), boxes])[inside]
+    rows = np.column_stack([expected["labels"].numpy(), expected["scores"].numpy(), boxes])[inside]
     actual = np.column_stack([detections.class_id, detections.confidence, detections.xyxy])
-    assert len(actual) == len(wanted) > 0
-    order, wanted_order = (np.lexsort(table.round(3).T[::-1]) for table in (actual, wanted))
-    np.testing.assert_allclose(actual[order], wanted[wanted_order], atol=1e-2)
-    np.testing.assert_allclose(actual[order][:, 1], wanted[wanted_order][:, 1], atol=1e-4)
+    assert len(actual) == len(rows) > 0
+    order, expected_order = (np.lexsort(table.round(3).T[::-1]) for table in (actual, rows))
+    np.testing.assert_allclose(actual[order], rows[expected_order], atol=1e-2)
+    np.testing.assert_allclose(actual[order][:, 1], rows[expected_order][:, 1], atol=1e-4)
 
 
 def test_owlv2_equals_its_processor(owlv2, frames):

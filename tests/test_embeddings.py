@@ -59,9 +59,9 @@ def test_results_of_a_session_equal_those_of_a_run_per_prompt(overrides, images,
         results = [session.segment([entry]) for session in (first, second) for entry in (CLICK, BOX)]
         both = first.segment([CLICK, BOX])
     assert len(calls) == 2
-    for actual, wanted in zip(results, expected, strict=True):
-        np.testing.assert_array_equal(actual.mask, wanted.mask)
-        np.testing.assert_allclose(actual.data["mask_score"], wanted.data["mask_score"], atol=1e-6)
+    for actual, single in zip(results, expected, strict=True):
+        np.testing.assert_array_equal(actual.mask, single.mask)
+        np.testing.assert_allclose(actual.data["mask_score"], single.data["mask_score"], atol=1e-6)
     assert len(both) == 2 and both.mask.shape[1:] == images[0].shape[:2]
     with pytest.raises(ValueError, match="closed"):
         first.segment([CLICK])

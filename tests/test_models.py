@@ -68,10 +68,10 @@ class HubHandler(BaseHTTPRequestHandler):
         pass
 
     def do_HEAD(self) -> None:
-        self.answer(body=False)
+        self.respond(body=False)
 
     def do_GET(self) -> None:
-        self.answer(body=True)
+        self.respond(body=True)
 
     def send(self, code: int, content: bytes, body: bool, **headers: str) -> None:
         self.send_response(code)
@@ -81,7 +81,7 @@ class HubHandler(BaseHTTPRequestHandler):
         if body:
             self.wfile.write(content)
 
-    def answer(self, body: bool) -> None:
+    def respond(self, body: bool) -> None:
         hub, path = self.server, unquote(urlsplit(self.path).path).strip("/")
         parts = path.split("/")
         if parts[:2] == ["api", "models"]:

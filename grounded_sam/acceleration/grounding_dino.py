@@ -253,7 +253,8 @@ def sample_with_embedding_bag(
         value: The maps, flattened and concatenated, `(b, n, heads, width)`.
         sizes: Height and width of each map.
         offsets: x and y in pixels of the map, each `(b, q, heads, levels * points)`.
-        references: Reference points that are added to the offsets, each `(b, q, levels * points)`; the center of the first pixel is 0.
+        references: Reference points that the offsets start from, each `(b, q, levels * points)`; the center of the
+            first pixel is 0.
         weights: Weights of the samples, with the shape of the offsets.
 
     Returns:

@@ -404,3 +404,11 @@ def test_damaged_yolo_labels_are_named(data_yaml, label, message, tmp_path):
     (tmp_path / "data.yaml").write_text(data_yaml)
     with pytest.raises(ConfigError, match=message):
         read_ground_truth(tmp_path)
+
+
+@pytest.mark.parametrize("is_sweep", [False, True])
+def test_images_of_mistakes_are_not_drawn_in_a_sweep(ground_truth, tmp_path, monkeypatch, is_sweep):
+    monkeypatch.setattr("grounded_sam.sinks.metrics.in_sweep", lambda: is_sweep)
+    with metrics_sink(tmp_path, CLASSES, ground_truth) as sink:
+        sink.write(make_result("x.png"))  # misses all labels
+    assert (tmp_path / "errors").exists() != is_sweep

@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from grounded_sam.checks import check_bool, check_choice, check_int, check_number
+from grounded_sam.checks import check_choice, check_int, check_number
 from grounded_sam.errors import ConfigError
 from grounded_sam.evaluation.image_metrics import ImageMetrics
 from grounded_sam.evaluation.video_metrics import VideoMetrics
 from grounded_sam.formats.labels import read_ground_truth
 from grounded_sam.formats.video_masks import LabelledVideos
+from grounded_sam.hydra_state import in_sweep
 from grounded_sam.structures.vocabulary import Vocabulary
 
 
@@ -23,7 +24,6 @@ def metrics_sink(
     errors: int | None = None,
     precision: float | None = None,
     objects: Literal["best", "ids", "one"] = "best",
-    in_sweep: bool = False,
 ) -> ImageMetrics | VideoMetrics:
     """Return the metrics for images or for videos, depending on the labels.
 
@@ -36,7 +36,6 @@ def metrics_sink(
         errors: Number of images that are drawn in `errors/`; None for 24, or 0 in a sweep.
         precision: Precision that the thresholds in `classes.yaml` must reach; None for the best F1. Images only.
         objects: How tracks are matched to objects: best J&F, the same id, or all as one object. Videos only.
-        in_sweep: Whether the run is a job of a sweep, which draws no images in `errors/` by default.
 
     Raises:
         ConfigError: If a value is out of range, or the ground truth cannot be read or lacks classes of the run.
@@ -46,10 +45,9 @@ def metrics_sink(
     check_number("sink.metrics.iou", iou, 0, 1, above=True)
     check_int("sink.metrics.errors", errors, 0, optional=True)
     check_number("sink.metrics.precision", precision, 0, 1, above=True, optional=True)
-    check_bool("sink.metrics.in_sweep", in_sweep)
     check_choice("sink.metrics.objects", objects, ("best", "ids", "one"))
     if errors is None:
-        errors = 0 if in_sweep else 24
+        errors = 0 if in_sweep() else 24
     labels = read_ground_truth(truth)
     if isinstance(labels, LabelledVideos):
         return VideoMetrics(output, vocabulary, labels, float(iou), metric, errors, objects)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, under names that are unique and stay in their folder."""
+"""Atomic writes, and output names that are unique, safe and inside their folder."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 class PendingFile:
-    """A file that grows during a run under a temporary name, and gets its own name when it is complete.
+    """A file written under a temporary name during a run, and renamed when it is complete.
 
     Args:
         path: File to write. Its folder is created.
@@ -65,7 +65,7 @@ def atomic_write(path: Path, *, shared: bool = False) -> Iterator[Path]:
 
 
 def atomic_write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 text file that appears whole or not at all.
+    """Write a UTF-8 text file atomically: readers see the old content or the new.
 
     Args:
         path: File to write. Its folder is created.
@@ -106,7 +106,7 @@ class UniqueNames:
 
 
 def safe_filename(name: str) -> str:
-    """Return a file name that every file system takes: letters of all scripts stay, forbidden characters become `_`.
+    """Return a file name that is valid on every file system: forbidden characters become `_`, all scripts are kept.
 
     >>> safe_filename("who?.png")
     'who_.png'

@@ -35,7 +35,7 @@ def test_text_can_name_the_one_class():
     model = load(*FEW_POINTS, "detector.points_per_side=3", preset="shapes", detector="everything", text="thing")
     detections = model.segment(np.zeros((64, 64, 3), np.uint8))
     assert set(detections.data["class_name"]) <= {"thing"}
-    with pytest.raises(ConfigError, match="gives one class"):
+    with pytest.raises(ConfigError, match="detector=everything has one class, but text names 2"):
         model.segment(np.zeros((64, 64, 3), np.uint8), ["a", "b"])
 
 

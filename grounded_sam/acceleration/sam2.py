@@ -330,13 +330,7 @@ def _bfloat16_projected_attention(q: Tensor, k: Tensor, v: Tensor, value_project
 def bfloat16_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Compute attention of one head as products of bfloat16 matrices on the CPU, scores included.
 
-    Args:
-        q: Queries, `(b, n, c)`.
-        k: Keys, `(b, m, c)`.
-        v: Values, `(b, m, d)`.
-
-    Returns:
-        `(b, n, d)`.
+    Arguments and result have the shapes of `blockwise_attention`.
     """
     import torch
 

@@ -87,11 +87,13 @@ class WeightsRow:
 
 
 def weights_rows(specs: Sequence[WeightsSpec]) -> tuple[list[WeightsRow], list[str]]:
-    """Return a row for each of the weights, and a line for what could not be found out."""
+    """Return a row for each of the weights, and a line for everything that could not be determined."""
     repos = [spec.repo for spec in specs if spec.repo is not None]
     unreachable = why_unreachable() if repos else None
     infos = model_infos(repos) if unreachable is None else {}
-    notes = [f"the hub is not asked ({unreachable}); this is from the cache and the package"] if unreachable else []
+    notes = []
+    if unreachable is not None:
+        notes.append(f"the hub was not contacted ({unreachable}); rows come from the cache and the package")
     notes += [info for info in infos.values() if isinstance(info, str)]
     known = known_models()
     rows = []
@@ -106,7 +108,7 @@ def _row(spec: WeightsSpec, info: Any, known: dict[str, Any]) -> WeightsRow:
 
     Args:
         spec: Which weights.
-        info: What the hub says about the repository; None if it was not asked.
+        info: What the hub says about the repository; None if it was not contacted.
         known: What the package knows about it.
     """
     common = (spec.stage, spec.choice, spec.key, spec.checkpoint, spec.repo, spec.file)

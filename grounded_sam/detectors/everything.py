@@ -82,7 +82,7 @@ class EverythingDetector:
         if not records:
             return empty_detections(vocabulary)
         xywh = np.array([record["bbox"] for record in records], np.float32)
-        # Upstream's boxes include the last row and column; ours exclude them.
+        # Upstream boxes include the last row and column; `xyxy` excludes them.
         xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:] + 1], 1)
         score = np.array([record["predicted_iou"] for record in records], np.float32)
         return make_detections(

@@ -97,7 +97,7 @@ class Florence2:
         text = processor.tokenizer.bos_token + prompt + processor.tokenizer.eos_token
         ids = processor.tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"].to(self.device)
         embedded = self.model.get_input_embeddings()(ids)
-        # Image features take the place of the image tokens in front of the prompt.
+        # Image features replace the image tokens in front of the prompt.
         inputs = torch.cat([features.to(embedded.dtype), embedded], 1)
         generated = self.model.generate(
             encoder_outputs=self.model.model.language_model.encoder(inputs_embeds=inputs),

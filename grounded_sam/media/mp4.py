@@ -13,15 +13,15 @@ from numpy.typing import NDArray
 
 from grounded_sam.files import PendingFile
 
-#: Ticks per second, MPEG's 90 kHz clock: fine enough for any frame rate, constant or not.
+#: Ticks per second, MPEG's 90 kHz clock: fine enough for constant and variable frame rates.
 TICKS = 90_000
 
 
 class Mp4Writer:
-    """Write one video frame by frame; it gets its name when it is closed.
+    """Write a video frame by frame; `close` renames the finished file into place.
 
-    Frames keep their times, so that the speed is right also where the frame rate varies. Odd sizes are padded by a row
-    or column, since the usual pixel format of H.264 has even ones.
+    Frames keep their timestamps, so that the speed is right for variable frame rates too. Odd sizes are padded by a row
+    or column, since `yuv420p` needs even ones.
 
     Args:
         path: File to write. Its folder is created.
@@ -48,7 +48,7 @@ class Mp4Writer:
             self._open_audio(sound_from)
 
     def _open_audio(self, path: str) -> None:
-        """Open the first audio track of a video, if MP4 can hold it."""
+        """Open the first audio track of a video, if MP4 supports its codec."""
         import av
 
         source: Any = av.open(path)
@@ -58,7 +58,7 @@ class Mp4Writer:
         stream = source.streams.audio[0]
         try:
             self._audio_stream = self._container.add_stream_from_template(stream)
-        except (OSError, ValueError):  # a codec that MP4 does not hold
+        except (OSError, ValueError):  # MP4 does not support the codec
             source.close()
             return
         self._audio_source = source
@@ -103,7 +103,7 @@ class Mp4Writer:
         self._copy_audio((ticks + duration) / TICKS)
 
     def _mux(self, frame: Any) -> None:
-        """Encode a frame and write the packets that are ready; None writes those left in the encoder."""
+        """Encode a frame and write the packets that are ready; None flushes the encoder."""
         for packet in self._video_stream.encode(frame):
             packet.duration = self._durations.pop(packet.pts, packet.duration)
             self._container.mux(packet)

@@ -75,10 +75,12 @@ class CocoSink(DatasetSink):
         self.folder = Path(self.output)
 
     def _path(self, split: str | None) -> Path:
+        """Return the path of the JSON file of a split."""
         path = self.folder / self.file
         return path if split is None else path.with_stem(f"{path.stem}_{split}")
 
     def _split_names(self) -> Sequence[str | None]:
+        """Return the names of the splits; `[None]` without splits."""
         return self._splits.names or [None]
 
     def _open(self) -> None:
@@ -134,7 +136,7 @@ class CocoSink(DatasetSink):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if kind is None or self.num_images:  # a run that never began leaves the files of the last one
+        if kind is None or self.num_images:  # a run that failed before its first image keeps the earlier files
             self._close()
         for lines in self._lines.values():
             lines.close()

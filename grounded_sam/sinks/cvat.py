@@ -23,7 +23,7 @@ class CvatSink(DatasetSink):
     """Write `cvat.xml`, for "Upload annotations" as CVAT 1.1 in a task with the same images.
 
     Objects have the attributes `score` and, in videos, `track_id`. Masks are exact; polygons run along the edges of
-    pixels, with parts and holes connected by lines there and back. Without masks objects are boxes.
+    pixels, and zero-width bridges connect separate parts and holes. Without masks, objects are boxes.
 
     Args:
         output: Output folder of the run.

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import supervision as sv
 
-from grounded_sam.errors import ConfigError
+from grounded_sam.checks import check_choice
 from grounded_sam.files import PendingFile, atomic_write_text
 from grounded_sam.sinks.base import DatasetSink
 from grounded_sam.sinks.dataset_images import ImageMode
@@ -48,6 +48,7 @@ class _Metadata:
         self._rows: list[dict[str, Any]] = []
 
     def append(self, row: dict[str, Any]) -> None:
+        """Add the row of an image."""
         self._rows.append(row)
         if len(self._rows) >= ROW_GROUP:
             self._flush()
@@ -57,6 +58,7 @@ class _Metadata:
         self._rows = []
 
     def close(self) -> None:
+        """Write the last rows and rename the file into place."""
         if self._rows:
             self._flush()
         self._writer.close()
@@ -80,7 +82,7 @@ class ImageFolderSink(DatasetSink):
         images: `link` or `copy`; see `dataset_images.DatasetImages`.
 
     Raises:
-        ConfigError: If `images` is `none`: the format is a folder of images.
+        ConfigError: If `images` is neither; `none` would leave the folder without its images.
     """
 
     name: ClassVar[str] = "imagefolder"
@@ -89,8 +91,7 @@ class ImageFolderSink(DatasetSink):
     _metadata: dict[str, _Metadata] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.images == "none":
-            raise ConfigError("sink.imagefolder.images must be link or copy: the format is a folder of images")
+        check_choice("sink.imagefolder.images", self.images, ("link", "copy"))
         super().__post_init__()
 
     def _write(self, result: FrameResult) -> int:

@@ -19,7 +19,7 @@ class JsonLinesSink:
 
     A line has `file`, `frame` (its number), `time_s` (in a video), `width`, `height` and `objects`, each with `class`,
     `class_id`, `score`, `bbox` (x, y, width, height), and where they exist `track_id`, `mask_score` and `segmentation`
-    (COCO RLE). The file has its own name from the start, so that it can be read during the run.
+    (COCO RLE). The file is not written under a temporary name, so that it can be read during the run.
 
     Args:
         output: Output folder of the run.

@@ -29,8 +29,8 @@ def encode_brush(mask: NDArray[np.bool_]) -> list[int]:
     """Encode a mask as a brush of Label Studio.
 
     The format is thi.ng's rle-pack over RGBA bytes: the number of bytes, the bits of a value, the bits of four run
-    lengths, then the runs. Equal to `label_studio_sdk.converter.brush.mask2rle`, which goes byte by byte and takes
-    seconds for a photo.
+    lengths, then the runs. The result equals that of `label_studio_sdk.converter.brush.mask2rle`, which encodes byte
+    by byte and takes seconds for a photo.
 
     Args:
         mask: `(H, W) bool`.
@@ -65,8 +65,8 @@ class LabelStudioSink(DatasetSink):
 
     To serve the images from disk, start Label Studio with `LOCAL_FILES_SERVING_ENABLED=true` and
     `LOCAL_FILES_DOCUMENT_ROOT` set to `label_studio/images`; otherwise set `url`. Regions have the score of their
-    detection, predictions the mean of their regions and `model_version`. Polygons run along the edges of pixels; parts
-    and holes are connected by lines there and back, so that there is one region per object.
+    detection, predictions the mean of their regions and `model_version`. Polygons run along the edges of pixels;
+    zero-width bridges connect separate parts and holes, so that there is one region per object.
 
     Args:
         output: Output folder of the run.

@@ -20,9 +20,9 @@ from grounded_sam.structures.results import FrameResult
 class LabelMeSink(DatasetSink):
     """Write images under `labelme/`, each with a JSON file that LabelMe opens with it.
 
-    Masks become polygons through their outermost pixels, one shape per connected part; the parts of an object share
-    its `group_id`, and a hole is connected to its outline by a line there and back. Without masks shapes are
-    rectangles. `description` holds the score.
+    Masks become polygons through their outermost pixels, one shape per connected part. The parts of an object share a
+    `group_id`, and a bridge connects each hole to the outline. Without masks, shapes are rectangles. `description`
+    holds the score.
 
     Args:
         output: Output folder of the run.

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 #: Bits of the hash, split into bands of bits.
 BANDS = (13, 13, 13, 13, 12)
-#: Largest number of bits in which the hashes of two near-duplicates differ; one less than there are bands.
+#: Largest Hamming distance between the hashes of two near-duplicates; below the number of bands, so one band is equal.
 MAX_BITS = 4
 #: Largest mean difference of their thumbnails, in gray levels of 255.
 MAX_GRAY_DIFFERENCE = 4
@@ -19,7 +19,7 @@ class NearDuplicates:
     """Group images by their difference hash (Krawetz 2013), confirmed by a thumbnail of 16x16 gray pixels.
 
     Two images are near-duplicates if their 64-bit hashes differ in at most 4 bits and their thumbnails by at most 4
-    gray levels on average. Per image 264 bytes and its name are kept.
+    gray levels on average. It keeps 264 bytes and the name of each image.
 
     >>> duplicates = NearDuplicates()
     >>> image = np.random.default_rng(0).integers(0, 255, (40, 40, 3), dtype=np.uint8)

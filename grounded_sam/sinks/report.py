@@ -45,7 +45,7 @@ class _UncertainObject:
     mask_score: float | None
 
     @classmethod
-    def of(cls, result: FrameResult, i: int) -> _UncertainObject:
+    def from_result(cls, result: FrameResult, i: int) -> _UncertainObject:
         """Describe one detection of an image."""
         detections = result.detections
         assert detections.confidence is not None
@@ -136,7 +136,7 @@ class ReportSink:
         score, statistics = float(detections.confidence[i]), self._classes[int(detections.class_id[i])]
         statistics.add(score)
         statistics.sample.offer(partial(self._draw_object, result, i, f"{result.frame.name} · {score:.2f}"))
-        self._uncertain.offer(-score, partial(_UncertainObject.of, result, i))
+        self._uncertain.offer(-score, partial(_UncertainObject.from_result, result, i))
         self._uncertain_thumbnails.offer(-score, partial(self._draw_uncertain, result, i))
 
     def skip(self, skipped: Skipped) -> None:
@@ -156,7 +156,7 @@ class ReportSink:
 
     def _draw_uncertain(self, result: FrameResult, i: int) -> Thumbnail:
         """Draw a detection for the list of the least certain ones."""
-        record = _UncertainObject.of(result, i)
+        record = _UncertainObject.from_result(result, i)
         return self._draw_object(result, i, f"{record.file} · {record.class_name} · {record.score:.2f}")
 
     def _draw_image(self, result: FrameResult, caption: str) -> Thumbnail:

@@ -111,7 +111,7 @@ def make_thumbnail(
         palette: A color `#rrggbb` for each class.
 
     Returns:
-        JPEG as a data URL; empty if the pixels cannot be read, which those of an earlier run may not be.
+        JPEG as a data URL; empty if the pixels cannot be read, as when the file of a stored result is gone.
     """
     import cv2
     from PIL import Image

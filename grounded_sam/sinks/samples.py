@@ -12,11 +12,11 @@ T = TypeVar("T")
 
 
 class RandomSample(Generic[T]):
-    """A random sample of all items offered; only items that are kept are made (Vitter 1985, algorithm R).
+    """A random sample of all items offered (Vitter 1985, algorithm R); an item is created only when it is kept.
 
     Args:
         size: Largest number of items.
-        rng: Random numbers.
+        rng: Random number generator.
 
     Attributes:
         items: The sample.
@@ -34,7 +34,7 @@ class RandomSample(Generic[T]):
         self._num_offered = 0
 
     def offer(self, make: Callable[[], T]) -> None:
-        """Offer an item, which is made if it is kept."""
+        """Offer an item; `make` is called if it is kept."""
         self._num_offered += 1
         if len(self.items) < self.size:
             self.items.append(make())
@@ -43,7 +43,7 @@ class RandomSample(Generic[T]):
 
 
 class Highest(Generic[T]):
-    """The items with the highest keys; of equal keys the earlier ones. Only items that are kept are made.
+    """The items with the highest keys, the earlier of equal ones; an item is created only when it is kept.
 
     Args:
         size: Largest number of items.
@@ -61,7 +61,7 @@ class Highest(Generic[T]):
         self._heap: list[tuple[float, int, T]] = []  # key, order, item
 
     def offer(self, key: float, make: Callable[[], T]) -> None:
-        """Offer an item, which is made if it is kept."""
+        """Offer an item; `make` is called if it is kept."""
         if len(self._heap) < self.size:
             heapq.heappush(self._heap, (key, -next(self._order), make()))
         elif self.size and key > self._heap[0][0]:

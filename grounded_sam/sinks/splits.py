@@ -16,9 +16,9 @@ from grounded_sam.structures.frame import Frame
 class Splits:
     """Assign frames to splits by their names.
 
-    A frame's split follows from a hash of its name and the seed alone. So it does not change when images are added, in
-    shards or in a resumed run, and the number of images need not be known; shares are met up to chance. All frames of a
-    video are in the same split.
+    A frame's split depends only on a hash of its name and the seed. It is therefore the same when images are added, in
+    shards and in resumed runs, and the number of images need not be known; the shares are met on average. All frames
+    of a video are in the same split.
 
     Args:
         ratios: Share of each split, 0 to 1, adding up to 1, such as `{"train": 0.8, "val": 0.2}`; None for no splits.

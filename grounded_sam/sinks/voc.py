@@ -28,8 +28,8 @@ class VocSink(DatasetSink):
     They are Annotations, JPEGImages, SegmentationClass, SegmentationObject and ImageSets. Boxes are whole pixels
     counted from 1, both ends included. In `SegmentationObject` the pixel value k is the k-th `object` of the XML; in
     `SegmentationClass` it is the class id plus 1 (`classes.txt` has the names in that order). Where two masks overlap,
-    the smaller is on top. With more than 254 values PNGs are 16-bit gray, which VOC does not know. `score` is an
-    additional element of an object. Supervision's writer has no masks but polygons without holes, one object per part.
+    the smaller is on top. With more than 254 values, PNGs are 16-bit gray, which VOC does not define. `score` is an
+    additional element of an object. Supervision's writer instead has polygons without holes, one object per part.
 
     Args:
         output: Output folder of the run.

@@ -20,11 +20,11 @@ from grounded_sam.structures.results import FrameResult
 class YoloSink(DatasetSink):
     """Write `data.yaml`, `images/<split>/` and `labels/<split>/` under `yolo/`, one line per object.
 
-    A line is the class number and a polygon through the outermost pixels, relative to width and height. No vertex is
-    left out, so that filling the polygon with OpenCV gives the mask again. The format has one polygon per object: holes
-    and separate parts are connected by lines there and back, which only they add. Without masks a line is the class
+    A line is the class number and a polygon through the outermost pixels, relative to width and height. Polygons are
+    not simplified: filled with OpenCV, they reproduce the mask, except for the bridges. The format has one polygon per
+    object, so holes and separate parts are connected by bridges one pixel wide. Without masks, a line is the class
     number and the box (center, width, height). An image without objects has an empty file. The format has no scores and
-    no track ids. Supervision's writer makes an object of each part, drops holes, and keeps all masks in memory.
+    no track ids. Supervision's writer instead makes an object of each part, drops holes, and keeps all masks in memory.
 
     Args:
         output: Output folder of the run.

@@ -377,7 +377,7 @@ def fetch_weights(
             failure = error
     status = cache_status(repo, file)
     if not status.is_complete:
-        raise failure or CheckpointError(f"{repo} is not in the cache, and the hub is not asked ({unreachable})")
+        raise failure or CheckpointError(f"{repo} is not in the cache, and the hub was not contacted ({unreachable})")
     damaged, unverified = verify_cache(status, sha256)
     if not damaged:
         return status, unverified

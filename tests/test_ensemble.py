@@ -87,7 +87,7 @@ def test_a_detector_merged_with_itself_is_itself_up_to_duplicates(rows):
         ({"detectors": {}}, "one or more detectors"),
         ({"weights": {"c": 1}}, "names c; the detectors are a"),
         ({"weights": {"a": -1}}, "weights.a must be"),
-        ({"weights": {"a": 0}}, "all 0"),
+        ({"weights": {"a": 0}}, "must not all be 0"),
         ({"iou": 2}, "detector.iou must be"),
         ({"score": "median"}, "mean or max"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import pydoc
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
@@ -79,15 +80,16 @@ def _class_of(node: Any, key: str) -> Any:
     Raises:
         ConfigError: If it cannot be imported.
     """
-    from hydra.errors import HydraException
-    from hydra.utils import get_object
-
     if not node or node.get("_target_") is None:
         return None
+    target = str(node.get("_target_"))
     try:
-        return get_object(node.get("_target_"))
-    except (HydraException, ImportError, AttributeError, ValueError) as error:
-        raise ConfigError(f"cannot build {key} from {node.get('_target_')}: {error}") from error
+        cls = pydoc.locate(target)  # Hydra's own function would log what it cannot import
+    except pydoc.ErrorDuringImport as error:
+        raise ConfigError(f"cannot build {key} from {target}: {' '.join(str(error).split())}") from error
+    if cls is None:
+        raise ConfigError(f"cannot build {key} from {target}: no such class, or its module is not installed")
+    return cls
 
 
 def argument_names(cls: Any) -> set[str]:

@@ -99,6 +99,12 @@ def best_mask(predictor, multimask, **prompt):
     return masks[scores.argmax()] > 0, scores.max()
 
 
+def assert_same_mask(mask, expected):
+    """Masks computed in batches differ in single pixels, where a logit is 0 up to rounding; how many depends on the CPU."""
+    assert mask.shape == expected.shape
+    assert (mask != expected).mean() < 1e-5
+
+
 @pytest.mark.parametrize("name", ["sam", "sam2", "sam2_hf"])
 @pytest.mark.parametrize("multimask", [False, True])
 def test_masks_equal_those_of_the_authors_predictor(segmenters, scenes, name, multimask):
@@ -108,7 +114,7 @@ def test_masks_equal_those_of_the_authors_predictor(segmenters, scenes, name, mu
         predictor = authors_predictor(segmenter, scene.image)
         for box, mask, score in zip(segmented.xyxy, segmented.mask, segmented.data["mask_score"], strict=True):
             expected, expected_score = best_mask(predictor, multimask, box=box)
-            assert np.array_equal(mask, expected)
+            assert_same_mask(mask, expected)
             assert score == pytest.approx(expected_score, abs=1e-4)
 
 
@@ -176,7 +182,7 @@ def test_masks_of_clicks_equal_those_of_the_authors_predictor(segmenters, scenes
     ]
     predictor = authors_predictor(segmenters[name], scene.image)
     for mask, prompt in zip(segmented.mask, prompts, strict=True):
-        assert np.array_equal(mask, best_mask(predictor, False, **prompt)[0])
+        assert_same_mask(mask, best_mask(predictor, False, **prompt)[0])
     ys, xs = np.nonzero(segmented.mask[0])
     assert segmented.xyxy[0].tolist() == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
     assert segmented.xyxy[1].tolist() == pytest.approx(box)
@@ -210,7 +216,7 @@ def test_several_masks_without_boxes_can_be_prompts(segmenters, scenes, tmp_path
     detector = ClickDetector(entries[1:])
     prompts = detector.detect([Frame(pixels=scene.image)], detector.vocabulary)[0]
     second = segmenters[name].segment(scene.image, prompts)
-    assert np.array_equal(both.mask[1], second.mask[0])
+    assert_same_mask(both.mask[1], second.mask[0])
 
 
 @pytest.mark.parametrize("name", ["sam", "sam2", "sam2_hf"])
@@ -346,7 +352,7 @@ def check_equals_predictor(segmenter, image):
     assert segmented.mask.shape == (2, *image.shape[:2])
     predictor = authors_predictor(segmenter, image)
     for box, mask in zip(detections.xyxy, segmented.mask, strict=True):
-        assert np.array_equal(mask, best_mask(predictor, False, box=box)[0])
+        assert_same_mask(mask, best_mask(predictor, False, box=box)[0])
 
 
 @pytest.mark.parametrize(("make", "kind"), [("sam3_tracker", "Sam3Tracker"), ("edgetam", "EdgeTam")])
@@ -360,7 +366,7 @@ def test_masks_of_edgetam_and_sam3_equal_those_of_their_image_models(make, kind,
     predictor.set_image(scenes[0].image)
     for i, box in enumerate(detections.xyxy):
         masks, scores, _ = predictor.predict(False, box=box)
-        assert np.array_equal(masks[0], segmented.mask[i])
+        assert_same_mask(masks[0], segmented.mask[i])
         assert scores[0] == pytest.approx(segmented.data["mask_score"][i], abs=1e-5)
 
 

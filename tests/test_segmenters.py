@@ -100,7 +100,7 @@ def best_mask(predictor, multimask, **prompt):
 
 
 def assert_same_mask(mask, expected):
-    """Masks computed in batches differ in single pixels, where a logit is 0 up to rounding; how many depends on the CPU."""
+    """Check that two masks are equal but for single pixels, whose logits are 0 up to rounding."""
     assert mask.shape == expected.shape
     assert (mask != expected).mean() < 1e-5
 

@@ -1,4 +1,4 @@
-"""Segment what text names: Grounding DINO and SAM / SAM 2 as stages that can be swapped.
+"""Text-prompted segmentation with Grounding DINO and SAM / SAM 2, as interchangeable stages.
 
 >>> from grounded_sam import load
 >>> model = load(detector="grounding_dino", segmenter="sam2")     # doctest: +SKIP

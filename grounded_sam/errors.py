@@ -1,4 +1,7 @@
-"""Errors that a user can fix. The command prints their message as one line and exits with code 1."""
+"""Errors that a user can fix, and counts in messages.
+
+The command prints the message of an error as one line and exits with code 1.
+"""
 
 
 class GroundedSamError(Exception):
@@ -19,3 +22,17 @@ class ImageError(GroundedSamError):
 
 class CheckpointError(GroundedSamError):
     """Raised for weights that are missing, damaged or those of another model."""
+
+
+def count_of(count: int, noun: str, plural: str = "") -> str:
+    """Write a count with its noun.
+
+    Args:
+        count: The count.
+        noun: Singular form.
+        plural: Plural form; empty for the noun with an "s".
+
+    >>> count_of(1, "image"), count_of(2000, "image"), count_of(0, "class", "classes")
+    ('1 image', '2,000 images', '0 classes')
+    """
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {plural or noun + 's'}"

@@ -150,7 +150,7 @@ def test_clicks_and_everything_write_to_the_same_sinks(tmp_path, folder):
         (["input=.", "text=[a]"], "no image and no video in ."),
         (["input=builtin:demo", "preset=shapes"], "text is missing"),
         (["input=builtin:demo", "preset=shapes", "text=[?]"], "without letters"),
-        (["input=builtin:demo", "text=[a]"], "cannot get the weights 'IDEA-Research/grounding-dino-tiny'"),
+        (["input=builtin:demo", "text=[a]"], "weights 'IDEA-Research/grounding-dino-tiny' are not in the cache"),
         (["preset=demo", "checkpoints.sam2=nowhere.pt"], "no weights at 'nowhere.pt'"),
         (["preset=demo", "select.score=2"], "select.score must be a number from 0 to 1, got 2"),
         (["preset=demo", "detector._target_=no.such.Class"], "cannot build detector from no.such.Class"),

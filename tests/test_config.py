@@ -15,8 +15,9 @@ from omegaconf import OmegaConf
 
 from grounded_sam import ConfigError, GroundedSamError
 from grounded_sam.config.build import build_node, load
-from grounded_sam.config.compose import RENAMED, RENAMED_IN_STAGES, check_renamed, compose, to_override
+from grounded_sam.config.compose import RENAMED, check_renamed, compose, to_override
 from grounded_sam.config.hydra import conf_dir
+from grounded_sam.formats.store_migrations import STAGE_KEYS
 
 CHOICES = [
     (group.name, file.stem)
@@ -112,7 +113,7 @@ def test_unknown_keys_and_choices_give_one_line_with_the_alternatives(override, 
 
 
 #: Overrides that select a stage with each renamed key, and the old key.
-STAGE_KEYS = [
+OLD_STAGE_KEYS = [
     ("segmenter=sam2", "segmenter.exports"),
     ("detector=grounding_dino", "detector.exports"),
     ("tracker=sam2", "tracker.exports"),
@@ -126,11 +127,11 @@ STAGE_KEYS = [
 def renamed_message(old):
     """Return the message for an old key."""
     parent, _, key = old.rpartition(".")
-    return f"{old} was renamed to {RENAMED.get(old, f'{parent}.{RENAMED_IN_STAGES.get(key)}')}"
+    return f"{old} was renamed to {RENAMED.get(old, f'{parent}.{STAGE_KEYS.get(key)}')}"
 
 
 def test_the_stage_keys_tested_cover_all_that_were_renamed():
-    assert {old.rpartition(".")[2] for _, old in STAGE_KEYS} == set(RENAMED_IN_STAGES)
+    assert {old.rpartition(".")[2] for _, old in OLD_STAGE_KEYS} == set(STAGE_KEYS)
 
 
 @pytest.mark.parametrize("old", RENAMED)
@@ -141,7 +142,7 @@ def test_an_old_key_gives_an_error_with_the_new_name(old, form, tmp_path):
     assert str(error.value) == renamed_message(old)
 
 
-@pytest.mark.parametrize(("choice", "old"), STAGE_KEYS)
+@pytest.mark.parametrize(("choice", "old"), OLD_STAGE_KEYS)
 @pytest.mark.parametrize("form", ["override", "addition", "preset"])
 def test_an_old_key_of_a_stage_gives_an_error_with_the_new_name(choice, old, form, tmp_path):
     with pytest.raises(ConfigError) as error:

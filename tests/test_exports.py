@@ -348,7 +348,7 @@ def test_splits_are_reproducible_and_keep_the_frames_of_a_video_together():
     [
         ({"train": 0.5}, "add up to 1"),
         ({"train": 2, "val": -1}, "split.train must be a number from 0 to 1"),
-        ({"../x": 1.0}, "the names of split must be letters, digits, - and _"),
+        ({"../x": 1.0}, "the names in split may contain only letters, digits, - and _"),
     ],
 )
 def test_invalid_splits_are_rejected(split, message):

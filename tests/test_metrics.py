@@ -208,7 +208,7 @@ def test_a_crowd_is_neither_missed_nor_false(ground_truth_with_crowd, tmp_path):
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        (["a", "cat"], r"has no class 'cat'; its classes are 'b', 'a', 'c', 'd', requested are 'a', 'cat'"),
+        (["a", "cat"], r"has no class 'cat'; its classes are 'b', 'a', 'c', 'd'; the run requested 'a', 'cat'"),
     ],
 )
 def test_a_class_without_labels_is_refused_with_the_classes_of_both(ground_truth, tmp_path, classes, message):
@@ -218,7 +218,7 @@ def test_a_class_without_labels_is_refused_with_the_classes_of_both(ground_truth
 
 def test_images_without_labels_are_refused_with_the_names_of_both(ground_truth, tmp_path):
     with (
-        pytest.raises(ConfigError, match=r"none of 1 images has labels in .*; it has deep/x.png.*processed were y.png"),
+        pytest.raises(ConfigError, match=r"no labels for 1 image in .*; it has labels for deep/x.png.*the run processed y.png"),
         metrics_sink(tmp_path, CLASSES, ground_truth) as sink,
     ):
         sink.write(make_result("y.png"))
@@ -343,7 +343,7 @@ def test_images_of_the_same_name_are_told_apart_by_their_folders(tmp_path):
             sink.write(make_result("0.png", row, size_hw=(40, 40), file=file))
         assert sink.values["at_threshold"]["f1"] == 1.0
     with (
-        pytest.raises(ConfigError, match=r"none of 1 images has labels"),
+        pytest.raises(ConfigError, match=r"no labels for 1 image"),
         metrics_sink(tmp_path, CLASSES, tmp_path / "yolo") as sink,
     ):
         sink.write(make_result("0.png", size_hw=(40, 40)))  # it could be of either split

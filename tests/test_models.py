@@ -342,7 +342,7 @@ def test_a_file_that_is_not_the_official_one_is_refused(run, hub):
     hub.repos["facebook/sam2.1-hiera-tiny"] = {"sam2.1_hiera_tiny.pt": b"other"}
     overrides = ("detector=clicks", "tracker=none", "segmenter=sam2")
     error = only_error(run("fetch", *overrides, code=1))
-    assert "is as on the hub, but its SHA-256 is not 7402e0d8" in error
+    assert "matches the hub, but its SHA-256 is not the expected 7402e0d8" in error
     digest = hashlib.sha256(b"other").hexdigest()
     assert "1 of 1 digests match" in run("fetch", *overrides, f"segmenter.sha256={digest}").stdout
 

@@ -100,7 +100,7 @@ def test_a_run_without_a_readable_image_fails(tmp_path):
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(b"x")
     out = tmp_path / "out"
-    with pytest.raises(ImageError, match="none of 3 images could be used"):
+    with pytest.raises(ImageError, match="no usable images, 3 skipped"):
         Runner(Pipeline(Halves(), None, None, CLASSES), ImageSource(tmp_path), [], out).run()
     assert len(json.loads((out / "skipped.json").read_text())) == 3
 

@@ -303,7 +303,7 @@ def test_settings_that_the_model_does_not_have_are_refused(folder):
         Sam3VideoTracker(checkpoint=folder, settings={"hotstart_delay": 4})
     with pytest.raises(ConfigError, match=r"tracker\.max_lost_frames must be an integer >= 0"):
         Sam3VideoTracker(checkpoint=folder, max_lost_frames=-1)
-    with pytest.raises(VocabularyError, match="tokens, the model takes 32"):
+    with pytest.raises(VocabularyError, match="tokens; the model takes at most 32"):
         Sam3VideoSession(Sam3VideoTracker(checkpoint=folder), Vocabulary.parse(["a" * 60]))
 
 

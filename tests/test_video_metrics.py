@@ -50,7 +50,7 @@ def test_davis_numbers_of_osvos_are_reproduced(name, data, reference, tmp_path):
     labels = data / "vos" / "Annotations" / "480p" / name
     values = measure(data / "vos" / "osvos" / name, labels, tmp_path, "sink.metrics.objects=one")
     expected = reference["vos"][name]
-    assert values["frames"] == expected["frames"] and values["by_video"][name]["not_looked_at"] == 0
+    assert values["frames"] == expected["frames"] and values["by_video"][name]["not_processed"] == 0
     inner, all_frames = expected["skip_first_last"], expected["all_frames"]
     for part in "JF":
         got = [values["davis"][f"{part}_{what}"] for what in ("mean", "recall", "decay")]
@@ -75,7 +75,7 @@ def test_the_official_command_of_davis_gives_the_same_numbers(data, reference, t
     expected = {key: value for key, value in reference["vos_official_cli"].items() if key != "how"}
     expected["JF"] = expected.pop("JF_mean")
     assert values["davis"] == pytest.approx(expected, abs=1e-5)
-    assert values["videos_not_looked_at"] == ["horsejump-high"]
+    assert values["videos_not_processed"] == ["horsejump-high"]
 
 
 @pytest.fixture(scope="session")
@@ -256,7 +256,7 @@ def test_videos_that_cannot_be_measured_are_refused(tmp_path, data):
     )
     nothing = make_detections([], [], [], CLASSES, (480, 854))
     with (
-        pytest.raises(ConfigError, match=r"no frame has labels in .*blackswan.*processed were other.mp4.*source=video"),
+        pytest.raises(ConfigError, match=r"no frame has labels in .*blackswan.*the run processed other.mp4.*source=video"),
         metrics_sink(tmp_path, CLASSES, ground_truth) as sink,
     ):
         sink.write(FrameResult(frame=frame, detections=nothing))

@@ -1,4 +1,4 @@
-"""Settings of the C allocator: reuse freed memory, since new pages cost more than what is computed on them."""
+"""Settings of the C allocator: keep and reuse freed memory, since page faults on new memory are expensive."""
 
 from __future__ import annotations
 

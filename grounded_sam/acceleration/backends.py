@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 REQUIRED_PACKAGES = {"openvino": ("openvino", "onnx"), "onnxruntime": ("onnxruntime", "onnx")}
 #: Largest error of a conversion, relative to the largest absolute value of each output.
 TOLERANCE = 1e-3
-#: Image sizes whose conversions are kept in memory, per backbone.
+#: Maximum number of image sizes per backbone whose converted models stay in memory.
 MAX_LOADED_SIZES = 4
 
 

@@ -85,7 +85,7 @@ def fold_text_projections(model: nn.Module) -> int:
     256 to 1024 dimensions to multiply them with the keys of t text tokens. Folded into the projection, the keys of h
     heads are a matrix of 256 by h*t that is multiplied with the image tokens as they are; likewise the values with
     the output projection. Image values are projected after they are summed by attention weight, t vectors instead of n,
-    since the weights sum to 1. Equal but for rounding (1e-5 in float32).
+    since the weights sum to 1. Equal up to rounding (1e-5 in float32).
 
     Returns:
         Number of layers that were patched.
@@ -158,7 +158,7 @@ def use_embedding_bag(model: nn.Module) -> int:
     level and head with `grid_sample`, stacks all samples and sums them by attention weight. Here the sum of a query is
     one bag: the four corners around each sampling point are rows of a table of values, and bilinear weight times
     attention weight is the weight of a row, so only the sum is written. Offsets are kept in pixels, which upstream
-    divides by the size of a map and multiplies by it again. Equal but for rounding (1e-5), in float32 on the CPU.
+    divides by the size of a map and multiplies by it again. Equal up to rounding (1e-5), in float32 on the CPU.
 
     Returns:
         Number of layers that were patched.
@@ -289,7 +289,7 @@ def sample_with_embedding_bag(
 
 
 def _pad_maps(value: Tensor, sizes: Sequence[tuple[int, int]]) -> tuple[Tensor, list[float]]:
-    """Surround each map with zeros, which stand for what lies outside.
+    """Pad each map with a border of zeros, the value of all samples outside of it.
 
     Returns:
         The maps, flattened and concatenated, `(b, m, heads, width)`, and the position at which each begins.
@@ -384,8 +384,8 @@ class _TableLayout:
 def use_fused_attention(model: nn.Module) -> int:
     """Compute the attention between queries, and from queries to text, with `scaled_dot_product_attention`.
 
-    Replaces `GroundingDinoMultiheadAttention.forward` (and MM-Grounding-DINO's). No matrix of queries by queries is
-    written. Attention weights, which the layers discard, are None. Equal but for rounding (1e-5 in float32).
+    Replaces `GroundingDinoMultiheadAttention.forward` (and MM-Grounding-DINO's). The attention matrix is not
+    materialized. Attention weights, which the layers discard, are None. Equal up to rounding (1e-5 in float32).
 
     Returns:
         Number of layers that were patched.
@@ -431,8 +431,8 @@ def _fused_attention(
 def chunk_encoder_feed_forwards(model: Any) -> int:
     """Run the feed-forward networks of the encoder on chunks of rows.
 
-    Replaces `GroundingDinoDeformableLayer.forward` (and MM-Grounding-DINO's), whose feed-forward network is no module
-    of its own; otherwise as `patching.chunk_feed_forwards`. The result is the same.
+    Replaces `GroundingDinoDeformableLayer.forward` (and MM-Grounding-DINO's), whose feed-forward network is not a
+    separate module; otherwise as `patching.chunk_feed_forwards`. The result is the same.
 
     Returns:
         Number of layers that were patched.
@@ -494,7 +494,7 @@ def _identity(x: Tensor) -> Tensor:
 
 
 def use_bfloat16_encoder_feed_forwards(model: Any) -> None:
-    """Let the feed-forward networks of the encoder's image side compute in bfloat16, where they run in chunks."""
+    """Make the feed-forward networks of the encoder's image branch compute in bfloat16, where they run in chunks."""
     import torch
 
     for layer in model.model.encoder.layers:
@@ -548,7 +548,7 @@ def _bfloat16_swin_attention(self: Any, hidden_states: Tensor, attention_mask: T
 
 
 def use_bfloat16_projections(model: Any) -> None:
-    """Let the projections of deformable attention multiply in bfloat16; sampling positions stay in float32."""
+    """Make the projections of deformable attention multiply in bfloat16; sampling positions stay in float32."""
     attentions = [layer.deformable_layer.self_attn for layer in model.model.encoder.layers]
     for attention in attentions:
         for linear in (attention.value_proj, attention.output_proj, attention.attention_weights):

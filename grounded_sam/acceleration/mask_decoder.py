@@ -18,8 +18,8 @@ def fold_token_projections(model: Any) -> int:
     (transformers) where `TwoWayTransformer` uses them between tokens and image. For every prompt these project 4096
     image positions from 256 to 128 dimensions and back, to multiply them with about nine tokens. Folded into the
     projections, the tokens of h heads are a matrix of 256 by h*t that is multiplied with the image features as they
-    are, as in `grounding_dino.fold_text_projections`. This is the same product of matrices in another order: equal but
-    for rounding (1e-5 in float32).
+    are, as in `grounding_dino.fold_text_projections`. The matrix products are the same in another order: equal up to
+    rounding (1e-5 in float32).
 
     Returns:
         Number of layers that were patched.
@@ -44,8 +44,8 @@ def fold_token_projections(model: Any) -> int:
 def add_positions_once(model: Any) -> int:
     """Add positions to the image features once per layer of the mask decoder, instead of twice.
 
-    Replaces `TwoWayAttentionBlock.forward` of segment_anything and sam2. Since the residual sum is also written over
-    the attention's output, two in five of the largest writes are saved. The result is the same.
+    Replaces `TwoWayAttentionBlock.forward` of segment_anything and sam2. The residual sum also
+    overwrites the attention's output, so two of the five largest writes are saved. The result is the same.
 
     Returns:
         Number of layers that were patched.

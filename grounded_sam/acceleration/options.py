@@ -19,7 +19,7 @@ class ModelOptions:
         precision: `exact` with patches that do not change results; `balanced` and `fast` with more bfloat16.
         compile: Compile the image encoder with `torch.compile`; pays off with many images.
         backend: What runs the image backbone on a CPU: `torch`, `openvino` or `onnxruntime` (extras).
-        export_dir: Folder of conversions for these back ends; None converts in every run.
+        export_dir: Folder for the exported backbone; None exports it again in every run.
 
     Raises:
         ConfigError: If a value is not allowed, naming the key.

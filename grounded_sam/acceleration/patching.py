@@ -1,4 +1,4 @@
-"""What all patches share: verifying a new forward, computing in bfloat16, chunking, compiling."""
+"""Helpers of all patches: verify a new forward, compute in bfloat16, chunk and compile."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Precision = Literal["exact", "balanced", "fast"]
 
 log = logging.getLogger(__name__)
 
-#: Rows per chunk of a feed-forward network, whose hidden features then stay in the cache.
+#: Rows per chunk of a feed-forward network, so that its hidden features stay in the CPU cache.
 CHUNK_ROWS = 512
 
 
@@ -74,7 +74,7 @@ def patch_forward(
 
 
 def modules_of_class(root: Any, *class_names: str) -> list[Any]:
-    """Return the modules below a module, itself included, whose class has one of some names.
+    """Return all modules in a module, itself included, whose class has one of the given names.
 
     Args:
         root: A `torch.nn.Module`.
@@ -121,7 +121,7 @@ def _relative_error(expected: Tensor, actual: Tensor) -> float:
 
 
 class TrialInputs:
-    """Random inputs with device and dtype of a weight, the same in every run, to verify a patch on.
+    """Random inputs for verifying a patch, the same in every run, with the device and dtype of a weight.
 
     Args:
         weight: A weight of the module.
@@ -167,7 +167,7 @@ def has_bfloat16(device: torch.device) -> bool:
 
 
 def use_bfloat16_matmul(layer: nn.Module, output_dtype: torch.dtype | None = None) -> None:
-    """Let a linear layer or a convolution multiply in bfloat16; oneDNN and cuBLAS accumulate in float32.
+    """Make a linear layer or a convolution multiply in bfloat16; oneDNN and cuBLAS accumulate in float32.
 
     Args:
         layer: The layer. Its weights become bfloat16, half the memory.
@@ -185,7 +185,7 @@ def use_bfloat16_matmul(layer: nn.Module, output_dtype: torch.dtype | None = Non
 
 
 def use_bfloat16_linears(root: nn.Module) -> None:
-    """Let all float32 linear layers below a module multiply in bfloat16; norms and residual sums stay in float32."""
+    """Make all float32 linear layers of a module multiply in bfloat16; norms and residual sums stay in float32."""
     import torch
     from torch import nn
 
@@ -220,7 +220,7 @@ def chunk_feed_forwards(root: nn.Module) -> int:
 
     Replaces the `forward` of `SwinMLP` and `Sam2FeedForward` (transformers) and of `MLP` (sam2), which write hidden
     features, four or eight times as wide as their input, to memory and read them again for bias, activation and second
-    layer. Chunks of `CHUNK_ROWS` rows stay in the cache. The result is the same, since rows do not depend on each
+    layer. Chunks of `CHUNK_ROWS` rows stay in the CPU cache. The result is the same, since rows do not depend on each
     other.
 
     Returns:
@@ -261,7 +261,7 @@ def chunked_feed_forward(x: Tensor, network: FeedForward, dtype: torch.dtype) ->
 
 
 def use_bfloat16_feed_forwards(root: nn.Module) -> None:
-    """Let the feed-forward networks that `chunk_feed_forwards` has patched compute in bfloat16."""
+    """Make the feed-forward networks that `chunk_feed_forwards` has patched compute in bfloat16."""
     import torch
 
     for module in root.modules():

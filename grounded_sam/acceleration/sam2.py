@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-#: Queries and keys per block of attention in float32, so that their products stay in the cache.
+#: Queries and keys per block of attention in float32, so that their products stay in the CPU cache.
 QUERY_BLOCK, KEY_BLOCK = 1024, 512
 #: Queries per block of attention in bfloat16.
 BFLOAT16_QUERY_BLOCK = 256
@@ -92,7 +92,7 @@ def use_bfloat16_hiera_attention(encoder: Any) -> int:
     """Compute the attention of Hiera in bfloat16, scores and softmax included.
 
     Replaces the `forward` of `MultiScaleAttention` (sam2) and `Sam2MultiScaleAttention` (transformers). On a CPU,
-    PyTorch's attention is no faster in bfloat16 than in float32, but products of matrices are, twice. Outputs differ
+    PyTorch's attention is no faster in bfloat16 than in float32, but matrix products are twice as fast. Outputs differ
     by about 1% of the largest value; more than 3% is rejected.
 
     Returns:
@@ -181,7 +181,7 @@ def pool_before_value_projection(model: Any) -> int:
 
     Replaces the `forward` of `RoPEAttention` (sam2), `Sam2VideoRoPEAttention` and `Sam3TrackerVideoRoPEAttention`
     (transformers). Attention weights sum to 1, so the projection of the values, from 64 to 256 dimensions, can follow
-    the weighted sum: a quarter of the products, and no projection of every memory. Equal but for rounding (1e-5 in
+    the weighted sum: a quarter of the products, and no projection of every memory. Equal up to rounding (1e-5 in
     float32).
 
     Returns:
@@ -193,7 +193,7 @@ def pool_before_value_projection(model: Any) -> int:
 def use_bfloat16_memory_attention(model: Any) -> int:
     """Compute memory attention in bfloat16; norms and residual sums stay in float32.
 
-    Replaces the same `forward`s as `pool_before_value_projection`, those of self-attention included, and lets the
+    Replaces the same `forward`s as `pool_before_value_projection`, those of self-attention included, and makes the
     linear layers multiply in bfloat16. Outputs differ by less than 2% of the largest value.
 
     Returns:
@@ -230,7 +230,7 @@ def _patch_memory_attention(module: Any, use_bfloat16: bool) -> bool:
         )
         freqs_cis = module.freqs_cis
         is_patched = patch_forward(module, _sam2_forward(attend), inputs, tolerance, name, **kwargs)
-        module.freqs_cis = freqs_cis  # the trial has replaced them by those of its own size
+        module.freqs_cis = freqs_cis  # the trial has replaced them with those of its own size
         return is_patched
     angle = trial.normal(9, module.head_dim)
     inputs = (
@@ -314,7 +314,7 @@ def _pooled_attention(q: Tensor, k: Tensor, v: Tensor, value_projection: Any) ->
 
 
 def _bfloat16_projected_attention(q: Tensor, k: Tensor, v: Tensor, value_projection: Any) -> Tensor:
-    """Attend to projected values in bfloat16; the output has the dtype of `q`."""
+    """Attend in bfloat16, and project values before or after; the output has the dtype of `q`."""
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 

@@ -31,7 +31,7 @@ grounded-sam-export: convert image backbones to ONNX, for OpenVINO or ONNX Runti
   grounded-sam backend=openvino export_dir=exports input=photos/ 'text=[car, wheel]'       (uses the conversions)
 
 The keys are those of grounded-sam. Each backbone that runs on the images of `input` is converted, compared with PyTorch
-on them, and written if the results agree. Segmenters resize images to one size, for which any image will do. The
+on them, and written if the results agree. Segmenters resize all images to one size, so any image will do. The
 detector's backbone is converted for each size among the images, up to four, for one image at a time
 (detector.batch_size=1). With a video the tracker's backbone is converted too, if it is not the segmenter's.
 A run with export_dir=FOLDER converts what the folder lacks and adds it, so this command is only needed to do so in

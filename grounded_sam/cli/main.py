@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from grounded_sam.config.compose import explain
 from grounded_sam.config.hydra import conf_dir
-from grounded_sam.errors import GroundedSamError
+from grounded_sam.errors import GroundedSamError, count_of
 from grounded_sam.files import atomic_write
 from grounded_sam.hydra_state import in_sweep
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 #: Whether to show tracebacks. `main` sets HYDRA_FULL_ERROR itself, and the workers of a sweep inherit that.
 DEBUG = os.environ.get("GROUNDED_SAM_DEBUG", os.environ.get("HYDRA_FULL_ERROR")) == "1"
 
-#: Stages of the job before, for the jobs of a sweep that run in one process.
+#: Stages of the previous job, for sweeps whose jobs run in one process.
 _stages: dict[str, tuple[Any, Any]] = {}
 
 
@@ -106,8 +106,7 @@ def print_summary(summary: Summary, output: Path) -> None:
     for line in summary.outputs:
         console.print(f"  {line}", markup=False)
     if summary.skipped:
-        count = len(summary.skipped)
-        files = f"{count} file{'s' if count > 1 else ''}"
+        files = count_of(len(summary.skipped), "file")
         console.print(f"Skipped {files} (also listed in {output / 'skipped.json'}):", markup=False)
         for skipped in summary.skipped:
             console.print(f"  {skipped.file}: {skipped.reason}", markup=False)
@@ -122,15 +121,15 @@ def summary_line(summary: Summary) -> str:
     'Processed 9 images (2 empty): 5 car'
     """
     counts = ", ".join(f"{count} {name}" for name, count in summary.objects.most_common()) or "nothing found"
-    kind = "image" if not summary.frames else "frame" if summary.frames == summary.images else "image and frame"
+    if 0 < summary.frames < summary.images:
+        processed = f"{summary.images:,} images and frames"
+    else:
+        processed = count_of(summary.images, "frame" if summary.frames else "image")
     details = [f"{summary.stored} from the store"] if summary.stored else []
     details += [f"{summary.empty} empty"] if summary.empty else []
     verb = "Interrupted after" if summary.interrupted else "Processed"
-    plural = "" if summary.images == 1 else "s"
-    if kind == "image and frame":
-        kind, plural = "images and frames", ""
     noted = f" ({', '.join(details)})" if details else ""
-    return f"{verb} {summary.images} {kind}{plural}{noted}: {counts}"
+    return f"{verb} {processed}{noted}: {counts}"
 
 
 def main() -> None:

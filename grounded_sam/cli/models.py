@@ -186,7 +186,7 @@ def run_fetch(overrides: Sequence[str]) -> None:
     """Run `grounded-sam-models fetch`.
 
     Raises:
-        CheckpointError: For what could not be downloaded, after everything else was.
+        CheckpointError: If some weights could not be downloaded; all others are downloaded first.
     """
     from rich.filesize import decimal
 

@@ -166,7 +166,7 @@ def _make_row(job: Job, swept: Sequence[str], costs: _Costs) -> Row:
 
 
 class _Costs:
-    """What jobs cost: of those that replay results, what the job costs whose results they replay.
+    """Costs of jobs; a job that replays results has the costs of the job that computed them.
 
     Args:
         jobs: All jobs of a sweep.

@@ -108,7 +108,7 @@ def argument_names(cls: Any) -> set[str]:
 
 
 def detector_traits(node: Any) -> DetectorTraits:
-    """Return what the detector of a config does besides boxes, without loading its weights.
+    """Return the traits of the detector of a config, without loading its weights.
 
     Args:
         node: The part `detector` of a config, or None.
@@ -179,7 +179,7 @@ def build(cfg: DictConfig, reuse: dict[str, tuple[Any, Any]] | None = None) -> P
     segmenter = None if no_segmenter else _build_or_reuse(cfg, "segmenter", reuse)
     if cfg.cache.folder is not None:
         if not isinstance(segmenter, CachesFeatures):
-            raise ConfigError("cache.folder stores the image features of a segmenter, and there is none that has some")
+            raise ConfigError("cache.folder needs a segmenter whose image features can be cached")
         segmenter.use_feature_cache(FeatureCache(cfg.cache.folder, cfg.cache.gigabytes))
     plain = to_plain(cfg)
     return Pipeline(
@@ -225,7 +225,7 @@ def _check_choices(cfg: DictConfig, select: Select, traits: DetectorTraits, refi
         )
     if refines and (cfg.segmenter is None or traits.replaces_segmenter):
         raise ConfigError(
-            "refine.boxes and refine.score use the masks of a segmenter, and none runs here; choose a segmenter, or "
+            "refine.boxes and refine.score use the masks of a segmenter, but none is active; choose a segmenter, or "
             "remove these settings"
         )
     if tiled and any(detector_traits(node).image_prompts for node in _nested_detectors(cfg.detector)):
@@ -248,7 +248,7 @@ def _build_or_reuse(cfg: DictConfig, key: str, reuse: dict[str, tuple[Any, Any]]
 
 
 def share_predictions(cfg: DictConfig, pipeline: Pipeline, vocabulary: Vocabulary, sweep: Path) -> None:
-    """Share what the models of a pipeline find with the other jobs of a sweep, where these ask the same of them.
+    """Share the predictions of a pipeline with the jobs of a sweep that run the same models with the same settings.
 
     Args:
         cfg: Config of the job.
@@ -300,7 +300,7 @@ def build_sinks(cfg: DictConfig, output: Path, vocabulary: Vocabulary) -> list[S
 
     Args:
         cfg: The config.
-        output: Folder of the run. The store of all shards is one, so it lies in the `output` of the sweep.
+        output: Folder of the run. All shards share one store, in the `output` of the sweep.
         vocabulary: Classes of the run.
     """
     from omegaconf import OmegaConf
@@ -315,14 +315,14 @@ def build_sinks(cfg: DictConfig, output: Path, vocabulary: Vocabulary) -> list[S
         elif num_shards > 1 and output == Path(cfg.output):  # shards that are started by hand
             folder = output / str(cfg.source.shard)
         sink = build_node(cfg, f"sink.{name}", output=folder, vocabulary=vocabulary)
-        if isinstance(sink, ResultStore):  # with resume=extend it may have classes that this run does not ask for
+        if isinstance(sink, ResultStore):  # with resume=extend it may have classes that this run did not request
             vocabulary = sink.output_classes()
         sinks.append(sink)
     return sinks
 
 
 def load(*overrides: str, **choices: Any) -> Pipeline:
-    """Build a pipeline in Python, with the words of the command line.
+    """Build a pipeline from Python, with the same overrides as on the command line.
 
     >>> model = load(detector="grounding_dino", segmenter="sam2")          # doctest: +SKIP
     >>> model = load("select.score=0.2", "segmenter.size=large")           # doctest: +SKIP

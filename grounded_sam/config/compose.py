@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from grounded_sam.config.hydra import conf_dir
 from grounded_sam.errors import ConfigError
+from grounded_sam.formats.store_migrations import GROUP_KEYS, STAGE_KEYS
 from grounded_sam.hydra_state import preserve_hydra_state
 
 if TYPE_CHECKING:
@@ -16,24 +17,9 @@ if TYPE_CHECKING:
 
 #: Config groups, whose overrides name a choice instead of a value.
 GROUPS = ("source", "detector", "segmenter", "tracker", "sink", "preset")
-#: Keys that have another name since version 0.2, outside of stages.
-RENAMED = {
-    "phrasing": "prompt_template",
-    "exports": "export_dir",
-    "select.nms_across": "select.class_agnostic",
-    "select.nested": "select.max_ios",
-    "track.match_across": "track.class_agnostic",
-    "track.lost_patience": "track.max_lost_frames",
-    "track.reach": "track.max_center_distance",
-    "track.jump": "track.min_step_iou",
-}
-#: The same for keys of stages; a class of the user's own may still have a key of the old name.
-RENAMED_IN_STAGES = {
-    "exports": "export_dir",
-    "floor": "min_score",
-    "fill_holes": "max_hole_area",
-    "drop_specks": "min_region_area",
-    "patience": "max_lost_frames",
+#: Keys that were renamed after version 0.1.0, outside of stages: old to new.
+RENAMED = {"phrasing": "prompt_template", "exports": "export_dir"} | {
+    f"{group}.{old}": f"{group}.{new}" for group, keys in GROUP_KEYS.items() for old, new in keys.items()
 }
 _STAGE_KEY = re.compile(r"(detector|segmenter|tracker)\.(.*\.)?(\w+)")
 
@@ -62,7 +48,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
 
 
 def renamed_key(key: str) -> str | None:
-    """Return the present name of a key that was renamed; None for any other key.
+    """Return the current name of a key that was renamed; None for any other key.
 
     >>> renamed_key("track.lost_patience")
     'track.max_lost_frames'
@@ -70,9 +56,9 @@ def renamed_key(key: str) -> str | None:
     if key in RENAMED:
         return RENAMED[key]
     match = _STAGE_KEY.fullmatch(key)
-    if match is None or match[3] not in RENAMED_IN_STAGES:
+    if match is None or match[3] not in STAGE_KEYS:
         return None
-    return key.removesuffix(match[3]) + RENAMED_IN_STAGES[match[3]]
+    return key.removesuffix(match[3]) + STAGE_KEYS[match[3]]
 
 
 def check_renamed(cfg: DictConfig) -> None:
@@ -91,7 +77,7 @@ def check_renamed(cfg: DictConfig) -> None:
 
 
 def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
-    """Turn an error of Hydra or OmegaConf into one line that says what would be possible.
+    """Turn an error of Hydra or OmegaConf into one line that says what is allowed.
 
     Args:
         error: The error.
@@ -121,11 +107,11 @@ def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
 
 
 def _suggest(key: str, overrides: Sequence[str]) -> str:
-    """Suggest the key that a misspelled one may stand for, and list its siblings."""
+    """Suggest the key that was probably meant, and list its siblings."""
     from omegaconf import DictConfig
 
     choices = [w for w in overrides if re.fullmatch(rf"({'|'.join(GROUPS)})=[\w\[\], ]+", w)]
-    if choices == list(overrides):  # then a config file does not compose
+    if choices == list(overrides):  # these alone fail to compose, so the error is in a config file
         choices = []
     try:
         whole = compose(choices)

@@ -41,7 +41,7 @@ def _hydra() -> Iterator[None]:
 
 
 def _compose_stages(overrides: Sequence[str], stages: Sequence[str] = STAGES) -> dict[str, _StageConfig]:
-    """Return choice and settings of stages as plain values; inside `_hydra`.
+    """Return the choice and settings of each stage as plain values; call it inside `_hydra`.
 
     Raises:
         ConfigError: If a key or choice is unknown, in one line.
@@ -68,7 +68,7 @@ def _compose_stages(overrides: Sequence[str], stages: Sequence[str] = STAGES) ->
 def _class_of(node: Any) -> type | None:
     """Return the class of a node; None if there is none, or it cannot be imported here.
 
-    Listing weights is also of use on a machine that lacks a package, or a module of the user's own.
+    Weights can also be listed on a machine that lacks a package or a user-defined module.
     """
     if not isinstance(node, dict) or node.get("_target_") is None:
         return None
@@ -163,7 +163,7 @@ def all_weights(extra: Sequence[str] = ()) -> tuple[list[WeightsSpec], list[str]
     """Return the weights of every choice of every stage.
 
     Args:
-        extra: Overrides for each, such as a folder of choices of the user's own.
+        extra: Overrides for each, such as a folder of user-defined choices.
 
     Returns:
         The weights, and a line for each choice that cannot be composed.

@@ -1,1 +1,1 @@
-"""Frames and text, clicks or nothing to boxes; one class per file."""
+"""Detectors: images and text, clicks or no prompt in, boxes out; one class per module."""

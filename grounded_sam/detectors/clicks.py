@@ -1,4 +1,4 @@
-"""Prompts by hand in place of a detector."""
+"""Manual prompts in place of a detector."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Florence-2 (Xiao et al. 2024) over transformers: phrase grounding and open-vocabulary detection, without scores."""
+"""Florence-2 (Xiao et al. 2024), with transformers: phrase grounding and open-vocabulary detection, without scores."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Florence2:
         dtype: Type of weights and activations: `float32`, `bfloat16` or `float16`.
         task: `detection` (open-vocabulary detection) or `grounding` (phrase grounding, with the phrase as a caption).
         beams: Beams of the search; 1 for greedy decoding.
-        max_new_tokens: Longest output; a box takes four tokens and its label.
+        max_new_tokens: Maximum number of generated tokens; a box takes four, in addition to those of its label.
 
     Raises:
         CheckpointError: If the checkpoint is missing, or of another model family.

@@ -156,7 +156,7 @@ class GroundingDino:
         compile: Compile the slowest layers with `torch.compile`; pays off with many images.
         backend: What runs the image backbone on a CPU: `torch`, `openvino` or `onnxruntime` (extras). The last two
             convert it for each image size.
-        export_dir: Folder of conversions for these back ends; None converts in every run.
+        export_dir: Folder for the exported backbone; None exports it again in every run.
 
     Raises:
         CheckpointError: If the checkpoint is missing, or of another model family.

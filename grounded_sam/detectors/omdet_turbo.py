@@ -1,4 +1,4 @@
-"""OmDet-Turbo (Zhao et al. 2024) over transformers: a fast text-to-boxes detector."""
+"""OmDet-Turbo (Zhao et al. 2024), with transformers: a fast text-to-boxes detector."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ MAX_TOKENS = 77
 class OmdetTurbo:
     """Detect with an OmDet-Turbo checkpoint.
 
-    Every query gives a detection for each class, scored by the best phrase of the class; as many of them are kept as
-    the model has queries, the most confident, as in transformers' post-processing. Queries whose best phrase is a
+    Every query gives a detection for each class, scored by the best phrase of the class; the most confident are kept,
+    as many as the model has queries, as in transformers' post-processing. Queries whose best phrase is a
     negative are dropped.
 
     Args:
@@ -54,7 +54,7 @@ class OmdetTurbo:
         return self.tokenizer(phrases, **padding).to(self.device)
 
     def detect(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
-        """Return as many detections per frame as the model has queries, the most confident; no threshold."""
+        """Return the most confident detections of each frame, as many as the model has queries; no threshold."""
         import torch
 
         phrases, owners = phrases_of(vocabulary)

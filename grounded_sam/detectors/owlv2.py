@@ -1,4 +1,4 @@
-"""OWLv2 and OWL-ViT (Minderer et al. 2022, 2023) over transformers: text, or image examples, to boxes."""
+"""OWLv2 and OWL-ViT (Minderer et al. 2022, 2023), with transformers: text or image examples to boxes."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Owlv2:
         checkpoint: Hub id or local folder.
         device: `auto`, `cpu`, `cuda`, `cuda:1`...
         dtype: Type of weights and activations: `float32`, `bfloat16` or `float16`.
-        examples: Image examples by class, beside or instead of text: an image, or a box in one, such as
+        examples: Image examples by class, with or without text: an image, or a box in one, such as
             `{cup: [cup.jpg, {image: table.jpg, box: [40, 60, 90, 300]}]}`.
         batch_size: Images per forward pass.
 
@@ -94,7 +94,7 @@ class Owlv2:
         limit = self.model.config.text_config.max_position_embeddings
         for phrase, ids in zip(phrases, self.tokenizer(phrases)["input_ids"], strict=True):
             if len(ids) > limit:
-                raise VocabularyError(f"{phrase!r} has {len(ids)} tokens, the model takes {limit} per phrase")
+                raise VocabularyError(f"{phrase!r} has {len(ids)} tokens; the model takes at most {limit} per phrase")
         inputs = self.tokenizer(phrases, padding="max_length", max_length=limit, return_tensors="pt").to(self.device)
         with torch.inference_mode():
             towers = self.model.owlv2 if hasattr(self.model, "owlv2") else self.model.owlvit
@@ -110,7 +110,7 @@ class Owlv2:
         import torch
 
         if vocabulary not in self._queries:
-            # With examples alone the names of the classes are not queried.
+            # Without text, the class names come from the examples and are not used as phrases.
             phrases, owners = ([], []) if vocabulary is self.vocabulary else phrases_of(vocabulary)
             parts = [self._embed_phrases(phrases)] if phrases else []
             for i, name in enumerate(vocabulary.classes):

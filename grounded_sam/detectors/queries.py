@@ -1,4 +1,4 @@
-"""What the detectors over transformers share: settings, loading, and model queries to classes."""
+"""Helpers of the detectors that use transformers: settings, loading, and queries to detections."""
 
 from __future__ import annotations
 

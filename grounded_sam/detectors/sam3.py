@@ -1,4 +1,4 @@
-"""SAM 3's concept segmentation (Carion et al. 2025) over transformers: text to masks in one model."""
+"""SAM 3's concept segmentation (Carion et al. 2025), with transformers: text to masks in one model."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ class Sam3:
         dtype: Type of weights and activations: `float32`, `bfloat16` or `float16`.
         own_masks: Return SAM 3's masks; False returns boxes, for a segmenter.
         min_score: Detections below this confidence are dropped, since each has a mask of the size of the image.
-        exemplars: Boxes that show what is meant, beside the text, each in the image it was drawn in: a JSON file, or
-            entries with `class`, `box` (`[x1, y1, x2, y2]` in pixels), optionally `negative: true` for what is not
-            meant, and `image` (a name as in the output, or the end of one; by default every image).
+        exemplars: Boxes of example objects, in addition to text, each used in its own image: a JSON file, or
+            entries with `class`, `box` (`[x1, y1, x2, y2]` in pixels), optionally `negative: true` for a
+            counterexample, and `image` (a name as in the output, or the end of one; by default every image).
 
     Raises:
         CheckpointError: If the checkpoint is missing, or of another model family.
@@ -202,7 +202,7 @@ def tokenize_phrase(phrase: str, tokenizer: Any) -> Any:
     """
     count = len(tokenizer(phrase)["input_ids"])
     if count > MAX_TOKENS:
-        raise VocabularyError(f"{phrase!r} has {count} tokens, the model takes {MAX_TOKENS} per phrase")
+        raise VocabularyError(f"{phrase!r} has {count} tokens; the model takes at most {MAX_TOKENS} per phrase")
     return tokenizer([phrase], padding="max_length", max_length=MAX_TOKENS, return_tensors="pt")
 
 
@@ -210,7 +210,7 @@ def read_exemplars(entries: str | Sequence[Mapping[str, Any]] | None) -> list[tu
     """Read exemplars; see `Sam3`.
 
     Returns:
-        Boxes, each with 1 for what is meant or 0 for what is not.
+        Boxes, each with 1 for an example or 0 for a counterexample.
 
     Raises:
         ConfigError: If the file cannot be read, or an entry is malformed, naming it.

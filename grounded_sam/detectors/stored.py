@@ -1,4 +1,4 @@
-"""Detections that the source brings along, in place of a model."""
+"""Detections provided by the source, in place of a model."""
 
 from __future__ import annotations
 

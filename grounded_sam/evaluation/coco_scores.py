@@ -53,7 +53,7 @@ class CocoEvaluator:
         self.category_ids = [id_of[name] for name in vocabulary.classes]
         self._image_ids: list[Any] = []
         self._results: list[dict[str, Any]] = []
-        # The evaluation does not take strings as ids; numbers are kept, since it goes in their order.
+        # faster-coco-eval does not accept strings as ids; numbers are kept, since it evaluates in their order.
         ids = [image["id"] for image in ground_truth.images]
         are_numbers = all(isinstance(image_id, int) for image_id in ids)
         self._numbers = {image_id: image_id if are_numbers else i for i, image_id in enumerate(ids)}
@@ -122,7 +122,7 @@ class CocoEvaluator:
         return labels
 
     def _evaluate(self, labels: list[dict[str, Any]], results: list[dict[str, Any]], kind: Kind) -> CocoScores:
-        """Run faster-coco-eval, which prints."""
+        """Run faster-coco-eval, without its console output."""
         from faster_coco_eval import COCO, COCOeval_faster
 
         image_ids = set(self._image_ids)
@@ -165,5 +165,5 @@ def _without(entries: list[dict[str, Any]], key: str) -> list[dict[str, Any]]:
 
 
 def _mean_defined(values: NDArray[np.float64]) -> float:
-    """Return the mean of the values that are defined, which is what -1 is not; -1 if there are none."""
+    """Return the mean of the values other than -1, which marks undefined ones; -1 if there are none."""
     return float(values[values > -1].mean()) if (values > -1).any() else -1.0

@@ -27,7 +27,7 @@ class ImageMatcher:
     """Match detections with labels image by image, and count matches and mistakes.
 
     Detections are matched with labels of their class, the most confident first, at an IoU of at least `iou`, of masks
-    if both have them, else of boxes. A detection that lies in a crowd is neither right nor wrong.
+    if both have them, else of boxes. A detection inside a crowd counts neither as a match nor as a mistake.
 
     Args:
         vocabulary: Classes of the run.

@@ -10,12 +10,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from grounded_sam.errors import ConfigError
+from grounded_sam.errors import ConfigError, count_of
 from grounded_sam.evaluation.coco_scores import CocoEvaluator
 from grounded_sam.evaluation.image_matching import ImageMatcher
 from grounded_sam.evaluation.mistakes import WorstImages
 from grounded_sam.evaluation.thresholds import write_ontology
-from grounded_sam.evaluation.values import check_classes, count_of, metric_value, precision_recall, render_table
+from grounded_sam.evaluation.values import check_classes, metric_value, precision_recall, render_table
 from grounded_sam.files import atomic_write
 from grounded_sam.formats.coco import CocoFile
 from grounded_sam.structures.frame import Frame
@@ -27,7 +27,7 @@ class ImageMetrics:
     """Write `metrics.json` and, under `errors/`, the images with the most mistakes; print a table.
 
     Average precision and recall are those of COCO (Lin et al. 2014), of boxes and, where labels and detections have
-    them, of masks; -1 where there is nothing to measure. Precision, recall, F1 and the confusion matrix are of the
+    them, of masks; -1 where there is nothing to measure. Precision, recall, F1 and the confusion matrix use the
     detections at the thresholds of the run, see `image_matching.ImageMatcher`. Classes are matched by name; labels of
     classes that the run did not request are left out.
 
@@ -38,7 +38,7 @@ class ImageMetrics:
     Args:
         output: Output folder of the run.
         vocabulary: Classes of the run.
-        ground_truth: Labels of the images, which are matched by name, or else by the longest end of their paths.
+        ground_truth: Labels of the images, which are matched by name, or else by the longest common path suffix.
         iou: Lowest IoU at which a detection matches a label, above 0.
         metric: Metric that `value` returns, as a path into `metrics.json`; None for `segm.AP`, or without masks
             `bbox.AP`.
@@ -97,7 +97,7 @@ class ImageMetrics:
         if self._measured.setdefault(image["id"], frame.name) != frame.name:
             raise ConfigError(
                 f"{self._measured[image['id']]} and {frame.name} both match {image['file_name']} in "
-                f"{self.ground_truth.path}; its names do not tell them apart"
+                f"{self.ground_truth.path}; its file names do not distinguish them"
             )
         self._coco.add(image, detections)
         missed, false = self._matcher.add(frame.name, detections, self.ground_truth.packed(image))
@@ -110,8 +110,8 @@ class ImageMetrics:
             if kind is None and self._without_labels:
                 labelled = ", ".join(image["file_name"] for image in self.ground_truth.images[:3])
                 raise ConfigError(
-                    f"none of {len(self._without_labels)} images has labels in {self.ground_truth.path}; "
-                    f"it has {labelled}, ...; processed were {', '.join(self._without_labels[:3])}, ..."
+                    f"no labels for {count_of(len(self._without_labels), 'image')} in {self.ground_truth.path}; "
+                    f"it has labels for {labelled}, ...; the run processed {', '.join(self._without_labels[:3])}, ..."
                 )
             return
         thresholds = self._matcher.best_thresholds(self.precision)
@@ -206,7 +206,7 @@ class _LabelledImages:
                 self._by_end.setdefault(end, []).append(image)
 
     def find(self, frame: Frame) -> dict[str, Any] | None:
-        """Return the image whose path has the longest end in common with a frame's; None if none or several do."""
+        """Return the image whose path shares the longest suffix with that of a frame; None if none or several do."""
         exact = [image for image in self._by_end.get(frame.name, ()) if image["file_name"] == frame.name]
         if len(exact) == 1:
             return exact[0]
@@ -218,6 +218,6 @@ class _LabelledImages:
 
 
 def _path_ends(path: str) -> list[str]:
-    """Return a path and all of its ends, the longest first: `a/b/c.png`, `b/c.png`, `c.png`."""
+    """Return a path and all of its suffixes, the longest first: `a/b/c.png`, `b/c.png`, `c.png`."""
     parts = path.split("/")
     return ["/".join(parts[i:]) for i in range(len(parts))]

@@ -36,7 +36,7 @@ class WorstImages:
 
     def __init__(self, max_images: int) -> None:
         self.max_images, self._order = max_images, itertools.count()
-        # A heap of number of mistakes, order (the first image wins), name, and mistakes or a JPEG of them.
+        # A heap of tuples: number of mistakes, order (earlier images win), name, and the mistakes or a JPEG of them.
         self._heap: list[tuple[int, int, str, _Mistakes | bytes]] = []
 
     def offer(self, result: FrameResult, missed: sv.Detections, false: sv.Detections) -> None:

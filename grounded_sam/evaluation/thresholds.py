@@ -22,7 +22,7 @@ BLOCK = 4_000_000
 
 @dataclass(frozen=True)
 class BestThreshold:
-    """The best threshold of a class, and what it gives on the images that it was found on.
+    """The best threshold of a class, and its results on the images that it was chosen on.
 
     Attributes:
         score: Lowest confidence, halfway between the last detection kept and the next one.
@@ -47,7 +47,7 @@ def best_threshold(
     precision: float | None = None,
     seed: int = 0,
 ) -> BestThreshold | None:
-    """Find the threshold of the highest F1, or of the highest recall at some precision.
+    """Find the threshold with the highest F1, or with the highest recall at a minimum precision.
 
     Whether a detection is right does not depend on the threshold, since labels are assigned to the most confident
     detections first.
@@ -75,7 +75,7 @@ def best_threshold(
     # A threshold cannot separate detections of equal confidence.
     ends = np.flatnonzero(np.append(score[1:] < score[:-1], True))
     thresholds = (score[ends] + np.append(score[ends[1:]], 0.0)) / 2
-    thresholds[-1] = score[-1]  # lower ones were not part of the run
+    thresholds[-1] = score[-1]  # the run kept no detections below it
 
     def choose(weights: NDArray[np.float64]) -> NDArray[np.int64]:
         """Return the index of the best threshold for each row of image weights `(k, m)`, -1 for none."""

@@ -1,4 +1,4 @@
-"""What the metrics of images and of videos have in common: ratios, the value for a sweep, and tables."""
+"""Helpers of the image and video metrics: ratios, the value that a sweep maximizes, and tables."""
 
 from __future__ import annotations
 
@@ -82,17 +82,8 @@ def check_classes(requested: Vocabulary, labelled: Vocabulary, path: Path) -> No
     if missing:
         raise ConfigError(
             f"{path} has no class {', '.join(map(repr, missing))}; its classes are "
-            f"{', '.join(map(repr, labelled.classes))}, requested are {', '.join(map(repr, requested.classes))}"
+            f"{', '.join(map(repr, labelled.classes))}; the run requested {', '.join(map(repr, requested.classes))}"
         )
-
-
-def count_of(count: int, noun: str) -> str:
-    """Write a count with its noun, which is regular.
-
-    >>> count_of(1, "image"), count_of(2, "image")
-    ('1 image', '2 images')
-    """
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def render_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> str:

@@ -13,12 +13,11 @@ import supervision as sv
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from grounded_sam.errors import ConfigError
+from grounded_sam.errors import ConfigError, count_of
 from grounded_sam.evaluation.mistakes import WorstImages
 from grounded_sam.evaluation.values import (
     LOWER_IS_BETTER,
     check_classes,
-    count_of,
     metric_value,
     precision_recall,
     render_table,
@@ -76,7 +75,7 @@ class VideoMetrics:
         self.iou, self.metric, self.objects = iou, metric, objects
         self.values: dict[str, Any] = {}
         self._scores: dict[str, VideoScores] = {}  # by video
-        self._remaining: dict[str, dict[FrameKey, None]] = {}  # by video, labelled frames that are still to come
+        self._remaining: dict[str, dict[FrameKey, None]] = {}  # by video, labelled frames not processed yet
         self._without_labels: list[str] = []
         self._counts = np.zeros(3, np.int64)  # matched, missed, false
         self._worst = WorstImages(errors)
@@ -132,14 +131,14 @@ class VideoMetrics:
         rows: Sequence[int],
         iou: NDArray[np.float64],
     ) -> None:
-        """Count the mistakes of a frame, and offer it to the worst.
+        """Count the mistakes of a frame, and offer it to the images with the most mistakes.
 
         Args:
             result: Result of the frame.
             video: Labels of its video.
             objects: Masks of the labels by object id.
             rows: Rows of the visible tracks in the detections.
-            iou: IoU of each object with each track; with `objects=one` of all together.
+            iou: IoU of each object with each track; with `objects=one`, of the merged masks.
         """
         valid = np.where(iou >= self.iou, iou, 0.0)
         pairs = [(i, j) for i, j in zip(*linear_sum_assignment(-valid), strict=True) if valid[i, j] > 0]
@@ -170,8 +169,8 @@ class VideoMetrics:
                 processed = [*self._without_labels, *self._scores]
                 raise ConfigError(
                     f"no frame has labels in {self.ground_truth.path}; it has the videos "
-                    f"{', '.join(list(self.ground_truth.videos)[:3])}, ...; processed were "
-                    f"{', '.join(processed[:3])}, ... (a folder of frames is a video with source=video)"
+                    f"{', '.join(list(self.ground_truth.videos)[:3])}, ...; the run processed "
+                    f"{', '.join(processed[:3])}, ... (use source=video to read a folder of frames as a video)"
                 )
             return
         if self.objects == "ids":
@@ -204,19 +203,19 @@ class VideoMetrics:
                     **mean_scores(list(objects.values())),
                     "tracking": tracking_by_video.get(name, {}),
                     "objects": objects,
-                    "not_looked_at": len(self._remaining[name]),
+                    "not_processed": len(self._remaining[name]),
                 }
                 for name, objects in objects_by_video.items()
             },
             "without_labels": self._without_labels,
-            "videos_not_looked_at": [name for name in self.ground_truth.videos if name not in measured],
+            "videos_not_processed": [name for name in self.ground_truth.videos if name not in measured],
         }
 
     def _check_ids(self, measured: Mapping[str, VideoScores]) -> None:
         """Check that some track has the id of an object.
 
         Raises:
-            ConfigError: If none has, so that ids do not tell which track belongs to which object.
+            ConfigError: If none has, since ids then cannot match tracks to objects.
         """
         objects = sorted({n for scores in measured.values() for n in scores.object_ids()})
         tracks = sorted({k for scores in measured.values() for k in scores.track_ids()})
@@ -259,12 +258,12 @@ class VideoMetrics:
     def _notes(self) -> list[str]:
         """Return what was not measured, for the summary."""
         notes = []
-        if frames := sum(values["not_looked_at"] for values in self.values["by_video"].values()):
+        if frames := sum(values["not_processed"] for values in self.values["by_video"].values()):
             notes.append(f"not processed: {count_of(frames, 'labelled frame')}")
-        if self.values["videos_not_looked_at"]:
-            notes.append(f"not processed: {count_of(len(self.values['videos_not_looked_at']), 'labelled video')}")
+        if self.values["videos_not_processed"]:
+            notes.append(f"not processed: {count_of(len(self.values['videos_not_processed']), 'labelled video')}")
         if self._without_labels:
-            notes.append(f"{len(self._without_labels)} videos or images without labels")
+            notes.append(f"{count_of(len(self._without_labels), 'video or image', 'videos or images')} without labels")
         if not self.values["tracking"]:
             notes.append("install trackeval for HOTA, IDF1 and identity switches")
         return notes

@@ -14,7 +14,7 @@ from scipy.optimize import linear_sum_assignment
 
 from grounded_sam.formats.video_masks import Mask
 
-#: Share of the image diagonal within which contours match, see `f_measure` of davis2017-evaluation.
+#: Tolerance for matching contours, as a fraction of the image diagonal; see `f_measure` of davis2017-evaluation.
 TOLERANCE = 0.008
 
 
@@ -61,7 +61,7 @@ def _window(masks: Sequence[Mask], radius: int) -> tuple[slice, slice]:
     window = []
     for axis, size in ((1, union.shape[0]), (0, union.shape[1])):
         filled = np.flatnonzero(union.any(axis))
-        # One pixel more, by which contours extend beyond their masks.
+        # One more pixel, since contours extend one pixel beyond their masks.
         window.append(slice(max(0, filled[0] - radius - 1), min(size, filled[-1] + radius + 2)))
     return window[0], window[1]
 
@@ -97,7 +97,7 @@ class _Contour:
         return cls(line, near, int(np.count_nonzero(line)))
 
     def f_measure(self, other: _Contour) -> float:
-        """Compute F of this contour, of the ground truth, and that of a track."""
+        """Compute F between this contour, of the ground truth, and the contour of a track."""
         if not self.length or not other.length:
             return float(self.length == other.length)
         precision = np.count_nonzero(other.line & self.near) / other.length
@@ -240,7 +240,7 @@ class VideoScores:
 
         `davis` (semi-supervised): mean, recall (share above 0.5) and decay (first minus last quarter) over all frames
         but the first and the last; where object and track are both absent, J and F are 1. `davis_all_frames`
-        (unsupervised): the same over all frames. `sav`: means from the first frame on that has the object or its track,
+        (unsupervised): the same over all frames. `sav`: means starting at the first frame with the object or its track,
         without the first and last frame of the video (`sav_benchmark.py` of SAM 2, as vos-benchmark).
 
         Returns:
@@ -279,7 +279,7 @@ class VideoScores:
 
 
 def _union(masks: Mapping[int, Mask]) -> dict[int, Mask]:
-    """Join all masks of a frame to those of one object with id 1."""
+    """Merge all masks of a frame into one object with id 1."""
     return {1: np.logical_or.reduce(list(masks.values()))} if masks else {}
 
 
@@ -323,7 +323,7 @@ def mean_scores(objects: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, flo
 
 
 def has_trackeval() -> bool:
-    """Return whether trackeval is installed, which computes HOTA, CLEAR and identity metrics."""
+    """Return whether trackeval, which computes HOTA, CLEAR and identity metrics, is installed."""
     return find_spec("trackeval") is not None
 
 

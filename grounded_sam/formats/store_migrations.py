@@ -24,7 +24,8 @@ GROUP_KEYS = {
         "jump": "min_step_iou",
     },
 }
-#: Config keys that were renamed in the stages of this package: detectors, segmenters and trackers.
+#: Config keys that were renamed in the stages of this package: detectors, segmenters and trackers. A class of the
+#: user's own may still have a key of the old name.
 STAGE_KEYS = {
     "floor": "min_score",
     "exports": "export_dir",
@@ -38,7 +39,7 @@ _STAGES = ("detector", "segmenter", "tracker")
 def migrate_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Translate the settings of a run file to the names of the current version.
 
-    Versions before 0.2 stored classes with their module path, which tells classes of this package from others: classes
+    Version 0.1.0 stored classes with their module path, which tells classes of this package from others: classes
     of a user keep the keys that they have. Settings that have the current names already stay as they are.
 
     Args:
@@ -56,7 +57,7 @@ def migrate_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 def migrate_vocabulary(record: Mapping[str, Any]) -> dict[str, Any]:
     """Translate the vocabulary of a run file to the columns of the current version.
 
-    Versions before 0.2 also stored whether a detector was queried with it, which is no property of the results.
+    Version 0.1.0 also stored whether a detector was queried with it, which is no property of the results.
     """
     return {key: value for key, value in record.items() if key != "asked"}
 

@@ -226,7 +226,7 @@ class Runner:
         if summary.skipped and not (summary.images or resumed or is_shard or summary.interrupted):
             first = summary.skipped[0]
             raise ImageError(
-                f"none of {len(summary.skipped)} images could be used; the first: {first.file}: {first.reason} "
+                f"no usable images, {len(summary.skipped)} skipped; the first: {first.file}: {first.reason} "
                 f"(all in {path})"
             )
 

@@ -104,8 +104,8 @@ def group_prompts(detections: sv.Detections, chunk: int) -> Iterator[Prompts]:
 class PromptedSegmenter(ABC):
     """Base of SAM-like segmenters: encode an image once, decode prompts in chunks, keep the best mask of each.
 
-    A subclass sets `model` and implements the abstract methods. Its features of the current image are attributes of
-    some object, such as the predictor of the authors' package, which `segment_encoded` fills in and resets.
+    A subclass sets `model` and implements the abstract methods. It keeps the features of the current image as
+    attributes of an object, such as the predictor of the authors' package; `segment_encoded` sets and resets them.
 
     Args:
         options: How prompts are decoded, and where and how the model runs.
@@ -224,7 +224,7 @@ class PromptedSegmenter(ABC):
     def _decode_rounds(
         self, prompts: Prompts, boxes: NDArray[np.float32]
     ) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
-        """Decode prompts `rounds` times, each time prompted with the previous masks; return masks and scores."""
+        """Decode prompts `rounds` times, each round prompted with the masks of the last; return masks and scores."""
         has_box = prompts.boxes is not None
         masks, scores, logits = self._decode(prompts).best()
         for _ in range(self.options.rounds - 1):

@@ -28,7 +28,7 @@ class FeatureCache:
 
     Args:
         folder: Folder of the files, created when the first one is written.
-        gigabytes: Largest total size in GB. The newest file stays, even if it alone exceeds it.
+        gigabytes: Maximum total size in GB. The newest file is kept even if it alone exceeds the limit.
 
     Attributes:
         folder: As above.

@@ -16,7 +16,7 @@ class SegmenterOptions(ModelOptions):
     Attributes:
         multimask: Whether to decode three masks per prompt and keep the one with the highest predicted IoU, which helps
             with single clicks.
-        chunk: Largest number of prompts decoded at once; less if their masks at image size exceed 256 MiB.
+        chunk: Maximum number of prompts decoded at once; fewer if their masks at image size exceed 256 MiB.
         max_hole_area: Area in pixels below which holes in masks are filled; 0 fills none.
         min_region_area: Area in pixels below which separate regions are removed; 0 removes none.
         rounds: Number of times that each prompt is decoded; each round after the first is prompted with the box and

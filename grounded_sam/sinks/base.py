@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Self
 
+from grounded_sam.errors import count_of
 from grounded_sam.sinks.dataset_images import DatasetImages, ImageMode
 from grounded_sam.sinks.splits import Splits
 from grounded_sam.structures.results import FrameResult
@@ -86,4 +87,4 @@ class DatasetSink(ABC):
 
     def _counts(self) -> str:
         """Return the counts, for `summary`."""
-        return f"{self.num_objects} objects in {self.num_images} images"
+        return f"{count_of(self.num_objects, 'object')} in {count_of(self.num_images, 'image')}"

@@ -40,10 +40,10 @@ def json_header(vocabulary: Vocabulary, **more: Any) -> str:
 
 @dataclass(eq=False)
 class CocoSink(DatasetSink):
-    """Write all images to `annotations.json`, or with a split to one `annotations_<split>.json` each.
+    """Write COCO instances to `annotations.json`, or to one `annotations_<split>.json` per split.
 
     Category ids are those of the ontology, or class ids plus 1; image and annotation ids count from 1. Annotations have
-    `score` (confidence) and, if there is a segmenter, `mask_score`; in a video also `track_id`, and images `video`,
+    `score` (confidence) and `mask_score` (with a segmenter); in videos also `track_id`, and their images have `video`,
     `frame` (number) and `time_s`. Lines go to temporary files during the run and are combined at the end, also after an
     interruption, so that masks are not kept in memory.
 

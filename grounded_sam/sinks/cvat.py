@@ -122,7 +122,7 @@ class CvatSink(DatasetSink):
 
 
 def _mask_geometry(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    """Return the attributes of a mask: its box, and the run lengths inside of it, the first of zeros."""
+    """Return the attributes of a mask: its box, and the run lengths within the box, starting with zeros."""
     x1, y1, x2, y2 = masks_to_xyxy(mask[None])[0].astype(int).tolist()
     flat = mask[y1:y2, x1:x2].reshape(-1)
     edges = np.flatnonzero(flat[1:] != flat[:-1]) + 1

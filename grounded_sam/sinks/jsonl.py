@@ -9,6 +9,7 @@ from typing import IO, Any
 
 import supervision as sv
 
+from grounded_sam.errors import count_of
 from grounded_sam.structures.masks import coco_segmentation
 from grounded_sam.structures.results import FrameResult
 from grounded_sam.structures.vocabulary import Vocabulary
@@ -76,4 +77,4 @@ class JsonLinesSink:
 
     def summary(self) -> str:
         """Return the number of lines and the path of the file."""
-        return f"{self._num_lines} lines: {self.path}"
+        return f"{count_of(self._num_lines, 'line')}: {self.path}"

@@ -11,7 +11,7 @@ import numpy as np
 import supervision as sv
 
 from grounded_sam.checks import check_choice
-from grounded_sam.errors import ConfigError
+from grounded_sam.errors import ConfigError, count_of
 from grounded_sam.files import UniqueNames, atomic_write, atomic_write_text, safe_filename
 from grounded_sam.media.draw import davis_palette, paint_masks, save_label_map
 from grounded_sam.structures.results import FrameResult
@@ -123,5 +123,6 @@ class MasksSink:
 
     def summary(self) -> str:
         """Return the number of files and the folder."""
-        kinds = {"objects": "masks", "labels": "class maps (values are explained in legend.json)"}
-        return f"{self._num_files} {kinds.get(self.mode, 'track maps')}: {self.folder}"
+        kinds = {"objects": "mask", "labels": "class map"}
+        legend = " (values are explained in legend.json)" if self.mode == "labels" else ""
+        return f"{count_of(self._num_files, kinds.get(self.mode, 'track map'))}{legend}: {self.folder}"

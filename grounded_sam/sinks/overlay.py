@@ -7,7 +7,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
-from grounded_sam.checks import check_choice, check_int
+from grounded_sam.checks import check_bool, check_choice, check_int, check_number
+from grounded_sam.errors import count_of
 from grounded_sam.files import UniqueNames, atomic_write
 from grounded_sam.media.draw import draw_detections
 from grounded_sam.media.mp4 import Mp4Writer
@@ -19,7 +20,7 @@ MAX_JPEG_SIDE = 65_500
 
 
 class OverlaySink:
-    """Write one image per image and one MP4 per video under `overlay/`, at their original size.
+    """Write each image and video with its detections drawn under `overlay/`, at the original size; videos become MP4.
 
     Args:
         output: Output folder of the run.
@@ -29,7 +30,7 @@ class OverlaySink:
         boxes: Whether to draw boxes.
         labels: Whether to write class names, scores and track ids.
         opacity: Opacity of masks, 0 to 1.
-        colour_by: One color per `class` or per `object`; None for per object where there are tracks, else per class.
+        colour_by: One color per `class` or per `object`; None for `object` if there are tracks, else `class`.
         sound_from: Video file, or a folder of them, whose audio the annotated videos get; None for no audio.
         crf: Constant rate factor of videos, 0 (lossless) to 51.
 
@@ -52,7 +53,10 @@ class OverlaySink:
     ) -> None:
         check_choice("sink.overlay.format", format, ("jpg", "png"))
         check_choice("sink.overlay.colour_by", colour_by, ("class", "object"), optional=True)
+        check_number("sink.overlay.opacity", opacity, 0, 1)
         check_int("sink.overlay.crf", crf, 0, 51)
+        for key, value in {"masks": masks, "boxes": boxes, "labels": labels}.items():
+            check_bool(f"sink.overlay.{key}", value)
         self.folder, self.format, self.crf = Path(output) / "overlay", format, crf
         self.masks, self.boxes, self.labels = masks, boxes, labels
         self.opacity, self.color_by, self.palette = opacity, colour_by, vocabulary.palette()
@@ -114,5 +118,5 @@ class OverlaySink:
 
     def summary(self) -> str:
         """Return the numbers of images and videos and the folder."""
-        counts = [f"{n} {noun}" for n, noun in ((self._num_images, "images"), (self._num_videos, "videos")) if n]
+        counts = [count_of(n, noun) for n, noun in ((self._num_images, "image"), (self._num_videos, "video")) if n]
         return f"{' and '.join(counts) or 'no images'} with detections drawn: {self.folder}"

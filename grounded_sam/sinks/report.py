@@ -1,4 +1,4 @@
-"""What to check before trusting labels: an HTML page, and a list of what to review."""
+"""Report for reviewing labels: an HTML page, and a list of images and objects to review."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any
 
 from grounded_sam.checks import check_bool, check_int
-from grounded_sam.errors import ImageError
+from grounded_sam.errors import ImageError, count_of
 from grounded_sam.files import PendingFile, atomic_write_text
 from grounded_sam.sinks.near_duplicates import NearDuplicates
 from grounded_sam.sinks.report_page import ClassStatistics, ReportContent, Thumbnail, make_thumbnail, render_page
@@ -35,7 +35,7 @@ class _UncertainObject:
         index: Its index among the detections of the image.
         class_name: Its class.
         score: Confidence.
-        mask_score: Estimated IoU of its mask; None without a segmenter.
+        mask_score: Predicted IoU of its mask; None without a segmenter.
     """
 
     file: str
@@ -167,7 +167,7 @@ class ReportSink:
     def _crowded_image(self, result: FrameResult) -> _CrowdedImage:
         """Draw an image for the list of the most crowded ones."""
         name, num_objects = result.frame.name, len(result.detections)
-        return _CrowdedImage(name, num_objects, self._draw_image(result, f"{name} · {num_objects} objects"))
+        return _CrowdedImage(name, num_objects, self._draw_image(result, f"{name} · {count_of(num_objects, 'object')}"))
 
     def _write_row(self, file: str, reason: str, **columns: Any) -> None:
         """Write a row of `review.csv`; before the first one the header."""
@@ -192,7 +192,7 @@ class ReportSink:
             for name in group:
                 self._write_row(name, "alike", detail=f"group {number}")
         for image in self._crowded.items():
-            self._write_row(image.file, "crowded", detail=f"{image.num_objects} objects")
+            self._write_row(image.file, "crowded", detail=count_of(image.num_objects, "object"))
         for item in self._uncertain.items():
             columns = {"object": item.index, "class": item.class_name, "score": item.score}
             self._write_row(item.file, "uncertain", **columns, mask_score=item.mask_score)

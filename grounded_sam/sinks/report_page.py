@@ -13,7 +13,7 @@ import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
-from grounded_sam.errors import ImageError
+from grounded_sam.errors import ImageError, count_of
 from grounded_sam.media.draw import draw_detections
 from grounded_sam.sinks.samples import RandomSample
 from grounded_sam.structures.results import FrameResult, Skipped
@@ -175,10 +175,12 @@ def _totals(content: ReportContent) -> str:
     num_objects = sum(statistics.num_objects for statistics in content.classes)
     num_frames = content.num_video_frames
     return (
-        f"{num_objects:,} objects of {len(content.classes)} classes in {content.objects_per_image.total():,} images"
-        f"{f' ({num_frames:,} of them video frames)' if num_frames else ''}; {content.objects_per_image[0]:,} images "
-        f"without objects, {len(content.skipped):,} files skipped, {len(content.duplicates):,} groups of "
-        "near-duplicates."
+        f"{count_of(num_objects, 'object')} of {count_of(len(content.classes), 'class', 'classes')} in "
+        f"{count_of(content.objects_per_image.total(), 'image')}"
+        f"{f' ({num_frames:,} of them video frames)' if num_frames else ''}; "
+        f"{count_of(content.objects_per_image[0], 'image')} without objects, "
+        f"{count_of(len(content.skipped), 'file')} skipped, "
+        f"{count_of(len(content.duplicates), 'group')} of near-duplicates."
     )
 
 

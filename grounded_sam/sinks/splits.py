@@ -38,7 +38,7 @@ class Splits:
         for name, share in self.ratios.items():
             check_number(f"split.{name}", share, 0, 1)
             if not str(name).replace("_", "").replace("-", "").isalnum():
-                raise ConfigError(f"the names of split must be letters, digits, - and _, got {name!r}")
+                raise ConfigError(f"the names in split may contain only letters, digits, - and _, got {name!r}")
         if self.ratios and abs(sum(self.ratios.values()) - 1) > 1e-6:
             raise ConfigError(f"the shares of split must add up to 1, got {self.ratios}")
 

@@ -8,6 +8,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from grounded_sam.checks import check_choice, check_int, check_number
+from grounded_sam.errors import count_of
 from grounded_sam.formats.store_writer import StoreWriter
 from grounded_sam.structures.results import FrameResult, Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
@@ -16,14 +17,14 @@ from grounded_sam.structures.vocabulary import Vocabulary
 class StoreSink:
     """Store results under `store/` in the output folder, in the format of `formats.store`.
 
-    A later run into the same folder does not compute again what is stored and has not changed; other sinks get it from
-    the store. A video counts once it was processed to its end, since a tracker cannot resume in the middle.
+    A later run into the same folder reuses the stored results of files that have not changed; other sinks get them from
+    the store. A video is reused only if it was processed to its end, since a tracker cannot resume in the middle.
 
     Args:
         output: Output folder of the run.
         vocabulary: Classes of the run.
-        settings: All settings that decide the results; see `formats.store_runs.fingerprint`.
-        resume: `same` refuses a store that other settings made; `extend` keeps its results and adds to them.
+        settings: All settings that determine the results; see `formats.store_runs.fingerprint`.
+        resume: `same` rejects a store made with other settings; `extend` keeps its results and adds to them.
         part_images: Images per part file.
         part_seconds: Age in seconds at which a part is written even if it has fewer.
 
@@ -89,6 +90,7 @@ class StoreSink:
 
     def summary(self) -> str:
         """Return the number of images and objects stored, and the folder."""
-        resumed = f", {self._files_resumed} files resumed" if self._files_resumed else ""
+        resumed = f", {count_of(self._files_resumed, 'file')} resumed" if self._files_resumed else ""
         writer = self._writer
-        return f"{writer.images} images with {writer.objects} objects stored{resumed} in {writer.folder}"
+        images, objects = count_of(writer.images, "image"), count_of(writer.objects, "object")
+        return f"{images} with {objects} stored{resumed} in {writer.folder}"

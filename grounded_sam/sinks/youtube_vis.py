@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
-from grounded_sam.errors import ConfigError
+from grounded_sam.errors import ConfigError, count_of
 from grounded_sam.files import atomic_write
 from grounded_sam.sinks.coco import json_header
 from grounded_sam.structures.masks import coco_segmentation, mask_area
@@ -138,4 +138,4 @@ class YoutubeVisSink:
 
     def summary(self) -> str:
         """Return the number of tracks and the path of the file."""
-        return f"{len(self._tracks)} tracks in {len(self._videos)} videos: {self.path}"
+        return f"{count_of(len(self._tracks), 'track')} in {count_of(len(self._videos), 'video')}: {self.path}"

@@ -28,8 +28,8 @@ class AutoSource:
 
     Args:
         input: An image, a video, a folder, glob or list of paths with both, a camera index, or a URL.
-        start: Number of the first frame of each video.
-        stop: Number of the frame to stop before; None for the end.
+        start: Index of the first frame of each video.
+        stop: Index of the frame to stop before; None for the end.
         stride: Keep every `stride`-th frame.
         max_side: Scale frames down to this longer side, in pixels; None for no limit.
         max_pixels: Larger images and frames are refused before they are decoded.
@@ -85,13 +85,13 @@ class AutoSource:
             try:
                 self.videos.append(open_video(path, name=name))
             except ConfigError as error:
-                if self.is_single or path.is_file():  # a setting is wrong, which is so for all videos
+                if self.is_single or path.is_file():  # a wrong setting, which affects all videos
                     raise
                 self._failed.append(Skipped(name, str(error)))  # a broken link, or a path in a list
 
     @property
     def skipped(self) -> list[Skipped]:
-        """Files that could not be used, or not to their end."""
+        """Files that could not be read, or not to the end."""
         parts = [
             self.images.skipped if self.images is not None else [],
             *(video.skipped for video in self.videos),
@@ -112,7 +112,7 @@ class AutoSource:
             except ImageError as error:
                 if self.is_single:
                     raise
-                if not video.skipped:  # else it says the same
+                if not video.skipped:  # otherwise it already gives this reason
                     self._failed.append(Skipped(video.name, str(error).removeprefix(f"{video.decoder.input}: ")))
 
     def __len__(self) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from grounded_sam.checks import check_int
 from grounded_sam.errors import ImageError
 from grounded_sam.formats.coco import CocoFile
 from grounded_sam.media.images import MAX_PIXELS, read_image
@@ -51,6 +52,7 @@ class CocoSource:
     ) -> None:
         path = Path(check_input(input, "a COCO file, e.g. input=instances.json")).expanduser()
         check_shard(shard, num_shards)
+        check_int("source.max_pixels", max_pixels, 1)
         dataset_path = None if dataset is None else Path(str(dataset)).expanduser()
         self.file = CocoFile(path, dataset_path)
         self.vocabulary = self.file.vocabulary
@@ -86,7 +88,7 @@ class CocoSource:
 
 
 def read_image_of_size(path: Path, size_hw: tuple[int, int], max_pixels: int, labels: str) -> NDArray[np.uint8]:
-    """Read an image whose labels say how large it is.
+    """Read an image, and check its size against its labels.
 
     Args:
         path: The image.

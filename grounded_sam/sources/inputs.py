@@ -19,5 +19,5 @@ def check_input(input: object, expected: str) -> str:
     '0'
     """
     if input is None or not str(input):
-        raise ConfigError(f"input is missing: give {expected}")
+        raise ConfigError(f"input is missing: set it to {expected}")
     return str(input)

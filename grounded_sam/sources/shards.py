@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def check_shard(shard: int, num_shards: int) -> None:
-    """Check that `shard` is one of `num_shards`.
+    """Check that `shard` is a valid index for `num_shards` shards.
 
     Raises:
         ConfigError: If it is not.
@@ -23,7 +23,7 @@ def check_shard(shard: int, num_shards: int) -> None:
 
 
 def shard_of(items: list[T], shard: int, num_shards: int) -> list[T]:
-    """Return one part of a list, a contiguous one, so that a store written by shards can be read in order.
+    """Return a contiguous part of a list, so that a store written by several shards can be read in order.
 
     >>> shard_of([1, 2, 3, 4, 5], 1, 2)
     [3, 4, 5]

@@ -1,4 +1,4 @@
-"""What an earlier run stored."""
+"""Results of an earlier run, read from its store."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 
+from grounded_sam.checks import check_int
 from grounded_sam.formats.store import StoreReader, find_store
 from grounded_sam.media.images import MAX_PIXELS
 from grounded_sam.sources.inputs import check_input
@@ -17,7 +18,7 @@ from grounded_sam.structures.results import Skipped
 class StoreSource:
     """The images of a store with their detections, for `detector=stored`.
 
-    Images and videos are opened when a stage or sink needs their pixels, at the paths where they were. Files that could
+    Images and videos are opened when a stage or sink needs their pixels, at their original paths. Files that could
     not be used then are listed in `skipped` again.
 
     Args:
@@ -45,6 +46,7 @@ class StoreSource:
     ) -> None:
         folder = check_input(input, "a folder that sink=store wrote, e.g. input=labels")
         check_shard(shard, num_shards)
+        check_int("source.max_pixels", max_pixels, 1)
         self._reader = StoreReader(find_store(folder), max_pixels, None if root is None else str(root))
         self.vocabulary = self._reader.vocabulary
         self.skipped: list[Skipped] = list(self._reader.skipped.values())

@@ -1,4 +1,4 @@
-"""Existing masks of objects through videos: labels, or results of other tools."""
+"""Existing masks of objects in videos: labels, or results of other tools."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
-from grounded_sam.checks import check_number
+from grounded_sam.checks import check_int, check_number
 from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.formats.video_masks import LabelledVideo, LabelledVideos
 from grounded_sam.media.images import MAX_PIXELS
@@ -56,6 +56,7 @@ class LabelledVideoSource:
         if not path.exists():
             raise ConfigError(f"input={input}: no such file or folder")
         check_number("source.fps", fps, 0, above=True)
+        check_int("source.max_pixels", max_pixels, 1)
         self.labels = LabelledVideos(path)
         self.vocabulary = self.labels.vocabulary or Vocabulary.parse(["object"])
         self.images = None if images is None else Path(str(images)).expanduser()
@@ -98,7 +99,7 @@ class LabelledVideoSource:
 
     def _read(self, video: LabelledVideo, name: str) -> NDArray[np.uint8]:
         if self.images is None:
-            raise ImageError(f"{name}: the image is unknown; set source.images to the folder of the frames")
+            raise ImageError(f"{name}: source.images is not set; set it to the folder of the frames")
         path = next((p for suffix in SUFFIXES if (p := self.images / f"{name}{suffix}").is_file()), None)
         if path is None:
             raise ImageError(f"{self.images / name}: no such image ({', '.join(SUFFIXES)}); see source.images")

@@ -22,8 +22,8 @@ class VideoSource:
 
     Args:
         input: Video file, folder of frames or glob (in natural order), camera index, or URL (http, rtsp, ...).
-        start: Number of the first frame, from 0.
-        stop: Number of the frame to stop before; None for the end.
+        start: Index of the first frame, from 0.
+        stop: Index of the frame to stop before; None for the end.
         stride: Keep every `stride`-th frame.
         max_side: Scale frames down to this longer side, in pixels; None for no limit.
         fps: Frame rate of a folder or glob, which has no times of its own.
@@ -75,7 +75,7 @@ class VideoSource:
         return [Skipped(problem.name, problem.reason) for problem in self.decoder.problems]
 
     def __len__(self) -> int:
-        """Return the largest number of frames that may come.
+        """Return the maximum number of frames.
 
         Raises:
             TypeError: If that is unknown, as for a camera.
@@ -109,6 +109,6 @@ class VideoSource:
     def _no_frame(self) -> str:
         """Return why not a single frame could be read."""
         if not self.decoder.problems:
-            return f"no frame from number {self.decoder.start} on"
+            return f"no frame at or after index {self.decoder.start}"
         first = self.decoder.problems[0]
         return first.reason if first.name == self.name else f"{first.name}: {first.reason}"

@@ -126,7 +126,7 @@ class MemorySession(ABC):
         self._hidden_logits.pop(tracker_id, None)
 
     def close(self) -> None:
-        """Free everything."""
+        """Release all resources."""
         self._hook.remove()
         self._logits.clear()
         self._hidden_logits.clear()

@@ -87,12 +87,12 @@ def to_points(
 
 
 def mask_prompt(detections: sv.Detections, i: int, prompt: str) -> NDArray[np.bool_] | None:
-    """Return the mask `(H, W) bool` that prompts for detection `i`; None if its box or clicks do.
+    """Return the mask `(H, W) bool` that detection `i` is prompted with; None if it is prompted with a box or clicks.
 
     Args:
-        detections: Detections or prompts by hand; see `structures.clicks.Clicks.to_detections`.
+        detections: Detections or manual prompts; see `structures.clicks.Clicks.to_detections`.
         i: Index of the detection.
-        prompt: Setting `prompt` of the tracker; has no effect on prompts by hand.
+        prompt: Setting `prompt` of the tracker; has no effect on manual prompts.
     """
     if "points" in detections.data:
         return detections.data["prompt_mask"][i]  # type: ignore[no-any-return]

@@ -44,7 +44,7 @@ class ObjectMemory:
     pointers: dict[int, Tensor] = field(default_factory=dict)
 
     def prune(self, frame: int, num_features: int, num_pointers: int, max_prompts: int) -> None:
-        """Drop what memory attention cannot reach from a frame on, and surplus prompted frames.
+        """Drop what memory attention no longer reaches at a frame, and surplus prompted frames.
 
         Args:
             frame: The frame.
@@ -198,7 +198,7 @@ class Sam2Session(MemorySession):
         self._forget_object(tracker_id)
 
     def close(self) -> None:
-        """Free everything."""
+        """Release all resources."""
         super().close()
         self.memories.clear()
         self._encoded = self._memory_positions = None

@@ -136,7 +136,7 @@ class Sam2HfSession(MemorySession):
             self._forget_object(tracker_id)
 
     def close(self) -> None:
-        """Free everything."""
+        """Release all resources."""
         super().close()
         self.state.reset_inference_session()
         self.state.processed_frames = {}

@@ -31,7 +31,7 @@ class Sam3VideoTracker:
 
     Detection, memory and association are those of `Sam3VideoModel`. Frames are returned `hotstart_delay` (15) frames
     late: an object that the detector does not confirm in that time is removed from all of them. With the same weights,
-    results equal those of `Sam3VideoModel.propagate_in_video_iterator`, with two faults fixed: in the frame in which an
+    results equal those of `Sam3VideoModel.propagate_in_video_iterator`, with two bugs fixed: in the frame in which an
     object is removed, the other masks keep their ids, and duplicates and holes are removed without code from the hub.
     Memory use does not grow with the length of the video.
 
@@ -107,7 +107,7 @@ class Sam3VideoSession:
         self.model, self.processor = tracker.model, tracker.processor
         self.max_lost_frames, self.max_prompts = tracker.max_lost_frames, tracker.max_prompts
         self.vocabulary, self.frame = vocabulary, -1
-        self._lost_frames: dict[int, int] = {}  # number of latest frames in which an object had no mask, by id
+        self._lost_frames: dict[int, int] = {}  # by object id, number of consecutive frames without a mask
         device = self.model.device
         session_class = _session_class()
         self.state: Any = session_class(

@@ -72,7 +72,7 @@ class WeightsSpec:
 
 @dataclass(frozen=True)
 class CacheStatus:
-    """What the cache of the hub has of a repository, or of one file in it.
+    """State of a repository, or of one file in it, in the cache of the hub.
 
     Attributes:
         folder: Folder of the snapshot; None if there is none.
@@ -101,7 +101,7 @@ class CacheStatus:
 def files_to_load(names: Iterable[str], file: str | None) -> list[str]:
     """Select the files of a repository that a stage loads.
 
-    Of several formats of the same weights only one is selected, safetensors first; code never.
+    If the weights exist in several formats, only one is selected, safetensors first; code is never selected.
 
     Args:
         names: All files of the repository.
@@ -158,12 +158,12 @@ def _cached_listing(repo: str) -> dict[str, int | None]:
 
 
 def cache_status(repo: str, file: str | None, info: ModelInfo | None = None) -> CacheStatus:
-    """Return what the cache has of a repository, or of one file in it.
+    """Return the state of a repository, or of one file in it, in the cache.
 
     Args:
         repo: Hub id.
         file: File in the repository; None for a transformers checkpoint.
-        info: What the hub says about the repository, if it was asked.
+        info: Response of the hub for the repository; None if the hub was not contacted.
     """
     folder = snapshot_folder(repo)
     files: dict[str, int | None] = {}
@@ -185,7 +185,7 @@ def cache_status(repo: str, file: str | None, info: ModelInfo | None = None) -> 
 
 
 def why_unreachable() -> str | None:
-    """Return why the hub cannot be asked, within seconds; None if it can."""
+    """Return within seconds why the hub cannot be reached; None if it can."""
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
@@ -302,7 +302,7 @@ def verify_cache(status: CacheStatus, sha256: str | None) -> tuple[list[Path], l
         elif hub_digest(path, len(expected)) != expected.lower():
             damaged.append(path)
         elif sha256 is not None and expected.lower() != sha256.lower() and hub_digest(path, 64) != sha256.lower():
-            raise CheckpointError(f"{path} is as on the hub, but its SHA-256 is not {sha256}, which is expected")
+            raise CheckpointError(f"{path} matches the hub, but its SHA-256 is not the expected {sha256}")
     return damaged, unverified
 
 
@@ -326,10 +326,10 @@ def delete_from_cache(path: Path, repo: Path) -> None:
 
 
 def download_to_cache(repo: str, file: str | None) -> None:
-    """Download what a stage loads of a repository and the cache lacks.
+    """Download the files of a repository that a stage loads and that are not in the cache.
 
     Raises:
-        CheckpointError: If the hub does not have it or refuses it, in one line with what to do.
+        CheckpointError: If the hub does not have the files or denies access; the message says what to do.
     """
     from huggingface_hub import HfApi, hf_hub_download, snapshot_download
 
@@ -360,7 +360,7 @@ def fetch_weights(
         repo: Hub id.
         file: File in the repository; None for a transformers checkpoint.
         sha256: SHA-256 that the file must have; None if unknown.
-        unreachable: Why the hub cannot be asked; None if it can.
+        unreachable: Why the hub cannot be reached; None if it can.
         on_damaged: Called with damaged files before they are downloaded again.
 
     Returns:

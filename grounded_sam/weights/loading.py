@@ -30,7 +30,7 @@ def builtin_path(name: str, kind: str) -> Path:
         kind: Kind of the model: `detector`, `sam` or `sam2`.
 
     Raises:
-        CheckpointError: If the package ships no such model; lists those it ships.
+        CheckpointError: If the package has no such model; the message lists those it has.
 
     >>> builtin_path("shapes", "sam2").name
     'shapes-sam2.safetensors'
@@ -147,7 +147,7 @@ def from_cache_or_hub(repo: str, load: Callable[[bool], T]) -> T:
         failure = error
     reason = " ".join(str(failure).split()).split(". ")[0][:200]
     raise CheckpointError(
-        f"cannot get the weights {repo!r} from the Hugging Face hub, nor are they in its cache ({reason}); "
+        f"weights {repo!r} are not in the cache and cannot be downloaded from the Hugging Face hub ({reason}); "
         "give a local copy with checkpoint=PATH, or use preset=shapes, whose weights ship with the package"
     ) from failure
 
@@ -241,7 +241,7 @@ def load_into(model: Any, path: Path, name: str) -> None:
         CheckpointError: If tensors are missing, unknown or of another shape, naming the first ones.
     """
     weights, own = load_weights(path), model.state_dict()
-    problems = [f"misses {key}" for key in own if key not in weights]
+    problems = [f"lacks {key}" for key in own if key not in weights]
     problems += [f"has an unknown {key}" for key in weights if key not in own]
     problems += [
         f"has {key} of shape {tuple(weights[key].shape)}, not {tuple(own[key].shape)}"

@@ -1,4 +1,4 @@
-"""What the trainings of the small models share: settings, a resumable loop, a schedule, and saving."""
+"""Shared training code of the small models: settings, a resumable loop, a schedule, and saving."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def load_settings(name: str) -> DictConfig:
 def learning_rate_factor(step: int, total: int, warmup: int, decay: float) -> float:
     """Return the learning rate at a step as a share of its maximum: warm-up, plateau, linear decay.
 
-    Because of the plateau, a training can be extended: resume from a checkpoint before the decay with more steps.
+    Because of the plateau, a run can be extended: resume from a checkpoint before the decay with more steps.
 
     Args:
         step: The step, from 0.
@@ -84,7 +84,7 @@ def fit(
 
     Args:
         model: The model.
-        batches: Makes the batch of a step, so that a resumed training sees the batches of an uninterrupted one.
+        batches: Makes the batch of a step, so that a resumed run sees the same batches as an uninterrupted one.
         loss_fn: Computes the loss of a batch.
         cfg: Settings `out`, `steps`, `lr`, `weight_decay`, `warmup`, `decay`, `clip`, `log_every`, `save_every_s` and
             `validate_every`.

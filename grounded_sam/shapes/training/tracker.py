@@ -124,8 +124,8 @@ def track_clip(
         clip: The clip.
         prompt: What the objects are prompted with.
         rng: Source of randomness for simulated prompts.
-        batches: Simulates prompts; of its settings, gradients are computed for the first frame and the last
-            `learnt` ones.
+        batches: Simulates the prompts. Gradients are computed for the first frame and for the last
+            `batches.cfg.learnt` frames.
     """
     frames, objects = clip.masks.shape[:2]
     with torch.no_grad():

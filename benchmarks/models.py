@@ -15,7 +15,7 @@ the detector (for end-to-end trackers the mean of all frames). Abilities are tri
 that are prompted), `masks` (masks of the detector's own), `clicks` (a point as prompt; for trackers boxes),
 `everything` (the segmenter under detector=everything), `video` (ids that persist from frame to frame; trackers are made
 to predict that objects are present, since random weights may not).
-Licences of code are from the metadata of the Python distribution that has the model's class, those of weights from
+Licenses of code are from the metadata of the Python distribution that has the model's class, those of weights from
 `grounded_sam/weights/models.yaml`.
 
 With `--json`, rows are saved as they are measured, and a later run measures only those that are missing, failed, had
@@ -299,16 +299,16 @@ def find_modules(stage: Any) -> list[Any]:
     return list(modules.values())
 
 
-def code_licence(package: str) -> str:
-    """Return the licence in the metadata of a distribution, or the first words of its licence file."""
+def code_license(package: str) -> str:
+    """Return the license in the metadata of a distribution, or the first words of its license file."""
     installed = distribution(packages_distributions().get(package, [package])[0])
     metadata = installed.metadata
     classifiers = [c.rpartition(":: ")[2] for c in metadata.get_all("Classifier") or [] if c.startswith("License")]
-    licence = metadata.get("License-Expression") or metadata.get("License") or ", ".join(classifiers)
-    if not licence:
+    license_text = metadata.get("License-Expression") or metadata.get("License") or ", ".join(classifiers)
+    if not license_text:
         files = [f for f in installed.files or [] if f.name.upper().startswith(("LICENSE", "LICENCE"))]
-        licence = " ".join(files[0].read_text().split())[:40] if files else "?"
-    return "Apache-2.0" if re.match(r"apache\b.*\b2\.0\b", licence, re.I) else licence.splitlines()[0]
+        license_text = " ".join(files[0].read_text().split())[:40] if files else "?"
+    return "Apache-2.0" if re.match(r"apache\b.*\b2\.0\b", license_text, re.I) else license_text.splitlines()[0]
 
 
 def peak_mib() -> float:
@@ -328,7 +328,7 @@ def median_seconds(run: Callable[[], Any]) -> float:
 
 
 def cost(stage: Any, seconds: float) -> dict[str, Any]:
-    """Return the columns on size, speed, memory and licence."""
+    """Return the columns on size, speed, memory and license."""
     modules = find_modules(stage)
     parameters = {id(p): p.numel() for module in modules for p in module.parameters()}
     packages = dict.fromkeys(type(module).__module__.partition(".")[0] for module in modules or [stage])
@@ -336,7 +336,7 @@ def cost(stage: Any, seconds: float) -> dict[str, Any]:
         "seconds": seconds,
         "mib": peak_mib(),
         "parameters": sum(parameters.values()) / 1e6,
-        "code": ", ".join(dict.fromkeys(code_licence(package) for package in packages)),
+        "code": ", ".join(dict.fromkeys(code_license(package) for package in packages)),
     }
 
 
@@ -496,17 +496,17 @@ def describe_conditions(threads: int) -> str:
     return f"{today}, {machine}, {threads} threads, Python {platform.python_version()}, {', '.join(packages)}"
 
 
-def weights_licence(hub_ids: list[str]) -> str:
+def weights_license(hub_ids: list[str]) -> str:
     """Return what `grounded_sam/weights/models.yaml` says about repositories on the hub."""
     import yaml
 
     path = Path(__file__).parents[1] / "grounded_sam" / "weights" / "models.yaml"
     models = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
-    licences = []
+    licenses = []
     for hub_id in hub_ids:
         entry = models.get(hub_id) or {}
-        licences.append(str(entry.get("licence") or "?") + (", gated" if entry.get("gated") else ""))
-    return "; ".join(dict.fromkeys(licences))
+        licenses.append(str(entry.get("license") or "?") + (", gated" if entry.get("gated") else ""))
+    return "; ".join(dict.fromkeys(licenses))
 
 
 def format_seconds(seconds: float) -> str:
@@ -515,7 +515,7 @@ def format_seconds(seconds: float) -> str:
 
 ABILITIES = ["text", "masks", "clicks", "everything", "video"]
 COLUMNS = ["stage", "choice", "weights", "parameters", "seconds", "peak MiB", *ABILITIES]
-COLUMNS += ["licence of code", "of weights", "measured with"]
+COLUMNS += ["license of code", "of weights", "measured with"]
 
 
 def format_table(rows: dict[str, dict[str, Any]]) -> str:
@@ -536,12 +536,12 @@ def format_row(name: str, row: dict[str, Any]) -> list[str]:
     cells = [group, f"`{choice}`", ", ".join(hub_ids)]
     if "failed" in row:
         cells += [""] * (len(COLUMNS) - len(cells) - 2)
-        return [*cells, weights_licence(hub_ids), f"failed: {row['failed']}".replace("|", "\\|")]
+        return [*cells, weights_license(hub_ids), f"failed: {row['failed']}".replace("|", "\\|")]
     cells.append(f"{row['parameters']:,.{0 if row['parameters'] >= 10 else 1}f} M" if row["parameters"] else "")
     cells += [format_seconds(row["seconds"]), f"{row['mib']:,.0f}"]
     cells += [{True: "yes", False: "no", None: ""}[row.get(key)] for key in ABILITIES]
     conditions = "; ".join([row["weights"], *([row["note"]] if "note" in row else [])])
-    return [*cells, row["code"], weights_licence(hub_ids), conditions]
+    return [*cells, row["code"], weights_license(hub_ids), conditions]
 
 
 def replace_table(readme: Path, text: str) -> None:

@@ -218,7 +218,9 @@ def test_a_class_without_labels_is_refused_with_the_classes_of_both(ground_truth
 
 def test_images_without_labels_are_refused_with_the_names_of_both(ground_truth, tmp_path):
     with (
-        pytest.raises(ConfigError, match=r"no labels for 1 image in .*; it has labels for deep/x.png.*the run processed y.png"),
+        pytest.raises(
+            ConfigError, match=r"no labels for 1 image in .*; it has labels for deep/x.png.*the run processed y.png"
+        ),
         metrics_sink(tmp_path, CLASSES, ground_truth) as sink,
     ):
         sink.write(make_result("y.png"))

@@ -242,7 +242,7 @@ def test_list_works_with_and_without_the_network(run, hub):
     ]
     needed = sum(len(CHECKPOINT[name]) for name in NEEDED)
     assert [row["size"] for row in rows] == [needed, needed, 5 * 999]
-    assert [row["licence"] for row in rows] == ["bsd-3-clause", "own", None]
+    assert [row["license"] for row in rows] == ["bsd-3-clause", "own", None]
     assert [row["gated"] for row in rows] == [False, True, False]
     assert [row["cached"] for row in rows] == ["no"] * 3
     table = run("list", *overrides).stdout
@@ -258,8 +258,8 @@ def test_list_works_with_and_without_the_network(run, hub):
         assert time.monotonic() - started < 15
         assert "the hub was not contacted" in only_error(out)
         sam3, other = json.loads(out.stdout)  # sam3 needs no segmenter
-        assert (sam3["licence"], sam3["gated"], sam3["size"], sam3["cached"]) == ("SAM License", True, None, "no")
-        assert (other["licence"], other["gated"], other["size"]) == (None, None, None)
+        assert (sam3["license"], sam3["gated"], sam3["size"], sam3["cached"]) == ("SAM License", True, None, "no")
+        assert (other["license"], other["gated"], other["size"]) == (None, None, None)
     assert not hub.fetched
 
 
@@ -273,7 +273,7 @@ def test_list_shows_all_choices_including_those_of_the_user(run, tmp_path):
     assert ("tracker", "sam2") in rows and ("segmenter", "sam") in rows
     assert "detector=wrong: " in out.stderr
     assert "repository facebook/sam3 not found" in out.stderr  # the local hub does not have it
-    assert rows["detector", "sam3"]["licence"] == "SAM License"
+    assert rows["detector", "sam3"]["license"] == "SAM License"
     text = run("path", "detector=mine", "--config-dir", "own's", *OVERRIDES, code=1)
     assert "download with: grounded-sam-models fetch '--config-dir=own'\"'\"'s' detector=mine" in only_error(text)
 
@@ -367,7 +367,7 @@ def test_gated_and_missing_models_do_not_stop_the_others(run, hub, cache):
     )
     out = run("fetch", *overrides, OVERRIDES[1], code=1)
     gated, missing = out.stderr.splitlines()
-    assert gated.startswith("grounded-sam-models: detector=owlv2: acme/gated is gated: accept its licence at ")
+    assert gated.startswith("grounded-sam-models: detector=owlv2: acme/gated is gated: accept its license at ")
     assert "https://huggingface.co/acme/gated" in gated and "`hf auth login`" in gated and "HF_TOKEN" in gated
     assert missing.startswith(
         "grounded-sam-models: tracker=sam2_hf: repository acme/nothing not found; if it is private"

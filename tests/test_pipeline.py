@@ -136,8 +136,8 @@ def test_the_embedded_models_find_most_shapes(shapes, scenes):
         names = list(dict.fromkeys(f"{c} {s}" for c, s in scene.pairs))
         detections = shapes.segment(scene.image, names)
         assert detections.mask.shape == (len(detections), *scene.image.shape[:2])
-        for (colour, shape), truth in zip(scene.pairs, scene.masks, strict=True):
-            named = detections[detections.data["class_name"] == f"{colour} {shape}"]
+        for (color, shape), truth in zip(scene.pairs, scene.masks, strict=True):
+            named = detections[detections.data["class_name"] == f"{color} {shape}"]
             right += any((m & truth).sum() / (m | truth).sum() > 0.6 for m in named.mask)
     assert right >= 0.6 * sum(len(scene.pairs) for scene in scenes)
 

@@ -21,7 +21,7 @@ EXAMPLES = {
 
 
 def test_the_readme_has_examples_and_their_files():
-    assert {"bright.py", "my_conf/detector/bright.yaml"} == set(FILES)
+    assert {"brightest.py", "my_conf/detector/brightest.yaml"} == set(FILES)
     assert all(EXAMPLES.values())
 
 

@@ -424,7 +424,7 @@ def test_an_interrupted_video_is_processed_again(tmp_path):
 
 
 def label_command(folder: Path, output: Path, *overrides: str) -> list[str]:
-    """Return the labelling command with a slow detector."""
+    """Return the labeling command with a slow detector."""
     conf = folder.parent / "conf" / "detector"
     conf.mkdir(parents=True, exist_ok=True)
     (conf / "slow.yaml").write_text("_target_: fakes.Halves\ndelay: 0.01\n")

@@ -1,4 +1,4 @@
-"""Sweeps: models run once, every job equals a run of its own, and a report sums up."""
+"""Sweeps: models run once, every job gives what it would give alone, and a report sums up."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from PIL import Image
 from grounded_sam import ConfigError, Select, Vocabulary
 from grounded_sam.cli.report import write_report
 from grounded_sam.config.compose import compose
-from grounded_sam.pipeline.prediction_cache import PredictionCache, SweepFloor
+from grounded_sam.pipeline.prediction_cache import LoosestSelection, PredictionCache
 from grounded_sam.pipeline.select import select_detections
 from grounded_sam.sinks.coco import CocoSink
 from grounded_sam.structures.masks import pack_masks
@@ -195,10 +195,10 @@ def test_predefined_sweeps_set_the_sweeper_parameters(name, labeled, tmp_path):
         (["select.class_score.a=0.5,0.05", "select.score=0.3"], (True, 0.05, "own", True)),
     ],
 )
-def test_the_floor_of_a_sweep_is_read_from_its_overrides(tmp_path, overrides, expected):
-    SweepFloor.from_overrides(overrides).write(tmp_path)
-    floor = SweepFloor.read(tmp_path)
-    assert (floor.results, floor.score, floor.nms, floor.by_class) == expected
+def test_the_loosest_selection_of_a_sweep_is_read_from_its_overrides(tmp_path, overrides, expected):
+    LoosestSelection.from_overrides(overrides).write(tmp_path)
+    loosest = LoosestSelection.read(tmp_path)
+    assert (loosest.results, loosest.score, loosest.nms, loosest.by_class) == expected
 
 
 BOXES = st.lists(
@@ -225,7 +225,7 @@ BOXES = st.lists(
     st.sampled_from([1, 3, None]),
     st.sampled_from([None, {"a": 0.2}, {"a": 0.6, "b": 0.1}]),
 )
-def test_selecting_from_the_shared_floor_equals_selecting_directly(
+def test_selecting_from_shared_detections_equals_selecting_directly(
     entries, score, nms, class_agnostic, top_k, class_score
 ):
     detections = boxes(*((x, y, x + w, y + h, s, c) for x, y, w, h, s, c in entries))
@@ -234,8 +234,8 @@ def test_selecting_from_the_shared_floor_equals_selecting_directly(
         if isinstance(swept_nms, list) and nms is None:
             continue  # not a job of that sweep
         cache = object.__new__(PredictionCache)
-        cache.floors = SweepFloor(score=0.05, nms=swept_nms).selections(settings, CLASSES)
-        shared = cache.select_floor(detections, CLASSES)
+        cache.selections = LoosestSelection(score=0.05, nms=swept_nms).selections(settings, CLASSES)
+        shared = cache.keep_selectable(detections, CLASSES)
         assert select_detections(shared, settings, CLASSES) == select_detections(detections, settings, CLASSES)
         assert select_detections(pack_masks(shared), settings, CLASSES) == select_detections(
             pack_masks(detections), settings, CLASSES

@@ -158,7 +158,7 @@ def test_a_track_that_jumps_is_hidden_until_it_is_confirmed():
     tracks.remember(tracked(masks))
     assert len(tracks.update(tracked({1: square(6, 5)})).visible) == 1
     update = tracks.update(tracked({1: square(40, 20)}))
-    visible_now, ended, jumped = update.visible, update.ended, update.drifted
+    visible_now, ended, jumped = update.visible, update.ended, update.jumped
     assert not len(visible_now) and not ended and jumped == [1]
     assert not len(tracks.update(tracked({1: square(41, 20)})).visible)
     match = tracks.match(visible_now, detected((square(8, 5), 0.7, 0)), tracked({1: square(41, 20)}))
@@ -168,8 +168,8 @@ def test_a_track_that_jumps_is_hidden_until_it_is_confirmed():
 def test_a_click_shows_a_hidden_track_again():
     tracks = TrackManager(TrackSettings(min_step_iou=0.5))
     tracks.remember(tracked(start(tracks, (square(5, 5), 0.6, 0))))
-    assert tracks.update(tracked({1: square(40, 20)})).drifted == [1]
-    tracks.start(1, 0, 1.0)
+    assert tracks.update(tracked({1: square(40, 20)})).jumped == [1]
+    tracks.start_or_confirm(1, 0, 1.0)
     tracks.remember(tracked({1: square(8, 5)}))
     assert len(tracks.update(tracked({1: square(8, 5)})).visible) == 1
 
@@ -247,9 +247,9 @@ def test_an_id_is_one_object_and_is_never_reused(keyframes, class_agnostic, data
         assert len(tracks.live) <= 4
         given_ids += new
         masks = masks | dict(zip(new, match.new.mask, strict=True))
-        labelled = tracks.label(tracked(masks), CLASSES)
-        assert sorted(labelled.tracker_id.tolist()) == sorted(masks)
-        assert all((labelled.confidence >= 0) & (labelled.confidence <= 1))
+        labeled = tracks.label(tracked(masks), CLASSES)
+        assert sorted(labeled.tracker_id.tolist()) == sorted(masks)
+        assert all((labeled.confidence >= 0) & (labeled.confidence <= 1))
 
 
 @pytest.mark.parametrize(

@@ -80,7 +80,7 @@ def test_the_official_command_of_davis_gives_the_same_numbers(data, reference, t
 
 @pytest.fixture(scope="session")
 def shifted(data, tmp_path_factory):
-    """Write every fourth labelled frame of SA-V's example, and results that are its masks shifted."""
+    """Write every fourth labeled frame of SA-V's example, and results that are its masks shifted."""
     folder = tmp_path_factory.mktemp("sav")
     content = json.loads((data / "eval_vos" / "sav_000001_manual.json").read_text())
     rows = content["masklet"][::4]
@@ -256,7 +256,9 @@ def test_videos_that_cannot_be_measured_are_refused(tmp_path, data):
     )
     nothing = make_detections([], [], [], CLASSES, (480, 854))
     with (
-        pytest.raises(ConfigError, match=r"no frame has labels in .*blackswan.*the run processed other.mp4.*source=video"),
+        pytest.raises(
+            ConfigError, match=r"no frame has labels in .*blackswan.*the run processed other.mp4.*source=video"
+        ),
         metrics_sink(tmp_path, CLASSES, ground_truth) as sink,
     ):
         sink.write(FrameResult(frame=frame, detections=nothing))

@@ -22,7 +22,7 @@ class ModelOptions:
         export_dir: Folder for the exported backbone; None exports it again in every run.
 
     Raises:
-        ConfigError: If a value is not allowed, naming the key.
+        ConfigError: If a value is not allowed; the message names the key.
     """
 
     #: Config group, for messages.

@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 #: Whether to show tracebacks. `main` sets HYDRA_FULL_ERROR itself, and the workers of a sweep inherit that.
 DEBUG = os.environ.get("GROUNDED_SAM_DEBUG", os.environ.get("HYDRA_FULL_ERROR")) == "1"
 
-#: Stages of the previous job, for sweeps whose jobs run in one process.
-_stages: dict[str, tuple[Any, Any]] = {}
+#: Detector and segmenter of the previous job, each with its settings, by config group. In a sweep whose jobs run in one
+#: process, the next job takes over those whose settings are the same; see `config.build.build`.
+_reusable_stages: dict[str, tuple[Any, Any]] = {}
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -75,7 +76,7 @@ def _process(
     from grounded_sam.structures.protocols import HasVocabulary
 
     source = build_source(cfg)
-    pipeline = build(cfg, None if sweep is None else _stages)
+    pipeline = build(cfg, None if sweep is None else _reusable_stages)
     if pipeline.vocabulary is None and isinstance(source, HasVocabulary):
         pipeline.vocabulary = source.vocabulary
     request = pipeline.request()

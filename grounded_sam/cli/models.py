@@ -42,13 +42,13 @@ Overrides are those of `grounded-sam`; everything else is as in the config. `lis
 """
 COMMANDS_HELP = """\
 list    stage, choice, repository on the Hugging Face hub (and the file in it, if only one is loaded), download size,
-        licence, whether it is gated, and how much of it is in the hub's cache. `unknown` is what neither the hub nor
+        license, whether it is gated, and how much of it is in the hub's cache. `unknown` is what neither the hub nor
         the package knows
 fetch   download to the hub's cache what is missing, only files that are loaded, and compare each file with the digest
         that the cache keeps of it; damaged files are downloaded again. Run it again to verify the cache
 path    the folder or file of each, from the cache alone; exit code 1 if one is missing
 
-Gated models need an account with access: accept the licence on the model's page, then run `hf auth login` or set
+Gated models need an account with access: accept the license on the model's page, then run `hf auth login` or set
 HF_TOKEN. HF_HOME sets the folder of the cache, HF_ENDPOINT another hub, and HF_HUB_OFFLINE=1 disables the network.
 """
 
@@ -65,7 +65,7 @@ class WeightsRow:
         repo: Repository on the hub.
         file: File in it.
         size: Bytes to download.
-        licence: Licence.
+        license: License.
         gated: Whether access has to be requested.
         cached: `whole`, `part` or `no`.
         cached_size: Bytes in the cache.
@@ -79,7 +79,7 @@ class WeightsRow:
     repo: str | None
     file: str | None
     size: int | None
-    licence: str | None
+    license: str | None
     gated: bool | None
     cached: str | None
     cached_size: int | None
@@ -114,17 +114,17 @@ def _row(spec: WeightsSpec, info: Any, known: dict[str, Any]) -> WeightsRow:
     common = (spec.stage, spec.choice, spec.key, spec.checkpoint, spec.repo, spec.file)
     if spec.repo is None:
         assert spec.path is not None
-        licence = "apache-2.0" if spec.path.is_relative_to(BUILTIN_DIR) else None
-        return WeightsRow(*common, 0, licence, False, None, None, str(spec.path))
+        license_name = "apache-2.0" if spec.path.is_relative_to(BUILTIN_DIR) else None
+        return WeightsRow(*common, 0, license_name, False, None, None, str(spec.path))
     status = cache_status(spec.repo, spec.file, info)
     card = (info.card_data if info is not None else None) or {}
-    licence = card.get("license")
-    licence = card.get("license_name") or licence if licence == "other" else licence
+    license_name = card.get("license")
+    license_name = card.get("license_name") or license_name if license_name == "other" else license_name
     gated = known.get("gated") if info is None or info.gated is None else bool(info.gated)
     cached = "whole" if status.is_complete else "part" if status.cached_bytes else "no"
     path = str(status.path(spec.file)) if status.is_complete else None
-    licence = licence or known.get("licence")
-    return WeightsRow(*common, status.size, licence, gated, cached, status.cached_bytes, path)
+    license_name = license_name or known.get("license")
+    return WeightsRow(*common, status.size, license_name, gated, cached, status.cached_bytes, path)
 
 
 def print_table(rows: Sequence[WeightsRow]) -> None:
@@ -137,7 +137,7 @@ def print_table(rows: Sequence[WeightsRow]) -> None:
         return "unknown" if value is None else {True: "yes", False: "no"}.get(value, str(value))
 
     table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("stage", "choice", "weights", "download", "licence", "gated", "in the cache"):
+    for column in ("stage", "choice", "weights", "download", "license", "gated", "in the cache"):
         table.add_column(column, overflow="fold", justify="right" if column == "download" else "left")
     for row in rows:
         inner = row.key.removeprefix(row.stage).lstrip(".")
@@ -145,12 +145,12 @@ def print_table(rows: Sequence[WeightsRow]) -> None:
         if row.repo is None:
             is_builtin = Path(row.path or "").is_relative_to(BUILTIN_DIR)
             location = "part of the package" if is_builtin else f"local: {row.path}"
-            table.add_row(row.stage, choice, row.checkpoint, "nothing", text(row.licence), "no", location)
+            table.add_row(row.stage, choice, row.checkpoint, "nothing", text(row.license), "no", location)
             continue
         size = "unknown" if row.size is None else decimal(row.size)
         cached = {"whole": "yes", "no": "no"}.get(str(row.cached), f"{decimal(row.cached_size or 0)} of {size}")
         name = row.repo + (f"\n{row.file}" if row.file else "")
-        table.add_row(row.stage, choice, name, size, text(row.licence), text(row.gated), cached)
+        table.add_row(row.stage, choice, name, size, text(row.license), text(row.gated), cached)
     console = Console(markup=False, highlight=False)
     if not console.is_terminal:
         console = Console(markup=False, highlight=False, width=200)  # so that scripts get whole lines

@@ -1,4 +1,7 @@
-"""Report of a sweep: a sorted table, a plot, and the best settings as a preset."""
+"""Report of a sweep: a sorted table, a plot, and the best settings as a preset.
+
+The report of labels is the sink in `sinks.report`.
+"""
 
 from __future__ import annotations
 
@@ -370,7 +373,7 @@ class SweepReport(Callback):
 
     def on_multirun_start(self, config: Any, **_: Any) -> None:
         """Remove the records of an earlier sweep, and write what the jobs of this one may select."""
-        from grounded_sam.pipeline.prediction_cache import FOLDER, SweepFloor
+        from grounded_sam.pipeline.prediction_cache import FOLDER, LoosestSelection
 
         sweep = Path(config.hydra.sweep.dir)
         shutil.rmtree(sweep / FOLDER, ignore_errors=True)
@@ -379,7 +382,7 @@ class SweepReport(Callback):
                 (folder / name).unlink(missing_ok=True)
         space = config.hydra.sweeper.get("params") or {}
         overrides = [*config.hydra.overrides.task, *(f"{key}={value}" for key, value in space.items())]
-        SweepFloor.from_overrides(overrides).write(sweep)
+        LoosestSelection.from_overrides(overrides).write(sweep)
 
     def on_multirun_end(self, config: Any, **_: Any) -> None:
         """Write and print the report, if there is something to report; exit with an error if jobs failed."""

@@ -258,7 +258,7 @@ def share_predictions(cfg: DictConfig, pipeline: Pipeline, vocabulary: Vocabular
     """
     from grounded_sam.detectors.stored import StoredDetector
     from grounded_sam.pipeline.images import DetectThenSegment
-    from grounded_sam.pipeline.prediction_cache import CachedStages, PredictionCache, SweepFloor
+    from grounded_sam.pipeline.prediction_cache import CachedStages, LoosestSelection, PredictionCache
 
     stages = pipeline.stages
     assert isinstance(stages, DetectThenSegment)
@@ -267,12 +267,12 @@ def share_predictions(cfg: DictConfig, pipeline: Pipeline, vocabulary: Vocabular
         return
     if stages.tiles.size is not None or stages.refine.changes:  # what is selected depends on more than thresholds
         return
-    floor, plain = SweepFloor.read(sweep), to_plain(cfg)
+    loosest, plain = LoosestSelection.read(sweep), to_plain(cfg)
     settings = {"detector": plain["detector"], "max_side": plain["source"].get("max_side")}
     boxes = results = None
-    if floor.boxes and pipeline.segmenter is not None:
+    if loosest.boxes and pipeline.segmenter is not None:
         boxes = PredictionCache(sweep, vocabulary, {**settings, "segmenter": None}, pipeline.select)
-    if floor.results:
+    if loosest.results:
         settings["segmenter"] = plain["segmenter"]
         results = PredictionCache(sweep, vocabulary, settings, pipeline.select)
     if boxes is not None or results is not None:

@@ -213,7 +213,7 @@ def read_exemplars(entries: str | Sequence[Mapping[str, Any]] | None) -> list[tu
         Boxes, each with 1 for an example or 0 for a counterexample.
 
     Raises:
-        ConfigError: If the file cannot be read, or an entry is malformed, naming it.
+        ConfigError: If the file cannot be read, or an entry is malformed; the message names it.
 
     >>> read_exemplars([{"class": "cup", "box": [0, 0, 5, 5], "negative": True}])[0][1]
     0

@@ -48,8 +48,8 @@ class CocoEvaluator:
 
     def __init__(self, ground_truth: CocoFile, vocabulary: Vocabulary) -> None:
         self.ground_truth, self.vocabulary = ground_truth, vocabulary
-        labelled = ground_truth.vocabulary
-        id_of = dict(zip(labelled.classes, labelled.category_ids, strict=True))
+        labeled = ground_truth.vocabulary
+        id_of = dict(zip(labeled.classes, labeled.category_ids, strict=True))
         self.category_ids = [id_of[name] for name in vocabulary.classes]
         self._image_ids: list[Any] = []
         self._results: list[dict[str, Any]] = []

@@ -68,7 +68,7 @@ class ImageMetrics:
         self.output, self.vocabulary, self.ground_truth = Path(output), vocabulary, ground_truth
         self.iou, self.metric, self.precision = iou, metric, precision
         self.values: dict[str, Any] = {}
-        self._images = _LabelledImages(ground_truth)
+        self._images = _LabeledImages(ground_truth)
         self._measured: dict[Any, str] = {}  # by image id of the labels, the name of the frame
         self._without_labels: list[str] = []
         self._coco = CocoEvaluator(ground_truth, vocabulary)
@@ -100,7 +100,7 @@ class ImageMetrics:
                 f"{self.ground_truth.path}; its file names do not distinguish them"
             )
         self._coco.add(image, detections)
-        missed, false = self._matcher.add(frame.name, detections, self.ground_truth.packed(image))
+        missed, false = self._matcher.add(frame.name, detections, self.ground_truth.packed_labels(image))
         self._worst.offer(result, missed, false)
 
     def __exit__(
@@ -108,10 +108,10 @@ class ImageMetrics:
     ) -> None:
         if not len(self._coco):
             if kind is None and self._without_labels:
-                labelled = ", ".join(image["file_name"] for image in self.ground_truth.images[:3])
+                labeled = ", ".join(image["file_name"] for image in self.ground_truth.images[:3])
                 raise ConfigError(
                     f"no labels for {count_of(len(self._without_labels), 'image')} in {self.ground_truth.path}; "
-                    f"it has labels for {labelled}, ...; the run processed {', '.join(self._without_labels[:3])}, ..."
+                    f"it has labels for {labeled}, ...; the run processed {', '.join(self._without_labels[:3])}, ..."
                 )
             return
         thresholds = self._matcher.best_thresholds(self.precision)
@@ -144,7 +144,7 @@ class ImageMetrics:
         with atomic_write(self.output / "metrics.json") as part:
             part.write_text(json.dumps(self.values, ensure_ascii=False, indent=1), encoding="utf-8")
         goal = "the highest F1" if self.precision is None else f"a precision of at least {self.precision:g}"
-        comment = f"Lowest confidence of each class for {goal}, on {count_of(len(self._coco), 'labelled image')}."
+        comment = f"Lowest confidence of each class for {goal}, on {count_of(len(self._coco), 'labeled image')}."
         write_ontology(self.output / "classes.yaml", self.vocabulary, thresholds, comment)
         self._worst.write(self.output / "errors")
 
@@ -192,8 +192,8 @@ class ImageMetrics:
         return [name, *(f"{number:.3f}" for number in numbers), str(counts["matched"] + counts["missed"])]
 
 
-class _LabelledImages:
-    """Find the labelled image of a frame.
+class _LabeledImages:
+    """Find the labeled image of a frame.
 
     Args:
         ground_truth: Labels.

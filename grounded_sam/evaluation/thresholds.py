@@ -1,4 +1,4 @@
-"""Find the best score threshold of each class, from one run on labelled images."""
+"""Find the best score threshold of each class, from one run on labeled images."""
 
 from __future__ import annotations
 

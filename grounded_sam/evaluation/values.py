@@ -67,22 +67,22 @@ def _lookup(node: Any, parts: Sequence[str]) -> Any:
     return None
 
 
-def check_classes(requested: Vocabulary, labelled: Vocabulary, path: Path) -> None:
+def check_classes(requested: Vocabulary, labeled: Vocabulary, path: Path) -> None:
     """Check that the ground truth has all classes of a run.
 
     Args:
         requested: Classes of the run.
-        labelled: Classes of the ground truth.
+        labeled: Classes of the ground truth.
         path: File or folder of the ground truth, for messages.
 
     Raises:
         ConfigError: If it lacks one, with the classes of both.
     """
-    missing = [name for name in requested.classes if name not in labelled.classes]
+    missing = [name for name in requested.classes if name not in labeled.classes]
     if missing:
         raise ConfigError(
             f"{path} has no class {', '.join(map(repr, missing))}; its classes are "
-            f"{', '.join(map(repr, labelled.classes))}; the run requested {', '.join(map(repr, requested.classes))}"
+            f"{', '.join(map(repr, labeled.classes))}; the run requested {', '.join(map(repr, requested.classes))}"
         )
 
 

@@ -41,7 +41,7 @@ class VideoMetrics:
     without the first and last frame), `davis_all_frames` (unsupervised) and `sav`; see `VideoScores.by_object`. With
     trackeval installed, so are HOTA, MOTA, IDF1 and identity switches. Precision, recall and F1 are of masks frame by
     frame. Labels with classes are matched with tracks of the same class name; labels of classes that the run did not
-    request are left out. Frames without labels are not measured; labelled frames that were not processed are counted.
+    request are left out. Frames without labels are not measured; labeled frames that were not processed are counted.
 
     Args:
         output: Output folder of the run.
@@ -75,7 +75,7 @@ class VideoMetrics:
         self.iou, self.metric, self.objects = iou, metric, objects
         self.values: dict[str, Any] = {}
         self._scores: dict[str, VideoScores] = {}  # by video
-        self._remaining: dict[str, dict[FrameKey, None]] = {}  # by video, labelled frames not processed yet
+        self._remaining: dict[str, dict[FrameKey, None]] = {}  # by video, labeled frames not processed yet
         self._without_labels: list[str] = []
         self._counts = np.zeros(3, np.int64)  # matched, missed, false
         self._worst = WorstImages(errors)
@@ -259,9 +259,9 @@ class VideoMetrics:
         """Return what was not measured, for the summary."""
         notes = []
         if frames := sum(values["not_processed"] for values in self.values["by_video"].values()):
-            notes.append(f"not processed: {count_of(frames, 'labelled frame')}")
+            notes.append(f"not processed: {count_of(frames, 'labeled frame')}")
         if self.values["videos_not_processed"]:
-            notes.append(f"not processed: {count_of(len(self.values['videos_not_processed']), 'labelled video')}")
+            notes.append(f"not processed: {count_of(len(self.values['videos_not_processed']), 'labeled video')}")
         if self._without_labels:
             notes.append(f"{count_of(len(self._without_labels), 'video or image', 'videos or images')} without labels")
         if not self.values["tracking"]:

@@ -169,8 +169,8 @@ class CocoFile:
         """
         return unpack_masks(self._to_detections(image), (image["height"], image["width"]))
 
-    def packed(self, image: Mapping[str, Any]) -> sv.Detections:
-        """Convert as `detections` does, but with masks as RLE (see `structures.masks.pack_masks`); cached."""
+    def packed_labels(self, image: Mapping[str, Any]) -> sv.Detections:
+        """Convert the labels of an image as `detections` does, but with masks as RLE (see `pack_masks`); cached."""
         if image["id"] not in self._packed:
             self._packed[image["id"]] = self._to_detections(image)
         return self._packed[image["id"]]
@@ -328,7 +328,7 @@ def segmentation_box(segmentation: Any, size_hw: tuple[int, int]) -> list[float]
 def segmentation_problem(segmentation: Any, size_hw: tuple[int, int]) -> str | None:
     """Return why a COCO segmentation cannot be decoded; None if it can.
 
-    pycocotools does not check this itself, and would crash or read beyond the end of memory.
+    pycocotools does not check this itself, and would crash or read past the end of its buffer.
 
     Args:
         segmentation: What should be polygons or RLE.
@@ -386,7 +386,7 @@ def counts_problem(text: str, pixels: int) -> str | None:
 
 
 def annotation_from_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:
-    """Make the shape of a COCO annotation: `segmentation`, `bbox`, `area` and `iscrowd`.
+    """Make the geometry fields of a COCO annotation: `segmentation`, `bbox`, `area` and `iscrowd`.
 
     Args:
         mask: `(H, W) bool`.

@@ -2,7 +2,7 @@
 
 A store is a folder with
 
-`_run-*.json`    one per setting that wrote into it: settings, classes, versions; see `store_runs`
+`_run-*.json`    one for all runs with the same settings: settings, classes, versions; see `store_runs`
 `part-*.parquet` rows, written once and never changed; the name begins with the time of writing
 
 Rows of later parts replace those of earlier parts for the same image. Schema version 1; the kind of a row decides which
@@ -14,8 +14,8 @@ kind         string     `image` (an image or frame that was processed), `object`
 file         string     name relative to the input, with `/`; of frames `clip.mp4/000012`
 path         string     absolute path of the file; null for cameras and streams
 digest       string     SHA-256 of the file; of a folder of frames, that of their digests
-take         string     of frames and `video` rows: id of the pass through the video that they belong to
-fingerprint  string     of the settings that made the row, see `store_runs.fingerprint`
+take         string     of frames and `video` rows: id of the take, one pass through the video, that they belong to
+fingerprint  string     of the settings of the run that wrote the row, see `store_runs.fingerprint`
 video        string     name of the video that a frame belongs to
 frame        int64      frame number; of a `video` row, how many frames were stored
 time_s       float64    seconds from the start of the video
@@ -82,7 +82,7 @@ SCHEMA = pa.schema(
     ],
     metadata={"grounded_sam.schema": str(VERSION)},
 )
-#: Parts that a reader keeps in memory; the rows of shards interleave, so several are in use at a time.
+#: Number of parts that a reader keeps in memory; the rows of shards interleave, so several are in use at a time.
 MAX_CACHED_PARTS = 16
 
 
@@ -123,7 +123,7 @@ class _StoredImage:
 
 @dataclass
 class _VideoPass:
-    """One pass through a video; complete once it has a `video` row."""
+    """One pass through a video, a `take` in the part files; complete once it has a `video` row."""
 
     digest: str | None = None
     complete: bool = False
@@ -141,7 +141,7 @@ class StoreReader:
         root: Folder of the images, if they were moved; their names are relative to it.
 
     Raises:
-        ConfigError: If the store is of a later version, or a file of it is damaged, naming it.
+        ConfigError: If the store is of a later version, or one of its files is damaged; the message names it.
     """
 
     def __init__(self, folder: Path, max_pixels: int = MAX_PIXELS, root: str | None = None) -> None:
@@ -197,7 +197,10 @@ class StoreReader:
                     video_pass.frames[frame] = _RowIndex(number, row)
 
     def _reconcile_skipped(self, name: str, digest: str | None) -> None:
-        """Drop results of a file that was skipped after its content had changed; or the record, if it was repaired."""
+        """Drop the results of an image that was skipped after its content had changed.
+
+        Or drop the skip record of a video that was since processed with new content.
+        """
         for key in self._keys_by_name.get(name, ()):
             if key in self._images and digest is not None and self._images[key].digest != digest:
                 del self._images[key]
@@ -215,7 +218,7 @@ class StoreReader:
 
     @cached_property
     def skipped(self) -> dict[str, Skipped]:
-        """Files that could not be used, or not to their end, when they were last tried; by name."""
+        """Files that could not be used, or not completely, when they were last tried; by name."""
         return {name: skipped for name, (skipped, _) in self._skipped.items()}
 
     def lookup(

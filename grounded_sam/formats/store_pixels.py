@@ -14,7 +14,7 @@ from grounded_sam.media.images import read_image
 from grounded_sam.media.prefetch import prefetch
 from grounded_sam.media.video import VideoDecoder, downscale
 
-#: Frames that are decoded ahead.
+#: Number of frames that are decoded ahead.
 AHEAD = 4
 
 
@@ -82,7 +82,7 @@ class StoredPixels:
             ImageError: If the file is missing or damaged, or the image has another size now.
         """
         if self.path is None:
-            raise ImageError(f"{self.name}: its pixels cannot be read again, it came from a camera or a stream")
+            raise ImageError(f"{self.name}: its pixels cannot be read again, because it came from a camera or a stream")
         if self.video is not None and self.index is not None and is_video_file(self.path):
             return self.video.read(self.path, self.index, self.size_hw)
         image = read_image(self.path, self.max_pixels)

@@ -1,6 +1,6 @@
-"""Which settings and classes wrote into a store, and the fingerprint by which a run recognizes its own.
+"""The settings and classes of the runs that wrote into a store, and their fingerprint.
 
-Every setting that wrote into a store has a file `_run-*.json` in it.
+Runs with the same settings and classes have the same fingerprint, and share one file `_run-*.json` in the store.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def package_version(name: str) -> str:
 
 
 def read_runs(folder: Path) -> list[StoreRun]:
-    """Read the settings that wrote into a store, oldest first, under the names of the current version.
+    """Read the settings of the runs that wrote into a store, oldest first, under the names of the current version.
 
     Raises:
         ConfigError: If a run file is damaged, or the store is of a later version.
@@ -190,7 +190,9 @@ def read_runs(folder: Path) -> list[StoreRun]:
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if (schema := content["schema"]) > VERSION:
-                raise ConfigError(f"{folder} has schema version {schema}, this grounded_sam reads up to {VERSION}")
+                raise ConfigError(
+                    f"{folder} has schema version {schema}; this version of grounded_sam reads up to {VERSION}"
+                )
             run = StoreRun(
                 settings=migrate_settings(content["settings"]),
                 classes=migrate_vocabulary(content["vocabulary"]),

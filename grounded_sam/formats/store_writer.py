@@ -34,13 +34,13 @@ class StoreWriter:
         folder: Folder of the store; created with the first part.
         vocabulary: Classes of the run.
         settings: All settings that decide the results; see `store_runs.fingerprint`.
-        part_images: Images per part.
+        part_images: Number of images per part.
         part_seconds: Age in seconds at which a part is written even if it has fewer.
-        resume: `same` refuses a store that other settings made; `extend` adds to it.
+        resume: `same` refuses a store that was made with other settings; `extend` adds to it.
 
     Attributes:
-        images: Images and frames written so far.
-        objects: Detections written so far.
+        images: Number of images and frames written so far.
+        objects: Number of detections written so far.
 
     Raises:
         ConfigError: If the store was made with other settings, or is damaged.

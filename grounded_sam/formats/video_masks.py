@@ -40,12 +40,12 @@ def frame_key(name: str) -> FrameKey:
 
 @dataclass(frozen=True, kw_only=True)
 class LabelledVideo:
-    """The labelled frames of one video.
+    """The labeled frames of one video.
 
     Attributes:
         name: Name of the video.
         size_hw: Height and width in pixels.
-        frames: Keys of the labelled frames, in order; see `frame_key`.
+        frames: Keys of the labeled frames, in order; see `frame_key`.
         read: Returns the masks `(H, W) bool` of a frame by object id, without empty ones.
         classes: Class name by object id; None if the labels have no classes.
         frame_names: Names of frames by key, without suffix; None if the labels have no names.
@@ -60,7 +60,7 @@ class LabelledVideo:
 
 
 class LabelledVideos:
-    """Labelled videos by name. Masks are decoded when they are read.
+    """Labeled videos by name. Masks are decoded when they are read.
 
     Formats:
 
@@ -81,7 +81,7 @@ class LabelledVideos:
         vocabulary: The categories of YouTube-VIS; None if objects have no class.
 
     Raises:
-        ConfigError: If it is in none of these formats, or damaged, naming the file.
+        ConfigError: If it is in none of these formats, or damaged; the message names the file.
     """
 
     def __init__(self, path: Path, content: Any = None) -> None:

@@ -26,7 +26,7 @@ def read_voc(folder: Path) -> dict[str, Any]:
         The labels as the content of a COCO file.
 
     Raises:
-        ConfigError: If an XML file or a mask cannot be read, naming it.
+        ConfigError: If an XML file or a mask cannot be read; the message names it.
     """
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []

@@ -31,7 +31,7 @@ def read_yolo(data_yaml: Path) -> dict[str, Any]:
         The labels as the content of a COCO file.
 
     Raises:
-        ConfigError: If `data.yaml`, an image or a label cannot be read, naming it.
+        ConfigError: If `data.yaml`, an image or a label cannot be read; the message names it.
     """
     try:
         config = yaml.safe_load(data_yaml.read_text(encoding="utf-8"))

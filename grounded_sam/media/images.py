@@ -45,8 +45,8 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> ND
     """Read an image file as upright RGB, `(H, W, 3) uint8`.
 
     EXIF orientation is applied. Transparent images are composited over white. Of animations and multi-image files the
-    first image is read. Grayscale of more than 8 bits is scaled by the smallest of 10, 12, 14 and 16 bits that holds
-    its brightest pixel.
+    first image is read. Grayscale of more than 8 bits is taken to have the smallest bit depth of 10, 12, 14 and 16 that
+    holds its brightest pixel.
 
     Args:
         path: The file.

@@ -60,7 +60,7 @@ class _Undecoded:
     """A frame that is decoded only if it is wanted.
 
     Attributes:
-        decode: Returns the image; None if it cannot be used, which has been reported.
+        decode: Returns the image; reports the problem and returns None if it cannot be used.
     """
 
     index: int

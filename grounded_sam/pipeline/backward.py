@@ -20,7 +20,8 @@ from grounded_sam.structures.protocols import Tracker
 from grounded_sam.structures.results import FrameResult
 from grounded_sam.structures.vocabulary import Vocabulary
 
-#: Frames unseen after which an object is taken to have appeared; short, since no detection confirms it there.
+#: Consecutive misses that backward tracking of an object tolerates. At the next one it stops: the object is assumed to
+#: enter the scene there. The number is small, since no detection confirms the object in those frames.
 MAX_MISSED = 3
 
 
@@ -85,7 +86,7 @@ class _BufferedFrame:
 
 
 def _objects(detections: sv.Detections) -> list[_Object]:
-    """Convert the labelled detections of a frame."""
+    """Convert the labeled detections of a frame."""
     assert detections.class_id is not None and detections.confidence is not None
     return [
         _Object.from_row(detections, i, int(detections.class_id[i]), float(detections.confidence[i]))

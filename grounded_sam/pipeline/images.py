@@ -55,7 +55,7 @@ class ImageStages(Protocol):
 
     @property
     def batch_size(self) -> int:
-        """Frames that the detector takes at once."""
+        """Number of frames per detector call."""
 
     def detect(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
         """Return the boxes of each frame, before selection."""
@@ -63,14 +63,14 @@ class ImageStages(Protocol):
     def segment(
         self, frame: Frame, boxes: sv.Detections, vocabulary: Vocabulary, segmenter: Segmenter | None
     ) -> sv.Detections:
-        """Select boxes, add masks, and select again. This is where a box becomes a mask."""
+        """Select boxes, add masks, and select again."""
 
 
 class DetectThenSegment:
     """Run the detector and the segmenter, with selection before and after masks.
 
     Args:
-        detector: Detector; None for runs that have only videos and a tracker that needs none.
+        detector: Detector; None for video-only runs whose tracker needs no detector.
         segmenter: Segmenter; None for boxes alone.
         select: Which detections to keep.
         tiles: How large images are tiled for the detector.
@@ -92,7 +92,7 @@ class DetectThenSegment:
 
     @property
     def batch_size(self) -> int:
-        """Frames that the detector takes at once."""
+        """Number of frames per detector call."""
         return self.detector.batch_size if isinstance(self.detector, BatchDetector) else 1
 
     def detect(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
@@ -143,7 +143,10 @@ class DetectThenSegment:
     def add_masks(
         self, frame: Frame, boxes: sv.Detections, vocabulary: Vocabulary, segmenter: Segmenter | None
     ) -> sv.Detections:
-        """Segment detections that have no masks yet and refine them, without selecting."""
+        """Segment detections that have no masks yet and refine them, without selecting.
+
+        This is where a box becomes a mask, in images and at the keyframes of videos.
+        """
         if segmenter is None or boxes.mask is not None:
             return boxes
         with self.timer("segment"):
@@ -186,7 +189,7 @@ def _detect_batch(
     stages: ImageStages,
     on_skipped: Callable[[Skipped], None] | None,
 ) -> Iterator[tuple[Frame, sv.Detections]]:
-    """Yield frames with their boxes; a batch that is refused is repeated frame by frame, to find the culprit."""
+    """Yield frames with their boxes; a batch that is refused is retried frame by frame, to find the culprit."""
     try:
         detected = stages.detect(batch, vocabulary)
     except ImageError as error:

@@ -24,8 +24,9 @@ class Track:
         tracker_id: Id of the object.
         votes: By class id, how often keyframes gave that class, and the sum of their confidences.
         class_id: Class with the highest sum of confidences; -1 before the first vote.
-        lost: Frames in a row in which the object was not visible.
-        hidden: Whether the track was found to be on another object; it is not shown until a detection confirms it.
+        lost: Number of frames in a row in which the track was not visible.
+        hidden: Whether the track jumped, drifted or duplicates another (see `tracks.TrackManager`), so that it is not
+            shown until a detection or a click confirms it.
         box: Last visible box, `(4,) float32`.
         mask: Last visible mask, `(H, W) bool`, kept where `min_step_iou` is set.
         companions: Tracks of other classes that were on the same object when the track was last confirmed.
@@ -41,7 +42,7 @@ class Track:
     companions: set[int] = field(default_factory=set)
 
     def vote(self, class_id: int, confidence: float) -> None:
-        """Count the class of a keyframe; a class holds until another has a higher sum of confidences."""
+        """Count the class of a keyframe; the class changes when another has a higher sum of confidences."""
         count, total = self.votes.get(class_id, (0, 0.0))
         self.votes[class_id] = count + 1, total + confidence
         if self.class_id < 0 or self.votes[class_id][1] > self.votes[self.class_id][1]:
@@ -149,7 +150,7 @@ def find_drifted(
     owners: Mapping[int, int],
     settings: TrackSettings,
 ) -> list[int]:
-    """Return unconfirmed tracks that lie on a detection of another class.
+    """Return tracks that no detection confirms, and that newly overlap a detection of another class.
 
     A track may share an object with a track of another class, such as a wheel with a car, if it did so when it was last
     confirmed; confirmed tracks record such companions here.

@@ -39,15 +39,15 @@ class Pipeline:
     """Detect, segment and track what text names.
 
     Args:
-        detector: Text to boxes; None for runs that have only videos and a tracker that needs none.
+        detector: Text to boxes; None for video-only runs whose tracker needs no detector.
         segmenter: Boxes to masks; None for boxes alone, or where the detector returns masks.
         select: Which detections to keep.
-        vocabulary: Classes to look for when a call names none.
-        negatives: Phrases of look-alikes, whose detections are dropped, for calls that name their classes.
+        vocabulary: Classes to look for in calls that pass no text.
+        negatives: Look-alike phrases whose detections are dropped; used only by calls that pass their own text.
         tracker: Tracker for videos, or a function that builds it when the first video comes; None for no ids.
         track: How videos are tracked.
-        prompt_template: How phrases are put to the detector, such as `a photo of a {}`, for calls that name their
-            classes.
+        prompt_template: Template for each phrase, such as `a photo of a {}`; used only by calls that pass their own
+            text.
         tiles: How large images are tiled for the detector.
         refine: How masks change boxes and scores.
 
@@ -119,7 +119,7 @@ class Pipeline:
         return own
 
     def request(self, text: Any = None, clicks: Any = None) -> Request:
-        """Combine text and clicks, of a call or of the settings, to what a run looks for.
+        """Combine the text and clicks of a call, or of the settings, into a `Request`.
 
         Args:
             text: As for `segment`.
@@ -178,7 +178,7 @@ class Pipeline:
         return detections if is_list else detections[0]
 
     def session(self, image: Any) -> SegmentSession:
-        """Encode an image once for any number of prompts by hand.
+        """Encode an image once for any number of manual prompts.
 
         Args:
             image: As for `segment`.
@@ -201,7 +201,7 @@ class Pipeline:
             video: A video file, a folder of frames, a glob, a camera index, a URL, a `sources.video.VideoSource`, or
                 any iterable of images of one size (paths, PIL images, RGB arrays).
             text: As for `segment`; not needed where there are clicks.
-            clicks: Points, boxes or masks by hand, as a JSON file or entries; see `structures.clicks.Clicks`.
+            clicks: Manual points, boxes or masks, as a JSON file or entries; see `structures.clicks.Clicks`.
 
         Returns:
             A generator of results whose detections have `tracker_id`. Only the current frame is held in memory; closing

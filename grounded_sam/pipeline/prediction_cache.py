@@ -27,7 +27,7 @@ from grounded_sam.structures.protocols import Segmenter
 from grounded_sam.structures.results import FrameResult
 from grounded_sam.structures.vocabulary import Vocabulary
 
-#: Images whose predictions are also held in memory, for each of the last two caches; a few KB per image.
+#: Number of images whose predictions are also held in memory, for each of the last two caches; a few KB per image.
 MAX_IN_MEMORY = 20_000
 _in_memory: dict[str, dict[Any, Any]] = {}
 #: Folder of the caches, inside the folder of a sweep.
@@ -35,7 +35,7 @@ FOLDER = ".predictions"
 
 
 @dataclass(frozen=True)
-class SweepFloor:
+class LoosestSelection:
     """The least strict selection among the jobs of a sweep.
 
     Attributes:
@@ -43,7 +43,7 @@ class SweepFloor:
         boxes: Whether jobs can share boxes: the segmenter is swept.
         score: Lowest score threshold; None if no job sets one.
         nms: NMS thresholds of the jobs; `own` if each job's config has the same one, `any` if they cannot be listed.
-        by_class: Whether a job sets thresholds of single classes.
+        by_class: Whether a job sets per-class thresholds.
     """
 
     results: bool = False
@@ -53,7 +53,7 @@ class SweepFloor:
     by_class: bool = False
 
     @classmethod
-    def from_overrides(cls, overrides: Sequence[str]) -> SweepFloor:
+    def from_overrides(cls, overrides: Sequence[str]) -> LoosestSelection:
         """Read the overrides of a sweep, such as `select.score=0.2,0.3` or `select.nms=interval(0.3,0.8)`."""
         from hydra.core.override_parser.overrides_parser import OverridesParser
         from hydra.core.override_parser.types import IntervalSweep
@@ -83,14 +83,14 @@ class SweepFloor:
         return cls(results, boxes, min(scores, default=None), nms, by_class)
 
     @classmethod
-    def read(cls, sweep: Path) -> SweepFloor:
+    def read(cls, sweep: Path) -> LoosestSelection:
         """Read what `write` wrote into the folder of a sweep; nothing is shared if it did not."""
-        path = sweep / FOLDER / "floor.json"
+        path = sweep / FOLDER / "loosest_selection.json"
         return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else cls()
 
     def write(self, sweep: Path) -> None:
         """Write to the folder of a sweep, before its first job starts."""
-        with atomic_write(sweep / FOLDER / "floor.json") as path:
+        with atomic_write(sweep / FOLDER / "loosest_selection.json") as path:
             path.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     def selections(self, settings: Select, vocabulary: Vocabulary) -> list[Select]:
@@ -107,7 +107,7 @@ class SweepFloor:
         keep_all = settings.nms_by == "mask" or self.nms == "any" or (settings.class_agnostic and by_class)
         own_nms: list[float | None] = [settings.nms] if isinstance(self.nms, str) else [*self.nms]
         thresholds = [None] if keep_all else own_nms
-        floor = replace(
+        loosest = replace(
             settings,
             score=score,
             class_score=dict.fromkeys(vocabulary.class_score, score) or None,
@@ -117,7 +117,7 @@ class SweepFloor:
             min_area=0.0,
             max_area=None,
         )
-        return [replace(floor, nms=threshold) for threshold in thresholds]
+        return [replace(loosest, nms=threshold) for threshold in thresholds]
 
 
 def _is_threshold(value: Any) -> bool:
@@ -138,12 +138,12 @@ class PredictionCache:
         select: Selection of the run.
 
     Attributes:
-        replayed: Images that were found in the cache.
+        replayed: Number of images found in the cache.
     """
 
     def __init__(self, sweep: Path, vocabulary: Vocabulary, settings: dict[str, Any], select: Select) -> None:
-        self.floors = SweepFloor.read(sweep).selections(select, vocabulary)
-        settings = {**settings, "select": [asdict(floor) for floor in self.floors]}
+        self.selections = LoosestSelection.read(sweep).selections(select, vocabulary)
+        settings = {**settings, "select": [asdict(selection) for selection in self.selections]}
         key = fingerprint(settings, vocabulary)
         self._store = StoreWriter(sweep / FOLDER / key[:16] / "store", vocabulary, settings)
         self.replayed = 0
@@ -179,12 +179,12 @@ class PredictionCache:
         results = self.lookup(frame.name, [frame.file])
         return None if results is None else next((result.detections for result in results), None)
 
-    def select_floor(self, detections: sv.Detections, vocabulary: Vocabulary) -> sv.Detections:
+    def keep_selectable(self, detections: sv.Detections, vocabulary: Vocabulary) -> sv.Detections:
         """Keep all detections that a job of the sweep may select, most confident first."""
-        if len(self.floors) == 1:
-            return select_detections(detections, self.floors[0], vocabulary)
+        if len(self.selections) == 1:
+            return select_detections(detections, self.selections[0], vocabulary)
         detections.data["row"] = np.arange(len(detections))
-        selected = [select_detections(detections, floor, vocabulary).data["row"] for floor in self.floors]
+        selected = [select_detections(detections, selection, vocabulary).data["row"] for selection in self.selections]
         del detections.data["row"]
         rows = np.unique(np.concatenate(selected))
         assert detections.confidence is not None
@@ -222,7 +222,7 @@ class CachedStages:
 
     @property
     def batch_size(self) -> int:
-        """Frames that the detector takes at once."""
+        """Number of frames per detector call."""
         return self.stages.batch_size
 
     def detect(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
@@ -241,7 +241,7 @@ class CachedStages:
         name = type(self.stages.detector).__name__
         detections = validate_detections(boxes, vocabulary, frame.size_hw, name)
         for cache in (self.boxes, self.results):
-            detections = detections if cache is None else cache.select_floor(detections, vocabulary)
+            detections = detections if cache is None else cache.keep_selectable(detections, vocabulary)
         if self.boxes is not None and set(detections.data) <= {"class_name"}:  # the store has no other columns
             self.boxes.write(FrameResult(frame=frame, detections=detections))
         if self.results is None:
@@ -251,7 +251,7 @@ class CachedStages:
         return self.select(detections, vocabulary)
 
     def select(self, detections: sv.Detections, vocabulary: Vocabulary) -> sv.Detections:
-        """Select from cached detections what a run of its own would have selected."""
+        """Select from cached detections exactly what the job would have selected alone."""
         settings = self.stages.select
         if self.segmenter is not None and settings.top_k is not None:  # which counts before masks are made
             detections = select_detections(detections, settings.before_masks(), vocabulary)

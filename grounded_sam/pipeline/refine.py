@@ -14,7 +14,7 @@ from grounded_sam.structures.masks import masks_to_xyxy
 
 @dataclass(frozen=True)
 class Refine:
-    """How masks change the boxes and scores of their detections; the config group `refine`.
+    """How masks change the boxes and scores of their detections; the config section `refine`.
 
     With any change, NMS and `top_k` run after segmentation, on the new boxes and scores; before it only score
     thresholds apply, so that few boxes need a mask. Masks that come from a detector or a store are not refined.

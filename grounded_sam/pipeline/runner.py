@@ -23,7 +23,7 @@ from grounded_sam.structures.protocols import Lookup, RecordsSkipped, ResultStor
 from grounded_sam.structures.request import Request
 from grounded_sam.structures.results import FrameResult, Skipped
 
-#: Results that may wait for the sinks, each with its masks.
+#: Number of results that may wait for the sinks, each with its masks.
 MAX_PENDING_WRITES = 4
 
 
@@ -32,11 +32,11 @@ class Summary:
     """What a run did.
 
     Attributes:
-        images: Images and frames processed or read back from the store.
+        images: Number of images and frames processed or read back from the store.
         frames: How many of them are frames of videos.
         stored: How many of them an earlier run had processed.
         empty: How many of them have no detections.
-        objects: Detections by class name; in videos tracks.
+        objects: Number of detections by class name; in videos, of tracks.
         skipped: Files that could not be used.
         outputs: One line per sink: what it wrote, and where.
         interrupted: Whether the run was stopped early, by Ctrl-C.
@@ -168,7 +168,7 @@ class Runner:
         return len(self.sinks) > 1
 
     def _stored(self, results: Iterator[Any]) -> Iterator[FrameResult]:
-        """Yield stored results; those of the prediction cache are selected from."""
+        """Yield stored results; cached predictions first pass this job's selection."""
         for result in results:
             selects = self.store is None and self.cache is not None and self.cache.results is not None
             yield self.cache.select_stored(result, self.request.classes) if selects else result  # type: ignore[union-attr]
@@ -215,7 +215,7 @@ class Runner:
                     sink.skip(skipped)
 
     def _write_skipped(self) -> None:
-        """Write `skipped.json`, and fail if there is nothing else."""
+        """Write `skipped.json`, and raise if no image was usable."""
         summary, path = self.summary, self.output / "skipped.json"
         with atomic_write(path) as part:
             entries = [asdict(skipped) for skipped in summary.skipped]

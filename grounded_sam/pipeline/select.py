@@ -21,7 +21,7 @@ from grounded_sam.structures.vocabulary import Vocabulary
 
 @dataclass(frozen=True)
 class Select:
-    """Settings of `select_detections`; the config group `select`.
+    """Settings of `select_detections`; the config section `select`.
 
     Attributes:
         score: Lowest confidence to keep, 0 to 1.
@@ -36,7 +36,7 @@ class Select:
         max_area: Largest area in pixels; None for no limit.
 
     Raises:
-        ConfigError: If a value is out of range, naming the key.
+        ConfigError: If a value is out of range; the message names the key.
 
     >>> Select(score=0.25, nms=0.5).max_area is None
     True

@@ -25,11 +25,11 @@ COVERED = 0.7
 
 @dataclass(frozen=True)
 class Tiles:
-    """How large images are tiled; the config group `tiles`.
+    """How large images are tiled; the config section `tiles`.
 
     Attributes:
         size: Side of the square tiles in pixels; None disables tiling. Images that fit into one tile are not cut.
-        overlap: Overlap of neighbouring tiles as a share of their side, 0 to below 1. Objects smaller than the overlap
+        overlap: Overlap of neighboring tiles as a share of their side, 0 to below 1. Objects smaller than the overlap
             are whole in at least one tile.
         whole: Whether to run on the whole image too, for objects larger than a tile.
 

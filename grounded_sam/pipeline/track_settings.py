@@ -10,30 +10,30 @@ from grounded_sam.checks import check_bool, check_choice, check_int, check_numbe
 
 @dataclass(frozen=True)
 class TrackSettings:
-    """How objects are tracked through a video; the config group `track`.
+    """How objects are tracked through a video; the config section `track`.
 
     Attributes:
-        redetect_every: Frames from one keyframe, where the detector runs, to the next.
+        redetect_every: Number of frames from one keyframe, where the detector runs, to the next.
         match_iou: Mask IoU from which a detection and a track are the same object.
         class_agnostic: Match detections with tracks of other classes too; the class of a track is then voted on.
         new_track_score: Lowest confidence of a detection that starts a track; None for all that `select` keeps.
         merge_iou: Mask IoU from which two tracks (of one class unless `class_agnostic`) are the same object; the
             younger one is hidden.
-        max_lost_frames: Frames that a track may go unseen before it ends.
+        max_lost_frames: Number of frames in a row that a track may be lost or hidden before it ends.
         max_center_distance: How far from its last box a lost track may be matched with a detection of its class, as a
             multiple of the diagonal of that box.
         min_step_iou: Mask IoU from one frame to the next below which a track has jumped to something else; it is
-            hidden until a detection confirms it. None where objects may move by their own size between frames.
+            hidden until a detection confirms it. Leave None if objects may move by their own size.
         max_objects: Largest number of tracks at a time, most confident detections first; None for no limit.
         correct: Prompt a track again with a matched detection that is more confident than the track and overlaps it by
             less than `correct_iou`.
         correct_iou: See `correct`.
         direction: `forward`, or `both` to also track objects back to before the keyframe that detected them.
         backward_window: Largest number of frames to track back; as many are kept on disk.
-        clicks: Points, boxes or masks by hand, as a JSON file or entries; see `structures.clicks.Clicks`.
+        clicks: Manual points, boxes or masks, as a JSON file or entries; see `structures.clicks.Clicks`.
 
     Raises:
-        ConfigError: If a value is out of range, naming the key.
+        ConfigError: If a value is out of range; the message names the key.
 
     >>> TrackSettings(redetect_every=5).max_lost_frames
     30

@@ -32,12 +32,12 @@ class FrameUpdate:
     Attributes:
         visible: Tracked detections to show.
         ended: Ids of tracks that ended.
-        drifted: Ids of tracks that jumped to something else and are hidden.
+        jumped: Ids of tracks that jumped and are hidden, see `TrackManager`.
     """
 
     visible: sv.Detections
     ended: list[int]
-    drifted: list[int]
+    jumped: list[int]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class MatchResult:
     Attributes:
         new: Detections that start tracks, with their new ids.
         corrected: Detections to prompt existing tracks with, with the ids of those.
-        hidden: Ids of tracks that are duplicates or have drifted.
+        hidden: Ids of tracks that are duplicates or have drifted, see `TrackManager`.
     """
 
     new: sv.Detections
@@ -61,6 +61,18 @@ class TrackManager:
     Ids count up from 1 in order of appearance, except those that a user gave to clicks. No id is used twice, neither
     for two objects nor again after its track has ended.
 
+    A live track is visible, or lost, or hidden:
+
+    - *lost*: the tracker shows no mask of it, but it is still held. A detection of its class where the tracker predicts
+      it, or near its last box, recovers it.
+    - *hidden*: its mask is probably on another object, so it is left out until a detection or a click confirms the
+      track. A track has *jumped* if the IoU of its mask with its last visible one is below `min_step_iou`. It has
+      *drifted* if, at a keyframe, no detection confirms it and it newly overlaps one of another class. It is a
+      *duplicate* if the IoU of its mask with that of an older track is `merge_iou` or more.
+
+    A hidden track ages like a lost one: `Track.lost` counts the frames of both, and `update` ends the track after more
+    than `max_lost_frames` in a row.
+
     Args:
         settings: How to match.
         reserved: Ids that clicks use, never given to anything else.
@@ -72,7 +84,7 @@ class TrackManager:
     def __init__(self, settings: TrackSettings, reserved: Sequence[int] = ()) -> None:
         self.settings, self.live = settings, dict[int, Track]()
         self.reserved = set(reserved)
-        self._own_ids: dict[int, int] = {}  # ids of an end-to-end tracker to ours
+        self._ids_by_foreign_id: dict[int, int] = {}  # ids of an end-to-end tracker to ids of this manager
         self._next_id = 1
 
     def new_id(self) -> int:
@@ -82,27 +94,27 @@ class TrackManager:
         self._next_id += 1
         return self._next_id - 1
 
-    def start(self, tracker_id: int, class_id: int, confidence: float) -> None:
-        """Start a track with a first vote for its class; confirm it with one more vote if it is live."""
+    def start_or_confirm(self, tracker_id: int, class_id: int, confidence: float) -> None:
+        """Start a track with a first vote for its class, or confirm a live one with another vote."""
         track = self.live.setdefault(tracker_id, Track(tracker_id))
         track.vote(class_id, confidence)
         track.hidden, track.lost = False, 0
 
     def update(self, detections: sv.Detections) -> FrameUpdate:
-        """Take in what a tracker sees in the next frame, and end tracks that were lost for too long.
+        """Take in what a tracker sees in the next frame, and end tracks that were lost or hidden for too long.
 
         Args:
             detections: Tracked detections of the frame, including hidden tracks.
         """
-        drifted = self._find_jumps(detections)
-        for tracker_id in drifted:
+        jumped = self._find_jumps(detections)
+        for tracker_id in jumped:
             self.live[tracker_id].hidden = True
         visible = select_rows(detections, [not self.live[i].hidden for i in tracker_ids(detections).tolist()])
         self.remember(visible)
-        return FrameUpdate(visible, self._end_lost(visible), drifted)
+        return FrameUpdate(visible, self._end_lost(visible), jumped)
 
     def _end_lost(self, visible: sv.Detections) -> list[int]:
-        """Count lost frames; end the tracks that exceed `max_lost_frames`, and return their ids."""
+        """Count the frames without each track; end tracks that exceed `max_lost_frames`, and return their ids."""
         visible_ids = set(tracker_ids(visible).tolist())
         for tracker_id, track in self.live.items():
             track.lost = 0 if tracker_id in visible_ids else track.lost + 1
@@ -112,10 +124,10 @@ class TrackManager:
         return ended
 
     def adopt(self, detections: sv.Detections) -> sv.Detections:
-        """Take over the tracks of an end-to-end tracker in a frame, under ids of this class.
+        """Take over the tracks of an end-to-end tracker in a frame, under this manager's ids.
 
-        Its ids map to ours as long as `max_lost_frames` allows. `new_track_score` and `max_objects` apply, and of two
-        tracks on the same object the younger one is dropped. Every frame votes for the class.
+        An id of the tracker stands for the same id here until that track ends. `new_track_score` and `max_objects`
+        apply, and of two tracks on the same object the younger one is dropped. Every frame votes for the class.
 
         Args:
             detections: With `class_id`, `confidence` and the tracker's own `tracker_id`.
@@ -123,19 +135,19 @@ class TrackManager:
         assert detections.class_id is not None and detections.confidence is not None
         foreign_ids, rows = tracker_ids(detections).tolist(), list[int]()
         for row in np.argsort(-detections.confidence, kind="stable").tolist():
-            if foreign_ids[row] not in self._own_ids:
+            if foreign_ids[row] not in self._ids_by_foreign_id:
                 if self._is_full() or detections.confidence[row] < self._min_new_score():
                     continue
-                self._own_ids[foreign_ids[row]] = self.new_id()
+                self._ids_by_foreign_id[foreign_ids[row]] = self.new_id()
             rows.append(row)
-            tracker_id = self._own_ids[foreign_ids[row]]
-            self.start(tracker_id, int(detections.class_id[row]), float(detections.confidence[row]))
-        visible = _with_ids(detections, rows, [self._own_ids[foreign_ids[row]] for row in rows])
+            tracker_id = self._ids_by_foreign_id[foreign_ids[row]]
+            self.start_or_confirm(tracker_id, int(detections.class_id[row]), float(detections.confidence[row]))
+        visible = _with_ids(detections, rows, [self._ids_by_foreign_id[foreign_ids[row]] for row in rows])
         duplicates = find_duplicates(visible, self.live, self.settings)
         visible = select_rows(visible, [i not in duplicates for i in tracker_ids(visible).tolist()])
         self.remember(visible)
         self._end_lost(visible)
-        self._own_ids = {foreign: own for foreign, own in self._own_ids.items() if own in self.live}
+        self._ids_by_foreign_id = {foreign: own for foreign, own in self._ids_by_foreign_id.items() if own in self.live}
         return visible
 
     def match(
@@ -145,15 +157,15 @@ class TrackManager:
 
         1. Of two visible tracks on the same object the younger one is hidden.
         2. Detections are matched with visible tracks by mask IoU.
-        3. Free detections are matched with lost tracks where the tracker predicts these, then with lost tracks that
-           were last seen nearby: such tracks are recovered.
-        4. An unconfirmed track on a detection of another class has drifted and is hidden.
+        3. Free detections are matched with lost and hidden tracks: first where the tracker predicts these, then near
+           their last boxes. Such tracks are recovered.
+        4. A visible track that has drifted is hidden.
         5. A detection that is on no track of its class starts a track, if it is confident enough.
 
         Args:
             visible: Visible tracks, with masks.
             detections: Detections of the keyframe.
-            predicted: Where lost tracks would be, if the tracker can say.
+            predicted: Where lost and hidden tracks are predicted, if the tracker can say.
         """
         assert detections.class_id is not None and detections.confidence is not None
         duplicates = find_duplicates(visible, self.live, self.settings)
@@ -174,7 +186,7 @@ class TrackManager:
         corrected |= recovered
         for row, tracker_id in owners.items():
             self.live[tracker_id].box = detections.xyxy[row]
-            self.start(tracker_id, int(detections.class_id[row]), float(detections.confidence[row]))
+            self.start_or_confirm(tracker_id, int(detections.class_id[row]), float(detections.confidence[row]))
         hidden = [i for i in duplicates if i not in owners.values()]
         hidden += find_drifted(overlap, detections, tracks, owners, self.settings)
         new = self._start_tracks(detections, [row for row in range(len(detections)) if row not in owners and free[row]])
@@ -198,7 +210,7 @@ class TrackManager:
         visible_ids: list[int],
         predicted: sv.Detections | None,
     ) -> dict[int, int]:
-        """Match free detections with lost tracks; return the id by row of a detection."""
+        """Match free detections with lost and hidden tracks; return the id by row of a detection."""
         recovered: dict[int, int] = {}
         if predicted is not None and len(predicted):
             rows = [row for row in range(len(detections)) if row not in owners and free[row]]
@@ -223,7 +235,7 @@ class TrackManager:
             if empty or detections.confidence[row] < self._min_new_score():
                 continue
             started[row] = self.new_id()
-            self.start(started[row], int(detections.class_id[row]), float(detections.confidence[row]))
+            self.start_or_confirm(started[row], int(detections.class_id[row]), float(detections.confidence[row]))
             self.live[started[row]].box = detections.xyxy[row]
         return started
 

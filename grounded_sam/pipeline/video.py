@@ -19,7 +19,7 @@ from grounded_sam.structures.detections import replace_tracks, select_rows, vali
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.protocols import (
     EndToEndTracker,
-    PredictsHidden,
+    PredictsLost,
     ResetsMemory,
     SharesFeatures,
     TextTracker,
@@ -44,11 +44,11 @@ def track_video(
 
     Args:
         frames: Frames of one video, all of one size; closed at the end.
-        request: Classes, clicks, and classes of the results.
+        request: Text and clicks to look for, and the classes of the results.
         tracker: Tracker.
         stages: Detector and segmenter for keyframes.
         settings: How to track.
-        select: Which objects of a tracker that finds them itself to keep.
+        select: Selection applied to what a `TextTracker` returns.
         timer: Where to count the time of `track`.
 
     Returns:
@@ -115,7 +115,7 @@ class KeyframeTracking:
         tracker: Opens the session.
         stages: Detector and segmenter for keyframes.
         settings: How to track.
-        request: Classes, clicks, and classes of the results.
+        request: Text and clicks to look for, and the classes of the results.
         timer: Where to count the time of `track`.
     """
 
@@ -137,9 +137,9 @@ class KeyframeTracking:
                     detections = session.step(frame.image)
                 visible, started = self._step(session, frame, position, detections)
                 self.tracks.remember(visible)
-                labelled = self.tracks.label(visible, self.request.classes)
+                labeled = self.tracks.label(visible, self.request.classes)
                 yield (
-                    FrameResult(frame=frame, detections=labelled),
+                    FrameResult(frame=frame, detections=labeled),
                     self.tracks.label(started, self.request.classes),
                 )
         finally:
@@ -153,12 +153,12 @@ class KeyframeTracking:
         update = self.tracks.update(detections)
         for tracker_id in update.ended:
             session.remove(tracker_id)
-        visible, started, drifted = update.visible, select_rows(update.visible, []), update.drifted
+        visible, started, now_hidden = update.visible, select_rows(update.visible, []), update.jumped
         vocabulary, clicks = self.request.vocabulary, self.request.clicks
         if vocabulary is not None and position % self.settings.redetect_every == 0:
             visible, started, hidden = self._redetect(session, frame, vocabulary, visible, started)
-            drifted = drifted + hidden
-        for tracker_id in set(drifted) - set(update.ended):
+            now_hidden = now_hidden + hidden
+        for tracker_id in set(now_hidden) - set(update.ended):
             if isinstance(session, ResetsMemory) and self.tracks.live[tracker_id].hidden:
                 session.reset_memory(tracker_id)
         if clicks is not None and (clicked := clicks.for_video_frame(frame, position)):
@@ -181,7 +181,7 @@ class KeyframeTracking:
         detections = self.stages.segment(frame, boxes, vocabulary, segmenter)
         visible_ids = [] if visible.tracker_id is None else visible.tracker_id.tolist()
         lost = [i for i in self.tracks.live if i not in visible_ids]
-        predicted = session.predict_hidden(lost) if lost and isinstance(session, PredictsHidden) else None
+        predicted = session.predict_lost(lost) if lost and isinstance(session, PredictsLost) else None
         match = self.tracks.match(visible, detections, predicted)
         visible = replace_tracks(visible, started, match.hidden)
         if len(match.new):
@@ -207,7 +207,7 @@ class KeyframeTracking:
         prompts.tracker_id = np.array(ids, np.int64)
         is_new = np.array([tracker_id not in self.tracks.live for tracker_id in ids])
         for tracker_id, class_id in zip(ids, prompts.class_id.tolist(), strict=True):
-            self.tracks.start(tracker_id, class_id, 1.0)
+            self.tracks.start_or_confirm(tracker_id, class_id, 1.0)
         drawn = session.prompt(prompts)
         assert drawn.tracker_id is not None
         new = select_rows(drawn, np.isin(drawn.tracker_id, np.array(ids)[is_new]))

@@ -23,7 +23,7 @@ class SegmenterOptions(ModelOptions):
             the logits of the previous mask, in addition to the clicks.
 
     Raises:
-        ConfigError: If a value is not allowed, naming the key.
+        ConfigError: If a value is not allowed; the message names the key.
 
     >>> SegmenterOptions(multimask=True).chunk
     64

@@ -1,4 +1,7 @@
-"""Measure detections, masks and tracks against the labels of the same images or videos."""
+"""Factory of the sink `metrics`, which measures a run against the labels of the same images or videos.
+
+The sink itself is `evaluation.image_metrics.ImageMetrics` or `evaluation.video_metrics.VideoMetrics`.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Report for reviewing labels: an HTML page, and a list of images and objects to review."""
+"""Report for reviewing labels: an HTML page, and a list of images and objects to review.
+
+The report of a sweep is in `cli.report`.
+"""
 
 from __future__ import annotations
 

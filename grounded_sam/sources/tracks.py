@@ -28,7 +28,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 
 
 class LabelledVideoSource:
-    """The frames of labelled videos with their objects, for `detector=stored`.
+    """The frames of labeled videos with their objects, for `detector=stored`.
 
     The ids of the objects become `tracker_id`; confidence is 1. Objects without a class get the class `object`.
 

@@ -1,4 +1,4 @@
-"""Prompts by hand: points, boxes and masks, each with a class name."""
+"""Manual prompts: points, boxes and masks, each with a class name."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ def read_click(entry: Any, where: str, folder: Path) -> Click:
     Args:
         entry: The entry.
         where: Name of the entry, for messages.
-        folder: Folder that a relative path of a mask is relative to.
+        folder: Folder against which relative mask paths are resolved.
 
     Raises:
-        ConfigError: If the entry is malformed, naming it.
+        ConfigError: If the entry is malformed; the message names it.
 
     >>> read_click({"class": "cup", "points": [320, 200]}, "clicks[0]", Path()).points.tolist()
     [[320.0, 200.0]]
@@ -143,7 +143,7 @@ def _mask(mask: Any, where: str, folder: Path) -> Path | NDArray[np.bool_] | Non
 
 
 class Clicks:
-    """Prompts by hand for images, or for objects of a video.
+    """Manual prompts for images, or for objects of a video.
 
     An entry has `class` (a name) and at least one of
 

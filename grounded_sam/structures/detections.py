@@ -3,7 +3,8 @@
 xyxy                (n, 4) float32, pixels, 0 <= x1 < x2 <= W and 0 <= y1 < y2 <= H
 confidence          (n,) float32, 0 to 1
 class_id            (n,) int64, index into the vocabulary
-mask                (n, H, W) bool, or None before segmentation
+mask                (n, H, W) bool; None before segmentation, without a segmenter, and where masks are packed (`rle`)
+data["rle"]         (n,) object, dicts `{size: [H, W], counts: bytes}` of COCO RLE; only where masks are packed
 data["class_name"]  (n,) str
 data["mask_score"]  (n,) float32, the segmenter's own estimate of IoU, after segmentation
 tracker_id          (n,) int64, one per object and video, or None without tracking
@@ -66,7 +67,7 @@ def make_detections(
 
 
 def empty_detections(vocabulary: Vocabulary) -> sv.Detections:
-    """Make no detections, with the columns that some would have."""
+    """Return empty detections with the usual columns."""
     return make_detections(np.empty((0, 4)), [], [], vocabulary, (1, 1))
 
 
@@ -84,7 +85,7 @@ def validate_detections(
         stage: Name of the stage, for messages.
 
     Raises:
-        GroundedSamError: If they break a rule, naming the stage, the rule and the value.
+        GroundedSamError: If they break a rule; the message names the stage, the rule and the value.
     """
     n, (height, width) = len(detections), size_hw
 

@@ -229,7 +229,7 @@ def mask_outlines(mask: NDArray[np.bool_], along: Literal["edges", "pixels"]) ->
 
 
 def join_loops(parts: Sequence[Sequence[Loop]]) -> Loop:
-    """Join loops to one polygon, with connecting lines that run there and back.
+    """Join loops to one polygon, with bridges traversed in both directions.
 
     For formats with one polygon per object; filled by the even-odd rule it covers the same area. Like ultralytics'
     `merge_multi_segment`, but each loop is connected where it is nearest to the polygon so far.
@@ -267,7 +267,7 @@ def encode_polygons(mask: NDArray[np.bool_]) -> list[list[float]]:
         mask: `(H, W) bool`.
 
     Returns:
-        One polygon per connected part, `[x1, y1, x2, y2, ...]`; holes are connected to their outline, see `join_loops`.
+        One polygon per connected part, `[x1, y1, x2, y2, ...]`; bridges connect holes to the outline, see `join_loops`.
 
     >>> encode_polygons(np.ones((2, 3), bool))
     [[0.0, 0.0, 0.0, 2.0, 3.0, 2.0, 3.0, 0.0]]

@@ -61,7 +61,7 @@ def read_ontology(content: Mapping[str, Any], where: str) -> Ontology:
         where: Name of the file or setting, for messages.
 
     Raises:
-        VocabularyError: If it does not match the schema, naming the key and what is allowed there.
+        VocabularyError: If it does not match the schema; the message names the key and what is allowed there.
 
     >>> read_ontology({"classes": {"car": {"id": 3, "colour": "red"}}}, "text").classes[0].color
     '#ff0000'

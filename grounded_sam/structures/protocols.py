@@ -1,7 +1,9 @@
-"""What a stage has to offer, and what it may offer.
+"""What a stage must implement, and what it may add.
 
-A class of your own needs no base class: having the methods is enough. The first protocol of each group is required,
-the others are optional, and the pipeline tests for them with `isinstance`.
+A class of your own needs no base class: having the methods is enough. A source must be a `Source`, a detector a
+`Detector`, a segmenter a `Segmenter`, a sink a `Sink`, and a tracker one of `Tracker` (whose sessions are
+`TrackSession`s), `EndToEndTracker` and `TextTracker`. All other protocols are optional, and the pipeline tests for them
+with `isinstance`.
 """
 
 from __future__ import annotations
@@ -94,7 +96,7 @@ class DetectorTraits:
     Attributes:
         masks: Its detections have masks, so a segmenter has nothing to do.
         replaces_segmenter: It uses the segmenter itself, or makes one unnecessary: none is built.
-        clicks: Its detections are prompts by hand, from which a tracker can start without masks.
+        clicks: Its detections are manual prompts, from which a tracker can start without masks.
         image_prompts: It holds boxes drawn in whole images, so images cannot be tiled.
     """
 
@@ -208,11 +210,11 @@ class TrackSession(Protocol):
 
 
 @runtime_checkable
-class PredictsHidden(Protocol):
-    """A session that can say where objects would be that it holds to be absent, so that detections can match them."""
+class PredictsLost(Protocol):
+    """A session that can predict masks for objects it considers absent, so that detections can match lost tracks."""
 
-    def predict_hidden(self, ids: Sequence[int]) -> sv.Detections:
-        """Return the masks of objects that the last `step` did not show."""
+    def predict_lost(self, ids: Sequence[int]) -> sv.Detections:
+        """Return the masks of lost or hidden tracks on the current frame, as if their objects were present."""
 
 
 @runtime_checkable
@@ -220,7 +222,7 @@ class ResetsMemory(Protocol):
     """A session that can forget what an object left in memory after its prompts."""
 
     def reset_memory(self, tracker_id: int) -> None:
-        """Drop the memory of an object that has drifted to something else."""
+        """Drop the memory of an object whose track was hidden, since it is probably on another object."""
 
 
 @runtime_checkable
@@ -232,7 +234,7 @@ class SharesFeatures(Protocol):
 
 @runtime_checkable
 class Tracker(Protocol):
-    """Propagates masks from frame to frame. Built with `segmenter`, the pipeline's, to share its model."""
+    """Propagates masks from frame to frame. Its constructor receives the pipeline's `segmenter`, to share its model."""
 
     def open(self, size_hw: tuple[int, int]) -> TrackSession:
         """Open a session for a video of frames of one size."""
@@ -276,7 +278,7 @@ class TextTracker(Protocol):
 
 @runtime_checkable
 class Sink(AbstractContextManager[Any], Protocol):
-    """Where results go. Built with `output` (a folder), `vocabulary` and its own settings.
+    """Where results go. Its constructor receives `output` (a folder) and `vocabulary`, beside its own settings.
 
     Files are opened at the first `write` and renamed into place when they are complete. What was written before an
     interruption stays usable.

@@ -10,12 +10,12 @@ from grounded_sam.structures.vocabulary import Vocabulary
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """Classes to look for, prompts by hand, and the classes that results refer to.
+    """Classes to look for, manual prompts, and the classes that results refer to.
 
     Attributes:
         classes: Classes of the results; `class_id` is an index into `classes.classes`.
         vocabulary: What the detector is asked for in a video; None where clicks are the only prompts.
-        clicks: Points, boxes and masks by hand in a video; None without any.
+        clicks: Manual points, boxes and masks in a video; None without any.
 
     >>> request = Request.for_classes(Vocabulary.parse(["car"]))
     >>> request.vocabulary is request.classes

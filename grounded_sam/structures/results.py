@@ -1,4 +1,4 @@
-"""What comes out of the pipeline for one frame, and which files did not make it."""
+"""What comes out of the pipeline for one frame, and which files were skipped."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class FrameResult:
     Args:
         frame: The frame.
         detections: Its detections, with masks as arrays, as RLE (see `structures.masks.pack_masks`), or without.
-        stored: Whether an earlier run into the same output computed them.
+        stored: Whether an earlier run into the same output, or an earlier job of the sweep, computed them.
 
     Attributes:
         frame: The frame.
-        raw: The detections as given, for readers that ignore masks.
+        raw: The detections as given, with masks in either form, for readers that ignore masks.
         stored: As above.
 
     >>> import numpy as np
@@ -43,13 +43,19 @@ class FrameResult:
 
     @cached_property
     def packed(self) -> sv.Detections:
-        """Detections with masks as COCO RLE in `data["rle"]`, dicts of `size` and `counts`, and `mask` None."""
+        """Detections with masks as compressed COCO RLE, for sinks that write RLE, such as `coco` and `store`.
+
+        `mask` is None. `data["rle"]` is `(n,) object`: dicts `{size: [H, W], counts: bytes}`, as pycocotools has them.
+        Without masks there is no such column. Everything else is as in `detections`: `xyxy (n, 4) float32`,
+        `confidence (n,) float32`, `class_id (n,) int64`, `tracker_id (n,) int64` or None, `data["class_name"] (n,) str`
+        and, after segmentation, `data["mask_score"] (n,) float32`.
+        """
         return pack_masks(self.raw)
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file that could not be used.
+    """A file that was skipped, since it could not be used.
 
     Attributes:
         file: Name relative to the input, with `/`.

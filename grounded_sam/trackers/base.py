@@ -81,7 +81,7 @@ class MemorySession(ABC):
         self.segmenter = None if tracker.shared is None else tracker.shared.with_features(self.image_features)
         self._image: NDArray[np.uint8] | None = None  # of the current frame
         self._logits: dict[int, Tensor] = {}  # (1, 1, h, w), of objects propagated to or clicked on this frame, by id
-        self._hidden_logits: dict[int, Tensor] = {}  # the same, but also where the model predicts absence
+        self._raw_logits: dict[int, Tensor] = {}  # the same, before the model overwrites absent objects
         self._decoder_output: Any = None
         self._hook = mask_decoder.register_forward_hook(self._keep_decoder_output)
 
@@ -105,31 +105,31 @@ class MemorySession(ABC):
         self.frame += 1
         self._image = image
         self._logits.clear()
-        self._hidden_logits.clear()
+        self._raw_logits.clear()
 
-    def predict_hidden(self, ids: Sequence[int]) -> sv.Detections:
-        """Return the masks of objects that the last `step` did not show, as if they were present.
+    def predict_lost(self, ids: Sequence[int]) -> sv.Detections:
+        """Return the masks of lost or hidden tracks on the current frame, as if their objects were present.
 
         Args:
             ids: Ids of the objects; those without a mask are left out.
         """
-        known = [i for i in ids if i in self._hidden_logits]
+        known = [i for i in ids if i in self._raw_logits]
         masks = np.zeros((len(known), *self.size_hw), bool)
         for mask, tracker_id in zip(masks, known, strict=True):
-            mask[:] = self._to_masks(self._hidden_logits[tracker_id])[0]
+            mask[:] = self._to_masks(self._raw_logits[tracker_id])[0]
         zeros = np.zeros(len(known))
         return tracked_detections(np.array(known, np.int64), masks, zeros, zeros)
 
     def _forget_object(self, tracker_id: int) -> None:
         """Drop the logits of an object."""
         self._logits.pop(tracker_id, None)
-        self._hidden_logits.pop(tracker_id, None)
+        self._raw_logits.pop(tracker_id, None)
 
     def close(self) -> None:
         """Release all resources."""
         self._hook.remove()
         self._logits.clear()
-        self._hidden_logits.clear()
+        self._raw_logits.clear()
         self._image = self._decoder_output = None
 
     def _to_masks(self, logits: Tensor) -> NDArray[np.bool_]:

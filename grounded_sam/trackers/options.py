@@ -18,7 +18,7 @@ class TrackerOptions(ModelOptions):
         max_prompts: Number of prompted frames remembered per object: the first one and the latest.
 
     Raises:
-        ConfigError: If a value is not allowed, naming the key.
+        ConfigError: If a value is not allowed; the message names the key.
     """
 
     stage: ClassVar[str] = "tracker"

@@ -144,7 +144,7 @@ class Sam2Session(MemorySession):
                     memory.features[self.frame] = encoded[k : k + 1]
                     memory.pointers[self.frame] = pointers[k : k + 1]
                     self._logits[tracker_id] = low_res[k : k + 1]
-                    self._hidden_logits[tracker_id] = self._decoder_output[0][k : k + 1, ious[k].argmax()][:, None]
+                    self._raw_logits[tracker_id] = self._decoder_output[0][k : k + 1, ious[k].argmax()][:, None]
                 parts.append(self._results(batch, low_res, presence, ious.max(1).values))
         ids, masks, confidence, scores = (np.concatenate(column) for column in zip(*parts, strict=True))
         rank = {tracker_id: n for n, tracker_id in enumerate(self.memories)}

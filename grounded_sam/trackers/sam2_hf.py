@@ -84,7 +84,7 @@ class Sam2HfSession(MemorySession):
                 outputs[tracker_id] = self._propagate(tracker_id, is_init_cond_frame=False)
                 self._logits[tracker_id] = outputs[tracker_id]["pred_masks"]
                 logits, ious = self._decoder_output[0], self._decoder_output[1]  # (1, 1, k, h, w), (1, 1, k)
-                self._hidden_logits[tracker_id] = logits[:, 0, ious.argmax()][:, None]
+                self._raw_logits[tracker_id] = logits[:, 0, ious.argmax()][:, None]
                 scores.append(float(ious.max()))
             for tracker_id, output in outputs.items():
                 self._encode_memory(tracker_id, output, prompted=False)

@@ -216,7 +216,7 @@ def _explain_failure(repo: str, error: Exception, file: str | None = None) -> st
 
     if isinstance(error, GatedRepoError):
         return (
-            f"{repo} is gated: accept its licence at https://huggingface.co/{repo}, and when access is granted "
+            f"{repo} is gated: accept its license at https://huggingface.co/{repo}, and when access is granted "
             "run `hf auth login` or set HF_TOKEN"
         )
     if isinstance(error, RepositoryNotFoundError):
@@ -244,7 +244,7 @@ def model_infos(repos: Iterable[str]) -> dict[str, ModelInfo | str]:
 
 
 def known_models() -> dict[str, dict[str, Any]]:
-    """Return licence and gating by repository, as far as the package knows them offline.
+    """Return license and gating by repository, as far as the package knows them offline.
 
     >>> known_models()["facebook/sam3"]["gated"]
     True

@@ -238,7 +238,7 @@ def load_into(model: Any, path: Path, name: str) -> None:
         name: Name of the model, for messages.
 
     Raises:
-        CheckpointError: If tensors are missing, unknown or of another shape, naming the first ones.
+        CheckpointError: If tensors are missing, unknown or of another shape; the message names the first ones.
     """
     weights, own = load_weights(path), model.state_dict()
     problems = [f"lacks {key}" for key in own if key not in weights]

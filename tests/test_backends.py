@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
+from pathlib import Path
 
 import checkpoints
 import numpy as np
 import pytest
 import torch
+from command import run_command
 from PIL import Image
 
 from grounded_sam import CheckpointError, ConfigError, load
@@ -243,8 +244,7 @@ def test_settings_that_cannot_work_are_refused_before_weights_are_read(monkeypat
 
 
 def run(*arguments):
-    command = [sys.executable, "-m", "grounded_sam.cli.export", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return run_command("grounded_sam.cli.export", list(arguments), Path.cwd())
 
 
 def test_the_command_writes_conversions_that_runs_reuse(tmp_path, scene, request):

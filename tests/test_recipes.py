@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from command import run_command
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).parents[1]
@@ -26,9 +25,9 @@ def follow_recipe(title: str, folder: Path) -> str:
         path = folder / text.split("\n", 1)[0].removeprefix("# ")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
-    words = shlex.split(blocks[-1][1])
-    command = [str(Path(sys.executable).with_name(words[0])), *words[1:]]
-    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    command, *arguments = shlex.split(blocks[-1][1])
+    assert command == "grounded-sam"
+    result = run_command("grounded_sam.cli.main", arguments, folder)
     assert result.returncode == 0, result.stderr
     return result.stdout
 

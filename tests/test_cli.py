@@ -194,7 +194,7 @@ def test_a_sweep_over_thresholds_and_segmenters(tmp_path):
 
 def test_the_command_works_after_sam2_was_imported(tmp_path):
     (tmp_path / "app.py").write_text("import sam2\nfrom grounded_sam.cli.main import main\nmain()\n")
-    args = ["preset=demo", "sink=none", "output=o"]
+    args = ["preset=demo", "source=images", "sink=none", "output=o"]
     for sweep_args in ([], ["-m", "select.score=0.3,0.4"]):
         command = [sys.executable, "app.py", *sweep_args, *args]
         process = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

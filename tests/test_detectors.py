@@ -281,13 +281,13 @@ def test_florence2_equals_its_processor(task, florence2, frames):
     processor = AutoProcessor.from_pretrained(florence2)
     model = Florence2ForConditionalGeneration.from_pretrained(florence2)
     prompt = {"detection": "<OPEN_VOCABULARY_DETECTION>", "grounding": "<CAPTION_TO_PHRASE_GROUNDING>"}[task]
-    detector, count = Florence2(str(florence2), task=task, max_new_tokens=60), 0
+    detector, count = Florence2(str(florence2), task=task, max_new_tokens=24), 0
     for frame in frames:
         height, width = frame.size_hw
         detections = detector.detect([frame], Vocabulary.parse(PHRASES))[0]
         for class_id, phrase in enumerate(PHRASES):
             inputs = processor(images=frame.image, text=prompt + phrase, return_tensors="pt")
-            out = model.generate(**inputs, max_new_tokens=60, num_beams=3, do_sample=False)
+            out = model.generate(**inputs, max_new_tokens=24, num_beams=3, do_sample=False)
             text = processor.batch_decode(out, skip_special_tokens=False)[0]
             expected = processor.post_process_generation(text, task=prompt, image_size=(width, height))[prompt]
             boxes = np.array(expected["bboxes"], np.float32).reshape(-1, 4)

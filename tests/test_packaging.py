@@ -63,7 +63,7 @@ def test_the_installed_command_runs_from_another_folder(wheel, tmp_path):
     location = subprocess.run([python, "-c", code], capture_output=True, text=True, check=True, cwd=tmp_path, env=env)
     assert location.stdout.startswith(site)
     main = "from grounded_sam.cli.main import main; main()"
-    for words in (["--help"], ["preset=demo", "output=o", "sink=coco"]):
+    for words in (["--help"], ["preset=demo", "source=images", "output=o", "sink=coco"]):
         out = subprocess.run(
             [python, "-c", main, *words], cwd=tmp_path, capture_output=True, text=True, check=False, env=env
         )

@@ -18,8 +18,8 @@ SECTIONS = dict(
 )
 
 
-def follow_recipe(title: str, folder: Path) -> str:
-    """Write the files of a recipe and run its command; return what it prints."""
+def follow_recipe(title: str, folder: Path, *overrides: str) -> str:
+    """Write the files of a recipe and run its command, with more overrides; return what it prints."""
     blocks = re.findall(r"^```(\w*)\n(.*?)^```", SECTIONS[title], re.S | re.M)
     for _, text in blocks[:-1]:
         path = folder / text.split("\n", 1)[0].removeprefix("# ")
@@ -27,7 +27,7 @@ def follow_recipe(title: str, folder: Path) -> str:
         path.write_text(text, encoding="utf-8")
     command, *arguments = shlex.split(blocks[-1][1])
     assert command == "grounded-sam"
-    result = run_command("grounded_sam.cli.main", arguments, folder)
+    result = run_command("grounded_sam.cli.main", [*arguments, *overrides], folder)
     assert result.returncode == 0, result.stderr
     return result.stdout
 
@@ -45,7 +45,9 @@ def test_the_detector_of_the_recipe_detects(tmp_path):
 
 
 def test_the_sink_of_the_recipe_writes_csv(tmp_path):
-    assert "boxes: results/boxes.csv" in follow_recipe("Add a sink", tmp_path).replace(f"{tmp_path}/", "")
+    assert "boxes: results/boxes.csv" in follow_recipe("Add a sink", tmp_path, "source=images").replace(
+        f"{tmp_path}/", ""
+    )
     rows = (tmp_path / "results" / "boxes.csv").read_text().splitlines()
     assert rows[0] == "file,class,score,x1,y1,x2,y2"
     assert len(rows) > 4 and all(len(row.split(",")) == 7 for row in rows)

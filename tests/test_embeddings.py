@@ -8,9 +8,11 @@ import checkpoints
 import numpy as np
 import pytest
 import torch
+from sam2.sam2_image_predictor import SAM2ImagePredictor
 
 from grounded_sam import ConfigError, ImageError, load
 from grounded_sam.segmenters.feature_cache import FeatureCache
+from grounded_sam.segmenters.sam2 import fit_predictor
 from grounded_sam.shapes.scenes import make_scene
 
 CLICK = {"class": "it", "points": [[60, 50]]}
@@ -124,10 +126,36 @@ def test_the_least_recently_used_files_are_deleted_first(tmp_path):
     assert [path.stem for path in tmp_path.iterdir()] == ["4"]
 
 
+def test_a_correction_is_prompted_with_the_logits_of_the_mask_it_corrects():
+    """As the demos of SAM and SAM 2 do: `mask_input=logits[scores.argmax()]` of the click before."""
+    scene = make_scene(np.random.default_rng(3), count=3)
+    (x1, y1, x2, y2), (other_x, other_y) = scene.xyxy[0].tolist(), scene.xyxy[1, :2].tolist()
+    points = [[(x1 + x2) / 2, (y1 + y2) / 2], [other_x, other_y]]
+    first = {"class": "it", "points": points[:1]}
+    second = {"class": "it", "points": points, "labels": [1, 0]}
+    model = load(preset="shapes", segmenter="sam2", device="cpu")
+    predictor = fit_predictor(SAM2ImagePredictor(model.segmenter.model), model.segmenter.model)
+    predictor.set_image(scene.image)
+    _, scores, logits = predictor.predict(np.array(points[:1]), np.array([1]), multimask_output=False)
+    prompt = {"point_coords": np.array(points), "point_labels": np.array([1, 0]), "multimask_output": False}
+    expected, expected_score, _ = predictor.predict(**prompt, mask_input=logits[scores.argmax()][None])
+    alone, alone_score, _ = predictor.predict(**prompt)
+    with model.session(scene.image) as session:
+        session.segment([first])
+        corrected = session.segment([second])
+        assert "prompt_logits" not in corrected.data
+    with model.session(scene.image) as session:
+        without = session.segment([second])
+    for result, mask, score in ((corrected, expected, expected_score), (without, alone, alone_score)):
+        assert (result.mask[0] != mask[0].astype(bool)).mean() < 1e-4
+        assert result.data["mask_score"][0] == pytest.approx(score[0], abs=1e-4)
+    assert corrected.data["mask_score"][0] != pytest.approx(without.data["mask_score"][0], abs=1e-4)
+
+
 def test_errors_of_cache_and_session_name_the_mistake(images, tmp_path):
     with pytest.raises(ConfigError, match=r"cache\.gigabytes must be a number > 0, got 0"):
         load(f"cache.folder='{tmp_path}'", "cache.gigabytes=0", preset="shapes")
-    with pytest.raises(ConfigError, match=r"cache\.folder stores the image features of a segmenter"):
+    with pytest.raises(ConfigError, match=r"cache\.folder needs a segmenter"):
         load(f"cache.folder='{tmp_path}'", "segmenter=none", preset="shapes")
     with pytest.raises(ConfigError, match="a session needs a segmenter"):
         load("segmenter=none", preset="shapes").session(images[0])

@@ -67,7 +67,7 @@ def group_prompts(detections: sv.Detections, chunk: int) -> Iterator[Prompts]:
 
     Without clicks, each detection is prompted with its box. Clicks are columns of `data`, as
     `structures.clicks.Clicks.to_detections` makes them: `points`, `labels` and `prompt_mask` (object arrays, None where
-    not given) and `prompt_box` (bool).
+    not given) and `prompt_box` (bool). `prompt_logits` (object array) has logits of the mask that clicks correct.
 
     Args:
         detections: Detections of one image.
@@ -83,13 +83,14 @@ def group_prompts(detections: sv.Detections, chunk: int) -> Iterator[Prompts]:
     n, data = len(detections), detections.data
     missing = np.full(n, None, dtype=object)
     points, labels = data.get("points", missing), data.get("labels", missing)
-    masks = data.get("prompt_mask", missing)
+    masks, logits = data.get("prompt_mask", missing), data.get("prompt_logits", missing)
     has_box = np.asarray(data.get("prompt_box", np.ones(n, bool)), bool)
-    groups: dict[tuple[bool, int, bool], list[int]] = {}
+    groups: dict[tuple[bool, int, bool, bool], list[int]] = {}
     for i in range(n):
         count = 0 if points[i] is None else len(points[i])
-        groups.setdefault((bool(has_box[i]), count, masks[i] is not None), []).append(i)
-    for (box, count, mask), members in groups.items():
+        kinds = (bool(has_box[i]), count, masks[i] is not None and logits[i] is None, logits[i] is not None)
+        groups.setdefault(kinds, []).append(i)
+    for (box, count, mask, has_logits), members in groups.items():
         for start in range(0, len(members), chunk):
             rows = np.array(members[start : start + chunk])
             yield Prompts(
@@ -98,6 +99,7 @@ def group_prompts(detections: sv.Detections, chunk: int) -> Iterator[Prompts]:
                 points=np.stack([points[i] for i in rows]).astype(np.float32) if count else None,
                 labels=np.stack([labels[i] for i in rows]).astype(np.int64) if count else None,
                 masks=np.stack([masks[i] for i in rows]) if mask else None,
+                logits=np.stack([logits[i] for i in rows]) if has_logits else None,
             )
 
 
@@ -196,10 +198,12 @@ class PromptedSegmenter(ABC):
             features: Features that `encode_image` returned for the image.
 
         Returns:
-            As many detections in the same order, with `mask (n, H, W) bool` and `data["mask_score"] (n,) float32`.
+            As many detections in the same order, with `mask (n, H, W) bool` and `data["mask_score"] (n,) float32`. If
+            they have a column `prompt_logits`, it holds the logits of the new masks, each `(h, w) float32`.
         """
         n, (height, width) = len(detections), size_hw
         masks, scores = np.zeros((n, height, width), bool), np.zeros(n, np.float32)
+        logits = np.full(n, None, dtype=object)
         if n:
             pixels = height * width * (3 if self.options.multimask else 1)
             chunk = max(1, min(self.options.chunk, CHUNK_BYTES // (4 * pixels)))
@@ -209,13 +213,17 @@ class PromptedSegmenter(ABC):
                     setattr(owner, name, value)
                 for prompts in group_prompts(detections, chunk):
                     boxes = detections.xyxy[prompts.rows].astype(np.float32)
-                    masks[prompts.rows], scores[prompts.rows] = self._decode_rounds(prompts, boxes)
+                    masks[prompts.rows], scores[prompts.rows], decoded = self._decode_rounds(prompts, boxes)
+                    for row, value in zip(prompts.rows, decoded, strict=True):
+                        logits[row] = value
             finally:
                 self._reset_image()
         if self.options.max_hole_area or self.options.min_region_area:
             for mask in masks:
                 clean_mask(mask, self.options.max_hole_area, self.options.min_region_area)
         segmented = with_masks(detections, masks, scores)
+        if "prompt_logits" in detections.data:
+            segmented.data["prompt_logits"] = logits
         if "prompt_box" in detections.data:
             without_box = ~np.asarray(detections.data["prompt_box"], bool) & masks.any((1, 2))
             segmented.xyxy = np.where(without_box[:, None], masks_to_xyxy(masks), segmented.xyxy)
@@ -223,8 +231,12 @@ class PromptedSegmenter(ABC):
 
     def _decode_rounds(
         self, prompts: Prompts, boxes: NDArray[np.float32]
-    ) -> tuple[NDArray[np.bool_], NDArray[np.float32]]:
-        """Decode prompts `rounds` times, each round prompted with the masks of the last; return masks and scores."""
+    ) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32]]:
+        """Decode prompts `rounds` times, each round prompted with the masks of the last.
+
+        Returns:
+            Masks, scores and logits of the last round.
+        """
         has_box = prompts.boxes is not None
         masks, scores, logits = self._decode(prompts).best()
         for _ in range(self.options.rounds - 1):
@@ -233,7 +245,7 @@ class PromptedSegmenter(ABC):
                 break
             prompts = prompts_from_masks(prompts, masks, logits, boxes)
             masks, scores, logits = self._decode(prompts).best()
-        return masks, scores
+        return masks, scores, logits
 
 
 class SharableSegmenter(PromptedSegmenter):

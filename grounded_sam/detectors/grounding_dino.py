@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from grounded_sam.detectors.queries import (
     detections_from_queries,
     load_detector,
 )
-from grounded_sam.errors import ConfigError, VocabularyError
+from grounded_sam.errors import CheckpointError, ConfigError, VocabularyError
 from grounded_sam.structures.detections import merge_detections
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.vocabulary import Vocabulary
@@ -118,6 +119,48 @@ def phrase_scores(probability: Tensor, spans: Sequence[tuple[int, int, int]], re
     return torch.stack([reduce(probability[:, start:stop], 1) for _, start, stop in spans], 1)
 
 
+def read_calibration(value: Any, checkpoint: str) -> list[tuple[float, float]]:
+    """Read `phrase_calibration` from the config of a checkpoint.
+
+    Args:
+        value: A list of `[scale, offset]`, the first for phrases of one token, the second for two and so on, the last
+            for all longer ones; None for no calibration.
+        checkpoint: Name of the checkpoint, for messages.
+
+    Raises:
+        CheckpointError: If it is anything else.
+
+    >>> read_calibration([[1.2, -0.5], [1, 0]], "x")
+    [(1.2, -0.5), (1.0, 0.0)]
+    """
+    if value is None:
+        return []
+    try:
+        pairs = [(float(scale), float(offset)) for scale, offset in value]
+        if not pairs or not all(math.isfinite(scale + offset) and scale > 0 for scale, offset in pairs):
+            raise ValueError
+    except (TypeError, ValueError):
+        raise CheckpointError(
+            f"{checkpoint}: phrase_calibration in config.json must be a list of [scale > 0, offset], got {value!r}"
+        ) from None
+    return pairs
+
+
+def calibrate_scores(
+    scores: Tensor, spans: Sequence[tuple[int, int, int]], calibration: Sequence[tuple[float, float]]
+) -> Tensor:
+    """Calibrate phrase scores `(queries, phrases)` with Platt scaling (Platt 1999), by the number of tokens.
+
+    The logit of each score is multiplied by a scale and an offset is added, so that scores of phrases of different
+    lengths mean the same; see `read_calibration`.
+    """
+    import torch
+
+    used = [calibration[min(stop - start, len(calibration)) - 1] for _, start, stop in spans]
+    scale, offset = torch.tensor(used, device=scores.device, dtype=scores.dtype).T
+    return (torch.logit(scores, eps=1e-6) * scale + offset).sigmoid()
+
+
 @contextmanager
 def run_backbone_once(model: Any) -> Iterator[None]:
     """Run the image backbone on the first call only, for several prompts on the same images."""
@@ -191,6 +234,7 @@ class GroundingDino:
         self.model = model.to(self.device)
         speed_up(self.model, precision, compile, backend_settings)
         self.image_processor, self.tokenizer = processor.image_processor, processor.tokenizer
+        self.calibration = read_calibration(getattr(model.config, "phrase_calibration", None), checkpoint)
         self._prompts: dict[Vocabulary, list[Prompt]] = {}
 
     def prompts(self, vocabulary: Vocabulary) -> list[Prompt]:
@@ -234,6 +278,8 @@ class GroundingDino:
             owners = [class_id for class_id, _, _ in prompt.spans]
             for frame, logits, boxes, part in zip(frames, output.logits, output.pred_boxes, parts, strict=True):
                 scores = phrase_scores(logits.float().sigmoid(), prompt.spans, self.phrase_score)
+                if self.calibration:
+                    scores = calibrate_scores(scores, prompt.spans, self.calibration)
                 height, width = frame.size_hw
                 xyxy = cxcywh_to_xyxy(boxes, (width, height))
                 part.append(detections_from_queries(scores.cpu().numpy(), owners, xyxy, vocabulary, frame.size_hw))

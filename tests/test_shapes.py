@@ -13,7 +13,17 @@ from independent import HELD_OUT_PAIRS as INDEPENDENT_HELD_OUT_PAIRS
 from independent import photo_files, random_scene
 
 from grounded_sam.shapes.phrases import Phrase, build_tokenizer, sample_phrases
-from grounded_sam.shapes.scenes import COLORS, HELD_OUT_PAIRS, TRAIN_PAIRS, make_clip, make_scene
+from grounded_sam.shapes.scenes import (
+    COLORS,
+    EXTRA_PAIRS,
+    HELD_OUT_PAIRS,
+    TRAIN_PAIRS,
+    VALIDATION_PAIRS,
+    make_clip,
+    make_crowded_scene,
+    make_occluded_clip,
+    make_scene,
+)
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
@@ -55,6 +65,27 @@ def test_ids_in_clips_persist_when_objects_leave_and_return():
     assert all(len(pairs) == 1 for pairs in pairs_by_id.values())
 
 
+def test_crowded_scenes_have_8_to_30_small_objects():
+    for seed in range(10):
+        scene = make_crowded_scene(np.random.default_rng(seed))
+        height, width = scene.image.shape[:2]
+        assert 320 <= max(height, width) <= 640
+        assert 6 <= len(scene.pairs) <= 30  # a few may find no room
+        sides = (scene.xyxy[:, 2:] - scene.xyxy[:, :2]).max(1)
+        assert sides.max() <= 0.12 * min(height, width) + 3
+
+
+def test_occluded_clips_hide_an_object_for_5_to_15_frames():
+    hidden = []
+    for seed in range(12):
+        clip = make_occluded_clip(np.random.default_rng(seed), 60)
+        for i in range(4):
+            visible = "".join("1" if i in frame.ids else "0" for frame in clip).strip("0")
+            hidden += [len(gap) for gap in visible.split("1") if gap]
+    assert len(hidden) >= 8
+    assert 4 <= np.median(hidden) <= 16
+
+
 def test_away_makes_objects_leave_and_return():
     frames = make_clip(np.random.default_rng(4), 12, count=5, size_hw=(160, 200), speed=0.0, away=1.0)
     visible = np.array([[i in frame.ids for frame in frames] for i in range(5)])
@@ -63,11 +94,10 @@ def test_away_makes_objects_leave_and_return():
 
 
 def test_training_never_uses_the_held_out_pairs():
-    from grounded_sam.shapes.training.detector import EXTRA_PAIRS
-
     held_out = set(HELD_OUT_PAIRS)
     assert held_out == INDEPENDENT_HELD_OUT_PAIRS
-    assert not held_out & set(TRAIN_PAIRS + EXTRA_PAIRS)
+    assert not held_out & set(TRAIN_PAIRS + EXTRA_PAIRS + VALIDATION_PAIRS)
+    assert not set(VALIDATION_PAIRS) & set(TRAIN_PAIRS + EXTRA_PAIRS)
     rng = np.random.default_rng(0)
     for _ in range(300):
         scene = make_scene(rng, TRAIN_PAIRS, count=3, size_hw=(96, 96))

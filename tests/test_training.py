@@ -25,13 +25,14 @@ def test_the_detector_trains_resumes_and_loads(tmp_path):
     from grounded_sam.structures.frame import Frame
     from grounded_sam.structures.vocabulary import Vocabulary
 
-    overrides = [f"out={tmp_path}", "batch=2", "crops.steps=2", "crops.batch=4", "log_every=1"]
+    overrides = [f"out={tmp_path}", "batch=2", "crops.steps=2", "crops.batch=4", "log_every=1", "calibration_scenes=2"]
     assert "step 2/2" in train("detector", *overrides, "steps=2")
     resumed = train("detector", *overrides, "steps=3")
     assert "resumed" in resumed and "step 3/3" in resumed and "step 2/3" not in resumed
     detector = GroundingDino(str(tmp_path / "model"), device="cpu")
     detections = detector.detect([Frame(pixels=np.zeros((90, 120, 3), np.uint8))], Vocabulary.parse(["red circle"]))
     assert len(detections[0]) > 0
+    assert len(detector.calibration) == 4
 
 
 @pytest.mark.parametrize("model", ["sam", "sam2"])
@@ -61,6 +62,7 @@ def test_the_tracker_trains_its_memory_but_not_its_image_encoder(tmp_path):
         "clips=1",
         "log_every=1",
         "validation_scenes=1",
+        "validation_clips=1",
         "steps=3",
     ]
     assert "step 3/3" in train("tracker", *overrides)

@@ -73,12 +73,13 @@ def sample_text(rng: np.random.Generator, color: str | None, shape: str | None) 
 
 
 def sample_phrases(
-    rng: np.random.Generator, present: Sequence[Pair], pairs: Sequence[Pair] = PAIRS, maximum: int = 10
+    rng: np.random.Generator, present: Sequence[Pair], pairs: Sequence[Pair] = PAIRS, maximum: int = 20
 ) -> list[Phrase]:
     """Sample the phrases to prompt with for a scene.
 
     Most prompts consist of phrases that exclude each other (pairs, or shapes, or colors); some mix these, and some
-    contain distractors.
+    contain distractors. Prompts of pairs name some of the present ones, look-alikes that share a color or a shape with
+    these, and others.
 
     Args:
         rng: Source of randomness.
@@ -90,18 +91,17 @@ def sample_phrases(
         From 1 to `maximum` phrases.
 
     >>> [phrase.text for phrase in sample_phrases(np.random.default_rng(3), [("red", "star")], maximum=2)]
-    ['orange circle', 'the yellow triangle']
+    ['yellow triangle', 'yellow squares']
     """
-    count = int(rng.integers(1, maximum + 1))
-    kind = rng.choice(["pairs", "shapes", "colors", "mixed"], p=[0.6, 0.18, 0.13, 0.09])
+    count = int(rng.integers(1, min(maximum, 10) + 1))
+    if maximum > 10 and rng.random() < 0.35:
+        count = int(rng.integers(11, maximum + 1))
+    kind = rng.choice(["pairs", "shapes", "colors", "mixed"], p=[0.66, 0.14, 0.11, 0.09])
     shapes = [(None, shape) for shape in dict.fromkeys(shape for _, shape in pairs)]
     colors = [(color, None) for color in dict.fromkeys(color for color, _ in pairs)]
     pool: list[tuple[str | None, str | None]]
     if kind == "pairs":
-        visible = sorted(set(present))
-        named = [visible[i] for i in rng.permutation(len(visible))[: int(rng.integers(0, len(visible) + 1))]]
-        absent = [pair for pair in pairs if pair not in visible]
-        pool = [*named, *(absent[i] for i in rng.permutation(len(absent)))][: max(count, len(named))][:maximum]
+        pool = list(_sample_pairs(rng, present, pairs, count))
     elif kind == "mixed":
         pool = [*shapes, *colors, *pairs]
     else:
@@ -117,6 +117,22 @@ def sample_phrases(
                 text = "".join(rng.choice(list(_LETTERS), int(rng.integers(3, 9))))
             phrases[int(rng.integers(len(phrases)))] = Phrase("?", "?", text)
     return phrases
+
+
+def _sample_pairs(rng: np.random.Generator, present: Sequence[Pair], pairs: Sequence[Pair], count: int) -> list[Pair]:
+    """Sample `count` pairs: any number of the present ones, up to half of the rest look-alikes, and others."""
+    visible = sorted(set(present))
+    named = [visible[i] for i in rng.permutation(len(visible))[: int(rng.integers(0, len(visible) + 1))]][:count]
+    absent = [pair for pair in pairs if pair not in visible]
+    shared = {attribute for pair in visible for attribute in pair}
+    alike = [pair for pair in dict.fromkeys(absent) if shared & set(pair)]
+    num_alike = int(rng.integers(0, (count - len(named)) // 2 + 1))
+    chosen = dict.fromkeys([*named, *(alike[i] for i in rng.permutation(len(alike))[:num_alike])])
+    for i in rng.permutation(len(absent)):
+        if len(chosen) >= count:
+            break
+        chosen[absent[i]] = None
+    return list(chosen)
 
 
 def build_tokenizer() -> BertTokenizerFast:

@@ -1,8 +1,9 @@
 """Synthetic scenes and clips of colored shapes with exact ground truth.
 
-A scene is a canvas of 96 to 512 px per side with up to eight objects, each of them a shape in a color. The ground
-truth of an object is its visible part: its mask without what other objects occlude, and the box of that mask. All
-random numbers come from one `numpy.random.Generator`, so a seed determines a scene.
+A scene is a canvas of 96 to 512 px per side with up to eight objects, each of them a shape in a color. Crowded scenes
+have 8 to 30 small objects. The ground truth of an object is its visible part: its mask without what other objects
+occlude, and the box of that mask. All random numbers come from one `numpy.random.Generator`, so a seed determines a
+scene.
 """
 
 from __future__ import annotations
@@ -38,14 +39,32 @@ EXTRA_COLORS = {
     "brown": (125, 80, 45),
     "white": (240, 240, 240),
     "black": (25, 25, 25),
+    "navy": (25, 35, 100),
+    "maroon": (110, 25, 40),
+    "lime": (165, 225, 60),
+    "beige": (228, 208, 168),
 }
 #: Shapes that only training uses, for the same reason.
-EXTRA_SHAPES = ("heart", "arrow", "moon", "diamond")
+EXTRA_SHAPES = ("heart", "arrow", "moon", "diamond", "oval", "bolt", "drop")
 PAIRS: tuple[Pair, ...] = tuple((color, shape) for color in COLORS for shape in SHAPES)
 #: Pairs that appear in no training scene and no training phrase, to test zero-shot generalization.
 HELD_OUT_PAIRS: tuple[Pair, ...] = (("green", "triangle"), ("purple", "cross"), ("red", "ring"), ("blue", "star"))
 #: The pairs of `PAIRS` that may be trained on.
 TRAIN_PAIRS: tuple[Pair, ...] = tuple(pair for pair in PAIRS if pair not in HELD_OUT_PAIRS)
+#: Pairs with an extra color or shape that are not trained either, to calibrate and validate on pairs that a model has
+#: not seen.
+VALIDATION_PAIRS: tuple[Pair, ...] = (
+    *(("cyan", "star"), ("pink", "triangle"), ("brown", "ring"), ("white", "cross"), ("black", "circle")),
+    *(("red", "heart"), ("green", "moon"), ("blue", "arrow"), ("yellow", "oval"), ("purple", "drop")),
+    *(("orange", "bolt"), ("lime", "square"), ("navy", "cross"), ("maroon", "star"), ("beige", "triangle")),
+)
+#: The other pairs with an extra color or shape.
+EXTRA_PAIRS: tuple[Pair, ...] = tuple(
+    (color, shape)
+    for color in (*COLORS, *EXTRA_COLORS)
+    for shape in (*SHAPES, *EXTRA_SHAPES)
+    if (color in EXTRA_COLORS or shape in EXTRA_SHAPES) and (color, shape) not in VALIDATION_PAIRS
+)
 
 #: Range of `SceneObject.inner_ratio` by shape.
 INNER_RATIOS = {
@@ -54,6 +73,7 @@ INNER_RATIOS = {
     "cross": (0.22, 0.38),
     "arrow": (0.2, 0.35),
     "diamond": (0.5, 0.65),
+    "oval": (0.45, 0.65),
 }
 #: Largest share of an object that others may occlude.
 MAX_OCCLUSION = 1 / 3
@@ -153,6 +173,14 @@ def shape_outlines(shape: str, inner_ratio: float) -> list[NDArray[np.float64]]:
         return [np.concatenate([np.stack([np.cos(outer), np.sin(outer)], axis=1), bite])]
     if shape == "diamond":
         return [np.array([(1.0, 0.0), (0.0, inner_ratio), (-1.0, 0.0), (0.0, -inner_ratio)])]
+    if shape == "oval":
+        return [_regular_polygon(72) * (1.0, inner_ratio)]
+    if shape == "bolt":
+        half = [(0.12, 0.98), (-0.42, -0.1), (-0.02, -0.1)]
+        return [np.array(half + [(-x, -y) for x, y in half])]
+    if shape == "drop":
+        t = np.linspace(0, 2 * math.pi, 72, endpoint=False)
+        return [np.stack([np.cos(t), 0.95 * np.sin(t) * np.sin(t / 2) ** 1.3], axis=1)]
     raise ValueError(f"shape must be one of {', '.join((*SHAPES, *EXTRA_SHAPES))}; got {shape!r}")
 
 
@@ -404,6 +432,7 @@ def make_scene(
     count: int | None = None,
     size_hw: tuple[int, int] | None = None,
     photos: Sequence[NDArray[np.uint8]] = (),
+    diameter: tuple[float, float] = (0.10, 0.45),
 ) -> Scene:
     """Make a random scene.
 
@@ -413,6 +442,7 @@ def make_scene(
         count: Number of objects, fewer if there is no room; None for a random one from 0 to 8.
         size_hw: Height and width in pixels; None for 96 to 512 px per side at an aspect ratio of at most 2:1.
         photos: RGB arrays to crop backgrounds from.
+        diameter: Range of diameters, as a fraction of the canvas's shorter side.
 
     >>> scene = make_scene(np.random.default_rng(3), count=2, size_hw=(96, 128))
     >>> scene.image.shape, scene.masks.shape
@@ -427,12 +457,60 @@ def make_scene(
     objects: list[SceneObject] = []
     for _ in range(count):
         for _ in range(12):
-            candidate = sample_object(rng, pairs[int(rng.integers(len(pairs)))], height, width)
+            candidate = sample_object(rng, pairs[int(rng.integers(len(pairs)))], height, width, diameter)
             if _fits(candidate, objects, height, width):
                 objects.append(candidate)
                 break
     noise = int(rng.integers(0, 9))
     return draw_scene(background, objects, rng, noise=noise, antialias=rng.random() < 0.8)
+
+
+def make_crowded_scene(
+    rng: np.random.Generator,
+    pairs: Sequence[Pair] = PAIRS,
+    count: int | None = None,
+    photos: Sequence[NDArray[np.uint8]] = (),
+) -> Scene:
+    """Make a random scene of many small objects, 320 to 640 px along its longer side.
+
+    Args:
+        rng: Source of randomness.
+        pairs: Color and shape pairs that may appear; a scene has at most six of them.
+        count: Number of objects, fewer if there is no room; None for a random one from 8 to 30.
+        photos: RGB arrays to crop backgrounds from.
+
+    >>> len(make_crowded_scene(np.random.default_rng(0), count=12).pairs)
+    12
+    """
+    long = int(rng.integers(320, 641))
+    short = int(rng.integers(max(240, -(-long // 2)), long + 1))
+    size_hw = (long, short) if rng.random() < 0.5 else (short, long)
+    chosen = [pairs[i] for i in rng.integers(len(pairs), size=int(rng.integers(2, 7)))]
+    count = int(rng.integers(8, 31)) if count is None else count
+    return make_scene(rng, chosen, count, size_hw, photos, diameter=(0.04, 0.12))
+
+
+def crop_scene(scene: Scene, x: int, y: int, width: int, height: int, min_visible: float = 0.3) -> Scene:
+    """Crop a scene, as tiles do.
+
+    Args:
+        scene: The scene.
+        x: Left edge of the crop, in pixels.
+        y: Top edge.
+        width: Width of the crop.
+        height: Height of the crop.
+        min_visible: Smallest fraction of an object's mask inside the crop; objects with less are left out.
+    """
+    masks = scene.masks[:, y : y + height, x : x + width]
+    areas = scene.masks.reshape(len(masks), -1).sum(1)
+    kept = np.flatnonzero(masks.reshape(len(masks), -1).sum(1) >= np.maximum(min_visible * areas, 1))
+    return Scene(
+        image=np.ascontiguousarray(scene.image[y : y + height, x : x + width]),
+        masks=np.ascontiguousarray(masks[kept]),
+        xyxy=masks_to_xyxy(masks[kept]),
+        pairs=tuple(scene.pairs[i] for i in kept.tolist()),
+        ids=scene.ids[kept],
+    )
 
 
 def _sample_sides(rng: np.random.Generator, minimum: int, maximum: int) -> tuple[int, int]:
@@ -505,6 +583,104 @@ def make_clip(
         moved = [absence.apply(motion.apply(item, i, t), i, t) for i, item in enumerate(objects)]
         clip.append(draw_scene(background, moved, rng, noise=noise, antialias=antialias))
     return clip
+
+
+def make_occluded_clip(
+    rng: np.random.Generator,
+    frames: int,
+    pairs: Sequence[Pair] = PAIRS,
+    size_hw: tuple[int, int] | None = None,
+    photos: Sequence[NDArray[np.uint8]] = (),
+) -> list[Scene]:
+    """Make a random clip that is hard to track: look-alikes that cross, full occlusions, a moving camera.
+
+    Two to four objects that share a color or a shape move through the scene. A larger object passes over one or two of
+    them and hides each for 5 to 15 frames, fewer in clips of less than 30 frames. The camera pans, so that objects
+    leave and enter.
+
+    Args:
+        rng: Source of randomness.
+        frames: Number of frames.
+        pairs: Color and shape pairs that may appear.
+        size_hw: Height and width in pixels; None for 128 to 384 px per side at an aspect ratio of at most 2:1.
+        photos: RGB arrays to crop the background from.
+
+    Returns:
+        One scene per frame, as `make_clip` returns them.
+
+    >>> clip = make_occluded_clip(np.random.default_rng(0), 40, size_hw=(160, 200))
+    >>> len(clip), clip[0].image.shape
+    (40, (160, 200, 3))
+    """
+    if size_hw is None:
+        long, short = _sample_sides(rng, 128, 384)
+        size_hw = (short, long) if rng.random() < 0.7 else (long, short)
+    height, width = size_hw
+    color, shape = pairs[int(rng.integers(len(pairs)))]
+    alike = [pair for pair in pairs if (pair[0] == color) != (pair[1] == shape)] + [(color, shape)]
+    count = int(rng.integers(2, 5))
+    objects = [
+        sample_object(rng, alike[int(rng.integers(len(alike)))], height, width, (0.14, 0.28)) for _ in range(count)
+    ]
+    motion = _Motion.sample(rng, count, size_hw, speed=min(0.012, 0.36 / frames))
+    pan = rng.normal(0, 0.25, 2) * min(size_hw) / frames
+    camera = np.outer(np.arange(frames), pan)
+    shift = np.ceil(np.abs(camera[-1])).astype(int)
+    wide = make_background(rng, height + int(shift[1]), width + int(shift[0]), photos)
+    victims = rng.permutation(count)[: int(rng.integers(1, 3))]
+    motion.swell[victims] = 0  # so that they stay hidden for as long as planned
+    passes = [_Pass.sample(rng, objects[i], int(i), frames, pairs) for i in victims]
+    noise, antialias = int(rng.integers(0, 9)), bool(rng.random() < 0.8)
+    clip = []
+    for t in range(frames):
+        moved = [motion.apply(item, i, t) for i, item in enumerate(objects)]
+        drawn = [*moved, *(over.apply(moved[over.below], t) for over in passes)]
+        drawn = [replace(item, x=item.x - camera[t, 0], y=item.y - camera[t, 1]) for item in drawn]
+        x, y = (np.round(camera[t]).astype(int) + np.where(pan < 0, shift, 0)).tolist()
+        background = wide[y : y + height, x : x + width]
+        clip.append(draw_scene(background, drawn, rng, noise=noise, antialias=antialias))
+    return clip
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """An object that passes over another one and hides it for some frames.
+
+    Attributes:
+        item: The object on top.
+        below: Index of the object that it hides.
+        middle: Frame at which it is exactly over that object.
+        step: Motion relative to that object, in pixels per frame, `(2,)`.
+    """
+
+    item: SceneObject
+    below: int
+    middle: float
+    step: NDArray[np.float64]
+
+    @classmethod
+    def sample(
+        cls, rng: np.random.Generator, victim: SceneObject, below: int, frames: int, pairs: Sequence[Pair]
+    ) -> _Pass:
+        hidden = int(rng.integers(5, 16)) if frames >= 30 else int(rng.integers(1, max(2, frames // 3)))
+        solid = [pair for pair in pairs if pair[1] in ("circle", "square")]
+        item = sample_object(rng, solid[int(rng.integers(len(solid)))], 96, 96)
+        # The inscribed circle of a square is smaller than its circumscribed one.
+        reach = victim.diameter * rng.uniform(1.45, 1.8)
+        inscribed = 1.0 if item.shape == "circle" else math.sqrt(0.5)
+        speed = (reach - victim.diameter) / hidden
+        heading = rng.uniform(0, 2 * math.pi)
+        middle = rng.uniform(0.3, 0.7) * (frames - 1)
+        step = speed * np.array([math.cos(heading), math.sin(heading)])
+        return cls(replace(item, diameter=reach / inscribed), below, middle, step)
+
+    def apply(self, victim: SceneObject, t: int) -> SceneObject:
+        """Return the object on top at frame `t`, given where the object below is."""
+        # It approaches and leaves faster than it passes, so that it is away from the victim in most frames.
+        offset = t - self.middle
+        reach = 1 + 6 * max(abs(offset) - 8, 0) / 8
+        x, y = np.array([victim.x, victim.y]) + self.step * offset * reach
+        return replace(self.item, x=float(x), y=float(y))
 
 
 @dataclass(frozen=True)

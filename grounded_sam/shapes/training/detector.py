@@ -2,7 +2,10 @@
 
 The backbone is trained alone first, on crops of single objects, with trainable batch norms. Inside the detector, where
 Grounding DINO freezes them, the backbone learns shapes far too slowly: a Swin backbone reached 25% after 18,000
-scenes, this one more than 90% after two minutes of crops. The whole model is trained after that.
+scenes, this one more than 90% after two minutes of crops. The whole model is trained after that, first with the focal
+loss, then with cross-entropy, a proper scoring rule, so that scores are close to probabilities. Finally they
+are calibrated on scenes with pairs that training does not use (`scenes.VALIDATION_PAIRS`): a scale and an offset for
+each number of tokens in a phrase, which the model's config stores as `phrase_calibration`.
 """
 
 from __future__ import annotations
@@ -32,28 +35,27 @@ from grounded_sam.shapes.phrases import Phrase, build_tokenizer, sample_phrases
 from grounded_sam.shapes.scenes import (
     COLORS,
     EXTRA_COLORS,
+    EXTRA_PAIRS,
     EXTRA_SHAPES,
     SHAPES,
     TRAIN_PAIRS,
-    Pair,
     Scene,
+    crop_scene,
     draw_scene,
     load_photos,
     make_background,
+    make_crowded_scene,
     make_scene,
     sample_object,
 )
-from grounded_sam.shapes.training.loop import fit, load_settings
+from grounded_sam.shapes.training.calibration import calibrate
+from grounded_sam.shapes.training.loop import fit, load_settings, training_stage
 
 log = logging.getLogger(__name__)
 
 SHORT_SIDE, LONG_SIDE = 160, 320
 MAX_TOKENS = 64
 ALL_SHAPES, ALL_COLORS = (*SHAPES, *EXTRA_SHAPES), (*COLORS, *EXTRA_COLORS)
-#: Pairs with a color or a shape that only training uses.
-EXTRA_PAIRS: tuple[Pair, ...] = tuple(
-    (color, shape) for color in ALL_COLORS for shape in ALL_SHAPES if color in EXTRA_COLORS or shape in EXTRA_SHAPES
-)
 
 
 def detector_config(vocabulary_size: int) -> GroundingDinoConfig:
@@ -79,7 +81,7 @@ def detector_config(vocabulary_size: int) -> GroundingDinoConfig:
             "attention_probs_dropout_prob": 0.0,
         },
         d_model=64,
-        num_queries=24,
+        num_queries=40,
         encoder_layers=2,
         decoder_layers=3,
         encoder_ffn_dim=128,
@@ -171,7 +173,7 @@ class DetectionBatches:
     """Make the batch of a step. Its scenes share an aspect ratio, so that images need no padding.
 
     Args:
-        cfg: Settings `seed`, `batch` and `photos`.
+        cfg: Settings `seed`, `batch`, `photos`, `short_sides`, `crowded` and `steps`.
         tokenizer: Tokenizer of the model.
     """
 
@@ -182,15 +184,15 @@ class DetectionBatches:
 
     def __call__(self, step: int) -> DetectionBatch:
         rng = np.random.default_rng([self.cfg.seed, 1, step])
+        short = self._short_side(step)
         ratio = rng.uniform(1, 2)
         is_wide = rng.random() < 0.5
-        height, width = (SHORT_SIDE, round(SHORT_SIDE * ratio)) if is_wide else (round(SHORT_SIDE * ratio), SHORT_SIDE)
+        height, width = (short, round(short * ratio)) if is_wide else (round(short * ratio), short)
         pixels, ids, boxes, token_targets, dense = [], [], [], [], []
         for _ in range(self.cfg.batch):
-            side = int(rng.integers(96, max(97, int(512 / ratio)) + 1))
-            size_hw = (side, round(side * ratio)) if is_wide else (round(side * ratio), side)
-            scene = make_scene(rng, TRAIN_PAIRS * 3 + EXTRA_PAIRS, size_hw=size_hw, photos=self.photos)
+            scene = self._sample_scene(rng, ratio, is_wide)
             phrases = sample_phrases(rng, scene.pairs, TRAIN_PAIRS + EXTRA_PAIRS)
+            phrases = _fitting_phrases(self.tokenizer, phrases)
             tokens, ranges = tokenize_phrases(self.tokenizer, [phrase.text for phrase in phrases])
             targets = _token_targets(scene, phrases, ranges)
             is_prompted = targets.any(1)
@@ -208,6 +210,37 @@ class DetectionBatches:
             "token_type_ids": torch.zeros_like(padded),
         }
         return DetectionBatch(inputs, boxes, [targets[:, :length] for targets in token_targets], dense)
+
+    def _short_side(self, step: int) -> int:
+        """Return the shorter side of the images of a step; smaller images come first, to see more of them."""
+        sides = self.cfg.short_sides
+        return int(sides[min(int(len(sides) * step / self.cfg.steps), len(sides) - 1)])
+
+    def _sample_scene(self, rng: np.random.Generator, ratio: float, is_wide: bool) -> Scene:
+        """Sample a scene of an aspect ratio, or a tile of a crowded one."""
+        pairs = TRAIN_PAIRS * 4 + EXTRA_PAIRS
+        if rng.random() < self.cfg.crowded:
+            scene = make_crowded_scene(rng, pairs, photos=self.photos)
+            height, width = scene.image.shape[:2]
+            limit = min(width / ratio, height) if is_wide else min(width, height / ratio)
+            side = rng.uniform(min(128, limit), min(limit, 320))
+            w, h = (int(side * ratio), int(side)) if is_wide else (int(side), int(side * ratio))
+            x, y = rng.integers(width - w + 1), rng.integers(height - h + 1)
+            return crop_scene(scene, int(x), int(y), w, h)
+        side = int(rng.integers(96, max(97, int(512 / ratio)) + 1))
+        size_hw = (side, round(side * ratio)) if is_wide else (round(side * ratio), side)
+        return make_scene(rng, pairs, size_hw=size_hw, photos=self.photos, diameter=(0.08, 0.45))
+
+
+def _fitting_phrases(tokenizer: BertTokenizerFast, phrases: list[Phrase]) -> list[Phrase]:
+    """Return the first phrases that fit into a prompt of `MAX_TOKENS` tokens."""
+    length, fitting = 2, []
+    for phrase in phrases:
+        length += len(tokenizer(phrase.text, add_special_tokens=False)["input_ids"]) + 1
+        if length > MAX_TOKENS:
+            break
+        fitting.append(phrase)
+    return fitting
 
 
 def _token_targets(scene: Scene, phrases: list[Phrase], ranges: list[tuple[int, int]]) -> Tensor:
@@ -275,18 +308,21 @@ def match_queries(
     Returns:
         Indices of the matched queries and of their targets.
     """
-    probability = logits.sigmoid()
+    probability = logits.float().sigmoid()
+    boxes, token_targets = boxes.float(), token_targets.float()
     positive = 0.25 * (1 - probability) ** 2 * -(probability + 1e-8).log()
     negative = 0.75 * probability**2 * -(1 - probability + 1e-8).log()
     weight = token_targets / token_targets.sum(1, keepdim=True)
     cost = 2 * (positive - negative) @ weight.T
     giou = generalized_box_iou(box_corners(boxes), box_corners(target_boxes))
     cost += 5 * torch.cdist(boxes, target_boxes, p=1) - 2 * giou
-    rows, columns = linear_sum_assignment(cost.repeat(1, repeats).numpy())
+    rows, columns = linear_sum_assignment(cost.repeat(1, repeats).cpu().numpy())
     return torch.as_tensor(rows), torch.as_tensor(columns) % len(target_boxes)
 
 
-def set_loss(logits: Tensor, boxes: Tensor, batch: DetectionBatch, repeats: int = 1) -> tuple[Tensor, Tensor]:
+def set_loss(
+    logits: Tensor, boxes: Tensor, batch: DetectionBatch, repeats: int = 1, proper: bool = False
+) -> tuple[Tensor, Tensor]:
     """Compute the class loss and the box loss of one set of predictions.
 
     Args:
@@ -294,7 +330,9 @@ def set_loss(logits: Tensor, boxes: Tensor, batch: DetectionBatch, repeats: int 
         boxes: Boxes of the queries, cxcywh from 0 to 1, `(b, q, 4)`.
         batch: The batch with its targets.
         repeats: Number of queries that are matched to each target.
+        proper: Whether the class loss is cross-entropy, a proper scoring rule, instead of the focal loss.
     """
+    logits, boxes = logits.float(), boxes.float()
     mask = batch.inputs["attention_mask"].bool()
     class_targets = torch.zeros_like(logits)
     box_loss = logits.new_zeros(())
@@ -309,7 +347,11 @@ def set_loss(logits: Tensor, boxes: Tensor, batch: DetectionBatch, repeats: int 
         giou = torch.diag(generalized_box_iou(box_corners(matched), box_corners(expected)))
         box_loss = box_loss + 5 * (matched - expected).abs().sum()
         box_loss = box_loss + 2 * (1 - giou).sum()
-    class_loss = focal_loss(logits.masked_fill(~mask[:, None], -30.0), class_targets)
+    logits = logits.masked_fill(~mask[:, None], -30.0)
+    if proper:
+        class_loss = 0.25 * F.binary_cross_entropy_with_logits(logits, class_targets, reduction="none")
+    else:
+        class_loss = focal_loss(logits, class_targets)
     # Normalized by a typical number of positive tokens per target, which depends on the phrases.
     return 2 * (class_loss * mask[:, None]).sum() / (count * 2.0), box_loss / count
 
@@ -347,6 +389,9 @@ class DenseHead(nn.Module):
         return total / len(batch.dense)
 
 
+_CROP_PAIRS = TRAIN_PAIRS + EXTRA_PAIRS
+
+
 @dataclass(frozen=True)
 class CropBatch:
     """Images of single objects.
@@ -379,19 +424,20 @@ class CropBatches:
         pixels, coverage, labels = [], [], []
         for _ in range(self.cfg.batch):
             side = int(64 * np.exp(rng.uniform(np.log(0.6), np.log(2.5))))
-            item = sample_object(rng, TRAIN_PAIRS[rng.integers(len(TRAIN_PAIRS))], side, side, (0.22, 0.94))
+            pair = _CROP_PAIRS[rng.integers(len(_CROP_PAIRS))]
+            item = sample_object(rng, pair, side, side, (0.22, 0.94))
             background = make_background(rng, side, side, self.photos)
             scene = draw_scene(background, [item], rng, noise=int(rng.integers(0, 9)))
             pixels.append(_resize_image(scene.image, 64, 64))
             coverage.append(F.interpolate(torch.from_numpy(scene.masks[:1])[None].float(), (64, 64), mode="area")[0])
-            labels.append([SHAPES.index(item.shape), list(COLORS).index(item.color)])
+            labels.append([ALL_SHAPES.index(item.shape), ALL_COLORS.index(item.color)])
         normalized = self.processor(pixels, return_tensors="pt")["pixel_values"]
         return CropBatch(normalized, torch.stack(coverage), torch.tensor(labels))
 
 
 def pretrain_backbone(cfg: DictConfig, backbone: Any) -> None:
     """Train the backbone to classify shapes and colors from features pooled over the object."""
-    heads = [nn.Sequential(nn.LayerNorm(c), nn.Linear(c, len(SHAPES) + len(COLORS))) for c in backbone.channels]
+    heads = [nn.Sequential(nn.LayerNorm(c), nn.Linear(c, len(ALL_SHAPES) + len(ALL_COLORS))) for c in backbone.channels]
 
     def loss_fn(batch: CropBatch, step: int) -> tuple[Tensor, dict[str, float]]:
         total, accuracy = batch.pixels.new_zeros(()), 0.0
@@ -399,13 +445,13 @@ def pretrain_backbone(cfg: DictConfig, backbone: Any) -> None:
             weight = F.interpolate(batch.coverage, features.shape[-2:], mode="area")
             weight = weight + 0.3 * F.max_pool2d(weight, 3, 1, 1) + 1e-4
             logits = head((features * weight).sum((2, 3)) / weight.sum((2, 3)))
-            shapes, colors = logits[:, : len(SHAPES)], logits[:, len(SHAPES) :]
+            shapes, colors = logits[:, : len(ALL_SHAPES)], logits[:, len(ALL_SHAPES) :]
             total = total + F.cross_entropy(shapes, batch.labels[:, 0])
             total = total + 0.3 * F.cross_entropy(colors, batch.labels[:, 1])
             accuracy += (shapes.argmax(1) == batch.labels[:, 0]).float().mean().item() / len(heads)
         return total, {"shape_accuracy": accuracy}
 
-    fit(backbone, CropBatches(cfg), loss_fn, cfg, auxiliary_heads=heads)
+    fit(backbone, CropBatches(cfg), loss_fn, cfg, auxiliary_heads=heads, stage="crops")
 
 
 class DetectionLoss:
@@ -414,10 +460,11 @@ class DetectionLoss:
     Args:
         model: The detector.
         heads: One dense head for the projected backbone features, and one for the encoder's output.
+        proper_from: First step with cross-entropy instead of the focal loss.
     """
 
-    def __init__(self, model: GroundingDinoForObjectDetection, heads: list[DenseHead]) -> None:
-        self.model, self.heads = model, heads
+    def __init__(self, model: GroundingDinoForObjectDetection, heads: list[DenseHead], proper_from: int) -> None:
+        self.model, self.heads, self.proper_from = model, heads, proper_from
         self._projected: Tensor
         model.model.input_proj_vision[0].register_forward_hook(self._keep_projected)
 
@@ -426,10 +473,11 @@ class DetectionLoss:
 
     def __call__(self, batch: DetectionBatch, step: int) -> tuple[Tensor, dict[str, float]]:
         out = self.model.model(**batch.inputs, return_dict=True)
-        total, metrics = self._decoder_loss(out, batch)
+        proper = step >= self.proper_from
+        total, metrics = self._decoder_loss(out, batch, proper)
         length = batch.inputs["input_ids"].shape[1]
         boxes = out.enc_outputs_coord_logits.sigmoid()
-        class_loss, box_loss = set_loss(out.enc_outputs_class[..., :length], boxes, batch, repeats=3)
+        class_loss, box_loss = set_loss(out.enc_outputs_class[..., :length], boxes, batch, 3, proper)
         height, width = self._projected.shape[-2:]
         dense = [
             self.heads[0](self._projected.flatten(2).transpose(1, 2), batch, height, width),
@@ -439,7 +487,7 @@ class DetectionLoss:
         dense_weight = max(0.1, 1 - step / 3000)
         return total + class_loss + box_loss + dense_weight * (dense[0] + dense[1]), metrics
 
-    def _decoder_loss(self, out: Any, batch: DetectionBatch) -> tuple[Tensor, dict[str, float]]:
+    def _decoder_loss(self, out: Any, batch: DetectionBatch, proper: bool) -> tuple[Tensor, dict[str, float]]:
         """Sum the losses of all decoder layers; the metrics are those of the last layer."""
         text, mask = out.encoder_last_hidden_state_text, batch.inputs["attention_mask"].bool()
         length = batch.inputs["input_ids"].shape[1]
@@ -450,7 +498,7 @@ class DetectionLoss:
             hidden = out.intermediate_hidden_states[:, level]
             logits = self.model.class_embed[level](hidden, text, mask)[..., :length]
             boxes = (self.model.bbox_embed[level](hidden) + torch.special.logit(reference, eps=1e-5)).sigmoid()
-            class_loss, box_loss = set_loss(logits, boxes, batch)
+            class_loss, box_loss = set_loss(logits, boxes, batch, proper=proper)
             total = total + class_loss + box_loss
             metrics = {"class": class_loss.item(), "box": box_loss.item()}
             reference = out.intermediate_reference_points[:, level]
@@ -458,31 +506,29 @@ class DetectionLoss:
 
 
 def main() -> None:
-    """Train the detector and write it to the folder `model` in `out`."""
+    """Train the detector, calibrate it, and write it to the folder `model` in `out`."""
     cfg = load_settings("detector")
     tokenizer = build_tokenizer()
     model = build_detector(len(tokenizer))
     heads = [DenseHead(64), DenseHead(64)]
     batches = DetectionBatches(cfg, tokenizer)
-    if cfg.crops.steps and not (Path(cfg.out) / "training.pt").exists():
+    if cfg.crops.steps and training_stage(cfg.out) in (None, "crops"):
         backbone = AutoBackbone.from_config(model.config.backbone_config)
-        crops_cfg = OmegaConf.merge(cfg, cfg.crops, {"out": f"{cfg.out}/backbone"})
+        crops_cfg = OmegaConf.merge(cfg, cfg.crops)
         assert isinstance(crops_cfg, DictConfig)
         pretrain_backbone(crops_cfg, backbone)
         # The frozen batch norms of the detector take over the statistics of these.
         model.model.backbone.conv_encoder.model.load_state_dict(backbone.state_dict(), strict=False)
-    if cfg.start_from:
-        state = torch.load(cfg.start_from, map_location="cpu", weights_only=True)["model"]
-        state = {k: v for k, v in state.items() if ".backbone." not in k and "input_proj_vision" not in k}
-        model.load_state_dict(state, strict=False)
     log.info("%.2f M parameters", sum(p.numel() for p in model.parameters()) / 1e6)
+    loss_fn = DetectionLoss(model, heads, proper_from=round(cfg.steps * (1 - cfg.proper)))
     try:
-        fit(model, batches, DetectionLoss(model, heads), cfg, auxiliary_heads=heads)
+        fit(model, batches, loss_fn, cfg, auxiliary_heads=heads, stage="scenes")
     finally:  # also when interrupted
         folder = Path(cfg.out) / "model"
-        model.half().save_pretrained(folder)
+        model.cpu().half().save_pretrained(folder)
         build_processor(tokenizer).save_pretrained(folder)
         log.info("model in %s", folder)
+    calibrate(folder, batches.photos, cfg.calibration_scenes)
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def main() -> None:
         print(HELP, end="")
         return
     if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # for stages of the user's own, as in `grounded-sam`
+        sys.path.append(str(Path.cwd()))  # for user-defined stages, as in `grounded-sam`
     try:
         folder = export(overrides)
     except (GroundedSamError, OmegaConfBaseException, OSError) as error:

@@ -146,7 +146,7 @@ def main() -> None:
     os.environ["GROUNDED_SAM_DEBUG"] = str(int(DEBUG))
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors reach this function instead of being printed by Hydra
     if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))  # for stages of the user's own; last, so that they shadow no package
+        sys.path.append(str(Path.cwd()))  # for user-defined stages; last, so that they shadow no package
     GlobalHydra.instance().clear()  # `import sam2` may have initialized it
     try:
         hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(run)()

@@ -162,7 +162,7 @@ def run_list(overrides: Sequence[str], extra: Sequence[str], as_json: bool) -> N
 
     Args:
         overrides: Overrides of the user; without any, every choice is listed.
-        extra: Overrides for a config folder of the user's own.
+        extra: Overrides for a user-defined config folder.
         as_json: Print JSON instead of a table.
     """
     notes: list[str] = []
@@ -302,7 +302,7 @@ def main() -> None:
         if not sys.stderr.isatty():
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         if str(Path.cwd()) not in sys.path:
-            sys.path.append(str(Path.cwd()))  # for stages of the user's own, as in `grounded-sam`
+            sys.path.append(str(Path.cwd()))  # for user-defined stages, as in `grounded-sam`
         if parsed.command == "list":
             run_list(parsed.overrides, extra, parsed.json)
         elif parsed.command == "fetch":

@@ -238,8 +238,8 @@ class VideoScores:
     def by_object(self) -> dict[int, dict[str, Any]]:
         """Score each object by three rules.
 
-        `davis` (semi-supervised): mean, recall (share above 0.5) and decay (first minus last quarter) over all frames
-        but the first and the last; where object and track are both absent, J and F are 1. `davis_all_frames`
+        `davis` (semi-supervised): mean, recall (fraction above 0.5) and decay (first minus last quarter) over all
+        frames but the first and the last; where object and track are both absent, J and F are 1. `davis_all_frames`
         (unsupervised): the same over all frames. `sav`: means starting at the first frame with the object or its track,
         without the first and last frame of the video (`sav_benchmark.py` of SAM 2, as vos-benchmark).
 

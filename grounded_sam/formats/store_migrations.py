@@ -24,8 +24,8 @@ GROUP_KEYS = {
         "jump": "min_step_iou",
     },
 }
-#: Config keys that were renamed in the stages of this package: detectors, segmenters and trackers. A class of the
-#: user's own may still have a key of the old name.
+#: Config keys that were renamed in the stages of this package: detectors, segmenters and trackers. A
+#: user-defined class may still have a key of the old name.
 STAGE_KEYS = {
     "floor": "min_score",
     "exports": "export_dir",

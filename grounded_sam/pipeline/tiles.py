@@ -15,7 +15,7 @@ from grounded_sam.structures.detections import make_detections, merge_detections
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.vocabulary import Vocabulary
 
-#: A box this close to the border of its tile, as a share of the tile's side, counts as cut by it.
+#: A box this close to the border of its tile, as a fraction of the tile's side, counts as cut by it.
 BORDER = 0.03
 #: IoU from which boxes of two tiles are the same object.
 SAME_OBJECT_IOU = 0.5
@@ -29,8 +29,8 @@ class Tiles:
 
     Attributes:
         size: Side of the square tiles in pixels; None disables tiling. Images that fit into one tile are not cut.
-        overlap: Overlap of neighboring tiles as a share of their side, 0 to below 1. Objects smaller than the overlap
-            are whole in at least one tile.
+        overlap: Overlap of neighboring tiles as a fraction of their side, 0 to below 1. Objects smaller than the
+            overlap are whole in at least one tile.
         whole: Whether to run on the whole image too, for objects larger than a tile.
 
     Raises:

@@ -75,7 +75,7 @@ INNER_RATIOS = {
     "diamond": (0.5, 0.65),
     "oval": (0.45, 0.65),
 }
-#: Largest share of an object that others may occlude.
+#: Largest fraction of an object that others may occlude.
 MAX_OCCLUSION = 1 / 3
 
 
@@ -91,7 +91,7 @@ class SceneObject:
         y: Center, in pixels from the top edge.
         diameter: Diameter of the circumscribed circle, in pixels.
         angle: Rotation in radians.
-        inner_ratio: Size of a ring's hole, a star's notches or a cross's arms, as a share of the outer radius.
+        inner_ratio: Size of a ring's hole, a star's notches or a cross's arms, as a fraction of the outer radius.
         texture_seed: Seed of the pattern on its surface.
         texture_contrast: Contrast of that pattern, 0 to 0.08.
     """
@@ -389,7 +389,7 @@ def sample_object(
         pair: Its color and shape.
         height: Height of the canvas in pixels.
         width: Width of the canvas in pixels.
-        diameter: Range of its diameter, as a share of the canvas's shorter side.
+        diameter: Range of its diameter, as a fraction of the canvas's shorter side.
 
     >>> sample_object(np.random.default_rng(0), ("red", "star"), 96, 96).shape
     'star'
@@ -414,7 +414,7 @@ def sample_object(
 
 
 def _max_occlusion(objects: Sequence[SceneObject], height: int, width: int) -> float:
-    """Return the largest share of an object that other objects occlude, 0 to 1."""
+    """Return the largest fraction of an object that other objects occlude, 0 to 1."""
     masks = np.zeros((len(objects), height, width), bool)
     areas = []
     for i, item in enumerate(objects):
@@ -554,7 +554,7 @@ def make_clip(
         count: Number of objects; None for a random one from 1 to 5.
         size_hw: Height and width in pixels; None for 96 to 384 px per side at an aspect ratio of at most 2:1.
         photos: RGB arrays to crop the background from.
-        speed: Standard deviation of an object's motion per frame, as a share of the canvas's shorter side.
+        speed: Standard deviation of an object's motion per frame, as a fraction of the canvas's shorter side.
         away: Probability that an object is absent for some consecutive frames. It then either leaves after the
             first frame and returns elsewhere, or enters later.
 
@@ -693,7 +693,7 @@ class _Motion:
         phase: Its phase in radians, `(n, 2)`.
         pace: Its relative frequency, `(n, 2)`.
         rotation: Rotation per frame in radians, `(n,)`.
-        swell: Amplitude of the change of size, as a share of the diameter, `(n,)`.
+        swell: Amplitude of the change of size, as a fraction of the diameter, `(n,)`.
         swell_pace: Its angular frequency in radians per frame, `(n,)`.
         low: Smallest x and y of an object's center, outside the canvas.
         high: Largest x and y of an object's center.

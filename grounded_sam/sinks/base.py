@@ -1,4 +1,4 @@
-"""What the sinks that write datasets share: their settings, the split, the image files and the counts."""
+"""Base class of the sinks that write datasets: settings, split, image files and counts."""
 
 from __future__ import annotations
 

@@ -594,7 +594,7 @@ def _cell_centers(side: int, size: int) -> Tensor:
 
 
 def _box_coverage(boxes: Tensor, side: int, size: int) -> Tensor:
-    """Return the share of each cell that lies in each box, `(n, side, side)`."""
+    """Return the fraction of each cell that lies in each box, `(n, side, side)`."""
     centers, step = _cell_centers(side, size).to(boxes.device), size / side
     x0, y0, x1, y1 = boxes.T[..., None]
     in_x = ((torch.minimum(x1, centers + step / 2) - torch.maximum(x0, centers - step / 2)) / step).clamp(0, 1)

@@ -101,7 +101,7 @@ def test_phrases_are_merged_to_classes_and_negatives_dropped(detector_class, owl
         assert len(positive) == (separate.class_id < 2).sum() > 0
     many = detector.detect(frames[:1], Vocabulary.parse([f"thing {i}" for i in range(60)]))[0]
     assert len(many) > 0 and many.class_id.max() < 60
-    with pytest.raises(VocabularyError, match="takes 16 per phrase|longer than the 77 tokens"):
+    with pytest.raises(VocabularyError, match="takes at most 16 per phrase|longer than the 77 tokens"):
         detector.detect(frames[:1], Vocabulary.parse(["x" * 90]))
 
 
@@ -208,7 +208,7 @@ def test_sam3_drops_low_scores_and_detections_of_negatives(sam3, frames):
     assert len(above) == (every.confidence > median).sum() > 0
     positive = Sam3(str(sam3), min_score=0.0).detect(frames[:1], Vocabulary.parse(PHRASES[:1], PHRASES[1:]))[0]
     assert len(positive) < len(every)
-    with pytest.raises(VocabularyError, match="takes 32 per phrase"):
+    with pytest.raises(VocabularyError, match="takes at most 32 per phrase"):
         Sam3(str(sam3)).detect(frames[:1], Vocabulary.parse(["x" * 90]))
 
 

@@ -145,7 +145,8 @@ class DetectThenSegment:
     ) -> sv.Detections:
         """Segment detections that have no masks yet and refine them, without selecting.
 
-        This is where a box becomes a mask, in images and at the keyframes of videos.
+        This is where a box becomes a mask, in images and at the keyframes of videos; a tracker that is prompted with
+        boxes makes masks of its own in `TrackSession.prompt`.
         """
         if segmenter is None or boxes.mask is not None:
             return boxes

@@ -70,8 +70,8 @@ class TrackManager:
       *drifted* if, at a keyframe, no detection confirms it and it newly overlaps one of another class. It is a
       *duplicate* if the IoU of its mask with that of an older track is `merge_iou` or more.
 
-    A hidden track ages like a lost one: `Track.lost` counts the frames of both, and `update` ends the track after more
-    than `max_lost_frames` in a row.
+    A hidden track ages like a lost one: `Track.lost` counts the frames of both, and `update` and `adopt` end the track
+    after more than `max_lost_frames` in a row.
 
     Args:
         settings: How to match.

@@ -46,7 +46,8 @@ class FrameResult:
         """Detections with masks as compressed COCO RLE, for sinks that write RLE, such as `coco` and `store`.
 
         `mask` is None. `data["rle"]` is `(n,) object`: dicts `{size: [H, W], counts: bytes}`, as pycocotools has them.
-        Without masks there is no such column. Everything else is as in `detections`: `xyxy (n, 4) float32`,
+        Without masks there is no such column, nor in some frames without objects, so test `"rle" in data`. Everything
+        else is as in `detections`, where detectors may add columns: `xyxy (n, 4) float32`,
         `confidence (n,) float32`, `class_id (n,) int64`, `tracker_id (n,) int64` or None, `data["class_name"] (n,) str`
         and, after segmentation, `data["mask_score"] (n,) float32`.
         """

@@ -6,8 +6,8 @@ Parts:
 
 - `detector`: every scene is queried with ten color-shape pairs (present and absent ones), with the six shapes, and
   with the six colors as "red shape". Printed are F1 at the shipped threshold and AP50 of detections above 0.02,
-  over all pairs and over the four held-out pairs that training never uses; the expected calibration error; and the false
-  detections per image when only absent pairs are queried.
+  over all pairs and over the four held-out pairs that training never uses; the expected calibration error; and the
+  false detections per image when only absent pairs are queried.
 - `masks`: mean IoU of masks from detected boxes, for SAM 2 and SAM.
 - `clicks`: mean IoU after a click in the middle of each object, and after each of three corrections, in the middle of
   the largest error.

@@ -91,5 +91,5 @@ def test_refine_is_configurable_and_names_bad_values(scenes):
 
 def test_refine_without_segmenter_masks_is_an_error_before_loading():
     for words in (["segmenter=none"], ["detector=sam3"]):
-        with pytest.raises(ConfigError, match="none runs here"):
+        with pytest.raises(ConfigError, match="but none is active"):
             load("refine.score=product", "checkpoints.grounding_dino=./no", "checkpoints.sam3=./no", *words)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -12,7 +15,7 @@ from PIL import Image
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
 from grounded_sam import CheckpointError, Vocabulary, VocabularyError
-from grounded_sam.detectors.grounding_dino import GroundingDino, SpecialTokens, write_prompts
+from grounded_sam.detectors.grounding_dino import GroundingDino, SpecialTokens, read_calibration, write_prompts
 from grounded_sam.structures.frame import Frame
 
 IMAGE = np.random.default_rng(0).integers(0, 255, (120, 170, 3), dtype=np.uint8)
@@ -64,6 +67,29 @@ def test_scores_of_one_word_phrases_are_close_to_those_of_transformers(folder, d
     # Upstream takes the maximum over [CLS], full stops and [SEP] too, so it can only be larger.
     assert len(detections) == len(result["scores"])
     assert (detections.confidence <= result["scores"].numpy() + 1e-4).all()
+
+
+def test_a_calibration_in_the_config_is_applied_by_number_of_tokens(folder, detector, tmp_path):
+    calibration = [[2.0, 0.5], [0.5, -1.0]]
+    copy = tmp_path / "calibrated"
+    shutil.copytree(folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps(config | {"phrase_calibration": calibration}))
+    for phrase, (scale, offset) in (("car", calibration[0]), ("parking entrance sign", calibration[1])):
+        vocabulary = Vocabulary.parse([phrase])
+        frames = [Frame(pixels=IMAGE)]
+        raw = detector.detect(frames, vocabulary)[0].confidence
+        calibrated = GroundingDino(str(copy), device="cpu").detect(frames, vocabulary)[0].confidence
+        expected = 1 / (1 + np.exp(-(np.log(raw / (1 - raw)) * scale + offset)))
+        np.testing.assert_allclose(calibrated, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "value", [[], "high", 3, [[1, 2, 3]], [[-1, 0]], [[float("inf"), 0]], [["a", "b"]], {"1": [1, 0]}]
+)
+def test_a_malformed_calibration_is_refused(value):
+    with pytest.raises(CheckpointError, match="phrase_calibration in config.json must be a list of"):
+        read_calibration(value, "dino")
 
 
 @pytest.mark.parametrize("phrase_score", ["mean", "max"])

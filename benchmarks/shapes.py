@@ -24,7 +24,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 import supervision as sv
 
@@ -35,6 +34,8 @@ import signed_distance
 from independent import COLORS, HELD_OUT_PAIRS, SHAPES, LabeledShape, photo_files
 
 from grounded_sam import Pipeline, Select, load
+from grounded_sam.shapes.training.calibration import expected_calibration_error
+from grounded_sam.shapes.training.segmenter import correcting_click
 
 LabeledScenes = list[tuple[np.ndarray, list[LabeledShape]]]
 
@@ -175,10 +176,7 @@ def calibration_error(scenes: LabeledScenes) -> float:
         detections = model.detect(image, queried)
         scores.append(detections.confidence)
         correct.append(match_detections(detections, objects, "pairs", box_iou(detections, objects), 0.5))
-    score, is_correct = np.concatenate(scores), np.concatenate(correct)
-    index = np.minimum((score * 10).astype(int), 9)
-    gaps = [abs(score[index == i].sum() - is_correct[index == i].sum()) for i in range(10)]
-    return float(sum(gaps) / len(score))
+    return expected_calibration_error(np.concatenate(scores), np.concatenate(correct))
 
 
 def false_positives_per_image(scenes: LabeledScenes, precision: str = "exact") -> float:
@@ -217,19 +215,6 @@ def mask_iou(mask: np.ndarray, truth: np.ndarray) -> float:
     return float((mask & truth).sum() / max((mask | truth).sum(), 1))
 
 
-def next_click(mask: np.ndarray, truth: np.ndarray) -> tuple[float, float, int]:
-    """Return x, y and label of the pixel farthest from the border of the largest connected error."""
-    best = (0, truth, 1)
-    for label, error in ((1, truth & ~mask), (0, mask & ~truth)):
-        count, components, statistics, _ = cv2.connectedComponentsWithStats(error.astype(np.uint8), connectivity=4)
-        for i in range(1, count):
-            if statistics[i, cv2.CC_STAT_AREA] > best[0]:
-                best = (statistics[i, cv2.CC_STAT_AREA], components == i, label)
-    distance = cv2.distanceTransform(np.pad(best[1].astype(np.uint8), 1), cv2.DIST_L2, 5)[1:-1, 1:-1]
-    y, x = np.unravel_index(distance.argmax(), distance.shape)
-    return float(x) + 0.5, float(y) + 0.5, best[2]
-
-
 def click_iou(scenes: LabeledScenes, segmenter: str, clicks: int = 4) -> list[float]:
     """Compute the mean IoU after one click on each object, after two, and so on."""
     model = load(preset="shapes", segmenter=segmenter)
@@ -242,7 +227,7 @@ def click_iou(scenes: LabeledScenes, segmenter: str, clicks: int = 4) -> list[fl
                 points, labels, mask = [], [], np.zeros_like(item.mask)
                 ious.append([])
                 for _ in range(clicks):
-                    x, y, label = next_click(mask, item.mask)
+                    x, y, label = correcting_click(mask, item.mask)
                     points.append([x, y])
                     labels.append(label)
                     mask = session.segment([{"class": "object", "points": points, "labels": labels}]).mask[0]
@@ -256,7 +241,8 @@ def everything_scores(scenes: LabeledScenes, segmenter: str) -> tuple[float, flo
     matched = detected = present = 0
     for image, objects in scenes:
         detections = model.segment(image)
-        iou = np.array([[mask_iou(mask, item.mask) for item in objects] for mask in detections.mask or []])
+        masks = [] if detections.mask is None else detections.mask
+        iou = np.array([[mask_iou(mask, item.mask) for item in objects] for mask in masks])
         matched += int(match_detections(detections, objects, "", iou, 0.75).sum())
         detected += len(detections)
         present += len(objects)

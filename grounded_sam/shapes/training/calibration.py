@@ -43,7 +43,7 @@ log = logging.getLogger(__name__)
 MIN_SCORE = 0.01
 #: Largest number of tokens with a scale and an offset of their own.
 MAX_TOKENS = 4
-#: Detections that a fit needs; with fewer, the fit for one token less is used.
+#: Smallest number of detections for a fit; with fewer, the fit of the next shorter phrases is used.
 MIN_SAMPLES = 300
 
 
@@ -154,7 +154,11 @@ def fit_platt(score: NDArray[np.float64], correct: NDArray[np.bool_]) -> tuple[f
 
 
 def expected_calibration_error(score: NDArray[np.float64], correct: NDArray[np.bool_], bins: int = 10) -> float:
-    """Return the mean distance of score and accuracy over bins of equal width, weighted (Guo et al. 2017)."""
+    """Compute the expected calibration error (Guo et al. 2017) over bins of equal width.
+
+    >>> expected_calibration_error(np.array([0.9, 0.9]), np.array([True, False]))
+    0.4
+    """
     index = np.minimum((score * bins).astype(int), bins - 1)
     gaps = [abs(score[index == i].sum() - correct[index == i].sum()) for i in range(bins)]
     return float(sum(gaps) / max(len(score), 1))
@@ -189,7 +193,7 @@ def calibrate(folder: Path, photos: Sequence[NDArray[np.uint8]], count: int = 50
 
 
 def main() -> None:
-    """Calibrate the detector in the folder on the command line."""
+    """Calibrate the detector whose folder is the first command-line argument."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     folder, *photos = sys.argv[1:]
     calibrate(Path(folder), load_photos(photos[0] if photos else None))

@@ -122,10 +122,7 @@ def summary_line(summary: Summary) -> str:
     'Processed 9 images (2 empty): 5 car'
     """
     counts = ", ".join(f"{count} {name}" for name, count in summary.objects.most_common()) or "nothing found"
-    if 0 < summary.frames < summary.images:
-        processed = f"{summary.images:,} images and frames"
-    else:
-        processed = count_of(summary.images, "frame" if summary.frames else "image")
+    processed = count_of(summary.images, summary.unit.removesuffix("s"), summary.unit)
     details = [f"{summary.stored} from the store"] if summary.stored else []
     details += [f"{summary.empty} empty"] if summary.empty else []
     verb = "Interrupted after" if summary.interrupted else "Processed"

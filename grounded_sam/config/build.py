@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from grounded_sam.checks import check_choice
 from grounded_sam.config.compose import GROUPS, check_renamed, compose, renamed_key, to_override
+from grounded_sam.console import ProgressBar
 from grounded_sam.errors import ConfigError, GroundedSamError
 from grounded_sam.structures.protocols import (
     CachesFeatures,
@@ -174,9 +175,15 @@ def build(cfg: DictConfig, reuse: dict[str, tuple[Any, Any]] | None = None) -> P
     tiles, refine = build_node(cfg, "tiles"), build_node(cfg, "refine")
     traits = detector_traits(cfg.detector)
     _check_choices(cfg, select, traits, refines=refine.changes, tiled=tiles.size is not None)
-    detector = None if cfg.detector is None else _build_or_reuse(cfg, "detector", reuse)
-    no_segmenter = cfg.segmenter is None or traits.replaces_segmenter
-    segmenter = None if no_segmenter else _build_or_reuse(cfg, "segmenter", reuse)
+    groups = [] if cfg.detector is None else ["detector"]
+    if cfg.segmenter is not None and not traits.replaces_segmenter:
+        groups.append("segmenter")
+    stages: dict[str, Any] = {}
+    with ProgressBar("Loading models", len(groups)) as bar:
+        for number, group in enumerate(groups):
+            bar.update(number, f"Loading {cfg[group].get('_target_', group).rpartition('.')[2]}")
+            stages[group] = _build_or_reuse(cfg, group, reuse)
+    detector, segmenter = stages.get("detector"), stages.get("segmenter")
     if cfg.cache.folder is not None:
         if not isinstance(segmenter, CachesFeatures):
             raise ConfigError("cache.folder needs a segmenter whose image features can be cached")

@@ -13,6 +13,7 @@ import supervision as sv
 
 from grounded_sam.errors import ImageError
 from grounded_sam.files import UniqueNames, atomic_write
+from grounded_sam.media.labels import draw_labels
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.masks import pack_masks, unpack_masks
 from grounded_sam.structures.results import FrameResult
@@ -75,27 +76,25 @@ def _draw(mistakes: _Mistakes) -> bytes | None:
     """Draw mistakes and encode the image as JPEG; None if its pixels cannot be read."""
     from PIL import Image
 
-    from grounded_sam.media.draw import font_path
-
     try:
         scene = mistakes.frame.image[..., ::-1].copy()
     except ImageError:
         return None
-    size = int(np.clip(min(scene.shape[:2]) / 32, 9, 72))  # as in overlays
+    boxes, texts, colors = [], [], []
     for detections, color, word in (
         (mistakes.missed, sv.Color.BLUE, "missed"),
         (mistakes.false, sv.Color.RED, "false"),
     ):
-        if not len(detections):
-            continue
         masks = unpack_masks(detections, scene.shape[:2]).mask
         shown = sv.Detections(xyxy=detections.xyxy, mask=masks, class_id=detections.class_id)
         if shown.mask is not None:
             scene = sv.MaskAnnotator(color, opacity=0.4).annotate(scene, shown)
         scene = sv.BoxAnnotator(color).annotate(scene, shown)
-        texts = [f"{word}: {name}" for name in detections.data["class_name"]]
-        annotator = sv.RichLabelAnnotator(color, font_path=font_path(), font_size=size, smart_position=True)
-        scene = annotator.annotate(scene, shown, texts)
+        boxes += list(detections.xyxy)
+        texts += [f"{word}: {name}" for name in detections.data.get("class_name", [])]
+        colors += [color.as_rgb()] * len(detections)
+    image = np.ascontiguousarray(scene[..., ::-1])
+    drawn = draw_labels(image, np.reshape(boxes, (-1, 4)), texts, colors, [(255, 255, 255)] * len(texts))
     out = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(scene[..., ::-1])).save(out, format="JPEG", quality=88)
+    Image.fromarray(drawn).save(out, format="JPEG", quality=88)
     return out.getvalue()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +11,7 @@ import supervision as sv
 from numpy.typing import NDArray
 
 from grounded_sam.files import atomic_write
+from grounded_sam.media.labels import draw_labels
 
 
 def davis_palette() -> list[int]:
@@ -74,24 +74,13 @@ def save_label_map(path: Path, label_map: NDArray[np.uint16], palette: Sequence[
         image.save(part, format="PNG")
 
 
-@cache
-def font_path() -> str:
-    """Return the path of a font with Latin, Greek and Cyrillic letters.
-
-    It comes with matplotlib, which supervision requires.
-    """
-    import matplotlib
-
-    return str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf")
-
-
 def draw_detections(
     image: NDArray[np.uint8],
     detections: sv.Detections,
     masks: bool = True,
     boxes: bool = True,
     labels: bool = True,
-    opacity: float = 0.5,
+    opacity: float = 0.3,
     color_by: Literal["class", "object"] | None = None,
     palette: Sequence[str] | None = None,
 ) -> NDArray[np.uint8]:
@@ -123,26 +112,29 @@ def draw_detections(
     colors = sv.ColorPalette.DEFAULT
     if palette is not None and lookup == sv.ColorLookup.CLASS:
         colors = sv.ColorPalette.from_hex(list(palette))
-    size_wh = (image.shape[1], image.shape[0])
-    thickness = sv.calculate_optimal_line_thickness(size_wh)
-    if masks and detections.mask is not None:
+    contrasts = sv.ColorPalette([_contrast(color) for color in colors.colors])
+    thickness = sv.calculate_optimal_line_thickness((image.shape[1], image.shape[0]))
+    has_masks = masks and detections.mask is not None
+    if has_masks:
         scene = sv.MaskAnnotator(colors, opacity=opacity, color_lookup=lookup).annotate(scene, detections)
-        outlines = sv.PolygonAnnotator(colors, thickness=max(1, thickness // 2), color_lookup=lookup)
-        scene = outlines.annotate(scene, detections)
+        # A wider line of the opposite brightness shows the outline also on an object of the same color.
+        for line, width in ((contrasts, 2 * thickness), (colors, thickness)):
+            scene = sv.PolygonAnnotator(line, thickness=width, color_lookup=lookup).annotate(scene, detections)
     if boxes:
-        scene = sv.BoxAnnotator(colors, thickness=thickness, color_lookup=lookup).annotate(scene, detections)
-    if labels:
-        size = int(np.clip(min(size_wh) / 32, 9, 72))
-        annotator = sv.RichLabelAnnotator(
-            colors,
-            font_path=font_path(),
-            font_size=size,
-            text_padding=max(2, size // 5),
-            color_lookup=lookup,
-            smart_position=True,
-        )
-        scene = annotator.annotate(scene, detections, _label_texts(detections))
-    return np.ascontiguousarray(scene[..., ::-1])
+        width = max(1, thickness // 2) if has_masks else thickness
+        scene = sv.BoxAnnotator(colors, thickness=width, color_lookup=lookup).annotate(scene, detections)
+    drawn = np.ascontiguousarray(scene[..., ::-1])
+    if not labels:
+        return drawn
+    indices = {sv.ColorLookup.TRACK: detections.tracker_id, sv.ColorLookup.CLASS: detections.class_id}.get(lookup)
+    indices = np.arange(len(detections)) if indices is None else indices
+    backgrounds, text_colors = ([line.by_idx(i).as_rgb() for i in indices.tolist()] for line in (colors, contrasts))
+    return draw_labels(drawn, detections.xyxy, _label_texts(detections), backgrounds, text_colors)
+
+
+def _contrast(color: sv.Color) -> sv.Color:
+    """Return black for a light color and white for a dark one, by its luma (ITU-R BT.601)."""
+    return sv.Color.BLACK if 0.299 * color.r + 0.587 * color.g + 0.114 * color.b > 140 else sv.Color.WHITE
 
 
 def _label_texts(detections: sv.Detections) -> list[str]:

@@ -65,6 +65,9 @@ class ImageStages(Protocol):
     ) -> sv.Detections:
         """Select boxes, add masks, and select again."""
 
+    def with_select(self, select: Select) -> ImageStages:
+        """Return the same stages with another selection."""
+
 
 class DetectThenSegment:
     """Run the detector and the segmenter, with selection before and after masks.
@@ -94,6 +97,10 @@ class DetectThenSegment:
     def batch_size(self) -> int:
         """Number of frames per detector call."""
         return self.detector.batch_size if isinstance(self.detector, BatchDetector) else 1
+
+    def with_select(self, select: Select) -> DetectThenSegment:
+        """Return the same stages with another selection."""
+        return DetectThenSegment(self.detector, self.segmenter, select, self.tiles, self.refine, self.timer)
 
     def detect(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
         """Run the detector on whole frames, or on their tiles.

@@ -4,26 +4,27 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Generator, Iterator, Sequence
-from typing import Any, overload
-
-import supervision as sv
+from contextlib import closing
+from typing import Any, Unpack, overload
 
 from grounded_sam.detectors.clicks import ClickDetector
 from grounded_sam.errors import ConfigError
 from grounded_sam.pipeline.images import DetectThenSegment, ImageStages, StageTimer, process_images
 from grounded_sam.pipeline.refine import Refine
-from grounded_sam.pipeline.select import Select
+from grounded_sam.pipeline.select import Select, SelectOptions, override_select
 from grounded_sam.pipeline.tiles import Tiles
 from grounded_sam.pipeline.track_settings import TrackSettings
 from grounded_sam.pipeline.video import track_video
 from grounded_sam.segmenters.session import SegmentSession
 from grounded_sam.structures.clicks import Clicks
-from grounded_sam.structures.frame import Frame, to_frame
+from grounded_sam.structures.frame import Frame, to_frame, undecoded
+from grounded_sam.structures.image_detections import ImageDetections
 from grounded_sam.structures.protocols import (
     Detector,
     EndToEndTracker,
     HasVocabulary,
     PromptableSegmenter,
+    RunsModel,
     Segmenter,
     TextTracker,
     Tracker,
@@ -83,6 +84,14 @@ class Pipeline:
         )
         self._tracker = tracker
 
+    def __repr__(self) -> str:
+        parts = {"detector": self.detector, "segmenter": self.segmenter}
+        texts = [f"{name}={_describe(stage)}" for name, stage in parts.items() if stage is not None]
+        if self._tracker is not None:
+            is_built = isinstance(self._tracker, Tracker | EndToEndTracker | TextTracker)
+            texts.append(f"tracker={_describe(self._tracker) if is_built else 'loaded with the first video'}")
+        return f"Pipeline({', '.join(texts)})"
+
     @property
     def segmenter(self) -> Segmenter | None:
         """The segmenter, if any."""
@@ -141,40 +150,55 @@ class Pipeline:
         return Request(classes=classes, vocabulary=vocabulary, clicks=prompts)
 
     @overload
-    def detect(self, images: list[Any], text: Any = None) -> list[sv.Detections]: ...
+    def detect(self, images: list[Any], text: Any = None, **select: Unpack[SelectOptions]) -> list[ImageDetections]: ...
     @overload
-    def detect(self, images: Any, text: Any = None) -> sv.Detections: ...
-    def detect(self, images: Any, text: Any = None) -> Any:
+    def detect(self, images: Any, text: Any = None, **select: Unpack[SelectOptions]) -> ImageDetections: ...
+    def detect(self, images: Any, text: Any = None, **select: Unpack[SelectOptions]) -> Any:
         """Detect boxes with classes, without masks; see `segment`."""
-        return self._process(images, text, masks=False)
+        return self._process(images, text, select, masks=False)
 
     @overload
-    def segment(self, images: list[Any], text: Any = None) -> list[sv.Detections]: ...
+    def segment(
+        self, images: list[Any], text: Any = None, **select: Unpack[SelectOptions]
+    ) -> list[ImageDetections]: ...
     @overload
-    def segment(self, images: Any, text: Any = None) -> sv.Detections: ...
-    def segment(self, images: Any, text: Any = None) -> Any:
+    def segment(self, images: Any, text: Any = None, **select: Unpack[SelectOptions]) -> ImageDetections: ...
+    def segment(self, images: Any, text: Any = None, **select: Unpack[SelectOptions]) -> Any:
         """Detect boxes with classes, and segment them.
 
         Args:
             images: A path, a PIL image, an RGB array `(H, W, 3) uint8`, or a list of those.
             text: Classes: a list, a string, a mapping from class to phrases, a file of those, or a `Vocabulary`; None
                 for the pipeline's or the detector's own.
+            select: Settings of `Select` that differ in this call, such as `score=0.2`, `class_score={"car": 0.5}`,
+                `nms=None` or `top_k=1`.
 
         Returns:
-            `supervision.Detections`, most confident first, in the form that `structures.detections` describes; a list
-            of them for a list.
+            Detections, most confident first, in the form that `structures.detections` describes; a list of them for a
+            list. They are `supervision.Detections` that also know their image: a notebook shows them, and they have
+            `plot`, `show`, `save`, `to_pandas` and `to_coco`. Those of a list of files keep the paths instead of the
+            pixels.
 
         Raises:
+            ConfigError: If `select` has an unknown setting, or one out of range.
             ImageError: If an image cannot be read.
             VocabularyError: If the text names no class.
-        """
-        return self._process(images, text, masks=True)
 
-    def _process(self, images: Any, text: Any, masks: bool) -> Any:
+        >>> detections = model.segment("street.jpg", ["car"], score=0.2)      # doctest: +SKIP
+        >>> detections                                                        # doctest: +SKIP
+        ImageDetections(street.jpg, 800x534 px: 3 car)
+        """
+        return self._process(images, text, select, masks=True)
+
+    def _process(self, images: Any, text: Any, select: SelectOptions, masks: bool) -> Any:
         is_list = isinstance(images, list | tuple)
         frames = (to_frame(image, i) for i, image in enumerate(images if is_list else [images]))
-        results = process_images(frames, self.parse_text(text), self.stages, masks)
-        detections = [result.detections for result in results]
+        vocabulary = self.parse_text(text)
+        stages = self.stages.with_select(override_select(self.select, select)) if select else self.stages
+        detections = [
+            ImageDetections.of(result.detections, undecoded(result.frame) if is_list else result.frame, vocabulary)
+            for result in process_images(frames, vocabulary, stages, masks)
+        ]
         return detections if is_list else detections[0]
 
     def session(self, image: Any) -> SegmentSession:
@@ -216,7 +240,15 @@ class Pipeline:
         request = self.request(text, clicks)
         if isinstance(video, str | int | os.PathLike):
             video = VideoSource(video)
-        return self.track_frames((to_frame(image, i) for i, image in enumerate(video)), request)
+        frames = (to_frame(image, i) for i, image in enumerate(video))
+        return self._with_images(self.track_frames(frames, request), request.classes)
+
+    def _with_images(self, results: Generator[FrameResult], classes: Vocabulary) -> Generator[FrameResult]:
+        """Yield results whose detections can draw themselves."""
+        with closing(results):
+            for result in results:
+                detections = ImageDetections.of(result.detections, result.frame, classes)
+                yield FrameResult(frame=result.frame, detections=detections)
 
     def track_frames(self, frames: Iterator[Frame], request: Request) -> Generator[FrameResult]:
         """Track objects through the frames of one video; see `track`."""
@@ -224,3 +256,12 @@ class Pipeline:
         if tracker is None:
             raise ConfigError("to track objects through a video choose a tracker, e.g. tracker=sam2")
         yield from track_video(frames, request, tracker, self.stages, self.track_settings, self.select, self.timer)
+
+
+def _describe(stage: Any) -> str:
+    """Return the class of a stage, and the device of its network."""
+    import torch
+
+    if isinstance(stage, RunsModel) and isinstance(stage.model, torch.nn.Module):
+        return f"{type(stage).__name__} on {next(stage.model.parameters()).device}"
+    return type(stage).__name__

@@ -225,6 +225,10 @@ class CachedStages:
         """Number of frames per detector call."""
         return self.stages.batch_size
 
+    def with_select(self, select: Select) -> DetectThenSegment:
+        """Return the wrapped stages with another selection, without the caches."""
+        return self.stages.with_select(select)
+
     def detect(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
         """Return cached boxes, and run the detector on the frames that have none."""
         known = [None if self.boxes is None else self.boxes.lookup_frame(frame) for frame in frames]

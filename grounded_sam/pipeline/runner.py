@@ -13,6 +13,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from grounded_sam.console import ProgressBar
 from grounded_sam.errors import ImageError
 from grounded_sam.files import atomic_write
 from grounded_sam.pipeline.images import process_images
@@ -50,6 +51,13 @@ class Summary:
     skipped: list[Skipped] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
     interrupted: bool = False
+
+    @property
+    def unit(self) -> str:
+        """What `images` counts, in the plural."""
+        if not self.frames:
+            return "images"
+        return "frames" if self.frames == self.images else "images and frames"
 
 
 class Runner:
@@ -101,7 +109,7 @@ class Runner:
                     stack.enter_context(sink)
                 stack.callback(self._report_skipped)
                 writer = stack.enter_context(ThreadPoolExecutor(1, "write"))
-                progress = stack.enter_context(_Progress(self.source))
+                progress = stack.enter_context(ProgressBar("images", _length(self.source)))
                 self._process(stack.enter_context(closing(self._results())), writer, progress)
         except KeyboardInterrupt:
             self.summary.interrupted = True
@@ -115,7 +123,7 @@ class Runner:
         self.summary.outputs = [sink.summary() for sink in self.sinks]
         return self.summary
 
-    def _process(self, results: Iterator[FrameResult], writer: ThreadPoolExecutor, progress: _Progress) -> None:
+    def _process(self, results: Iterator[FrameResult], writer: ThreadPoolExecutor, progress: ProgressBar) -> None:
         """Hand results to the sinks, a few at a time, and count them."""
         pending: deque[Future[None]] = deque()
         skipped_before = len(self.source.skipped)  # files that `len(source)` does not count
@@ -130,7 +138,7 @@ class Runner:
             done = self.summary.images + len(self.source.skipped) + len(self._unusable) - skipped_before
             if self.store is not None and not self._replays():
                 done += self.store.files_resumed()  # their results are not yielded
-            progress.update(done)
+            progress.update(done, self.summary.unit)
         for write in pending:
             write.result()
 
@@ -229,30 +237,6 @@ class Runner:
                 f"no usable images, {len(summary.skipped)} skipped; the first: {first.file}: {first.reason} "
                 f"(all in {path})"
             )
-
-
-class _Progress:
-    """A progress bar on stderr, if that is a terminal."""
-
-    def __init__(self, source: Source) -> None:
-        from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-        console = Console(stderr=True)
-        columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-        self._task = self._bar.add_task("images", total=_length(source))
-
-    def __enter__(self) -> _Progress:
-        self._bar.__enter__()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._bar.__exit__(*exception)
-
-    def update(self, completed: int) -> None:
-        """Show how many images are done."""
-        self._bar.update(self._task, completed=completed)
 
 
 def _group_key(item: Frame | FrameResult) -> tuple[bool, str | None]:

@@ -6,8 +6,8 @@ No model is involved, so a sweep over these settings costs nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Literal, TypedDict
 
 import numpy as np
 import supervision as sv
@@ -78,6 +78,36 @@ class Select:
             min_area=0.0,
             max_area=None,
         )
+
+
+class SelectOptions(TypedDict, total=False):
+    """The settings of `Select`, all optional, as keyword arguments of a call."""
+
+    score: float
+    class_score: Mapping[str, float] | None
+    nms: float | None
+    nms_by: Literal["box", "mask"]
+    class_agnostic: bool
+    max_ios: float | None
+    top_k: int | None
+    min_area: float
+    max_area: float | None
+
+
+def override_select(settings: Select, options: SelectOptions) -> Select:
+    """Return settings with some of them replaced.
+
+    Raises:
+        ConfigError: If an option is unknown, or out of range.
+
+    >>> override_select(Select(), {"score": 0.1}).score
+    0.1
+    """
+    known = [field.name for field in fields(settings)]
+    for name in options:
+        if name not in known:
+            raise ConfigError(f"unknown setting {name!r}; the settings of select are {', '.join(known)}")
+    return replace(settings, **options)
 
 
 def select_detections(detections: sv.Detections, settings: Select, vocabulary: Vocabulary) -> sv.Detections:

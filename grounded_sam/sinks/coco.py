@@ -17,7 +17,8 @@ from grounded_sam.errors import ConfigError
 from grounded_sam.files import atomic_write
 from grounded_sam.sinks.base import DatasetSink
 from grounded_sam.sinks.dataset_images import ImageMode
-from grounded_sam.structures.masks import coco_segmentation, encode_polygons, mask_area
+from grounded_sam.structures.detections import coco_annotation
+from grounded_sam.structures.masks import encode_polygons
 from grounded_sam.structures.results import FrameResult
 from grounded_sam.structures.vocabulary import Vocabulary
 
@@ -111,26 +112,10 @@ class CocoSink(DatasetSink):
 
     def _annotation(self, result: FrameResult, i: int) -> dict[str, Any]:
         """Return the annotation of one detection, without its ids."""
-        detections = result.packed
-        assert detections.class_id is not None and detections.confidence is not None
-        x1, y1, x2, y2 = (round(float(value), 3) for value in detections.xyxy[i])
-        entry: dict[str, Any] = {
-            "category_id": self.vocabulary.category_ids[int(detections.class_id[i])],
-            "bbox": [x1, y1, round(x2 - x1, 3), round(y2 - y1, 3)],
-            "area": round((x2 - x1) * (y2 - y1), 3),
-            "iscrowd": int(detections.data["iscrowd"][i]) if "iscrowd" in detections.data else 0,
-            "score": round(float(detections.confidence[i]), 6),
-        }
-        if "rle" in detections.data:
-            entry["area"] = mask_area(detections, i)
-            entry["segmentation"] = coco_segmentation(detections, i)
-            if self.segmentation == "polygon":
-                assert result.detections.mask is not None
-                entry["segmentation"] = encode_polygons(np.asarray(result.detections.mask[i], bool))
-        if detections.tracker_id is not None:
-            entry["track_id"] = int(detections.tracker_id[i])
-        if "mask_score" in detections.data:
-            entry["mask_score"] = round(float(detections.data["mask_score"][i]), 6)
+        entry = coco_annotation(result.packed, i, self.vocabulary.category_ids)
+        if self.segmentation == "polygon" and "segmentation" in entry:
+            assert result.detections.mask is not None
+            entry["segmentation"] = encode_polygons(np.asarray(result.detections.mask[i], bool))
         return entry
 
     def __exit__(

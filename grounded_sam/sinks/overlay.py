@@ -46,7 +46,7 @@ class OverlaySink:
         masks: bool = True,
         boxes: bool = True,
         labels: bool = True,
-        opacity: float = 0.5,
+        opacity: float = 0.3,
         colour_by: Literal["class", "object"] | None = None,
         sound_from: str | int | None = None,
         crf: int = 20,

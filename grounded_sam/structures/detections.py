@@ -20,7 +20,7 @@ import supervision as sv
 from numpy.typing import NDArray
 
 from grounded_sam.errors import GroundedSamError
-from grounded_sam.structures.masks import masks_to_xyxy, replace_masks
+from grounded_sam.structures.masks import coco_segmentation, mask_area, masks_to_xyxy, replace_masks
 from grounded_sam.structures.vocabulary import Vocabulary
 
 
@@ -174,3 +174,33 @@ def merge_detections(parts: Sequence[sv.Detections], vocabulary: Vocabulary) -> 
     """
     filled = [part for part in parts if len(part)]
     return sv.Detections.merge(filled) if filled else empty_detections(vocabulary)
+
+
+def coco_annotation(detections: sv.Detections, i: int, category_ids: Sequence[int]) -> dict[str, Any]:
+    """Return a detection as an annotation of a COCO file, without its ids.
+
+    Args:
+        detections: Detections with packed masks (see `structures.masks.pack_masks`), or without masks.
+        i: Index of the detection.
+        category_ids: Category id of each class.
+
+    Returns:
+        `category_id`, `bbox` (xywh in pixels), `area`, `iscrowd`, `score`, and where there are any `segmentation`
+        (RLE), `track_id` and `mask_score`.
+    """
+    assert detections.class_id is not None and detections.confidence is not None
+    x1, y1, x2, y2 = (round(float(value), 3) for value in detections.xyxy[i])
+    entry: dict[str, Any] = {
+        "category_id": category_ids[int(detections.class_id[i])],
+        "bbox": [x1, y1, round(x2 - x1, 3), round(y2 - y1, 3)],
+        "area": round((x2 - x1) * (y2 - y1), 3),
+        "iscrowd": int(detections.data["iscrowd"][i]) if "iscrowd" in detections.data else 0,
+        "score": round(float(detections.confidence[i]), 6),
+    }
+    if "rle" in detections.data:
+        entry |= {"area": mask_area(detections, i), "segmentation": coco_segmentation(detections, i)}
+    if detections.tracker_id is not None:
+        entry["track_id"] = int(detections.tracker_id[i])
+    if "mask_score" in detections.data:
+        entry["mask_score"] = round(float(detections.data["mask_score"][i]), 6)
+    return entry

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -96,3 +97,13 @@ def to_frame(picture: Any, index: int = 0) -> Frame:
         except Exception as error:  # a PIL image is decoded only now, and its plugins raise many kinds of error
             raise ImageError(f"damaged image ({' '.join(str(error).split())})") from error
     raise ImageError(f"expected a path, a PIL image or an RGB array, got {type(picture).__name__}")
+
+
+def undecoded(frame: Frame) -> Frame:
+    """Return a frame that reads its pixels from its image file when they are needed.
+
+    A frame without a file, or of a video, is returned as it is.
+    """
+    if frame.file is None or frame.video is not None:
+        return frame
+    return replace(frame, pixels=partial(read_image, frame.file), size=frame.size_hw)

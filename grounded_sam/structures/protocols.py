@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 import supervision as sv
@@ -22,6 +22,9 @@ from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.results import FrameResult, Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
 from grounded_sam.weights.hub import HubFile
+
+if TYPE_CHECKING:
+    import torch
 
 #: Look up stored results by the name and the files of an image or video; None where nothing is stored.
 Lookup = Callable[[str, list[Path]], Iterable[FrameResult] | None]
@@ -116,6 +119,13 @@ class DeclaresTraits(Protocol):
 
 
 # Models
+
+
+@runtime_checkable
+class RunsModel(Protocol):
+    """A stage whose network is a PyTorch module."""
+
+    model: torch.nn.Module
 
 
 @runtime_checkable

@@ -7,6 +7,7 @@ from functools import cached_property
 
 import supervision as sv
 
+from grounded_sam.errors import count_of
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.masks import pack_masks, unpack_masks
 
@@ -35,6 +36,13 @@ class FrameResult:
 
     def __init__(self, *, frame: Frame, detections: sv.Detections, stored: bool = False) -> None:
         self.frame, self.raw, self.stored = frame, detections, stored
+
+    def __repr__(self) -> str:
+        frame, count = self.frame, count_of(len(self.raw), "object")
+        if frame.video is None and frame.time_s is None:
+            return f"FrameResult({frame.name}: {count})"
+        time = "" if frame.time_s is None else f", {frame.time_s:.2f} s"
+        return f"FrameResult({frame.video or 'video'}, frame {frame.index}{time}: {count})"
 
     @cached_property
     def detections(self) -> sv.Detections:

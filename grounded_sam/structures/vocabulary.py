@@ -13,6 +13,23 @@ from grounded_sam.structures.ontology import Ontology, coco_categories, parse_ph
 
 T = TypeVar("T")
 
+#: Colors in which classes are drawn whose names contain one of these words.
+NAMED_COLORS = {
+    "red": "#dc2828",
+    "green": "#28aa3c",
+    "blue": "#3250dc",
+    "yellow": "#f0d728",
+    "orange": "#f58c1e",
+    "purple": "#963cbe",
+    "pink": "#f582be",
+    "brown": "#7d502d",
+    "cyan": "#28c8d2",
+    "gray": "#8c8c8c",
+    "grey": "#8c8c8c",
+    "black": "#191919",
+    "white": "#f0f0f0",
+}
+
 
 @dataclass(frozen=True)
 class Vocabulary:
@@ -100,11 +117,22 @@ class Vocabulary:
         ]
 
     def palette(self) -> list[str]:
-        """Return a color for each class, `#rrggbb`: its own, or one of supervision's default palette."""
+        """Return a color for each class, `#rrggbb`.
+
+        It is the class's own; else the one that its name contains, as in `red car`; else one of supervision's default
+        palette.
+
+        >>> Vocabulary.parse(["red car"]).palette()
+        ['#dc2828']
+        """
         import supervision as sv
 
-        colors = self.colors or (None,) * len(self)
-        return [color or sv.ColorPalette.DEFAULT.by_idx(i).as_hex() for i, color in enumerate(colors)]
+        own = self.colors or (None,) * len(self)
+        default = sv.ColorPalette.DEFAULT
+        return [
+            color or _color_in(name) or default.by_idx(i).as_hex()
+            for i, (name, color) in enumerate(zip(self.classes, own, strict=True))
+        ]
 
     def with_classes(self, names: Sequence[str]) -> Vocabulary:
         """Append classes, for naming results; those that exist already are ignored.
@@ -253,3 +281,8 @@ def _column(values: Sequence[T | None]) -> tuple[T | None, ...]:
 def _normalized(phrase: str) -> str:
     """Return a phrase without case and punctuation."""
     return " ".join(re.sub(r"[^\w]+", " ", phrase).casefold().split())
+
+
+def _color_in(name: str) -> str | None:
+    """Return the color of the first color word in a class name."""
+    return next((NAMED_COLORS[word] for word in _normalized(name).split() if word in NAMED_COLORS), None)

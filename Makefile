@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint help clean
+.PHONY: demo test lint help docs pictures clean
 
 # sam2 is built from source, which needs torch. Installing torch first and building without isolation avoids downloading
 # it twice. The CUDA extension of sam2 is not needed.
@@ -37,5 +37,13 @@ lint: $(VENV)/installed-dev
 help: $(VENV)/installed
 	$(BIN)/grounded-sam --help input=null > grounded_sam/cli/help.part && mv grounded_sam/cli/help.part grounded_sam/cli/help.txt
 
+docs: $(VENV)/installed-dev
+	$(BIN)/python -m mkdocs build --strict
+	@echo "Open site/index.html"
+
+# Screenshots need chromium.
+pictures: $(VENV)/installed-dev
+	$(BIN)/python docs/pictures.py
+
 clean:
-	rm -rf $(VENV) build dist outputs multirun *.egg-info
+	rm -rf $(VENV) build dist outputs multirun site *.egg-info

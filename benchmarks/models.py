@@ -1,6 +1,6 @@
 """Measure every detector, segmenter and tracker on the same photo and clip: size, speed, memory and abilities.
 
-    python benchmarks/models.py PHOTO --clip CLIP [--weights full|small] [--json FILE] [--readme README.md]
+    python benchmarks/models.py PHOTO --clip CLIP [--weights full|small] [--json FILE] [--page docs/reference/models.md]
     python benchmarks/models.py PHOTO --clip CLIP --json FILE --only detector=owlv2 tracker=edgetam
 
 The choices are the YAML files of `conf`; each runs through `grounded_sam.load` in a process of its own on the CPU.
@@ -19,7 +19,7 @@ Licenses of code are from the metadata of the Python distribution that has the m
 `grounded_sam/weights/models.yaml`.
 
 With `--json`, rows are saved as they are measured, and a later run measures only those that are missing, failed, had
-other weights or are named by `--only`. `--readme` replaces the table between two marker lines of a Markdown file.
+other weights or are named by `--only`. `--page` replaces the tables between two marker lines of a Markdown file.
 """
 
 from __future__ import annotations
@@ -514,43 +514,48 @@ def format_seconds(seconds: float) -> str:
 
 
 ABILITIES = ["text", "masks", "clicks", "everything", "video"]
-COLUMNS = ["stage", "choice", "weights", "parameters", "seconds", "peak MiB", *ABILITIES]
-COLUMNS += ["license of code", "of weights", "measured with"]
 
 
-def format_table(rows: dict[str, dict[str, Any]]) -> str:
-    """Format the rows as a Markdown table, with a line on the conditions."""
-    lines = [f"| {' | '.join(COLUMNS)} |", f"|{'---|' * len(COLUMNS)}"]
-    lines += [f"| {' | '.join(format_row(name, row))} |" for name, row in rows.items()]
+def format_tables(rows: dict[str, dict[str, Any]]) -> str:
+    """Format the rows as two Markdown tables, of abilities and of costs, with a line on the conditions."""
+    abilities = [["stage", "choice", *ABILITIES, "license of code", "license of weights"]]
+    costs = [["stage", "choice", "weights", "parameters", "seconds", "peak MiB", "note"]]
+    for name, row in rows.items():
+        group, _, choice = name.partition("=")
+        start, hub_ids = [group, f"`{choice}`"], row.get("hub", [])
+        tried = [{True: "yes", False: "no", None: ""}[row.get(key)] for key in ABILITIES]
+        abilities.append([*start, *tried, row.get("code", ""), weights_license(hub_ids)])
+        costs.append([*start, ", ".join(hub_ids), *format_costs(row)])
     measured = [row for row in rows.values() if "failed" not in row]
     photos, clips = ({row[key] for row in measured if key in row} for key in ("photo", "clip"))
     sizes = [f"photo of {size} px" for size in sorted(photos)] + [f"clip of {size} px" for size in sorted(clips)]
-    lines += ["", f"By `benchmarks/models.py`: {'; '.join([*sorted({row['with'] for row in measured}), *sizes])}."]
-    return "\n".join(lines)
+    conditions = f"By `benchmarks/models.py`: {'; '.join([*sorted({row['with'] for row in measured}), *sizes])}."
+    return "\n\n".join([markdown_table(abilities), markdown_table(costs), conditions])
 
 
-def format_row(name: str, row: dict[str, Any]) -> list[str]:
-    """Return the cells of a row."""
-    group, _, choice = name.partition("=")
-    hub_ids = row.get("hub", [])
-    cells = [group, f"`{choice}`", ", ".join(hub_ids)]
+def format_costs(row: dict[str, Any]) -> list[str]:
+    """Return the cells of parameters, seconds, memory and what was special about the measurement."""
     if "failed" in row:
-        cells += [""] * (len(COLUMNS) - len(cells) - 2)
-        return [*cells, weights_license(hub_ids), f"failed: {row['failed']}".replace("|", "\\|")]
-    cells.append(f"{row['parameters']:,.{0 if row['parameters'] >= 10 else 1}f} M" if row["parameters"] else "")
-    cells += [format_seconds(row["seconds"]), f"{row['mib']:,.0f}"]
-    cells += [{True: "yes", False: "no", None: ""}[row.get(key)] for key in ABILITIES]
-    conditions = "; ".join([row["weights"], *([row["note"]] if "note" in row else [])])
-    return [*cells, row["code"], weights_license(hub_ids), conditions]
+        return ["", "", "", f"failed: {row['failed']}".replace("|", "\\|")]
+    parameters = f"{row['parameters']:,.{0 if row['parameters'] >= 10 else 1}f} M" if row["parameters"] else ""
+    usual = row["weights"] in ("random, real size", "none needed")
+    notes = [*([] if usual else [row["weights"]]), *([row["note"]] if "note" in row else [])]
+    return [parameters, format_seconds(row["seconds"]), f"{row['mib']:,.0f}", "; ".join(notes)]
 
 
-def replace_table(readme: Path, text: str) -> None:
+def markdown_table(rows: list[list[str]]) -> str:
+    """Format rows, the first of which is the header."""
+    lines = [f"| {' | '.join(cells)} |" for cells in rows]
+    return "\n".join([lines[0], f"|{'---|' * len(rows[0])}", *lines[1:]])
+
+
+def replace_table(page: Path, text: str) -> None:
     """Replace what is between the marker lines."""
-    old = readme.read_text(encoding="utf-8")
+    old = page.read_text(encoding="utf-8")
     if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
-        sys.exit(f"{readme} must contain the lines {BEGIN} and {END}, in this order and once each")
+        sys.exit(f"{page} must contain the lines {BEGIN} and {END}, in this order and once each")
     before, rest = old.split(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    page.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 def main() -> None:
@@ -562,7 +567,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--frames", type=int, default=6, help="number of frames of the clip, for trackers")
     parser.add_argument("--json", type=Path, help="file to save rows in; rows of earlier runs are reused")
-    parser.add_argument("--readme", type=Path, help="Markdown file whose table is replaced")
+    parser.add_argument("--page", type=Path, help="Markdown file whose tables are replaced")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -573,10 +578,10 @@ def main() -> None:
         parser.error(f"unknown choice {', '.join(unknown)}; the choices are {', '.join(choices)}")
     if args.clip is None or not args.clip.is_file() or not args.photo.is_file():
         parser.error("PHOTO and --clip must be files")
-    if args.readme and args.only and not args.json:
-        parser.error("--readme with --only requires --json, to keep the other rows")
-    if args.readme:  # fails now, not after the measurements, if there are no markers
-        replace_table(args.readme, args.readme.read_text(encoding="utf-8").split(BEGIN)[-1].split(END)[0].strip("\n"))
+    if args.page and args.only and not args.json:
+        parser.error("--page with --only requires --json, to keep the other rows")
+    if args.page:  # fails now, not after the measurements, if there are no markers
+        replace_table(args.page, args.page.read_text(encoding="utf-8").split(BEGIN)[-1].split(END)[0].strip("\n"))
     rows: dict[str, dict[str, Any]] = json.loads(args.json.read_text()) if args.json and args.json.exists() else {}
     for name in choices:
         old = rows.get(name)
@@ -589,10 +594,10 @@ def main() -> None:
         print(f"{name}: {outcome} (took {time.perf_counter() - start:.0f} s)", file=sys.stderr, flush=True)
         if args.json:
             args.json.write_text(json.dumps(rows, indent=1))
-    text = format_table({name: rows[name] for name in choices if name in rows})
+    text = format_tables({name: rows[name] for name in choices if name in rows})
     print(text)
-    if args.readme:
-        replace_table(args.readme, text)
+    if args.page:
+        replace_table(args.page, text)
 
 
 if __name__ == "__main__":

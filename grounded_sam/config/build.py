@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from grounded_sam.checks import check_choice
 from grounded_sam.config.compose import GROUPS, check_renamed, compose, renamed_key, to_override
-from grounded_sam.console import ProgressBar
 from grounded_sam.errors import ConfigError, GroundedSamError
+from grounded_sam.media.progress import ProgressBar
 from grounded_sam.structures.protocols import (
     CachesFeatures,
     DeclaresTraits,
@@ -183,6 +183,7 @@ def build(cfg: DictConfig, reuse: dict[str, tuple[Any, Any]] | None = None) -> P
         for number, group in enumerate(groups):
             bar.update(number, f"Loading {cfg[group].get('_target_', group).rpartition('.')[2]}")
             stages[group] = _build_or_reuse(cfg, group, reuse)
+        bar.update(len(groups), "Loaded models")
     detector, segmenter = stages.get("detector"), stages.get("segmenter")
     if cfg.cache.folder is not None:
         if not isinstance(segmenter, CachesFeatures):

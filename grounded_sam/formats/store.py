@@ -2,36 +2,35 @@
 
 A store is a folder with
 
-`_run-*.json`    one for all runs with the same settings: settings, classes, versions; see `store_runs`
-`part-*.parquet` rows, written once and never changed; the name begins with the time of writing
+- `_run-*.json`, one for all runs with the same settings: settings, classes, versions; see `store_runs`
+- `part-*.parquet`: rows, written once and never changed; the name begins with the time of writing
 
 Rows of later parts replace those of earlier parts for the same image. Schema version 1; the kind of a row decides which
 columns are filled:
 
-===========  =========  ==================================================================================
-kind         string     `image` (an image or frame that was processed), `object` (a detection in the image row above),
-                        `skipped` (a file that could not be used), `video` (a video was processed to its end)
-file         string     name relative to the input, with `/`; of frames `clip.mp4/000012`
-path         string     absolute path of the file; null for cameras and streams
-digest       string     SHA-256 of the file; of a folder of frames, that of their digests
-take         string     of frames and `video` rows: id of the take, one pass through the video, that they belong to
-fingerprint  string     of the settings of the run that wrote the row, see `store_runs.fingerprint`
-video        string     name of the video that a frame belongs to
-frame        int64      frame number; of a `video` row, how many frames were stored
-time_s       float64    seconds from the start of the video
-width        int32      pixels
-height       int32
-objects      int32      of an image: how many `object` rows follow it
-reason       string     of a skipped file
-class_id     int32      index into the classes of the run
-class        string
-score        float32    0 to 1
-mask_score   float32    the segmenter's estimate of IoU
-x1 y1 x2 y2  float32    box in pixels, right and bottom exclusive
-area         int64      pixels of the mask
-counts       string     mask as compressed COCO RLE, of the image's height and width
-tracker_id   int64      in a video, one per object
-===========  =========  ==================================================================================
+| column | type | |
+|---|---|---|
+| `kind` | string | `image` (processed), `object` (in the image row above), `skipped` (unusable), `video` (completed) |
+| `file` | string | name relative to the input, with `/`; of frames `clip.mp4/000012` |
+| `path` | string | absolute path of the file; null for cameras and streams |
+| `digest` | string | SHA-256 of the file; of a folder of frames, that of their digests |
+| `take` | string | of frames and `video` rows: id of the take, one pass through the video, that they belong to |
+| `fingerprint` | string | of the settings of the run that wrote the row, see `store_runs.fingerprint` |
+| `video` | string | name of the video that a frame belongs to |
+| `frame` | int64 | frame number; of a `video` row, how many frames were stored |
+| `time_s` | float64 | seconds from the start of the video |
+| `width` | int32 | pixels |
+| `height` | int32 |  |
+| `objects` | int32 | of an image: how many `object` rows follow it |
+| `reason` | string | of a skipped file |
+| `class_id` | int32 | index into the classes of the run |
+| `class` | string |  |
+| `score` | float32 | 0 to 1 |
+| `mask_score` | float32 | the segmenter's estimate of IoU |
+| `x1`, `y1`, `x2`, `y2` | float32 | box in pixels, right and bottom exclusive |
+| `area` | int64 | pixels of the mask |
+| `counts` | string | mask as compressed COCO RLE, of the image's height and width |
+| `tracker_id` | int64 | in a video, one per object |
 
 Any Parquet reader opens the folder: `pandas.read_parquet("store")`, DuckDB, `pyarrow.dataset`.
 """

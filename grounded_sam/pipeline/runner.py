@@ -13,9 +13,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from grounded_sam.console import ProgressBar
 from grounded_sam.errors import ImageError
 from grounded_sam.files import atomic_write
+from grounded_sam.media.progress import ProgressBar
 from grounded_sam.pipeline.images import process_images
 from grounded_sam.pipeline.pipeline import Pipeline
 from grounded_sam.pipeline.prediction_cache import CachedStages

@@ -44,7 +44,7 @@ class ImageSource:
         ImageError: While iterating, if the input is a single file and cannot be read.
 
     >>> [frame.image.shape for frame in ImageSource("builtin:demo", num_shards=4)]
-    [(340, 480, 3)]
+    [(640, 960, 3)]
     """
 
     def __init__(

@@ -1,13 +1,15 @@
 """`supervision.Detections` as the interchange type between stages: how it is made, and its rules.
 
-xyxy                (n, 4) float32, pixels, 0 <= x1 < x2 <= W and 0 <= y1 < y2 <= H
-confidence          (n,) float32, 0 to 1
-class_id            (n,) int64, index into the vocabulary
-mask                (n, H, W) bool; None before segmentation, without a segmenter, and where masks are packed (`rle`)
-data["rle"]         (n,) object, dicts `{size: [H, W], counts: bytes}` of COCO RLE; only where masks are packed
-data["class_name"]  (n,) str
-data["mask_score"]  (n,) float32, the segmenter's own estimate of IoU, after segmentation
-tracker_id          (n,) int64, one per object and video, or None without tracking
+| | |
+|---|---|
+| `xyxy` | (n, 4) float32, pixels, 0 <= x1 < x2 <= W and 0 <= y1 < y2 <= H |
+| `confidence` | (n,) float32, 0 to 1 |
+| `class_id` | (n,) int64, index into the vocabulary |
+| `mask` | (n, H, W) bool; None before segmentation, without a segmenter, and where masks are packed |
+| `data["rle"]` | (n,) object, dicts `{size: [H, W], counts: bytes}` of COCO RLE; only where masks are packed |
+| `data["class_name"]` | (n,) str |
+| `data["mask_score"]` | (n,) float32, the segmenter's own estimate of IoU, after segmentation |
+| `tracker_id` | (n,) int64, one per object and video, or None without tracking |
 """
 
 from __future__ import annotations

@@ -1,14 +1,13 @@
-"""Progress bars for people: on a terminal and in notebooks, never in logs and pipes."""
+"""Progress for people: a bar on a terminal, a line in a notebook, nothing in logs and pipes."""
 
 from __future__ import annotations
 
 from types import TracebackType
+from typing import Any
 
 
 class ProgressBar:
-    """A bar with counts and the estimated time left, on stderr; removed at the end.
-
-    Nothing is shown where stderr is neither a terminal nor a notebook.
+    """A bar with counts and the estimated time left on a terminal (stderr), removed at the end; a line in a notebook.
 
     Args:
         description: What is counted or done, such as `images`.
@@ -24,9 +23,9 @@ class ProgressBar:
 
         console = Console(stderr=True)
         columns = [TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()]
-        shown = console.is_terminal or console.is_jupyter
-        self._bar = Progress(*columns, console=console, transient=True, disable=not shown)
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
         self._task = self._bar.add_task(description, total=total)
+        self._line = _NotebookLine() if console.is_jupyter else None
 
     def __enter__(self) -> ProgressBar:
         self._bar.__enter__()
@@ -45,3 +44,22 @@ class ProgressBar:
             description: New description; None to keep it.
         """
         self._bar.update(self._task, completed=completed, description=description)
+        if self._line is not None:
+            task = self._bar.tasks[0]
+            self._line.show(f"{task.description} {completed}/{'?' if task.total is None else int(task.total)}")
+
+
+class _NotebookLine:
+    """A line of output below the cell that runs, which is replaced when it is shown again."""
+
+    def __init__(self) -> None:
+        self._handle: Any = None
+
+    def show(self, text: str) -> None:
+        from IPython.display import display
+
+        output = {"text/plain": text}
+        if self._handle is None:
+            self._handle = display(output, raw=True, display_id=True)
+        else:
+            self._handle.update(output, raw=True)

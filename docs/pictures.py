@@ -1,0 +1,194 @@
+"""Make the pictures of the README and the site: `python docs/pictures.py [NAME ...]`.
+
+All of them come from the models and images that are part of the package. `report` and `notebook` are screenshots, for
+which chromium must be installed.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from grounded_sam import load
+from grounded_sam.media.draw import draw_detections
+from grounded_sam.shapes.scenes import Scene, make_crowded_scene, make_scene
+from grounded_sam.structures.masks import encode_rle
+from grounded_sam.structures.vocabulary import Vocabulary
+
+FOLDER = Path(__file__).parent / "images"
+DEMO = Path(__file__).parents[1] / "grounded_sam" / "shapes" / "examples" / "demo"
+TEXT = ["red circle", "blue square", "green star", "yellow triangle", "orange ring", "purple cross"]
+
+
+@functools.cache
+def model(*overrides: str) -> Any:
+    """Return the small models."""
+    return load("select.score=0.4", *overrides, preset="shapes")
+
+
+def run(*arguments: str, cwd: Path) -> None:
+    """Run `grounded-sam`."""
+    command = [str(Path(sys.executable).with_name("grounded-sam")), *arguments]
+    subprocess.run(command, cwd=cwd, check=True, stdout=subprocess.DEVNULL)
+
+
+def save(image: NDArray[np.uint8], name: str, width: int | None = None) -> None:
+    """Write an image, reduced to a width."""
+    picture = Image.fromarray(image)
+    if width is not None and width < picture.width:
+        picture = picture.resize((width, round(picture.height * width / picture.width)), Image.Resampling.LANCZOS)
+    picture.save(FOLDER / name, optimize=True, quality=90)
+
+
+def mosaic(rows: Sequence[Sequence[NDArray[np.uint8]]], gap: int = 16) -> NDArray[np.uint8]:
+    """Put images of one size into a grid with white gaps."""
+    height, width = rows[0][0].shape[:2]
+    size = (len(rows) * (height + gap) - gap, len(rows[0]) * (width + gap) - gap, 3)
+    canvas = np.full(size, 255, np.uint8)
+    for i, row in enumerate(rows):
+        for j, image in enumerate(row):
+            y, x = i * (height + gap), j * (width + gap)
+            canvas[y : y + height, x : x + width] = image
+    return canvas
+
+
+def hero(_: Path) -> None:
+    """Draw the four images of the demo."""
+    drawn = [model().segment(DEMO / f"scene-{number}.png", TEXT).plot(boxes=False) for number in (1, 2, 3, 4)]
+    save(mosaic([drawn[:2], drawn[2:]]), "hero.webp", 1280)
+
+
+def demo(_: Path) -> None:
+    """Draw the first image of the demo."""
+    save(model().segment(DEMO / "scene-1.png", TEXT).plot(), "demo.webp", 720)
+
+
+def clip(_: Path) -> None:
+    """Draw every second frame of the clip of the demo."""
+    palette = Vocabulary.parse(TEXT).palette()
+    frames = []
+    for result in model().track(str(DEMO / "clip.mp4"), TEXT):
+        if result.frame.index % 2 == 0:
+            drawn = draw_detections(
+                result.frame.image, result.detections, boxes=False, color_by="class", palette=palette
+            )
+            frames.append(Image.fromarray(drawn).resize((540, 360), Image.Resampling.LANCZOS))
+    options: dict[str, Any] = {"duration": 83, "loop": 0, "quality": 80, "method": 6}
+    frames[0].save(FOLDER / "clip.webp", save_all=True, append_images=frames[1:], **options)
+
+
+def tiles(_: Path) -> None:
+    """Search a crowded image as a whole and in tiles."""
+    scene = make_crowded_scene(np.random.default_rng(12))
+    names = sorted({" ".join(pair) for pair in scene.pairs})
+    whole = model().segment(scene.image, names).plot(boxes=False, labels=False, opacity=0.6)
+    tiled = model("tiles.size=256").segment(scene.image, names).plot(boxes=False, labels=False, opacity=0.6)
+    save(mosaic([[whole, tiled]]), "tiles.png", 1280)
+
+
+def report(folder: Path) -> None:
+    """Take a screenshot of the report of the demo's images."""
+    run("preset=[demo,label]", "source=images", "output=labels", cwd=folder)
+    screenshot(folder / "labels" / "report.html", "report.png", (1200, 900))
+
+
+def sweep(folder: Path) -> None:
+    """Plot a sweep over score thresholds."""
+    names = write_labeled_scenes(folder, 24)
+    values = "select.score=0.05,0.1,0.2,0.3,0.4,0.5,0.6,0.7,0.8"
+    settings = ["preset=shapes", f"text=[{','.join(names)}]", "truth=truth.json", "sink=metrics", values]
+    run("-m", *settings, "input=scenes", "metric=at_threshold.f1", "output=sweep", cwd=folder)
+    save(np.asarray(Image.open(folder / "sweep" / "sweep.png").convert("RGB")), "sweep.png", 1000)
+
+
+def mistakes(folder: Path) -> None:
+    """Draw the image with the most mistakes among some scenes, at a threshold that is too high."""
+    names = write_labeled_scenes(folder, 12)
+    settings = ["preset=shapes", f"text=[{','.join(names)}]", "truth=truth.json", "sink=metrics", "select.score=0.7"]
+    run(*settings, "input=scenes", "output=metrics", "sink.metrics.errors=1", cwd=folder)
+    path = next((folder / "metrics" / "errors").iterdir())
+    save(np.asarray(Image.open(path)), "mistakes.jpg", 640)
+
+
+def notebook(folder: Path) -> None:
+    """Take a screenshot of a notebook with a result."""
+    import nbformat
+    from nbclient import NotebookClient
+    from nbconvert import HTMLExporter
+
+    shutil.copy(DEMO / "scene-1.png", folder)
+    lines = [
+        "from grounded_sam import load\n",
+        'model = load(preset="shapes")',
+        'model.segment("scene-1.png", ["red circle", "green star"])',
+    ]
+    cells = [nbformat.v4.new_code_cell("\n".join(lines))]
+    executed = nbformat.v4.new_notebook(cells=cells)
+    NotebookClient(executed, resources={"metadata": {"path": str(folder)}}).execute()
+    html, _ = HTMLExporter(template_name="lab", embed_images=True).from_notebook_node(executed)
+    (folder / "notebook.html").write_text(html, encoding="utf-8")
+    screenshot(folder / "notebook.html", "notebook.png", (1100, 860))
+
+
+def write_labeled_scenes(folder: Path, count: int) -> list[str]:
+    """Write scenes to `scenes/` and their labels to `truth.json`; return the names of their classes."""
+    scenes: list[Scene] = [
+        make_scene(np.random.default_rng([77, i]), count=5, size_hw=(320, 420)) for i in range(count)
+    ]
+    names = sorted({" ".join(pair) for scene in scenes for pair in scene.pairs})
+    (folder / "scenes").mkdir()
+    images, annotations = [], []
+    for i, scene in enumerate(scenes):
+        Image.fromarray(scene.image).save(folder / "scenes" / f"{i:02}.png")
+        images.append({"id": i + 1, "file_name": f"{i:02}.png", "width": 420, "height": 320})
+        for pair, mask, (x1, y1, x2, y2) in zip(scene.pairs, scene.masks, scene.xyxy.tolist(), strict=True):
+            ids = {"id": len(annotations) + 1, "image_id": i + 1, "category_id": names.index(" ".join(pair)) + 1}
+            box = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": int(mask.sum()), "iscrowd": 0}
+            annotations.append({**ids, **box, "segmentation": encode_rle(mask)})
+    categories = [{"id": i + 1, "name": name} for i, name in enumerate(names)]
+    truth = {"images": images, "annotations": annotations, "categories": categories}
+    (folder / "truth.json").write_text(json.dumps(truth))
+    return names
+
+
+def screenshot(page: Path, name: str, size: tuple[int, int]) -> None:
+    """Take a screenshot of a page with chromium."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        sys.exit("chromium is not installed, which screenshots need")
+    with tempfile.TemporaryDirectory() as profile:
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
+        options += ["--disable-background-networking", "--no-first-run", "--virtual-time-budget=5000"]
+        target = Path(profile) / "page.png"
+        options += [f"--window-size={size[0]},{size[1]}", f"--screenshot={target}", page.resolve().as_uri()]
+        subprocess.run([browser, *options], check=True, capture_output=True)
+        save(np.asarray(Image.open(target).convert("RGB")), name)
+
+
+PICTURES: dict[str, Callable[[Path], None]] = {
+    function.__name__: function for function in (hero, demo, clip, tiles, report, sweep, mistakes, notebook)
+}
+
+
+def main() -> None:
+    """Make the pictures that are named, or all."""
+    FOLDER.mkdir(exist_ok=True)
+    for name in sys.argv[1:] or PICTURES:
+        with tempfile.TemporaryDirectory() as folder:
+            PICTURES[name](Path(folder))
+        print(next(iter(FOLDER.glob(f"{name}.*"))))
+
+
+if __name__ == "__main__":
+    main()

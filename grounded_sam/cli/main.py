@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from grounded_sam.cli.next_step import next_step
 from grounded_sam.config.compose import explain
 from grounded_sam.config.hydra import conf_dir
 from grounded_sam.errors import GroundedSamError, count_of
@@ -43,7 +44,9 @@ def run(cfg: DictConfig) -> float | None:
     output = Path(hydra_cfg.runtime.output_dir)
     sweep = Path(hydra_cfg.sweep.dir) if in_sweep() else None
     record: dict[str, Any] = {"overrides": list(hydra_cfg.overrides.task)}
-    value, summary = None, None
+    value: float | None = None
+    summary: Summary | None = None
+    sinks: Sequence[Sink] = ()
     try:
         summary, sinks = _process(cfg, output, sweep, record)
         record["value"] = value = measured_value(sinks)  # last, since the metric may not exist
@@ -61,6 +64,8 @@ def run(cfg: DictConfig) -> float | None:
         path.write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
     if summary is not None:
         print_summary(summary, output)
+        if sweep is None and (line := next_step(record["overrides"], summary, sinks, output)) is not None:
+            print(line)
         if summary.interrupted:
             sys.exit(130)
     return value

@@ -11,6 +11,7 @@ import html
 import io
 import json
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -394,10 +395,18 @@ class SweepReport(Callback):
         failed = [job for job in jobs if job.error is not None]
         if failed or any(job.metrics for job in jobs):
             print(write_report(folder))
+            if (folder / "preset" / "best.yaml").is_file():
+                print(f"To use the best settings: {shlex.join(_best_command(config, folder))}")
         if failed:
             sys.exit(
                 f"grounded-sam: {len(failed)} of {len(jobs)} jobs failed; see the errors in {folder / 'sweep.csv'}"
             )
+
+
+def _best_command(config: Any, folder: Path) -> list[str]:
+    """Return the command that uses the best settings of a sweep, for the same input."""
+    inputs = [item for item in config.hydra.overrides.task if item.startswith("input=")]
+    return ["grounded-sam", "--config-dir", str(folder), "preset=best", *inputs]
 
 
 def main() -> None:

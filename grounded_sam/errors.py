@@ -3,6 +3,9 @@
 The command prints the message of an error as one line and exits with code 1.
 """
 
+import os
+import traceback
+
 
 class GroundedSamError(Exception):
     """Base class of the errors of this package; the message says what was expected and what was given."""
@@ -20,8 +23,28 @@ class ImageError(GroundedSamError):
     """Raised for a file or an array that cannot be used as an image."""
 
 
+class StageError(ImageError):
+    """Raised where a stage fails on an image; `__cause__` is the error of the stage, if it raised one."""
+
+
 class CheckpointError(GroundedSamError):
     """Raised for weights that are missing, damaged or those of another model."""
+
+
+def describe(error: BaseException) -> str:
+    """Return the kind and the first line of an error that this package did not raise.
+
+    >>> describe(ValueError("too many\\nvalues"))
+    'ValueError: too many'
+    """
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def print_traceback() -> None:
+    """Print the traceback of the error that is handled, if `GROUNDED_SAM_DEBUG=1`."""
+    if os.environ.get("GROUNDED_SAM_DEBUG") == "1":
+        traceback.print_exc()
 
 
 def count_of(count: int, noun: str, plural: str = "") -> str:

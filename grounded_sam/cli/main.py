@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from grounded_sam.cli.next_step import next_step
 from grounded_sam.config.compose import explain
 from grounded_sam.config.hydra import conf_dir
-from grounded_sam.errors import GroundedSamError, count_of
+from grounded_sam.errors import GroundedSamError, count_of, describe
 from grounded_sam.files import atomic_write
 from grounded_sam.hydra_state import in_sweep
 
@@ -59,6 +59,14 @@ def run(cfg: DictConfig) -> float | None:
             sys.exit(f"grounded-sam: {error}")  # not raised, since Hydra would print a line of its own
         record["error"] = str(error)
         print(f"grounded-sam: job {hydra_cfg.job.num}: {error}", file=sys.stderr)
+    except Exception as error:  # one job of a sweep does not end the others
+        if DEBUG or sweep is None:
+            raise
+        record["error"] = describe(error)
+        print(
+            f"grounded-sam: job {hydra_cfg.job.num}: {describe(error)}; GROUNDED_SAM_DEBUG=1 shows the traceback",
+            file=sys.stderr,
+        )
     record["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     with atomic_write(output / "run.json") as path:
         path.write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")

@@ -147,6 +147,11 @@ class StoreWriter:
         row = {"kind": "skipped", "file": skipped.file, "reason": skipped.reason, "fingerprint": self._run.fingerprint}
         self._rows.append({**row, "digest": self._digests.get(skipped.file)})
 
+    def leave_incomplete(self, video: str) -> None:
+        """Take back that a video, whose last frame is written, will be complete: a later run processes it again."""
+        if self._video_row is not None and self._video_row["video"] == video:
+            self._video_row = None
+
     def close(self, complete: bool) -> None:
         """Write what is still in memory.
 

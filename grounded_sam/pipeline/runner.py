@@ -13,10 +13,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from grounded_sam.errors import ImageError
+from grounded_sam.errors import ImageError, count_of
 from grounded_sam.files import atomic_write
 from grounded_sam.media.progress import ProgressBar
-from grounded_sam.pipeline.images import process_images
+from grounded_sam.pipeline.images import convert_errors, process_images
 from grounded_sam.pipeline.pipeline import Pipeline
 from grounded_sam.pipeline.prediction_cache import CachedStages
 from grounded_sam.structures.frame import Frame
@@ -91,6 +91,7 @@ class Runner:
         self.cache = pipeline.stages if isinstance(pipeline.stages, CachedStages) else None
         self.summary = Summary()
         self._unusable: list[Skipped] = []  # frames that a later stage or a sink could not use
+        self._stopped_videos: list[str] = []  # which the store must not take for complete
         self._reported: set[Skipped] = set()
         self._tracks: dict[tuple[str | None, int], str] = {}  # video and tracker id to class name
 
@@ -141,6 +142,7 @@ class Runner:
             progress.update(done, self.summary.unit)
         for write in pending:
             write.result()
+        self._leave_incomplete()
 
     def _results(self) -> Generator[FrameResult]:
         """Yield results: images one by one, the frames of each video together, stored results as they are."""
@@ -156,11 +158,22 @@ class Runner:
                         group, self.request.classes, self.pipeline.stages, on_skipped=self._unusable.append
                     )
                 else:
-                    with closing(self.pipeline.track_frames(group, self.request)) as results:
-                        yield from results
+                    yield from self._track(video, group)
         finally:
             if isinstance(frames, Generator):
                 frames.close()
+
+    def _track(self, video: str, frames: Iterator[Any]) -> Generator[FrameResult]:
+        """Yield the results of a video; where a frame cannot be processed, only its video stops."""
+        count = 0
+        try:
+            with closing(self.pipeline.track_frames(frames, self.request)) as results:
+                for result in results:
+                    count += 1
+                    yield result
+        except ImageError as error:
+            self._unusable.append(Skipped(video, f"{error}; stopped after {count_of(count, 'frame')}"))
+            self._stopped_videos.append(video)
 
     def _lookup(self) -> Lookup | None:
         """Return the function that finds stored results: of the store, else of the prediction cache."""
@@ -183,14 +196,23 @@ class Runner:
 
     def _write(self, result: FrameResult) -> None:
         """Write a result to every sink."""
+        self._leave_incomplete(except_for=result.frame.video)
         for sink in self.sinks:
             try:
-                sink.write(result)
-            except ImageError as error:  # the file of a stored result is gone
+                with convert_errors(sink, passing=(OSError,)):  # such as that of a full disk, which ends the run
+                    sink.write(result)
+            except ImageError as error:  # such as that of a stored result whose file is gone
                 skipped = Skipped(result.frame.name, str(error))
                 if skipped not in self._unusable:
                     self._unusable.append(skipped)
         self._report_skipped()
+
+    def _leave_incomplete(self, except_for: str | None = None) -> None:
+        """Tell the store which videos stopped, once all of their frames are written."""
+        if self.store is not None:
+            for video in self._stopped_videos:
+                if video != except_for:
+                    self.store.leave_incomplete(video)
 
     def _count(self, result: FrameResult) -> None:
         """Add a result to the summary."""

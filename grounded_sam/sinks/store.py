@@ -79,6 +79,10 @@ class StoreSink:
         if not result.stored:
             self._writer.write(result)
 
+    def leave_incomplete(self, video: str) -> None:
+        """Take back that a video will be complete, because it stopped; a later run processes it again."""
+        self._writer.leave_incomplete(video)
+
     def skip(self, skipped: Skipped) -> None:
         """Record a file that could not be used; later runs try it again."""
         self._writer.skip(skipped)

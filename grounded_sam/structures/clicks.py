@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -185,21 +185,22 @@ class Clicks:
         self.ids = sorted({click.object for click in self.clicks if click.object is not None})
 
     def for_image(self, frame: Frame) -> list[Click]:
-        """Select the entries that apply to an image."""
-        return [click for click in self.clicks if click.matches(frame)]
+        """Select the entries that apply to an image; those of one object become one."""
+        return merge_clicks(click for click in self.clicks if click.matches(frame))
 
     def for_video_frame(self, frame: Frame, position: int) -> list[Click]:
-        """Select the entries that apply to a frame of a video.
+        """Select the entries that apply to a frame of a video; those of one object become one.
 
         Args:
             frame: The frame.
             position: Its position among the frames that are processed, from 0.
         """
-        return [
+        return merge_clicks(
             click
-            for click in self.for_image(frame)
-            if (position == 0 if click.frame is None and click.image is None else click.frame in (None, frame.index))
-        ]
+            for click in self.clicks
+            if click.matches(frame)
+            and (position == 0 if click.frame is None and click.image is None else click.frame in (None, frame.index))
+        )
 
     def to_detections(self, clicks: Sequence[Click], frame: Frame, vocabulary: Vocabulary) -> sv.Detections:
         """Convert entries to detections of a frame, as prompts for a segmenter or tracker.
@@ -245,6 +246,46 @@ class Clicks:
                 boxes[i] = click.box
         ids = [vocabulary.classes.index(click.class_name) for click in clicks]
         return make_detections(boxes, np.ones(len(clicks)), ids, vocabulary, frame.size_hw, **columns)
+
+
+def merge_clicks(clicks: Iterable[Click]) -> list[Click]:
+    """Merge the entries of one frame that name the same object, such as a point on it and one on the background.
+
+    Raises:
+        ConfigError: If entries of one object have different classes, two boxes or two masks.
+
+    >>> entries = [{"class": "cup", "points": [[5, 5]], "object": 1}, {"class": "cup", "points": [[9, 9]], "object": 1}]
+    >>> [click.points.tolist() for click in merge_clicks(Clicks(entries, "clicks").clicks)]
+    [[[5.0, 5.0], [9.0, 9.0]]]
+    """
+    merged: list[Click] = []
+    place: dict[int, int] = {}  # of an object in `merged`
+    for click in clicks:
+        if click.object is None or click.object not in place:
+            if click.object is not None:
+                place[click.object] = len(merged)
+            merged.append(click)
+        else:
+            merged[place[click.object]] = _merge(merged[place[click.object]], click)
+    return merged
+
+
+def _merge(first: Click, second: Click) -> Click:
+    """Merge two entries of one object."""
+    if first.class_name != second.class_name:
+        raise ConfigError(f"clicks: object {first.object} is called {first.class_name!r} and {second.class_name!r}")
+    for key, values in (("box", (first.box, second.box)), ("mask", (first.mask, second.mask))):
+        if all(value is not None for value in values):
+            raise ConfigError(f"clicks: object {first.object} has two entries with a {key} in one frame; keep one")
+    points = [click.points for click in (first, second) if click.points is not None]
+    labels = [click.labels for click in (first, second) if click.labels is not None]
+    return replace(
+        first,
+        points=np.concatenate(points) if points else None,
+        labels=np.concatenate(labels) if labels else None,
+        box=second.box if first.box is None else first.box,
+        mask=second.mask if first.mask is None else first.mask,
+    )
 
 
 def _read_mask(mask: Path | NDArray[np.bool_], frame: Frame) -> NDArray[np.bool_]:

@@ -30,7 +30,8 @@ class OverlaySink:
         boxes: Whether to draw boxes.
         labels: Whether to write class names, scores and track ids.
         opacity: Opacity of masks, 0 to 1.
-        colour_by: One color per `class` or per `object`; None for `object` if there are tracks, else `class`.
+        colour_by: One color per `class` or per `object`; None for `object` if there are tracks and not all classes have
+            a color of their own, else `class`.
         sound_from: Video file, or a folder of them, whose audio the annotated videos get; None for no audio.
         crf: Constant rate factor of videos, 0 (lossless) to 51.
 
@@ -59,7 +60,8 @@ class OverlaySink:
             check_bool(f"sink.overlay.{key}", value)
         self.folder, self.format, self.crf = Path(output) / "overlay", format, crf
         self.masks, self.boxes, self.labels = masks, boxes, labels
-        self.opacity, self.color_by, self.palette = opacity, colour_by, vocabulary.palette()
+        self.opacity, self.palette = opacity, vocabulary.palette()
+        self.color_by = colour_by or ("class" if vocabulary.has_own_colors else None)
         self.sound_from = None if sound_from is None else os.path.expanduser(str(sound_from))
         self._names = UniqueNames()
         self._num_images = self._num_videos = 0

@@ -117,8 +117,10 @@ class ImageDetections(sv.Detections):
         """
         if self.frame is None:
             raise GroundedSamError("these detections belong to no single image, so they cannot be drawn")
-        palette = None if self.vocabulary is None else self.vocabulary.palette()
-        return draw_detections(self.frame.image, self, **{"palette": palette, **options})
+        if self.vocabulary is not None:
+            color_by = "class" if self.vocabulary.has_own_colors else None
+            options = {"palette": self.vocabulary.palette(), "color_by": color_by, **options}
+        return draw_detections(self.frame.image, self, **options)
 
     def show(self, **options: Any) -> None:
         """Show the drawn detections in a window, or below the cell of a notebook; options as for `plot`."""

@@ -127,12 +127,17 @@ class Vocabulary:
         """
         import supervision as sv
 
-        own = self.colors or (None,) * len(self)
         default = sv.ColorPalette.DEFAULT
-        return [
-            color or _color_in(name) or default.by_idx(i).as_hex()
-            for i, (name, color) in enumerate(zip(self.classes, own, strict=True))
-        ]
+        return [color or default.by_idx(i).as_hex() for i, color in enumerate(self._own_colors())]
+
+    @property
+    def has_own_colors(self) -> bool:
+        """Whether every class has a color of its own, or one in its name, so that no class needs another."""
+        return all(self._own_colors())
+
+    def _own_colors(self) -> list[str | None]:
+        own = self.colors or (None,) * len(self)
+        return [color or _color_in(name) for name, color in zip(self.classes, own, strict=True)]
 
     def with_classes(self, names: Sequence[str]) -> Vocabulary:
         """Append classes, for naming results; those that exist already are ignored.

@@ -146,16 +146,36 @@ def test_a_click_on_an_object_that_text_finds_gives_one_id(shapes, name, frame):
     assert len({result.detections.tracker_id[0] for result in results}) == 1
 
 
+def test_a_click_corrects_the_object_that_text_found_and_the_others_keep_their_ids(shapes):
+    images = [moving_circle(t, second=True) for t in range(5)]
+    without = list(shapes.track(images, ["red circle", "blue square"]))
+    ids = dict(zip(without[0].detections.data["class_name"], without[0].detections.tracker_id.tolist(), strict=True))
+    entry = {"class": "red circle", "points": [[66, 60]], "frame": 2, "object": ids["red circle"]}
+    for result in shapes.track(images, ["red circle", "blue square"], [entry]):
+        found = result.detections
+        assert dict(zip(found.data["class_name"], found.tracker_id.tolist(), strict=True)) == ids
+
+
+@pytest.mark.parametrize("frame", [0, 2])
+def test_an_object_goes_on_under_the_id_that_a_click_chooses(shapes, frame):
+    images = [moving_circle(t) for t in range(5)]
+    entry = {"class": "red circle", "points": [[60 + 3 * frame, 60]], "frame": frame, "object": 9}
+    results = list(shapes.track(images, ["red circle"], [entry]))
+    ids = [result.detections.tracker_id.tolist() for result in results]
+    assert ids == [[1]] * frame + [[9]] * (5 - frame)
+
+
 def test_an_object_that_only_a_click_knows_is_not_hidden_when_it_moves_fast(shapes):
     images = [moving_circle(4 * t) for t in range(6)]
     results = list(shapes.track(images, clicks=[{"class": "ball", "points": [[60, 60]]}]))
     assert [len(result.detections) for result in results] == [1] * 6
 
 
-def moving_circle(t: int) -> np.ndarray:
-    """Return a frame with a red circle that moves to the right."""
-    item = SceneObject("red", "circle", COLORS["red"], 60 + 3 * t, 60, 50, 0.0, 0.5, 0, 0.0)
-    return draw_scene(np.full((140, 200, 3), 225, np.uint8), [item], np.random.default_rng(0)).image
+def moving_circle(t: int, second: bool = False) -> np.ndarray:
+    """Return a frame with a red circle that moves to the right, and a blue square that does not."""
+    items = [SceneObject("red", "circle", COLORS["red"], 60 + 3 * t, 60, 50, 0.0, 0.5, 0, 0.0)]
+    items += [SceneObject("blue", "square", COLORS["blue"], 150, 100, 60, 0.7, 0.5, 0, 0.0)] * second
+    return draw_scene(np.full((140, 200, 3), 225, np.uint8), items, np.random.default_rng(0)).image
 
 
 @pytest.mark.parametrize(

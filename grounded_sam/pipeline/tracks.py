@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,8 +58,8 @@ class MatchResult:
 class TrackManager:
     """The live tracks of one video.
 
-    Ids count up from 1 in order of appearance, except those that a user gave to clicks. No id is used twice, neither
-    for two objects nor again after its track has ended.
+    Ids count up from 1 in order of appearance, except those that a user gave to clicks. No id is used for two objects,
+    nor again after its track has ended, unless a click asks for it.
 
     A live track is visible, or lost, or hidden:
 
@@ -75,7 +75,6 @@ class TrackManager:
 
     Args:
         settings: How to match.
-        reserved: Ids that clicks use, never given to anything else.
         detected: Classes that detections can confirm; None for all. A track of another class, which a click started, is
             never hidden because nothing confirms it.
 
@@ -83,17 +82,15 @@ class TrackManager:
         live: Tracks by id, oldest first.
     """
 
-    def __init__(
-        self, settings: TrackSettings, reserved: Sequence[int] = (), detected: Collection[int] | None = None
-    ) -> None:
+    def __init__(self, settings: TrackSettings, detected: Collection[int] | None = None) -> None:
         self.settings, self.live, self.detected = settings, dict[int, Track](), detected
-        self.reserved = set(reserved)
+        self._used: set[int] = set()
         self._ids_by_foreign_id: dict[int, int] = {}  # ids of an end-to-end tracker to ids of this manager
         self._next_id = 1
 
     def new_id(self) -> int:
         """Return an id that was never used."""
-        while self._next_id in self.reserved:
+        while self._next_id in self._used:
             self._next_id += 1
         self._next_id += 1
         return self._next_id - 1
@@ -101,11 +98,12 @@ class TrackManager:
     def start_or_confirm(self, tracker_id: int, class_id: int, confidence: float) -> None:
         """Start a track with a first vote for its class, or confirm a live one with another vote."""
         track = self.live.setdefault(tracker_id, Track(tracker_id))
+        self._used.add(tracker_id)
         track.vote(class_id, confidence)
         track.hidden, track.lost = False, 0
 
     def forget(self, tracker_id: int) -> None:
-        """Drop a track, because it is on the object of another one."""
+        """Drop a track, because its object has another id."""
         del self.live[tracker_id]
 
     def update(self, detections: sv.Detections) -> FrameUpdate:

@@ -143,7 +143,6 @@ class KeyframeTracking:
         asked = () if request.vocabulary is None else request.vocabulary.classes
         self.tracks = TrackManager(
             settings,
-            reserved=request.clicks.ids if request.clicks is not None else (),
             detected={i for i, name in enumerate(request.classes.classes) if name in asked},
         )
 
@@ -231,36 +230,48 @@ class KeyframeTracking:
         for tracker_id, class_id in zip(ids, prompts.class_id.tolist(), strict=True):
             self.tracks.start_or_confirm(tracker_id, class_id, 1.0)
         drawn = session.prompt(prompts)
-        doubles = self._find_doubles(drawn, visible, {i for i, c in zip(ids, clicked, strict=True) if c.object is None})
-        if doubles:
-            drawn = self._correct_instead(session, prompts, drawn, doubles)
+        named = {i for i, click in zip(ids, clicked, strict=True) if click.object is not None}
+        doubles = self._find_doubles(drawn, visible)
+        # An object goes on under the id that the user chose; where there is none, it keeps the one that it has.
+        replaced = [tracker_id for clicked_id, tracker_id in doubles.items() if clicked_id in named]
+        for tracker_id in replaced:
+            session.remove(tracker_id)
+            self.tracks.forget(tracker_id)
+        known = {clicked_id: tracker_id for clicked_id, tracker_id in doubles.items() if clicked_id not in named}
+        if known:
+            drawn = self._correct_instead(session, prompts, drawn, known)
         assert drawn.tracker_id is not None
-        new = select_rows(drawn, np.isin(drawn.tracker_id, np.array(ids)[is_new]))
-        return replace_tracks(visible, drawn), replace_tracks(started, new)
+        new = [i for i, is_first in zip(ids, is_new, strict=True) if is_first and i not in known]
+        started_here = select_rows(drawn, np.isin(drawn.tracker_id, new))
+        return replace_tracks(visible, drawn, replaced), replace_tracks(started, started_here, replaced)
 
-    def _find_doubles(self, drawn: sv.Detections, visible: sv.Detections, clicked: set[int]) -> dict[int, int]:
-        """Return which of the objects that were just clicked are tracked already, as ids of both."""
+    def _find_doubles(self, drawn: sv.Detections, visible: sv.Detections) -> dict[int, int]:
+        """Return which of the clicked objects are also visible under another id, as both ids."""
         assert drawn.tracker_id is not None and drawn.mask is not None
-        if visible.tracker_id is None or visible.mask is None or not len(drawn) or not len(visible):
+        if visible.tracker_id is None or visible.mask is None:
             return {}
-        iou = mask_iou(np.asarray(drawn.mask, bool), np.asarray(visible.mask, bool))
+        others = select_rows(visible, ~np.isin(visible.tracker_id, drawn.tracker_id))
+        if not len(drawn) or not len(others):
+            return {}
+        assert others.tracker_id is not None
+        iou = mask_iou(np.asarray(drawn.mask, bool), np.asarray(others.mask, bool))
         return {
-            tracker_id: int(visible.tracker_id[row.argmax()])
+            tracker_id: int(others.tracker_id[row.argmax()])
             for tracker_id, row in zip(drawn.tracker_id.tolist(), iou, strict=True)
-            if tracker_id in clicked and row.max() >= self.settings.merge_iou
+            if row.max() >= self.settings.merge_iou
         }
 
     def _correct_instead(
-        self, session: TrackSession, prompts: sv.Detections, drawn: sv.Detections, doubles: dict[int, int]
+        self, session: TrackSession, prompts: sv.Detections, drawn: sv.Detections, known: dict[int, int]
     ) -> sv.Detections:
         """Prompt the tracks that exist with clicks that started a second one, and return all that was prompted."""
         assert prompts.tracker_id is not None and prompts.class_id is not None
-        for new, tracker_id in doubles.items():
+        for new, tracker_id in known.items():
             session.remove(new)
             self.tracks.forget(new)
             prompts.tracker_id[prompts.tracker_id == new] = tracker_id
-        again = select_rows(prompts, np.isin(prompts.tracker_id, list(doubles.values())))
+        again = select_rows(prompts, np.isin(prompts.tracker_id, list(known.values())))
         assert again.tracker_id is not None and again.class_id is not None
         for tracker_id, class_id in zip(again.tracker_id.tolist(), again.class_id.tolist(), strict=True):
             self.tracks.start_or_confirm(tracker_id, class_id, 1.0)
-        return replace_tracks(drawn, session.prompt(again), without=list(doubles))
+        return replace_tracks(drawn, session.prompt(again), without=list(known))

@@ -162,7 +162,6 @@ class Clicks:
     Attributes:
         clicks: The entries, parsed.
         vocabulary: Their classes.
-        ids: Ids that entries give to objects, sorted.
 
     Raises:
         ConfigError: If there are no entries, the file cannot be read, or an entry is malformed.
@@ -182,7 +181,6 @@ class Clicks:
             folder, entries = path.parent, read_json_entries(path, key)
         self.clicks = [read_click(entry, f"{key}[{i}]", folder) for i, entry in enumerate(entries)]
         self.vocabulary = Vocabulary.parse([click.class_name for click in self.clicks])
-        self.ids = sorted({click.object for click in self.clicks if click.object is not None})
 
     def for_image(self, frame: Frame) -> list[Click]:
         """Select the entries that apply to an image; those of one object become one."""

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from grounded_sam.cli.next_step import next_step
 from grounded_sam.config.compose import explain
+from grounded_sam.config.words import read_words
 from grounded_sam.config.hydra import conf_dir
 from grounded_sam.errors import GroundedSamError, count_of, describe
 from grounded_sam.files import atomic_write
@@ -148,6 +149,11 @@ def main() -> None:
     if sys.argv[1:] in (["--help"], ["-h"]):  # composing the same text takes Hydra longer than everything else
         print((Path(__file__).parent / "help.txt").read_text(encoding="utf-8"), end="")
         return
+    if "--version" in sys.argv[1:]:
+        from grounded_sam.formats.store_runs import package_version
+
+        print(f"grounded-sam {package_version('grounded_sam')}")
+        return
     import hydra
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
@@ -159,6 +165,7 @@ def main() -> None:
         sys.path.append(str(Path.cwd()))  # for user-defined stages; last, so that they shadow no package
     GlobalHydra.instance().clear()  # `import sam2` may have initialized it
     try:
+        sys.argv[1:] = read_words(sys.argv[1:])
         hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(run)()
     except (GroundedSamError, HydraException, OmegaConfBaseException, OSError, ValueError) as error:
         composing = isinstance(error, HydraException | OmegaConfBaseException) or "Config group" in str(error)

@@ -11,6 +11,7 @@ from typing import Any
 
 from grounded_sam.config.compose import explain
 from grounded_sam.config.hydra import conf_dir
+from grounded_sam.config.words import check_overrides
 from grounded_sam.errors import ConfigError, GroundedSamError
 from grounded_sam.hydra_state import preserve_hydra_state
 from grounded_sam.weights.hub import HubFile, WeightsSpec
@@ -51,6 +52,7 @@ def _compose_stages(overrides: Sequence[str], stages: Sequence[str] = STAGES) ->
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    check_overrides(overrides)
     try:
         cfg = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
         choices = cfg.hydra.runtime.choices

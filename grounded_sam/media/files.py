@@ -78,6 +78,15 @@ def is_video_file(path: str | Path) -> bool:
     return Path(path).suffix.lower() in VIDEO_SUFFIXES
 
 
+def is_media_name(path: str | Path) -> bool:
+    """Return whether a path has the suffix of an image or a video.
+
+    >>> is_media_name("photos/*.JPG"), is_media_name("car")
+    (True, False)
+    """
+    return Path(path).suffix.lower() in _image_suffixes() | VIDEO_SUFFIXES
+
+
 def relative_name(path: Path, root: Path) -> str:
     """Return a path relative to a folder above it, with `/`; bytes that are not UTF-8 become `\\xNN`.
 

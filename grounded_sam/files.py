@@ -11,6 +11,18 @@ from io import TextIOWrapper
 from pathlib import Path
 
 
+def home_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path with the home folder for `~` and `~user` at its beginning; other names stay as they are.
+
+    Args:
+        path: The path, as a user may write it.
+
+    >>> home_path("~nobody by this name/a.png").as_posix()
+    '~nobody by this name/a.png'
+    """
+    return Path(os.path.expanduser(path))
+
+
 class PendingFile:
     """A file written under a temporary name during a run, and renamed when it is complete.
 

@@ -99,7 +99,7 @@ def test_the_shell_reads_a_quoted_word_as_it_is(word):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["input=x", "text=[driver's license]", "output=o"], "cannot read \"text=[driver's license]\""),
+        (["input=x", "text=[driver's license]", "output=o"], 'cannot read "text=[driver\'s license]"'),
         (["select.score=0.2,0.3"], "select.score=0.2,0.3 has several values; for a job with each of them add -m"),
         (["select.score=range(0,3)"], "for a job with each of them add -m"),
         (["text={car: a, dog: b, car: c}"], "text has the key 'car' twice"),
@@ -131,7 +131,7 @@ def test_the_home_folder_is_found_in_folders_that_hydra_makes(monkeypatch):
 def test_the_flags_are_those_of_hydra():
     options = {}
     for action in get_args_parser()._actions:
-        options |= {name: action.nargs != 0 for name in action.option_strings}
+        options |= dict.fromkeys(action.option_strings, action.nargs != 0)
     assert options.pop("-i")  # short for --info, which is refused because it looks like an input
     assert options == FLAGS
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from grounded_sam.cli.next_step import next_step
 from grounded_sam.config.compose import explain
-from grounded_sam.config.words import read_words
 from grounded_sam.config.hydra import conf_dir
+from grounded_sam.config.words import read_words
 from grounded_sam.errors import GroundedSamError, count_of, describe
 from grounded_sam.files import atomic_write
 from grounded_sam.hydra_state import in_sweep

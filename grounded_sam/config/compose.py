@@ -146,8 +146,8 @@ def _keys_named(node: Any, name: str, parent: str = "") -> list[str]:
     from omegaconf import DictConfig, OmegaConf
 
     found = []
-    for key in node if isinstance(node, DictConfig) else ():
-        path = f"{parent}.{key}" if parent else str(key)
+    for key in map(str, node) if isinstance(node, DictConfig) else ():
+        path = f"{parent}.{key}" if parent else key
         found += [path] if key == name and parent else []
         if not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
             found += _keys_named(node[key], name, path)

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -21,7 +22,7 @@ FLAGS = {
 }
 #: Keys that other tools have, and keys of this one that do the same.
 SYNONYMS = {
-    **dict.fromkeys(("score", "confidence", "conf", "threshold", "thresh", "min_score", "box_threshold"), "select.score"),
+    **dict.fromkeys(("score", "confidence", "conf", "threshold", "thresh", "box_threshold"), "select.score"),
     **dict.fromkeys(("text_threshold", "confidence_threshold", "score_threshold", "conf_thres"), "select.score"),
     **dict.fromkeys(("iou", "nms_threshold", "nms_iou", "iou_threshold", "iou_thres"), "select.nms"),
     **dict.fromkeys(("classes", "class", "labels", "label", "names", "prompt", "prompts", "t"), "text"),
@@ -65,9 +66,11 @@ def read_words(words: Sequence[str]) -> list[str]:
         if not is_value and word.startswith("-") and name not in FLAGS:
             raise ConfigError(_unknown_flag(word, words[i + 1 : i + 2]))
         if is_value and "=" not in word:
-            is_value = False
+            is_value, words[i] = False, os.path.expanduser(word)
         elif word.startswith("-"):
             is_value = FLAGS[name] and name == word
+            if FLAGS[name] and not is_value:
+                words[i] = f"{name}={os.path.expanduser(word[len(name) + 1 :])}"
         else:
             is_value = False
             overrides.append(i)
@@ -196,7 +199,7 @@ def _is_path(word: str) -> bool:
 
 def _several_values(word: str) -> str:
     """Return the message for an override with several values outside of a sweep."""
-    key, _, raw = word.partition("=")
+    raw = word.partition("=")[2]
     start = f"{word} has several values; for a job with each of them add -m"
     numbers = re.fullmatch(r"[\d.,\seE+-]*", raw)
     return start if numbers or re.match(r"\w+\(", raw) else f"{start}, for one value {_how_to_write(word)}"
@@ -248,10 +251,8 @@ def _items(value: str) -> Iterator[Any]:
 
     closing = {"[": "]", "{": "}"}[value[0]]
     complete = value if value.endswith(closing) else value + closing
-    try:
+    with suppress(yaml.YAMLError):
         yield yaml.load(complete, Loader=yaml.BaseLoader)
-    except yaml.YAMLError:
-        pass
     if closing == "]":
         yield [item for part in complete[1:-1].split(",") if (item := _without_lone_brackets(part.strip()))]
 

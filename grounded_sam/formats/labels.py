@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from grounded_sam.errors import ConfigError
+from grounded_sam.files import home_path
 from grounded_sam.formats.coco import CocoFile, read_json
 from grounded_sam.formats.video_masks import LabelledVideos
 from grounded_sam.formats.voc import read_voc
@@ -26,7 +27,7 @@ def read_ground_truth(path: str | Path) -> CocoFile | LabelledVideos:
     Raises:
         ConfigError: If there is no such file, it is in none of these formats, or it cannot be read.
     """
-    labels = Path(str(path)).expanduser()
+    labels = home_path(str(path))
     if not labels.exists():
         raise ConfigError(f"truth={path}: no such file or folder")
     if labels.is_file() and labels.suffix.lower() == ".json":

@@ -50,6 +50,7 @@ import pyarrow.parquet as pq
 import supervision as sv
 
 from grounded_sam.errors import ConfigError
+from grounded_sam.files import home_path
 from grounded_sam.formats.store_pixels import StoredPixels, StoredVideo
 from grounded_sam.formats.store_runs import VERSION, read_runs, store_vocabulary
 from grounded_sam.media.files import common_folder, is_video_file, natural_key
@@ -94,7 +95,7 @@ def find_store(path: str | Path) -> Path:
     Raises:
         ConfigError: If neither is a store.
     """
-    folder = Path(path).expanduser()
+    folder = home_path(path)
     for candidate in (folder, folder / "store"):
         if any(candidate.glob("_run-*.json")):
             return candidate
@@ -302,7 +303,7 @@ class StoreReader:
         if files:
             return str(common_folder(list(files)) / row["file"])
         if path is not None and self.root is not None:
-            return str(Path(self.root).expanduser() / (row["video"] if is_video_file(path) else row["file"]))
+            return str(home_path(self.root) / (row["video"] if is_video_file(path) else row["file"]))
         return path
 
 

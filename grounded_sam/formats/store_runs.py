@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from grounded_sam.errors import ConfigError
-from grounded_sam.files import atomic_write
+from grounded_sam.files import atomic_write, home_path
 from grounded_sam.formats.store_migrations import class_name, migrate_settings, migrate_vocabulary
 from grounded_sam.structures.vocabulary import Vocabulary
 
@@ -143,13 +143,13 @@ def essential_settings(settings: Any) -> Any:
         return [essential_settings(value) for value in settings]
     if isinstance(settings, str) and settings:
         files = _files_at(settings)
-        return {"name": Path(settings).expanduser().name, "sha256": file_digest(files)} if files else settings
+        return {"name": home_path(settings).name, "sha256": file_digest(files)} if files else settings
     return settings
 
 
 def _files_at(text: str) -> list[Path]:
     """List the file or the files of the folder that a setting names; none if it is not a path."""
-    path = Path(text).expanduser()
+    path = home_path(text)
     try:
         if path.is_file():
             return [path]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from grounded_sam.errors import ConfigError
+from grounded_sam.files import home_path
 from grounded_sam.media.images import safe_formats
 
 #: Suffixes of video files.
@@ -115,7 +116,7 @@ def find_files(given: str) -> InputFiles:
             names = ", ".join(f"builtin:{path.name}" for path in sorted(_EXAMPLES.iterdir()) if path.is_dir())
             raise ConfigError(f"input={given} is not part of the package; available: {names}")
         return _select_media(_walk(folder), folder)
-    path = Path(given).expanduser()
+    path = home_path(given)
     if path.is_dir():
         return _select_media(_walk(path), path)
     if path.is_file() and path.suffix.lower() == ".txt":
@@ -160,7 +161,7 @@ def _read_listing(listing: Path) -> list[Path]:
         lines = [line.strip() for line in listing.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise ConfigError(f"{listing} is not a list of paths: {error}") from error
-    files = [listing.parent / Path(line).expanduser() for line in lines if line and not line.startswith("#")]
+    files = [listing.parent / home_path(line) for line in lines if line and not line.startswith("#")]
     files = [Path(os.path.abspath(path)) for path in dict.fromkeys(files)]
     if not files:
         raise ConfigError(f"{listing} lists no path")

@@ -6,13 +6,13 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from grounded_sam.errors import ImageError
+from grounded_sam.files import home_path
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -57,7 +57,7 @@ def read_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> ND
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    path = Path(path)
+    path = home_path(path)
     try:
         if path.stat().st_size == 0:
             raise ImageError(f"{path}: the file is empty")

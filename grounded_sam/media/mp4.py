@@ -35,7 +35,7 @@ class Mp4Writer:
 
         self.crf = crf
         self._file = PendingFile(path)
-        self._container: Any = av.open(str(self._file.part), "w", format="mp4")
+        self._container: Any = av.open(f"file:{self._file.part}", "w", format="mp4")
         self._video_stream: Any = None
         self._last_frame: tuple[NDArray[np.uint8], int] | None = None  # its duration is known with the next frame
         self._last_duration = TICKS // 24
@@ -51,7 +51,7 @@ class Mp4Writer:
         """Open the first audio track of a video, if MP4 supports its codec."""
         import av
 
-        source: Any = av.open(path)
+        source: Any = av.open(f"file:{path}")
         if not source.streams.audio:
             source.close()
             return

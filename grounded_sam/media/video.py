@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grounded_sam.errors import ConfigError, ImageError
+from grounded_sam.files import home_path
 from grounded_sam.media.files import common_folder, image_files, natural_key, relative_name
 from grounded_sam.media.images import MAX_PIXELS, read_image
 
@@ -204,7 +205,7 @@ def _find_reader(input: str, fps: float, name: str | None) -> _Reader:
         if url.scheme not in SCHEMES:
             raise ConfigError(f"cannot open {input}: a URL must begin with {', '.join(sorted(SCHEMES))}")
         return _Container(input, name or Path(url.path).name or "stream", fps)
-    path = Path(input).expanduser()
+    path = home_path(input)
     if path.is_dir() or (glob.has_magic(input) and not path.exists()):
         return _ImageSequence(input, name, fps)
     if path.is_file():
@@ -218,6 +219,7 @@ class _Container:
     def __init__(self, input: str, name: str, fps: float, file: Path | None = None) -> None:
         self.input, self.name, self.fps, self.file = input, name, fps, file
         self.files = [] if file is None else [file]
+        self._url = input if file is None else f"file:{file}"  # or FFmpeg takes `12:30.mp4` for a protocol
 
     def count(self) -> int | None:
         import av
@@ -225,7 +227,7 @@ class _Container:
         if self.file is None:
             return None
         try:
-            with av.open(self.input) as container:
+            with av.open(self._url) as container:
                 stream = _video_stream(container)
                 if stream is None:
                     return None
@@ -242,7 +244,7 @@ class _Container:
 
         options = {"rtsp_transport": "tcp"} if self.input.startswith("rtsp") else {}
         try:
-            container = av.open(self.input, options=options, timeout=None if self.file is not None else 20.0)
+            container = av.open(self._url, options=options, timeout=None if self.file is not None else 20.0)
         except av.FFmpegError as error:
             raise ImageError(f"{self.input}: cannot be opened as a video ({_reason(error)})") from error
         with container:
@@ -301,7 +303,7 @@ class _ImageSequence:
     """A folder or glob of frames."""
 
     def __init__(self, input: str, name: str | None, fps: float) -> None:
-        path = Path(input).expanduser()
+        path = home_path(input)
         if path.is_dir():
             candidates = [p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")]
         else:

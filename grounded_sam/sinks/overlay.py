@@ -9,7 +9,7 @@ from typing import Literal
 
 from grounded_sam.checks import check_bool, check_choice, check_int, check_number
 from grounded_sam.errors import count_of
-from grounded_sam.files import UniqueNames, atomic_write
+from grounded_sam.files import UniqueNames, atomic_write, home_path
 from grounded_sam.media.draw import draw_detections
 from grounded_sam.media.mp4 import Mp4Writer
 from grounded_sam.structures.results import FrameResult
@@ -62,7 +62,7 @@ class OverlaySink:
         self.masks, self.boxes, self.labels = masks, boxes, labels
         self.opacity, self.palette = opacity, vocabulary.palette()
         self.color_by = colour_by or ("class" if vocabulary.has_own_colors else None)
-        self.sound_from = None if sound_from is None else os.path.expanduser(str(sound_from))
+        self.sound_from = None if sound_from is None else str(home_path(str(sound_from)))
         self._names = UniqueNames()
         self._num_images = self._num_videos = 0
         self._current: tuple[str, Mp4Writer] | None = None  # name and writer of the video that is being written

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from grounded_sam.checks import check_int
 from grounded_sam.errors import ImageError
+from grounded_sam.files import home_path
 from grounded_sam.formats.coco import CocoFile
 from grounded_sam.media.images import MAX_PIXELS, read_image
 from grounded_sam.sources.inputs import check_input
@@ -50,17 +51,17 @@ class CocoSource:
         shard: int = 0,
         num_shards: int = 1,
     ) -> None:
-        path = Path(check_input(input, "a COCO file, e.g. input=instances.json")).expanduser()
+        path = home_path(check_input(input, "a COCO file, e.g. input=instances.json"))
         check_shard(shard, num_shards)
         check_int("source.max_pixels", max_pixels, 1)
-        dataset_path = None if dataset is None else Path(str(dataset)).expanduser()
+        dataset_path = None if dataset is None else home_path(str(dataset))
         self.file = CocoFile(path, dataset_path)
         self.vocabulary = self.file.vocabulary
         self.skipped: list[Skipped] = list(self.file.notes)
         self.max_pixels, self.num_shards = max_pixels, num_shards
         self._images = shard_of(self.file.images, shard, num_shards)
         folder = (dataset_path or self.file.path).parent
-        self.folders = [Path(str(images)).expanduser()] if images else [folder, folder / "images"]
+        self.folders = [home_path(str(images))] if images else [folder, folder / "images"]
 
     def __len__(self) -> int:
         return len(self._images)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from grounded_sam.checks import check_int
 from grounded_sam.errors import ConfigError, ImageError
+from grounded_sam.files import home_path
 from grounded_sam.media.images import read_image
 from grounded_sam.structures.detections import empty_detections, make_detections
 from grounded_sam.structures.frame import Frame
@@ -136,7 +137,7 @@ def _mask(mask: Any, where: str, folder: Path) -> Path | NDArray[np.bool_] | Non
         if mask.ndim != 2 or mask.dtype != bool:
             raise ConfigError(f"{where}: mask must be an array (H, W) of bool, got {mask.dtype} of shape {mask.shape}")
         return mask
-    path = folder / Path(str(mask)).expanduser()
+    path = folder / home_path(str(mask))
     if not path.is_file():
         raise ConfigError(f"{where}: mask {path} does not exist")
     return path
@@ -177,7 +178,7 @@ class Clicks:
             )
         folder = Path()
         if isinstance(entries, str):
-            path = Path(entries).expanduser()
+            path = home_path(entries)
             folder, entries = path.parent, read_json_entries(path, key)
         self.clicks = [read_click(entry, f"{key}[{i}]", folder) for i, entry in enumerate(entries)]
         self.vocabulary = Vocabulary.parse([click.class_name for click in self.clicks])

@@ -12,7 +12,7 @@ import supervision as sv
 from numpy.typing import NDArray
 
 from grounded_sam.errors import GroundedSamError, count_of
-from grounded_sam.files import atomic_write
+from grounded_sam.files import atomic_write, home_path
 from grounded_sam.media.draw import draw_detections
 from grounded_sam.structures.detections import coco_annotation
 from grounded_sam.structures.frame import Frame
@@ -143,7 +143,7 @@ class ImageDetections(sv.Detections):
         """
         from PIL import Image
 
-        path = Path(path)
+        path = home_path(path)
         if (kind := Image.registered_extensions().get(path.suffix.lower())) not in Image.SAVE:
             raise GroundedSamError(f"expected a file name that ends with .png or .jpg, got {path.name!r}")
         drawn = Image.fromarray(self.plot(**options))

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from grounded_sam.errors import VocabularyError
+from grounded_sam.files import home_path
 
 #: JSON Schema of ontologies; editors can check files against it too.
 SCHEMA = Path(__file__).with_name("ontology.schema.json")
@@ -218,7 +219,7 @@ def parse_text(text: str) -> Any:
     >>> parse_text("car . U.S. flag")
     ['car', 'U.S. flag']
     """
-    path = Path(text).expanduser()
+    path = home_path(text)
     if path.suffix.lower() in _FILE_SUFFIXES:
         return _read_file(path)
     parts = re.split(r"[,;\n]", text)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from grounded_sam.errors import CheckpointError, ConfigError
+from grounded_sam.files import home_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +58,7 @@ def find_folder(checkpoint: str, kind: str) -> str:
     checkpoint = str(checkpoint)
     if checkpoint.startswith("builtin:"):
         return str(builtin_path(checkpoint.removeprefix("builtin:"), kind))
-    path = Path(checkpoint).expanduser()
+    path = home_path(checkpoint)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise CheckpointError(f"{path} has no config.json, so it is not a transformers checkpoint")
@@ -82,7 +83,7 @@ def find_file(checkpoint: str, kind: str, hub_file: str | None = None, sha256: s
         CheckpointError: If there is no such file, it cannot be downloaded, or its checksum differs.
     """
     checkpoint = str(checkpoint)
-    path = Path(checkpoint).expanduser()
+    path = home_path(checkpoint)
     if checkpoint.startswith("builtin:"):
         path = builtin_path(checkpoint.removeprefix("builtin:"), kind)
     elif path.is_dir():

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from grounded_sam.errors import VocabularyError
-from grounded_sam.structures.ontology import Ontology, coco_categories, parse_phrases, parse_text, read_ontology
+from grounded_sam.structures.ontology import (
+    Ontology,
+    coco_categories,
+    numbered_classes,
+    parse_phrases,
+    parse_text,
+    read_ontology,
+)
 
 T = TypeVar("T")
 
@@ -226,9 +233,10 @@ class Vocabulary:
         Args:
             text: A list of classes; a mapping from class to phrase or phrases; one string, where commas, semicolons,
                 line ends or full stops separate the classes; an ontology, which is a mapping with `classes` and
-                optionally `negatives` (see `ontology.schema.json`); the path of a YAML, JSON or TXT file (one class per
-                line) that holds one of these, or of a COCO file, whose categories are taken with their ids; or a
-                `Vocabulary`.
+                optionally `negatives` (see `ontology.schema.json`); the path of a YAML, JSON, CSV, TXT or Darknet
+                `.names` file (one class per line) that holds one of these, or of a COCO file, whose categories are
+                taken with their ids; classes with numbers as in YOLO's data.yaml or a transformers config, see
+                `ontology.numbered_classes`; or a `Vocabulary`.
             negative: Phrases for look-alikes, in any of the list forms.
 
         Raises:
@@ -245,11 +253,19 @@ class Vocabulary:
             text = parse_text(where)
         if isinstance(text, Mapping) and isinstance(text.get("categories"), Sequence) and "classes" not in text:
             text = coco_categories(text["categories"], where)
+        if isinstance(text, list) and text and all(isinstance(item, Mapping) and "name" in item for item in text):
+            text = coco_categories(text, where) if all("id" in item for item in text) else {"classes": text}
+        if isinstance(text, Mapping) and "classes" not in text:
+            text = numbered_classes(text, where) or text
         negatives = parse_phrases(parse_text(negative) if isinstance(negative, str) else negative, "negative")
         if isinstance(text, Mapping) and "classes" in text:
             return cls._from_ontology(read_ontology(text, where), negatives)
         if isinstance(text, Mapping):
-            classes = [(str(name), parse_phrases(value, str(name)) or [str(name)]) for name, value in text.items()]
+            names = [str(name).strip() for name in text]
+            if not all(names):
+                raise VocabularyError(f"{where}: a class has an empty name")
+            phrases = zip(names, text.values(), strict=True)
+            classes = [(name, parse_phrases(value, name) or [name]) for name, value in phrases]
         elif isinstance(text, Iterable):
             classes = [(name, [name]) for name in dict.fromkeys(parse_phrases(text, "text"))]
         else:

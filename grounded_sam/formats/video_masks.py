@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from glob import glob
@@ -19,23 +20,42 @@ from grounded_sam.structures.vocabulary import Vocabulary
 
 #: A mask `(H, W) bool`.
 Mask = NDArray[np.bool_]
-#: What identifies a frame in its video, see `frame_key`.
+#: What identifies a frame in its video, see `frame_keys`.
 FrameKey = int | str
 #: Object id of "void" in DAVIS.
 _VOID = 255
 
 
-def frame_key(name: str) -> FrameKey:
-    """Return what identifies a frame in its video: the number that its name ends in, or else its name.
+def split_frame_name(name: str) -> tuple[str, str]:
+    """Split the name of a frame, without folders and suffix, into its beginning and the digits that it ends in.
 
     Args:
         name: Name or path of a frame, with or without a suffix.
 
-    >>> frame_key("clip.mp4/000012"), frame_key("00012.jpg"), frame_key("left_3.jpg")
-    (12, 12, 'left_3')
+    >>> split_frame_name("clip.mp4/000012"), split_frame_name("left_3.jpg")
+    (('', '000012'), ('left_', '3'))
     """
     stem = PurePosixPath(name).stem
-    return int(stem) if stem.isdecimal() else stem
+    beginning = re.sub(r"[0-9]{1,18}$", "", stem)
+    return beginning, stem[len(beginning) :]
+
+
+def frame_keys(names: Sequence[str]) -> list[FrameKey]:
+    """Return what identifies each frame of a video: the numbers that their names end in, or else their names.
+
+    They are the names where not all end in a number, differ in more than that, or have a number twice.
+
+    Args:
+        names: Names or paths of all frames, with or without suffixes.
+
+    >>> frame_keys(["frame_0000.jpg", "frame_0005.jpg"]), frame_keys(["left_3.jpg", "right_3.jpg"])
+    ([0, 5], ['left_3', 'right_3'])
+    """
+    parts = [split_frame_name(name) for name in names]
+    numbers = [int(digits) for _, digits in parts if digits]
+    if len(set(numbers)) == len(parts) and len({beginning for beginning, _ in parts}) == 1:
+        return list(numbers)
+    return [PurePosixPath(name).stem for name in names]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +65,7 @@ class LabelledVideo:
     Attributes:
         name: Name of the video.
         size_hw: Height and width in pixels.
-        frames: Keys of the labeled frames, in order; see `frame_key`.
+        frames: Keys of the labeled frames, in order; see `frame_keys`.
         read: Returns the masks `(H, W) bool` of a frame by object id, without empty ones.
         classes: Class name by object id; None if the labels have no classes.
         frame_names: Names of frames by key, without suffix; None if the labels have no names.
@@ -195,7 +215,7 @@ def _read_youtube_vis_video(
 ) -> LabelledVideo:
     """Read one video of YouTube-VIS. Other errors than ConfigError mean that an entry is malformed."""
     files = [str(name) for name in video["file_names"]]
-    keys = [frame_key(name) for name in files]
+    keys = frame_keys(files)
     folder = str(PurePosixPath(files[0]).parent) if files else ""
     name = folder if folder not in ("", ".") else str(video.get("name") or video["id"])
     if len(set(keys)) < len(keys):
@@ -262,7 +282,10 @@ def _read_maps(path: Path) -> list[LabelledVideo]:
     for video, folders in _group_folders(root).items():
         has_object_folders = folders != [video]
         objects = {int(folder.name): folder for folder in folders} if has_object_folders else {0: video}
-        files = {n: {frame_key(f.name): f for f in folder.glob("*.png")} for n, folder in objects.items()}
+        maps = {n: sorted(folder.glob("*.png")) for n, folder in objects.items()}
+        names = sorted({file.stem for files in maps.values() for file in files})
+        key_of = dict(zip(names, frame_keys([f"{name}.png" for name in names]), strict=True))
+        files = {n: {key_of[file.stem]: file for file in files} for n, files in maps.items()}
         file_of = {key: file for by_key in files.values() for key, file in by_key.items()}
         keys = sorted(file_of, key=lambda key: (isinstance(key, str), key))
         height, width = _read_map(file_of[keys[0]]).shape

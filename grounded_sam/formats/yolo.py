@@ -11,7 +11,7 @@ import yaml
 
 from grounded_sam.errors import ConfigError
 from grounded_sam.formats.coco import annotation_from_mask
-from grounded_sam.media.files import image_files, natural_key
+from grounded_sam.media.files import image_files, natural_key, path_ends
 from grounded_sam.media.images import no_pillow_limit, safe_formats
 
 #: EXIF tag of the orientation, and its values that swap width and height.
@@ -37,14 +37,14 @@ def read_yolo(data_yaml: Path) -> dict[str, Any]:
         config = yaml.safe_load(data_yaml.read_text(encoding="utf-8"))
         names = config["names"]
         class_names = dict(enumerate(names)) if isinstance(names, list) else {int(k): str(v) for k, v in names.items()}
-        base = data_yaml.parent / str(config.get("path", ""))
+        base = data_yaml.parent / str(config.get("path") or "").replace("\\", "/")
         folders = [folder for split in ("train", "val", "test") for folder in _as_list(config.get(split))]
     except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"{data_yaml}: expected names and train, val or test, as in YOLO's data.yaml") from error
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for folder in dict.fromkeys(folders):
-        root = (base / folder).resolve()
+        root = _split_folder(folder, base, data_yaml)
         files = image_files(path for path in root.rglob("*") if path.is_file())
         for file in sorted(files, key=lambda path: natural_key(path.as_posix())):
             width, height = _image_size(file)
@@ -58,6 +58,22 @@ def read_yolo(data_yaml: Path) -> dict[str, Any]:
                 annotations.append({"id": len(annotations) + 1, "image_id": image_id, **label})
     categories = [{"id": number + 1, "name": name} for number, name in class_names.items()]
     return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _split_folder(name: str, base: Path, data_yaml: Path) -> Path:
+    """Return the folder of a split.
+
+    Exports name it in many ways: relative to `path`, which may be on another machine, or with a `../` too many.
+
+    Raises:
+        ConfigError: If there is no such folder.
+    """
+    candidates = [folder / end for end in (name, *path_ends(name)[:1]) for folder in (base, data_yaml.parent)]
+    found = next((path for path in candidates if path.is_dir()), None)
+    if found is None:
+        raise ConfigError(f"{data_yaml}: there is no folder {candidates[0]}; correct or remove {name} there")
+
+    return found.resolve()
 
 
 def _as_list(value: Any) -> list[str]:

@@ -97,6 +97,25 @@ def relative_name(path: Path, root: Path) -> str:
     return os.fsencode(path.relative_to(root).as_posix()).decode("utf-8", "backslashreplace")
 
 
+def path_ends(name: str) -> list[str]:
+    """Return the paths that a file may have whose name was written on another system, the longest first.
+
+    These are the name with `/` for `\\`, and its ends: without the drive, without folders. For an upload of Label
+    Studio they include the name before the upload.
+
+    Args:
+        name: Name of an image in a file of labels.
+
+    >>> path_ends("C:\\\\data\\\\a.png"), path_ends("/data/upload/1/ab12cd34-a.png")[-2:]
+    (['C:/data/a.png', 'data/a.png', 'a.png'], ['ab12cd34-a.png', 'a.png'])
+    """
+    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+    ends = ["/".join(parts[i:]) for i in range(len(parts))]
+    if "upload" in parts[:-1] and (match := re.fullmatch(r"[0-9a-f]{4,8}-(.+)", parts[-1])):
+        ends.append(match[1])
+    return ends
+
+
 def find_files(given: str) -> InputFiles:
     """Find the images and videos that an input names.
 
@@ -161,11 +180,19 @@ def _read_listing(listing: Path) -> list[Path]:
         lines = [line.strip() for line in listing.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
         raise ConfigError(f"{listing} is not a list of paths: {error}") from error
-    files = [listing.parent / home_path(line) for line in lines if line and not line.startswith("#")]
+    paths = [line for line in lines if line and not re.match(r"#(\s|$)", line)]  # `#1.png` is no comment
+    files = [_listed_file(listing.parent, path) for path in paths]
     files = [Path(os.path.abspath(path)) for path in dict.fromkeys(files)]
     if not files:
         raise ConfigError(f"{listing} lists no path")
     return files
+
+
+def _listed_file(folder: Path, path: str) -> Path:
+    """Return the file that a line of a list names, also in quotes or with the `\\` of Windows."""
+    unquoted = path[1:-1] if len(path) > 2 and path[0] == path[-1] and path[0] in "'\"" else path
+    candidates = [folder / home_path(name) for name in (path, unquoted, unquoted.replace("\\", "/"))]
+    return next((file for file in candidates if os.path.isfile(file)), candidates[0])
 
 
 def common_folder(files: list[Path]) -> Path:

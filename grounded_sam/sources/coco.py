@@ -11,9 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grounded_sam.checks import check_int
-from grounded_sam.errors import ImageError
+from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.files import home_path
 from grounded_sam.formats.coco import CocoFile
+from grounded_sam.media.files import path_ends
 from grounded_sam.media.images import MAX_PIXELS, read_image
 from grounded_sam.sources.inputs import check_input
 from grounded_sam.sources.shards import check_shard, shard_of
@@ -28,7 +29,9 @@ class CocoSource:
 
     Args:
         input: A COCO instances file, or a file of results.
-        images: Folder that file names are relative to; None for the folder of the file, or `images` in it.
+        images: Folder that file names are relative to; None for the folder of the file, or `images` in it. If a name
+            is not found there, the beginning of its path is left out, as far as is needed (`C:\\data\\a.png`,
+            `../upload/a.png`).
         dataset: For results, the COCO file with their images and categories.
         max_pixels: Larger images are refused before they are decoded.
         shard: Which part of the images to take, from 0.
@@ -62,6 +65,7 @@ class CocoSource:
         self._images = shard_of(self.file.images, shard, num_shards)
         folder = (dataset_path or self.file.path).parent
         self.folders = [home_path(str(images))] if images else [folder, folder / "images"]
+        self._names_by_file: dict[Path, str] = {}
 
     def __len__(self) -> int:
         return len(self._images)
@@ -69,7 +73,7 @@ class CocoSource:
     def __iter__(self) -> Iterator[Frame]:
         for index, image in enumerate(self._images):
             name, size_hw = image["file_name"], (image["height"], image["width"])
-            path = next((p for folder in self.folders if (p := folder / name).is_file()), self.folders[0] / name)
+            path = self._find(name)
             video = image.get("video")
             yield Frame(
                 pixels=partial(self._read, path, size_hw),
@@ -82,9 +86,27 @@ class CocoSource:
                 annotations=self.file.detections(image),
             )
 
+    def _find(self, name: str) -> Path:
+        """Return the file of an image; where there is none of its name, the one that has the longest end of it.
+
+        Raises:
+            ConfigError: If the file belongs to another image too.
+        """
+        ends = (end for end in path_ends(name) if end != name)
+        candidates = [folder / end for end in (name, *ends) for folder in self.folders]
+        path = next((path for path in candidates if os.path.isfile(path)), candidates[0])
+        other = self._names_by_file.setdefault(path, name)
+        if other != name:
+            raise ConfigError(
+                f"{self.file.path}: {other} and {name} both lead to {path}; set source.images to the folder that both "
+                "paths begin in"
+            )
+        return path
+
     def _read(self, path: Path, size_hw: tuple[int, int]) -> NDArray[np.uint8]:
         if not path.is_file():
-            raise ImageError(f"{path}: no such file; set source.images to the folder of the images")
+            name = path.as_posix().replace("\\", "/").rpartition("/")[2]
+            raise ImageError(f"{path}: no such file; set source.images to the folder that has {name}")
         return read_image_of_size(path, size_hw, self.max_pixels, self.file.path.name)
 
 

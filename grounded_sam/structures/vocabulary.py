@@ -218,13 +218,16 @@ class Vocabulary:
             VocabularyError: If one has no id or name, or two have the same.
         """
         classes = coco_categories(categories, where)["classes"]
-        return cls(
-            classes=tuple(str(item["name"]) for item in classes),
-            phrases=tuple((str(item["name"]),) for item in classes),
-            ids=tuple(item["id"] for item in classes),
-            supercategories=_column([item.get("supercategory") for item in classes]),
-            queried=False,
-        )
+        try:
+            return cls(
+                classes=tuple(str(item["name"]) for item in classes),
+                phrases=tuple((str(item["name"]),) for item in classes),
+                ids=tuple(item["id"] for item in classes),
+                supercategories=_column([item.get("supercategory") for item in classes]),
+                queried=False,
+            )
+        except VocabularyError as error:
+            raise VocabularyError(f"{where}: {error}") from error
 
     @classmethod
     def parse(cls, text: Any, negative: Any = ()) -> Vocabulary:

@@ -47,6 +47,21 @@ def print_traceback() -> None:
         traceback.print_exc()
 
 
+class MissingWeightsError(CheckpointError):
+    """Raised for weights that are neither on this machine nor can be downloaded.
+
+    Args:
+        repo: Their id on the Hugging Face hub.
+        reason: Why they cannot be downloaded.
+    """
+
+    def __init__(self, repo: str, reason: str) -> None:
+        self.repo = repo
+        super().__init__(
+            f"weights {repo!r} are not in the cache and cannot be downloaded from the Hugging Face hub ({reason})"
+        )
+
+
 def count_of(count: int, noun: str, plural: str = "") -> str:
     """Write a count with its noun.
 

@@ -72,7 +72,6 @@ def _split_folder(name: str, base: Path, data_yaml: Path) -> Path:
     found = next((path for path in candidates if path.is_dir()), None)
     if found is None:
         raise ConfigError(f"{data_yaml}: there is no folder {candidates[0]}; correct or remove {name} there")
-
     return found.resolve()
 
 

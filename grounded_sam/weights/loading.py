@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from grounded_sam.errors import CheckpointError, ConfigError
+from grounded_sam.errors import CheckpointError, ConfigError, MissingWeightsError
 from grounded_sam.files import home_path
 
 if TYPE_CHECKING:
@@ -147,10 +147,7 @@ def from_cache_or_hub(repo: str, load: Callable[[bool], T]) -> T:
             raise
         failure = error
     reason = " ".join(str(failure).split()).split(". ")[0][:200]
-    raise CheckpointError(
-        f"weights {repo!r} are not in the cache and cannot be downloaded from the Hugging Face hub ({reason}); "
-        "give a local copy with checkpoint=PATH, or use preset=shapes, whose weights ship with the package"
-    ) from failure
+    raise MissingWeightsError(repo, reason) from failure
 
 
 def load_checkpoint(

@@ -5,16 +5,27 @@ from __future__ import annotations
 import re
 import shlex
 
+import numpy as np
 import pytest
 from hydra._internal.utils import get_args_parser
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hypothesis import example, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from PIL import Image
 
-from grounded_sam import ConfigError, Vocabulary
+from grounded_sam import CheckpointError, ConfigError, GroundedSamError, read_image
+from grounded_sam.config.build import load
 from grounded_sam.config.compose import compose
-from grounded_sam.config.words import FLAGS, SYNONYMS, check_overrides, quote_word, read_words
+from grounded_sam.config.words import FLAGS, SYNONYMS, quote_word, read_words
+from grounded_sam.detectors.clicks import ClickDetector
+from grounded_sam.formats.labels import read_ground_truth
+from grounded_sam.formats.store import find_store
+from grounded_sam.media.files import find_files
+from grounded_sam.sources.video import VideoSource as Video
+from grounded_sam.weights.loading import BUILTIN_DIR
+
+CLIP = BUILTIN_DIR.parent / "examples" / "demo" / "clip.mp4"
 
 
 def obey(words: list[str]) -> list[str]:
@@ -160,6 +171,38 @@ def test_every_synonym_is_a_key():
     assert {"input", "text", "truth"} <= set(cfg)
 
 
-def test_a_list_inside_quotes_is_a_list():
-    assert Vocabulary.parse("[green star, driver's license]").classes == ("green star", "driver's license")
-    check_overrides(["text='[green star, nut]'"])
+def test_home_folders_are_found_and_other_tildes_are_names(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Image.fromarray(np.zeros((4, 6, 3), np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "~b.png").write_bytes((tmp_path / "a.png").read_bytes())
+    assert len(find_files("~/a.png").images) == len(find_files("~/*.png").images[:1]) == 1
+    assert read_image("~/a.png").shape == (4, 6, 3)
+    monkeypatch.chdir(tmp_path)
+    assert len(find_files("~b.png").images) == 1
+    for use in (find_files, read_ground_truth, Video, ClickDetector, find_store):
+        with pytest.raises(GroundedSamError):
+            use("~nobody by this name/a.json")
+
+
+def test_a_name_with_a_colon_is_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "12:30:05.mp4").write_bytes(CLIP.read_bytes())
+    assert next(iter(Video("12:30:05.mp4", stop=1))).name == "12:30:05.mp4/000000"
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [("#1.png", "#1.png"), ('"c d.png"', "c d.png"), ("sub\\b.png", "sub/b.png")],
+)
+def test_lists_of_paths_name_files_in_the_ways_of_other_tools(line, name, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "list.txt").write_text(f"\ufeff# a comment\n{line}\n#\n", encoding="utf-8")
+    assert find_files(str(tmp_path / "list.txt")).images == [tmp_path / name]
+
+
+def test_missing_weights_name_a_key_that_exists():
+    with pytest.raises(CheckpointError, match=r"give a local copy with detector\.checkpoint=PATH") as error:
+        load("detector.checkpoint=nobody/nothing", preset="shapes", segmenter="none")
+    key = re.search(r"with (\S+)=PATH", str(error.value))[1]
+    assert compose([f"{key}=builtin:shapes"]).detector.checkpoint == "builtin:shapes"

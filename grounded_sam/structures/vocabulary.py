@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from grounded_sam.errors import VocabularyError
+from grounded_sam.files import home_path
 from grounded_sam.structures.ontology import (
     Ontology,
     coco_categories,
@@ -250,10 +252,26 @@ class Vocabulary:
         """
         if isinstance(text, Vocabulary):
             return text
-        where = "text"
-        if isinstance(text, str | Path):
-            where = str(text)
-            text = parse_text(where)
+        if not isinstance(text, str | Path):
+            return cls._read(text, negative, "text")
+        where = str(text)
+        content = parse_text(where)
+        try:
+            return cls._read(content, negative, where)
+        except VocabularyError as error:
+            if where in str(error) or not os.path.isfile(home_path(where)):
+                raise
+            raise VocabularyError(f"{where}: {error}") from error
+
+    @classmethod
+    def _read(cls, text: Any, negative: Any, where: str) -> Vocabulary:
+        """Read a list or mapping; see `parse`.
+
+        Args:
+            text: The list or mapping.
+            negative: Phrases for look-alikes.
+            where: Name of the file or setting, for messages.
+        """
         if isinstance(text, Mapping) and isinstance(text.get("categories"), Sequence) and "classes" not in text:
             text = coco_categories(text["categories"], where)
         if isinstance(text, list) and text and all(isinstance(item, Mapping) and "name" in item for item in text):

@@ -188,12 +188,7 @@ def test_appended_classes_get_free_ids():
         ("classes.csv", "name,id\nbolt,4\nnut,9\n", ("bolt", "nut"), (4, 9)),
         ("classes.csv", "bolt,0\nnut,1\n", ("bolt", "nut"), (1, 2)),
         ("classes.csv", "bolt\nnut\n", ("bolt", "nut"), (1, 2)),
-        (
-            "classes.txt",
-            "C# book\n#1 bolt\n# comment\n#\nred circle # mine\n",
-            ("C# book", "#1 bolt", "red circle"),
-            None,
-        ),
+        ("classes.txt", "C# book\n#1 bolt\n# x\n#\nring # my\n", ("C# book", "#1 bolt", "ring"), (1, 2, 3)),
         ("names.yaml", "names: [signature, name tag]\nface: [face]\n", ("names", "face"), (1, 2)),
     ],
 )

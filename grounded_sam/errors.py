@@ -1,10 +1,14 @@
-"""Errors that a user can fix, and counts in messages.
+"""Errors that a user can fix, and counts and values in messages.
 
 The command prints the message of an error as one line and exits with code 1.
 """
 
 import os
+import reprlib
 import traceback
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxlong = 3, 8, 6, 80, 40
 
 
 class GroundedSamError(Exception):
@@ -74,3 +78,12 @@ def count_of(count: int, noun: str, plural: str = "") -> str:
     ('1 image', '2,000 images', '0 classes')
     """
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {plural or noun + 's'}"
+
+
+def shorten(value: object) -> str:
+    """Write a value from a file in a message: `repr` of at most a few items, letters and digits.
+
+    >>> shorten([1, "a"]), shorten("x" * 500)[-8:]
+    ("[1, 'a']", "xxxxxxx'")
+    """
+    return " ".join(_SHORT.repr(value).split())

@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 from grounded_sam import ConfigError, GroundedSamError, ImageError
 from grounded_sam.config.build import build, build_sinks, build_source
 from grounded_sam.config.compose import compose
-from grounded_sam.formats.coco import counts_problem
+from grounded_sam.formats.segmentations import counts_problem
 from grounded_sam.pipeline.runner import Runner
 from grounded_sam.sources.coco import CocoSource
 from grounded_sam.structures.request import Request
@@ -91,7 +91,7 @@ def test_files_that_are_not_coco_are_refused(data, tmp_path):
         ([1], "expected an object"),
         ({"images": [], "annotations": []}, "expected a list under 'categories'"),
         ({"images": [{"id": 1}], "annotations": [], "categories": []}, "names no class"),
-        ({"images": [{"id": 1}], "annotations": [], "categories": [{"id": 1, "name": "a"}]}, "an image needs id"),
+        ({"images": [{"id": 1}], "annotations": [], "categories": [{"id": 1, "name": "a"}]}, "file_name must be text"),
     ):
         (tmp_path / "x.json").write_text(json.dumps(content))
         with pytest.raises(GroundedSamError, match=message):

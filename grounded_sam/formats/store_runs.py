@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from grounded_sam.errors import ConfigError
-from grounded_sam.files import atomic_write, home_path
+from grounded_sam.files import atomic_write, home_path, require_regular
 from grounded_sam.formats.store_migrations import class_name, migrate_settings, migrate_vocabulary
 from grounded_sam.structures.vocabulary import Vocabulary
 
@@ -166,6 +166,7 @@ def file_digest(files: Sequence[Path]) -> str:
     """
     digests = []
     for file in files:
+        require_regular(file)
         with file.open("rb") as content:
             digests.append(hashlib.file_digest(content, "sha256").hexdigest())
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()

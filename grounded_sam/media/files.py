@@ -5,13 +5,14 @@ from __future__ import annotations
 import glob
 import os
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from grounded_sam.errors import ConfigError
+from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.files import home_path
-from grounded_sam.media.images import safe_formats
+from grounded_sam.media.images import open_image, safe_formats
 
 #: Suffixes of video files.
 VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ts"}
@@ -55,12 +56,10 @@ def _image_suffixes() -> set[str]:
 
 def _is_image(path: Path) -> bool:
     """Return whether the first bytes of a file without a suffix look like an image."""
-    from PIL import Image
-
     try:
-        with Image.open(path, formats=safe_formats()):
+        with open_image(path, sys.maxsize):  # its size is checked when it is read
             return True
-    except Exception:  # Pillow's plugins raise many kinds of error
+    except ImageError:
         return False
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grounded_sam.files import PendingFile
+from grounded_sam.media.video import open_video_file
 
 #: Ticks per second, MPEG's 90 kHz clock: fine enough for constant and variable frame rates.
 TICKS = 90_000
@@ -49,9 +50,7 @@ class Mp4Writer:
 
     def _open_audio(self, path: str) -> None:
         """Open the first audio track of a video, if MP4 supports its codec."""
-        import av
-
-        source: Any = av.open(f"file:{path}")
+        source = open_video_file(Path(path))
         if not source.streams.audio:
             source.close()
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import time
@@ -12,17 +13,30 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import numpy as np
 from numpy.typing import NDArray
 
 from grounded_sam.errors import ConfigError, ImageError
-from grounded_sam.files import home_path
+from grounded_sam.files import home_path, require_regular
 from grounded_sam.media.files import common_folder, image_files, natural_key, relative_name
 from grounded_sam.media.images import MAX_PIXELS, read_image
 
 #: Schemes that a URL may have. FFmpeg knows more protocols, some of which read local files.
 SCHEMES = {"http", "https", "rtsp", "rtsps", "rtmp", "rtmps", "srt", "udp"}
+#: Containers that are read, by FFmpeg's names, without formats that open other files (concat, hls, dash, sdp, image2).
+CONTAINERS = (
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,av1,obu,ivf,vvc,flv,live_flv,kux,"
+    "f4v,asf,mxf,ogg,nut,dv,gxf,wtv,nsv,rm,nuv,y4m,yuv4mpegpipe,gif,apng,mjpeg,mjpeg_2000,mpjpeg,avs2,avs3,cavsvideo,"
+    "dirac,vc1,h261,h263,swf,amv,roq,smk,bink,flic,ffv1,webp"
+)
+#: What FFmpeg may open on the way from a file, and from a URL.
+FILE_PROTOCOLS, URL_PROTOCOLS = "file", "http,https,tcp,tls,udp,rtp,rtsp,rtsps,rtmp,rtmps,rtmpt,srt,httpproxy,crypto"
+#: Formats of streams, and of playlists, which name the addresses that are opened next.
+STREAM_FORMATS, PLAYLISTS = "rtsp,rtp,sdp,mpegtsraw", {".m3u8": "hls", ".mpd": "dash"}
+#: Seconds that a server may take to answer.
+URL_TIMEOUT = 20.0
 #: Decoding errors after which a file is given up.
 MAX_DECODING_ERRORS = 1000
 #: Frame rate where a video has none.
@@ -157,7 +171,13 @@ class VideoDecoder:
                     return
                 if frame.index < self.start or (frame.index - self.start) % self.stride:
                     continue
-                image = frame.decode()
+                try:
+                    image = frame.decode()
+                except ImageError:
+                    raise
+                except Exception as error:  # whatever a decoder raises, only its frame is lost
+                    self.report(frame.name, f"damaged frame ({_reason(error)})")
+                    continue
                 if image is not None:
                     yield VideoFrame(frame.index, frame.time_s, image, frame.name, frame.file)
 
@@ -227,7 +247,7 @@ class _Container:
         if self.file is None:
             return None
         try:
-            with av.open(self._url) as container:
+            with self._open() as container:
                 stream = _video_stream(container)
                 if stream is None:
                     return None
@@ -236,25 +256,53 @@ class _Container:
                 rate = stream.average_rate
                 seconds = container.duration / av.time_base if container.duration else None
                 return int(seconds * rate) + 1 if seconds and rate else None
-        except av.FFmpegError:
+        except Exception:  # reported when its frames are read
             return None
 
-    def frames(self, decoder: VideoDecoder) -> Generator[_Undecoded]:
+    def _open(self) -> Any:
+        """Open the container, without what it may name: other files, or the host that a server redirects to.
+
+        Raises:
+            ImageError: If it cannot be opened.
+        """
+        try:
+            return self._open_input(self.input)
+        except Exception as error:  # besides FFmpeg's errors, of damaged headers
+            target = None if self.file is not None else redirect_target(self.input)
+            if target is not None:
+                return self._open_input(target)
+            refused = isinstance(error, OSError) and error.errno == errno.EINVAL  # by the list of formats
+            reason = "a playlist, which is not followed, or no known format" if refused else _reason(error)
+            raise ImageError(f"{self.input}: cannot be opened as a video ({reason})") from error
+
+    def _open_input(self, input: str) -> Any:
         import av
 
-        options = {"rtsp_transport": "tcp"} if self.input.startswith("rtsp") else {}
-        try:
-            container = av.open(self._url, options=options, timeout=None if self.file is not None else 20.0)
-        except av.FFmpegError as error:
-            raise ImageError(f"{self.input}: cannot be opened as a video ({_reason(error)})") from error
-        with container:
+        if self.file is not None:
+            return open_video_file(self.file)
+        playlist = PLAYLISTS.get(Path(urlsplit(input).path).suffix.lower())
+        formats = ",".join(filter(None, [CONTAINERS, STREAM_FORMATS, playlist]))
+        options = {"protocol_whitelist": URL_PROTOCOLS, "format_whitelist": formats}
+        if input.startswith("rtsp"):
+            options["rtsp_transport"] = "tcp"
+        if input.startswith("http"):
+            options["max_redirects"] = "0"
+        return av.open(input, options=options, timeout=URL_TIMEOUT, metadata_errors="replace")
+
+    def frames(self, decoder: VideoDecoder) -> Generator[_Undecoded]:
+        with self._open() as container:
             stream = _video_stream(container)
             if stream is None:
-                kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
+                kinds = ", ".join(sorted({stream.type or "unknown" for stream in container.streams})) or "nothing"
                 raise ImageError(f"{self.input}: no video stream, only {kinds}")
-            stream.thread_type = "AUTO"
-            size = decoder.scaled_size(stream.width, stream.height) if stream.width and stream.height else None
-            rate = stream.average_rate or stream.guessed_rate
+            try:
+                stream.thread_type = "AUTO"
+                size = decoder.scaled_size(stream.width, stream.height) if stream.width and stream.height else None
+                rate = stream.average_rate or stream.guessed_rate
+            except AttributeError as error:  # PyAV has no codec for it
+                raise ImageError(
+                    f"{self.input}: its video has a format that cannot be decoded, or is damaged"
+                ) from error
             fps = float(rate) if rate else self.fps
             errors: list[str] = []
             first, index = None, 0
@@ -269,15 +317,13 @@ class _Container:
 
     def _decode(self, container: Any, stream: Any, errors: list[str]) -> Generator[Any]:
         """Yield PyAV's frames; add the reason of each one that is damaged to `errors`."""
-        import av
-
         packets = container.demux(stream)
         while True:
             try:
                 decoded = next(packets).decode()
             except StopIteration:
                 return
-            except av.FFmpegError as error:
+            except Exception as error:  # damaged data raises more than FFmpeg's errors
                 errors.append(_reason(error))
                 if len(errors) > MAX_DECODING_ERRORS:
                     return
@@ -408,6 +454,52 @@ def downscale(image: NDArray[np.uint8], size_wh: tuple[int, int]) -> NDArray[np.
     if (image.shape[1], image.shape[0]) == size_wh:
         return image
     return np.asarray(cv2.resize(image, size_wh, interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def open_video_file(path: Path) -> Any:
+    """Open a video file with PyAV, but no playlist, whatever its suffix.
+
+    Args:
+        path: The file.
+
+    Raises:
+        OSError: If it cannot be opened, or is no file.
+    """
+    import av
+
+    require_regular(path)
+    options = {"protocol_whitelist": FILE_PROTOCOLS, "format_whitelist": CONTAINERS}
+    return av.open(str(path), options=options, metadata_errors="replace")
+
+
+class _SameHost(HTTPRedirectHandler):
+    """Follows redirects that stay on the host."""
+
+    def redirect_request(self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Request | None:
+        old, new = urlsplit(req.full_url), urlsplit(newurl)
+        moved_to_https = (old.scheme, new.scheme) == ("http", "https") and old.port == new.port is None
+        if old.hostname != new.hostname or not (moved_to_https or (old.scheme, old.port) == (new.scheme, new.port)):
+            raise ImageError(
+                f"{req.full_url}: redirects to another host, {new.scheme}://{new.netloc}, which is not followed; if "
+                "you trust it, give the new address as input"
+            )
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def redirect_target(url: str) -> str | None:
+    """Return where a URL redirects to, on the same host; None if it does not.
+
+    Raises:
+        ImageError: If it redirects to another host.
+    """
+    if urlsplit(url).scheme not in ("http", "https"):
+        return None
+    try:
+        with build_opener(_SameHost).open(url, timeout=URL_TIMEOUT) as response:
+            target = str(response.url)
+            return None if target == url else target
+    except (OSError, ValueError):
+        return None
 
 
 def _to_rgb(av_frame: Any, size_wh: tuple[int, int]) -> NDArray[np.uint8]:

@@ -15,7 +15,7 @@ from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.files import home_path
 from grounded_sam.formats.coco import CocoFile
 from grounded_sam.media.files import path_ends
-from grounded_sam.media.images import MAX_PIXELS, read_image
+from grounded_sam.media.images import MAX_PIXELS, displayed_size, read_image
 from grounded_sam.sources.inputs import check_input
 from grounded_sam.sources.shards import check_shard, shard_of
 from grounded_sam.structures.frame import Frame
@@ -39,7 +39,7 @@ class CocoSource:
 
     Attributes:
         vocabulary: Categories of the file.
-        skipped: Annotations that could not be used.
+        skipped: Images and annotations that could not be used; while iterating, images of another size.
 
     Raises:
         ConfigError: If the file cannot be read, or is not a COCO file; see `formats.coco.CocoFile`.
@@ -58,7 +58,7 @@ class CocoSource:
         check_shard(shard, num_shards)
         check_int("source.max_pixels", max_pixels, 1)
         dataset_path = None if dataset is None else home_path(str(dataset))
-        self.file = CocoFile(path, dataset_path)
+        self.file = CocoFile(path, dataset_path, max_pixels=max_pixels)
         self.vocabulary = self.file.vocabulary
         self.skipped: list[Skipped] = list(self.file.notes)
         self.max_pixels, self.num_shards = max_pixels, num_shards
@@ -74,6 +74,9 @@ class CocoSource:
         for index, image in enumerate(self._images):
             name, size_hw = image["file_name"], (image["height"], image["width"])
             path = self._find(name)
+            if (reason := self._size_problem(path, size_hw)) is not None:
+                self.skipped.append(Skipped(name, reason))
+                continue
             video = image.get("video")
             yield Frame(
                 pixels=partial(self._read, path, size_hw),
@@ -94,7 +97,7 @@ class CocoSource:
         """
         ends = (end for end in path_ends(name) if end != name)
         candidates = [folder / end for end in (name, *ends) for folder in self.folders]
-        path = next((path for path in candidates if os.path.isfile(path)), candidates[0])
+        path = next((path for path in candidates if _is_file(path)), candidates[0])
         other = self._names_by_file.setdefault(path, name)
         if other != name:
             raise ConfigError(
@@ -103,11 +106,31 @@ class CocoSource:
             )
         return path
 
+    def _size_problem(self, path: Path, size_hw: tuple[int, int]) -> str | None:
+        """Return how the header of an image contradicts its labels; damaged files are named by who needs the pixels."""
+        try:
+            height, width = displayed_size(path, self.max_pixels)
+        except ImageError:
+            return None
+        if (height, width) == size_hw:
+            return None
+        return (
+            f"the image has {width}x{height} px, but {size_hw[1]}x{size_hw[0]} px in {self.file.path.name}; correct "
+            "the size there, or set source.images to the images that were labeled"
+        )
+
     def _read(self, path: Path, size_hw: tuple[int, int]) -> NDArray[np.uint8]:
-        if not path.is_file():
+        if not _is_file(path):
             name = path.as_posix().replace("\\", "/").rpartition("/")[2]
             raise ImageError(f"{path}: no such file; set source.images to the folder that has {name}")
         return read_image_of_size(path, size_hw, self.max_pixels, self.file.path.name)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is too long
+        return False
 
 
 def read_image_of_size(path: Path, size_hw: tuple[int, int], max_pixels: int, labels: str) -> NDArray[np.uint8]:

@@ -57,7 +57,7 @@ class LabelledVideoSource:
             raise ConfigError(f"input={input}: no such file or folder")
         check_number("source.fps", fps, 0, above=True)
         check_int("source.max_pixels", max_pixels, 1)
-        self.labels = LabelledVideos(path)
+        self.labels = LabelledVideos(path, max_pixels=max_pixels)
         self.vocabulary = self.labels.vocabulary or Vocabulary.parse(["object"])
         self.images = None if images is None else home_path(str(images))
         self.fps, self.max_pixels = fps, max_pixels

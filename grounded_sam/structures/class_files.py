@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import csv
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from grounded_sam.errors import VocabularyError
+from grounded_sam.errors import ConfigError, VocabularyError
+from grounded_sam.structures import documents
+from grounded_sam.structures.documents import check_depth, read_json, read_text
 
 #: Suffixes of files that are read; `.names` is that of Darknet.
 FILE_SUFFIXES = {".yaml", ".yml", ".json", ".txt", ".names", ".csv"}
@@ -40,69 +41,42 @@ def read_class_file(path: Path) -> Any:
             f"it has a class per line, or write text=[{path}] to look for a class of this name"
         )
     try:
-        content = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise VocabularyError(f"cannot read the classes in {path}: {error.strerror}") from error
+        if suffix in (".yaml", ".yml", ".json"):
+            return _read_document(path, suffix)
+        content = read_text(path)
     except UnicodeDecodeError as error:
         raise VocabularyError(f"cannot read the classes in {path}: save the file as UTF-8 ({error})") from error
+    except ConfigError as error:
+        raise VocabularyError(f"cannot read the classes in {error}") from error
     if suffix in (".txt", ".names"):
         return [line for raw in content.splitlines() if (line := _COMMENT.sub("", raw).strip())]
-    if suffix == ".csv":
-        return _read_csv(content, path)
-    loaded = _parse_json(content, path) if suffix == ".json" else parse_yaml(content, str(path))
+    return _read_csv(content, path)
+
+
+def _read_document(path: Path, suffix: str) -> Any:
+    """Read a YAML or JSON file, of a COCO file only the categories."""
+    try:
+        loaded = read_json(path, unique_keys=True) if suffix == ".json" else parse_yaml(read_text(path), str(path))
+        if isinstance(loaded, Mapping) and "categories" in loaded and "classes" not in loaded:  # a COCO file
+            loaded = {"categories": loaded["categories"]}
+        check_depth(loaded, str(path))
+    except ConfigError as error:
+        raise VocabularyError(str(error)) from error
     if not isinstance(loaded, list | Mapping):
         raise VocabularyError(f"{path} must hold a list of classes or a mapping from class to phrases")
     return loaded
 
 
 def parse_yaml(content: str, where: str) -> Any:
-    """Parse YAML whose words all stay strings (`no`, 2024-01-01, 1e3), and whose keys are unique.
-
-    Args:
-        content: The text.
-        where: Name of the file or setting, for messages.
+    """Parse YAML whose words all stay strings, see `documents.parse_yaml`.
 
     Raises:
-        VocabularyError: If it is not valid YAML, or a mapping has a key twice.
-
-    >>> parse_yaml("{car: [no, 1e3]}", "text")
-    {'car': ['no', '1e3']}
+        VocabularyError: If it is not valid YAML, has a key twice, or is too large.
     """
-    import yaml
-
-    class Loader(yaml.BaseLoader):
-        """Refuses a key that comes twice, of which PyYAML keeps the last."""
-
-        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            pairs = [(self.construct_object(key, deep=True), None) for key, _ in node.value]
-            _unique_keys(pairs, where)
-            return super().construct_mapping(node, deep=deep)
-
     try:
-        return yaml.load(content, Loader=Loader)
-    except VocabularyError:
-        raise
-    except Exception as error:
-        raise VocabularyError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
-
-
-def _parse_json(content: str, path: Path) -> Any:
-    """Parse JSON whose keys are unique."""
-    try:
-        return json.loads(content, object_pairs_hook=lambda pairs: _unique_keys(pairs, str(path)))
-    except VocabularyError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise VocabularyError(f"{path} is not valid JSON: {error}") from error
-
-
-def _unique_keys(pairs: Sequence[tuple[Any, Any]], where: str) -> dict[Any, Any]:
-    """Return pairs as a mapping; raise VocabularyError if a key comes twice."""
-    names = [str(key) for key, _ in pairs]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise VocabularyError(f"{where}: {twice!r} is a key twice; put both under one key, or rename one")
-    return dict(pairs)
+        return documents.parse_yaml(content, where, only_text=True)
+    except ConfigError as error:
+        raise VocabularyError(str(error)) from error
 
 
 def _read_csv(content: str, path: Path) -> list[str] | dict[str, str]:
@@ -129,4 +103,7 @@ def _read_csv(content: str, path: Path) -> list[str] | dict[str, str]:
         raise VocabularyError(f"{path}: a class has an empty name")
     if id_column is None:
         return names
-    return _unique_keys([(name, row[id_column]) for name, row in zip(names, rows, strict=True)], str(path))
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise VocabularyError(f"{path}: {twice!r} is a name twice; rename one")
+    return {name: row[id_column] for name, row in zip(names, rows, strict=True)}

@@ -11,9 +11,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from grounded_sam.errors import VocabularyError
+from grounded_sam.errors import VocabularyError, shorten
 from grounded_sam.files import home_path
 from grounded_sam.structures.class_files import FILE_SUFFIXES, parse_yaml, read_class_file
+from grounded_sam.structures.documents import is_text
 
 #: JSON Schema of ontologies; editors can check files against it too.
 SCHEMA = Path(__file__).with_name("ontology.schema.json")
@@ -21,6 +22,8 @@ SCHEMA = Path(__file__).with_name("ontology.schema.json")
 _YOLO_KEYS = {"nc", "path", "train", "val", "test"}
 # A full stop ends a phrase if a space or the end follows, but not after a single letter ("U.S. flag").
 _FULL_STOP = re.compile(r"(?<!\b[^\W\d_])\.(?=\s|$)")
+#: Most digits of an id, which fits into 64 bits.
+MAX_ID_DIGITS = 18
 
 
 @dataclass(frozen=True)
@@ -146,7 +149,8 @@ def _check_schema(ontology: Mapping[str, Any], where: str) -> None:
         key = ".".join(str(part) for part in error.absolute_path) or "the ontology"
         known = error.schema.get("properties") if error.validator == "additionalProperties" else None
         hint = f"; the keys are {', '.join(sorted(known))}" if known else ""
-        raise VocabularyError(f"{where}: {key}: {error.message}{hint}")
+        message = " ".join(error.message.split())[:300]  # it repeats the value, which may be long
+        raise VocabularyError(f"{where}: {key}: {message}{hint}")
 
 
 def _hex_color(color: str | None, where: str) -> str | None:
@@ -169,16 +173,26 @@ def coco_categories(categories: Sequence[Any], where: str) -> dict[str, Any]:
         where: Name of the file, for messages.
 
     Raises:
-        VocabularyError: If a category has no id or no name.
+        VocabularyError: If a category has no name or no integer id.
 
     >>> coco_categories([{"id": 18, "name": "dog", "color": [0, 0, 0]}], "instances.json")
     {'classes': [{'name': 'dog', 'id': 18}]}
     """
     classes = []
     for item in categories:
-        if not isinstance(item, Mapping) or "id" not in item or not str(item.get("name") or "").strip():
-            raise VocabularyError(f"{where}: categories must have an id and a name, got {item!r}")
-        classes.append({key: item[key] for key in ("name", "id", "supercategory") if item.get(key) is not None})
+        name: Any = item.get("name") if isinstance(item, Mapping) else None
+        name = str(name) if isinstance(name, int | float) else name
+        if not is_text(name) or not name.strip():
+            raise VocabularyError(f"{where}: categories must have an id and a name, got {shorten(item)}")
+        number, group = item.get("id"), item.get("supercategory")
+        if isinstance(number, str) and number.isdecimal() and len(number) <= MAX_ID_DIGITS:
+            number = int(number)
+        if isinstance(number, bool) or not isinstance(number, int) or abs(number) >= 10**MAX_ID_DIGITS:
+            raise VocabularyError(
+                f"{where}: categories must have an id and a name, and integer ids, got {shorten(item)}"
+            )
+        named = {"name": name, "id": number}
+        classes.append(named if group is None or not is_text(group) else {**named, "supercategory": group})
     return {"classes": classes}
 
 

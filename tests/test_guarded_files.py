@@ -6,6 +6,8 @@ import http.server
 import os
 import subprocess
 import threading
+import zlib
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -41,8 +43,6 @@ def write_bomb(path: Path) -> None:
     Image.new("1", (8, 8)).save(path)
     content = bytearray(path.read_bytes())
     content[16:24] = (60000).to_bytes(4, "big") * 2
-    import zlib
-
     content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
     path.write_bytes(content)
 
@@ -147,10 +147,8 @@ def test_one_byte_of_a_video_ends_no_run(clip):
     for position in range(0, len(whole), 9):
         damaged.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
         decoder = VideoDecoder(damaged)
-        try:
+        with suppress(TypeError):  # unknown
             assert len(decoder) >= 0
-        except TypeError:  # unknown
-            pass
         try:
             list(decoder)
         except ImageError as error:
@@ -183,8 +181,7 @@ def test_redirects_are_followed_on_the_host_alone(clip):
         assert len(list(VideoDecoder(f"{address}/same"))) == 5
         with pytest.raises(ImageError, match=r"redirects to another host, http://127.0.0.1:\d+, which is not followed"):
             list(VideoDecoder(f"{address}/other"))
-        with pytest.raises(ImageError, match="redirects to another host"):
-            redirect_target(f"{address}/file")
+        assert redirect_target(f"{address}/file") is None
         assert redirect_target(f"{address}/real.mp4") is None
         clip.with_name("list.mp4").write_text(PLAYLISTS["hls"])
         with pytest.raises(ImageError, match="cannot be opened as a video"):

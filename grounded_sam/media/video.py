@@ -25,11 +25,11 @@ from grounded_sam.media.images import MAX_PIXELS, read_image
 
 #: Schemes that a URL may have. FFmpeg knows more protocols, some of which read local files.
 SCHEMES = {"http", "https", "rtsp", "rtsps", "rtmp", "rtmps", "srt", "udp"}
-#: Containers that are read, by FFmpeg's names, without formats that open other files (concat, hls, dash, sdp, image2).
+#: Containers that are read, by FFmpeg's names. Those that open other files (concat, hls, dash, sdp, image2) are absent.
 CONTAINERS = (
-    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,av1,obu,ivf,vvc,flv,live_flv,kux,"
-    "f4v,asf,mxf,ogg,nut,dv,gxf,wtv,nsv,rm,nuv,y4m,yuv4mpegpipe,gif,apng,mjpeg,mjpeg_2000,mpjpeg,avs2,avs3,cavsvideo,"
-    "dirac,vc1,h261,h263,swf,amv,roq,smk,bink,flic,ffv1,webp"
+    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,vvc,av1,obu,ivf,flv,live_flv,f4v,"
+    "asf,mxf,ogg,nut,dv,gxf,wtv,nsv,rm,nuv,yuv4mpegpipe,gif,apng,mjpeg,mjpeg_2000,mpjpeg,avs2,avs3,cavsvideo,dirac,vc1,"
+    "h261,h263,swf,amv,roq,smk,bink,flic"
 )
 #: What FFmpeg may open on the way from a file, and from a URL.
 FILE_PROTOCOLS, URL_PROTOCOLS = "file", "http,https,tcp,tls,udp,rtp,rtsp,rtsps,rtmp,rtmps,rtmpt,srt,httpproxy,crypto"

@@ -90,6 +90,7 @@ class Runner:
         self.store = next((sink for sink in sinks if isinstance(sink, ResultStore)), None)
         self.cache = pipeline.stages if isinstance(pipeline.stages, CachedStages) else None
         self.summary = Summary()
+        self._unwritten: Counter[int] = Counter()  # images that a sink could not write, by its position
         self._unusable: list[Skipped] = []  # frames that a later stage or a sink could not use
         self._stopped_videos: list[str] = []  # which the store must not take for complete
         self._reported: set[Skipped] = set()
@@ -197,11 +198,12 @@ class Runner:
     def _write(self, result: FrameResult) -> None:
         """Write a result to every sink."""
         self._leave_incomplete(except_for=result.frame.video)
-        for sink in self.sinks:
+        for position, sink in enumerate(self.sinks):
             try:
                 with convert_errors(sink, passing=(OSError,)):  # such as that of a full disk, which ends the run
                     sink.write(result)
             except ImageError as error:  # such as that of a stored result whose file is gone
+                self._unwritten[position] += 1
                 skipped = Skipped(result.frame.name, str(error))
                 if skipped not in self._unusable:
                     self._unusable.append(skipped)
@@ -253,7 +255,8 @@ class Runner:
         resumed = self.store.files_resumed() if self.store is not None else 0
         # A shard may happen to consist of bad files.
         is_shard = isinstance(self.source, Sharded) and self.source.num_shards > 1
-        if summary.skipped and not (summary.images or resumed or is_shard or summary.interrupted):
+        written = summary.images - max(self._unwritten.values(), default=0)  # by the sink that lost most
+        if summary.skipped and not (written or resumed or is_shard or summary.interrupted):
             first = summary.skipped[0]
             raise ImageError(
                 f"no usable images, {len(summary.skipped)} skipped; the first: {first.file}: {first.reason} "

@@ -157,7 +157,7 @@ def test_later_parts_count_whatever_the_clock_says(folder, tmp_path, monkeypatch
     class Earlier(store_writer.datetime.datetime):
         @classmethod
         def now(cls, tz=None):
-            return super().now(tz).replace(year=2001)
+            return super().now(tz).replace(year=2000)
 
     monkeypatch.setattr(store_writer.datetime, "datetime", Earlier)
     label(folder, tmp_path)

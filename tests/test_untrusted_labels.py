@@ -250,6 +250,15 @@ def test_a_pipe_in_place_of_labels_is_refused_at_once(tmp_path):
         CocoSource(tmp_path / "x.json")
 
 
+def test_names_of_long_numbers_are_no_numbers(tmp_path):
+    for folder in ("video/1", f"video/{'9' * 40}"):
+        (tmp_path / folder).mkdir(parents=True)
+        Image.fromarray(np.eye(4, dtype=np.uint8)).save(tmp_path / folder / f"{'7' * 30}.png")
+    frames = list(LabelledVideoSource(tmp_path))
+    assert sorted(frame.video for frame in frames) == ["video", f"video/{'9' * 40}"]
+    assert all(frame.index == 0 for frame in frames)
+
+
 def test_the_command_names_what_it_could_not_use(tmp_path):
     content = coco(bbox=[2, 2, float("inf"), 2])
     content["annotations"].append({**coco()["annotations"][0], "id": 2})

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from grounded_sam.checks import check_choice
 from grounded_sam.config.compose import GROUPS, check_renamed, compose, renamed_key, to_override
 from grounded_sam.errors import CheckpointError, ConfigError, GroundedSamError, MissingWeightsError
+from grounded_sam.media.images import MAX_PIXELS
 from grounded_sam.media.progress import ProgressBar
 from grounded_sam.structures.protocols import (
     CachesFeatures,
@@ -289,12 +290,13 @@ def share_predictions(cfg: DictConfig, pipeline: Pipeline, vocabulary: Vocabular
         return
     loosest, plain = LoosestSelection.read(sweep), to_plain(cfg)
     settings = {"detector": plain["detector"], "max_side": plain["source"].get("max_side")}
+    max_pixels = plain["source"].get("max_pixels", MAX_PIXELS)
     boxes = results = None
     if loosest.boxes and pipeline.segmenter is not None:
-        boxes = PredictionCache(sweep, vocabulary, {**settings, "segmenter": None}, pipeline.select)
+        boxes = PredictionCache(sweep, vocabulary, {**settings, "segmenter": None}, pipeline.select, max_pixels)
     if loosest.results:
         settings["segmenter"] = plain["segmenter"]
-        results = PredictionCache(sweep, vocabulary, settings, pipeline.select)
+        results = PredictionCache(sweep, vocabulary, settings, pipeline.select, max_pixels)
     if boxes is not None or results is not None:
         pipeline.stages = CachedStages(stages, results, boxes)
 

@@ -67,7 +67,8 @@ class StoreWriter:
         if resume == "same":
             self._check_settings()
         self._reader = StoreReader(folder, max_pixels, classes=vocabulary.classes)
-        self._classes = vocabulary.merged_with(self._reader.vocabulary) if len(self._reader) else vocabulary
+        has_classes = len(self._reader) and any(folder.glob("_run-*.json"))  # a damaged one may have been deleted
+        self._classes = vocabulary.merged_with(self._reader.vocabulary) if has_classes else vocabulary
         self._contents: dict[str, dict[str, Any]] = {}  # columns of files that are not stored yet, by name
         self._list = PartList(folder)
         self._sequence = max(map(sequence_of, self._reader.parts), default=0)

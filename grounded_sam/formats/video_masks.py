@@ -18,6 +18,7 @@ from grounded_sam.formats.segmentations import decode_segmentation, segmentation
 from grounded_sam.media.files import natural_key
 from grounded_sam.media.images import MAX_PIXELS, read_label_map
 from grounded_sam.structures.documents import is_text, read_json
+from grounded_sam.structures.ontology import MAX_ID_DIGITS
 from grounded_sam.structures.vocabulary import Vocabulary
 
 #: A mask `(H, W) bool`.
@@ -338,7 +339,7 @@ def _group_folders(root: Path, max_pixels: int) -> dict[Path, list[Path]]:
     one_object_each = all(len(np.unique(_read_map(file, max_pixels))) <= 2 for file in top_maps)
     groups: dict[Path, list[Path]] = {}
     for folder in folders:
-        is_object = folder != root and folder.name.isdecimal()
+        is_object = folder != root and folder.name.isdecimal() and len(folder.name) <= MAX_ID_DIGITS
         is_object = is_object and all(sibling.name.isdecimal() for sibling in folder.parent.iterdir())
         is_object = is_object and (folder.parent != root or one_object_each)
         groups.setdefault(folder.parent if is_object else folder, []).append(folder)

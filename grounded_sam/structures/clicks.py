@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +13,10 @@ from numpy.typing import NDArray
 
 from grounded_sam.checks import check_int
 from grounded_sam.errors import ConfigError, ImageError
-from grounded_sam.files import home_path
+from grounded_sam.files import home_path, require_regular
 from grounded_sam.media.images import read_image
 from grounded_sam.structures.detections import empty_detections, make_detections
+from grounded_sam.structures.documents import read_json
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.masks import masks_to_xyxy
 from grounded_sam.structures.vocabulary import Vocabulary
@@ -320,11 +320,10 @@ def read_json_entries(path: Path, key: str) -> list[Any]:
         ConfigError: If it cannot be read, or holds no list.
     """
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        require_regular(path)
     except OSError as error:
         raise ConfigError(f"cannot read {key}={path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{key}={path} is not valid JSON: {error}") from error
+    entries = read_json(path)
     if not isinstance(entries, list):
         raise ConfigError(f"{key}={path} must hold a list of entries, got {type(entries).__name__}")
     return entries

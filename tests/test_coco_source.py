@@ -15,7 +15,7 @@ from pycocotools.coco import COCO
 from grounded_sam import ConfigError, GroundedSamError, ImageError
 from grounded_sam.config.build import build, build_sinks, build_source
 from grounded_sam.config.compose import compose
-from grounded_sam.formats.segmentations import counts_problem
+from grounded_sam.formats.segmentations import all_counts_problem, counts_problem
 from grounded_sam.pipeline.runner import Runner
 from grounded_sam.sources.coco import CocoSource
 from grounded_sam.structures.request import Request
@@ -104,6 +104,7 @@ def test_rle_counts_are_checked_as_pycocotools_reads_them(pixels, cut):
     counts = coco_mask.encode(mask)["counts"].decode()
     assert counts_problem(counts, len(pixels)) is None
     assert counts_problem(counts, len(pixels) + 1) is not None
+    assert all_counts_problem([counts, counts, counts], len(pixels)) is None
     shorter = counts[: len(counts) - cut]
     assert cut == 0 or counts_problem(shorter, len(pixels)) is not None
 

@@ -132,11 +132,11 @@ class CocoFile:
         sizes = {image["id"]: (image["height"], image["width"]) for image in self.images}
         seen: set[Any] = set()
         for number, entry in enumerate(annotations):
-            name, annotation = f"number {number}", entry
+            annotation = entry
             if isinstance(entry, Mapping):
-                name = shorten(entry["id"]) if "id" in entry else name
                 ids = {key: _to_id(entry.get(key)) for key in ("image_id", "category_id")}
-                annotation = {**{key: value for key, value in entry.items() if value is not None}, **ids}
+                given = {k: v for k, v in entry.items() if v is not None} if None in entry.values() else entry
+                annotation = {**given, **ids}
                 if _is_id(ids["image_id"]) and ids["image_id"] in self._bad_images:
                     continue  # noted with its image
             problem = self._entry_problem(annotation, sizes, seen)
@@ -144,6 +144,8 @@ class CocoFile:
                 size_hw = sizes[annotation["image_id"]]
                 problem = self._shape_problem(annotation, size_hw)
             if problem is not None:
+                has_id = isinstance(entry, Mapping) and "id" in entry
+                name = shorten(entry["id"]) if has_id else f"number {number}"
                 self.notes.append(Skipped(f"annotation {name}", problem.reason))
             if problem is None or problem.usable:
                 if isinstance(annotation.get("segmentation"), list):

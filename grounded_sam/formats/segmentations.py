@@ -98,14 +98,14 @@ def segmentation_problem(segmentation: Any, size_hw: tuple[int, int]) -> str | N
     for polygon in segmentation:
         if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
             return "a polygon needs at least three points (six numbers)"
-        if not set(map(type, polygon)) <= {int, float} or not all(map(_is_finite, polygon)):
+        if not set(map(type, polygon)) <= {int, float} or not _are_finite(polygon):
             return "a polygon has a coordinate that is not a finite number"
     return _outline_problem(segmentation, size_hw)
 
 
-def _is_finite(value: float) -> bool:
+def _are_finite(values: list[float]) -> bool:
     try:
-        return math.isfinite(value)
+        return all(map(math.isfinite, values))
     except OverflowError:  # an integer of more than 300 digits
         return False
 
@@ -113,6 +113,10 @@ def _is_finite(value: float) -> bool:
 def _outline_problem(polygons: list[list[float]], size_hw: tuple[int, int]) -> str | None:
     """Return why polygons of finite numbers cannot be drawn; None if they can."""
     height, width = size_hw
+    spans = [(min(p), max(p)) for p in polygons]
+    small = MAX_OUTLINE / sum(map(len, polygons))  # no outline of this span can be too long
+    if all(low >= 0 and 0 < high <= min(size_hw) and high < small for low, high in spans):
+        return None
     polygons = cut_polygons(polygons, size_hw)
     if not any(_overlaps(p[::2], width) and _overlaps(p[1::2], height) for p in polygons):
         return f"the polygon lies outside the {width}x{height} px image"
@@ -173,23 +177,34 @@ def counts_problem(text: str, pixels: int) -> str | None:
     >>> counts_problem("06", 6) is None, counts_problem("06", 7)
     (True, 'the counts of its RLE do not add up to the 7 pixels of the image')
     """
+    return all_counts_problem([text], pixels)
+
+
+def all_counts_problem(texts: Sequence[str], pixels: int) -> str | None:
+    """Return why the counts of one of several masks of an image cannot be decoded; see `counts_problem`."""
     damaged = "the counts of its RLE are damaged"
-    # Each letter holds 5 bits of a number, the lowest first, and whether more follow.
-    codes = np.frombuffer(text.encode(), np.uint8).astype(np.int64) - 48
-    if not len(codes) or codes.min() < 0 or codes.max() > 63 or codes[-1] & 32:
+    encoded = [text.encode() for text in texts]
+    if not encoded or not all(encoded):
+        return damaged if encoded else None
+    # Each letter holds 5 bits of a number, the lowest first, and whether more follow; the highest bit is the sign.
+    codes = np.frombuffer(b"".join(encoded), np.uint8) - np.uint8(48)  # letters below 48 wrap to more than 63
+    last_letters = np.cumsum([len(text) for text in encoded]) - 1
+    if codes.max() > 63 or (codes[last_letters] & 32).any():
         return damaged
-    ends = np.flatnonzero(codes & 32 == 0)
-    starts = np.concatenate([[0], ends[:-1] + 1])
-    lengths = ends - starts + 1
-    if lengths.max() > MAX_LETTERS:
+    ends = np.flatnonzero(codes < 32)
+    lengths = np.diff(ends, prepend=-1)
+    if (longest := int(lengths.max())) > MAX_LETTERS:
         return damaged
-    shifts = 5 * (np.arange(len(codes)) - np.repeat(starts, lengths))
-    counts = np.add.reduceat((codes & 31) << shifts, starts)
-    counts -= ((codes[ends] & 16) >> 4) << (5 * lengths)  # the sign
-    # From the fourth number on, they are differences from the last but one.
-    counts[1::2], counts[2::2] = counts[1::2].cumsum(), counts[2::2].cumsum()
-    if (counts < 0).any() or counts.sum() != pixels:
-        return f"the counts of its RLE do not add up to the {pixels} pixels of the image"
+    highest = codes[ends].astype(np.int64)
+    numbers = (highest & 15) - (highest & 16)
+    for place in range(1, longest):
+        longer = np.flatnonzero(lengths > place)
+        numbers[longer] = numbers[longer] * 32 + (codes[ends[longer] - place] & 31)
+    for counts in np.split(numbers, np.searchsorted(ends, last_letters[:-1]) + 1):
+        # From the fourth number on, they are differences from the last but one.
+        counts[1::2], counts[2::2] = counts[1::2].cumsum(), counts[2::2].cumsum()
+        if counts.min() < 0 or counts.sum() != pixels:
+            return f"the counts of its RLE do not add up to the {pixels} pixels of the image"
     return None
 
 

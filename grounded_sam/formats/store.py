@@ -54,7 +54,7 @@ import supervision as sv
 
 from grounded_sam.errors import ConfigError
 from grounded_sam.files import home_path, require_regular
-from grounded_sam.formats.segmentations import counts_problem
+from grounded_sam.formats.segmentations import all_counts_problem
 from grounded_sam.formats.store_checks import CHECKED_COLUMNS, table_problem
 from grounded_sam.formats.store_manifest import Manifest, sequence_of
 from grounded_sam.formats.store_pixels import StoredPixels, StoredVideo
@@ -350,9 +350,9 @@ class StoreReader:
         image = table.slice(index.row, 1).to_pylist()[0]
         size_hw = (image["height"], image["width"])
         objects = table.slice(index.row + 1, image["objects"]).to_pylist() if image["objects"] else []
-        for row in objects:
-            if row["counts"] is not None and (reason := counts_problem(row["counts"], size_hw[0] * size_hw[1])):
-                raise self._damaged(self.parts[index.part], f"{image['file']}: {reason}")
+        counts = [row["counts"] for row in objects if row["counts"] is not None]
+        if (reason := all_counts_problem(counts, size_hw[0] * size_hw[1])) is not None:
+            raise self._damaged(self.parts[index.part], f"{image['file']}: {reason}")
         objects = [row for row in objects if row["class"] in vocabulary.classes]
         path = self._path(image, files)
         frame = Frame(

@@ -14,7 +14,7 @@ from grounded_sam.cli.next_step import next_step
 from grounded_sam.config.compose import explain
 from grounded_sam.config.hydra import conf_dir
 from grounded_sam.config.words import read_words
-from grounded_sam.errors import GroundedSamError, count_of, describe
+from grounded_sam.errors import GroundedSamError, count_of, describe_error
 from grounded_sam.files import atomic_write
 from grounded_sam.hydra_state import in_sweep
 
@@ -63,9 +63,9 @@ def run(cfg: DictConfig) -> float | None:
     except Exception as error:  # one job of a sweep does not end the others
         if DEBUG or sweep is None:
             raise
-        record["error"] = describe(error)
+        record["error"] = describe_error(error)
         print(
-            f"grounded-sam: job {hydra_cfg.job.num}: {describe(error)}; GROUNDED_SAM_DEBUG=1 shows the traceback",
+            f"grounded-sam: job {hydra_cfg.job.num}: {describe_error(error)}; GROUNDED_SAM_DEBUG=1 shows the traceback",
             file=sys.stderr,
         )
     record["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024

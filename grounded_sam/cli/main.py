@@ -73,7 +73,9 @@ def run(cfg: DictConfig) -> float | None:
         path.write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
     if summary is not None:
         print_summary(summary, output)
-        if sweep is None and (line := next_step(record["overrides"], summary, sinks, output)) is not None:
+        sources = {source.provider: source.path for source in hydra_cfg.runtime.config_sources}
+        line = next_step(record["overrides"], summary, sinks, output, sources.get("command-line"))
+        if sweep is None and line is not None:
             print(line)
         if summary.interrupted:
             sys.exit(130)

@@ -76,6 +76,7 @@ def _process(
 ) -> tuple[Summary, Sequence[Sink]]:
     """Build everything and run it; add costs to `record`."""
     from grounded_sam.config.build import build, build_sinks, build_source, share_predictions
+    from grounded_sam.formats.output_classes import OutputClasses
     from grounded_sam.pipeline.prediction_cache import CachedStages
     from grounded_sam.pipeline.runner import Runner
     from grounded_sam.structures.protocols import HasVocabulary
@@ -85,10 +86,11 @@ def _process(
     if pipeline.vocabulary is None and isinstance(source, HasVocabulary):
         pipeline.vocabulary = source.vocabulary
     request = pipeline.request()
-    sinks = build_sinks(cfg, output, request.classes)
+    classes = OutputClasses(output, request.classes)
+    sinks = build_sinks(cfg, output, request.classes, classes)
     if sweep is not None:
         share_predictions(cfg, pipeline, request.classes, sweep)
-    summary = Runner(pipeline, source, sinks, output, request).run()
+    summary = Runner(pipeline, source, sinks, output, request, classes).run()
     stages = pipeline.stages
     results, boxes = (stages.results, stages.boxes) if isinstance(stages, CachedStages) else (None, None)
     record |= {"images": summary.images, "seconds": dict(pipeline.seconds)}

@@ -14,12 +14,14 @@ from typing import TYPE_CHECKING, Any
 from grounded_sam.checks import check_choice
 from grounded_sam.config.compose import GROUPS, check_renamed, compose, renamed_key, to_override
 from grounded_sam.errors import ConfigError, GroundedSamError
+from grounded_sam.formats.output_classes import OutputClasses
 from grounded_sam.media.progress import ProgressBar
 from grounded_sam.structures.protocols import (
     CachesFeatures,
     DeclaresTraits,
     DetectorTraits,
     NeedsMasks,
+    NumbersClasses,
     ResultStore,
     Sink,
     Source,
@@ -303,16 +305,20 @@ def _is_store(node: Any, name: str) -> bool:
     return isinstance(cls, type) and issubclass(cls, ResultStore)
 
 
-def build_sinks(cfg: DictConfig, output: Path, vocabulary: Vocabulary) -> list[Sink]:
+def build_sinks(
+    cfg: DictConfig, output: Path, vocabulary: Vocabulary, classes: OutputClasses | None = None
+) -> list[Sink]:
     """Build the sinks that a config describes, in its order, the store first.
 
     Args:
         cfg: The config.
         output: Folder of the run. All shards share one store, in the `output` of the sweep.
         vocabulary: Classes of the run.
+        classes: Classes of the output, which those of the run are appended to; None for a new output.
     """
     from omegaconf import OmegaConf
 
+    classes = classes or OutputClasses(output, vocabulary)
     num_shards = OmegaConf.select(cfg, "source.num_shards") or 1
     stores = {name: _is_store(node, str(name)) for name, node in (cfg.sink or {}).items()}
     sinks: list[Sink] = []
@@ -322,9 +328,13 @@ def build_sinks(cfg: DictConfig, output: Path, vocabulary: Vocabulary) -> list[S
             folder = Path(cfg.output)
         elif num_shards > 1 and output == Path(cfg.output):  # shards that are started by hand
             folder = output / str(cfg.source.shard)
-        sink = build_node(cfg, f"sink.{name}", output=folder, vocabulary=vocabulary)
+        cls = _class_of(cfg.sink[name], f"sink.{name}")
+        numbers = isinstance(cls, type) and issubclass(cls, NumbersClasses)
+        words = classes.vocabulary if numbers else vocabulary
+        sink = build_node(cfg, f"sink.{name}", output=folder, vocabulary=words)
         if isinstance(sink, ResultStore):  # with resume=extend it may have classes that this run did not request
             vocabulary = sink.output_classes()
+            classes.append(vocabulary)
         sinks.append(sink)
     return sinks
 

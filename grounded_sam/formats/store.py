@@ -37,6 +37,7 @@ Any Parquet reader opens the folder: `pandas.read_parquet("store")`, DuckDB, `py
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,7 +52,7 @@ import supervision as sv
 
 from grounded_sam.errors import ConfigError
 from grounded_sam.formats.store_pixels import StoredPixels, StoredVideo
-from grounded_sam.formats.store_runs import VERSION, read_runs, store_vocabulary
+from grounded_sam.formats.store_runs import VERSION, StoreRun, runs_by_fingerprint, store_vocabulary
 from grounded_sam.media.files import common_folder, is_video_file, natural_key
 from grounded_sam.media.images import MAX_PIXELS
 from grounded_sam.structures.detections import empty_detections
@@ -113,11 +114,12 @@ class _RowIndex:
 
 @dataclass(frozen=True)
 class _StoredImage:
-    """An image: where its row is, the digest of its file, and its name."""
+    """An image: where its row is, the digest of its file, its name, and the fingerprint of its run."""
 
     index: _RowIndex
     digest: str | None
     name: str
+    fingerprint: str
 
 
 @dataclass
@@ -125,6 +127,7 @@ class _VideoPass:
     """One pass through a video, a `take` in the part files; complete once it has a `video` row."""
 
     digest: str | None = None
+    fingerprint: str = ""
     complete: bool = False
     frames: dict[int, _RowIndex] = field(default_factory=dict)
 
@@ -145,7 +148,7 @@ class StoreReader:
 
     def __init__(self, folder: Path, max_pixels: int = MAX_PIXELS, root: str | None = None) -> None:
         self.folder, self.max_pixels, self.root = folder, max_pixels, root
-        read_runs(folder)  # checks the version
+        self._runs = runs_by_fingerprint(folder)  # checks the version
         self.parts = sorted(folder.glob("part-*.parquet"))
         self._tables: OrderedDict[int, pa.Table] = OrderedDict()
         self._images: dict[str, _StoredImage] = {}  # by path, or by name where there is none
@@ -168,7 +171,7 @@ class StoreReader:
 
     def _index_part(self, number: int, part: Path, passes: dict[str, dict[str, _VideoPass]]) -> None:
         """Add the images, videos and skipped files of a part to the index."""
-        columns = ["kind", "file", "path", "digest", "video", "take", "frame", "reason"]
+        columns = ["kind", "file", "path", "digest", "video", "take", "frame", "reason", "fingerprint"]
         try:
             table = pq.read_table(part, columns=columns)
         except (pa.ArrowException, OSError) as error:
@@ -178,18 +181,18 @@ class StoreReader:
             ) from error
         rows = np.flatnonzero(np.asarray(table["kind"]) != "object")
         values = table.take(rows).to_pydict()
-        for row, kind, file, path, digest, video, pass_id, frame, reason in zip(
+        for row, kind, file, path, digest, video, pass_id, frame, reason, run in zip(
             rows.tolist(), *(values[name] for name in columns), strict=True
         ):
             if kind == "skipped":
                 self._skipped[file] = (Skipped(file, reason), digest)
             elif kind == "image" and video is None:
                 self._skipped.pop(file, None)
-                self._images[path or file] = _StoredImage(_RowIndex(number, row), digest, file)
+                self._images[path or file] = _StoredImage(_RowIndex(number, row), digest, file, sys.intern(run or ""))
             else:
                 key = _video_key(path, video)
                 self._video_names[key] = video
-                video_pass = passes.setdefault(key, {}).setdefault(pass_id, _VideoPass(digest))
+                video_pass = passes.setdefault(key, {}).setdefault(pass_id, _VideoPass(digest, run or ""))
                 if kind == "video":
                     video_pass.complete = True
                 else:
@@ -220,23 +223,24 @@ class StoreReader:
         """Files that could not be used, or not completely, when they were last tried; by name."""
         return {name: skipped for name, (skipped, _) in self._skipped.items()}
 
-    def lookup(
-        self, name: str, files: Sequence[Path], digest: str, vocabulary: Vocabulary
-    ) -> Iterator[FrameResult] | None:
-        """Return the results of an image or of a complete video; None if it is not stored with this content.
+    def find(self, name: str, digest: str) -> str | None:
+        """Return the key, for `read`, of an image or of a complete video; None if it is not stored with this content.
 
         Args:
             name: Name of the image or video.
-            files: Its files now, from which pixels are read.
-            digest: Their digest, see `store_runs.file_digest`.
-            vocabulary: Classes that `class_id` refers to; objects of other classes are left out.
+            digest: Digest of its files, see `store_runs.file_digest`.
         """
         for key in self._keys_by_name.get(name, ()):
             if key in self._images and self._images[key].digest == digest:
-                return self.read(key, vocabulary, files)
+                return key
             if key in self._videos and self._videos[key].complete and self._videos[key].digest == digest:
-                return self.read(key, vocabulary, files)
+                return key
         return None
+
+    def run_of(self, key: str) -> StoreRun | None:
+        """Return the run that computed an image or video; None if its `_run-*.json` is gone."""
+        stored = self._images[key] if key in self._images else self._videos[key]
+        return self._runs.get(stored.fingerprint[:16])
 
     def keys(self) -> Iterator[str]:
         """Yield the keys for `read`: images in natural order of their names, then videos."""
@@ -280,7 +284,8 @@ class StoreReader:
         image = table.slice(index.row, 1).to_pylist()[0]
         size_hw = (image["height"], image["width"])
         objects = table.slice(index.row + 1, image["objects"]).to_pylist() if image["objects"] else []
-        objects = [row for row in objects if row["class"] in vocabulary.classes]
+        known = ((row, vocabulary.index(row["class"])) for row in objects)
+        objects = [{**row, "class_id": i, "class": vocabulary.classes[i]} for row, i in known if i is not None]
         path = self._path(image, files)
         frame = Frame(
             pixels=StoredPixels(image["file"], path, image["frame"], size_hw, self.max_pixels, video),
@@ -326,7 +331,7 @@ def _to_detections(
     detections = sv.Detections(
         xyxy=np.array([[row[k] for k in ("x1", "y1", "x2", "y2")] for row in rows], np.float32),
         confidence=np.array([row["score"] for row in rows], np.float32),
-        class_id=np.array([vocabulary.classes.index(row["class"]) for row in rows], np.int64),
+        class_id=np.array([row["class_id"] for row in rows], np.int64),
         tracker_id=None if None in ids else np.array(ids, np.int64),
         data=data,
     )

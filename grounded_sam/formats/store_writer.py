@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import supervision as sv
 
-from grounded_sam.errors import ConfigError
+from grounded_sam.errors import ConfigError, count_of
 from grounded_sam.files import atomic_write
 from grounded_sam.formats.store import SCHEMA, StoreReader
 from grounded_sam.formats.store_runs import StoreRun, file_digest, read_runs
@@ -67,6 +67,8 @@ class StoreWriter:
         self._digests: dict[str, str] = {}  # of files that are not stored yet, by name
         self._rows: list[dict[str, Any]] = []
         self._part_images, self._part_start = 0, time.monotonic()
+        self._lacking: dict[str, list[str]] = {}  # classes that a run did not look for, by its fingerprint
+        self._unsearched: dict[str, list[str]] = {}  # names of stored files, by class
         self._video_row: dict[str, Any] | None = None  # of the video that is being written
         self._failed = False
 
@@ -98,10 +100,37 @@ class StoreWriter:
             digest = file_digest(files)
         except OSError:  # reported when the file is decoded
             return None
-        results = self._reader.lookup(name, files, digest, self._classes)
-        if results is None:
+        key = self._reader.find(name, digest)
+        if key is None:
             self._digests[name] = digest
-        return results
+            return None
+        self._note_unsearched(key, name)
+        return self._reader.read(key, self._classes, files)
+
+    def _note_unsearched(self, key: str, name: str) -> None:
+        """Note the classes of this run that the run which stored an image or video did not look for."""
+        run = self._reader.run_of(key)
+        if run is None or run.fingerprint == self._run.fingerprint:
+            return
+        if run.fingerprint not in self._lacking:
+            self._lacking[run.fingerprint] = run.lacks(self.vocabulary)
+        for class_name in self._lacking[run.fingerprint]:
+            self._unsearched.setdefault(class_name, []).append(name)
+
+    def not_searched(self) -> list[Skipped]:
+        """Return, by class of this run, the stored files in which it was not looked for."""
+        notes = []
+        for class_name, names in self._unsearched.items():
+            more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+            notes.append(
+                Skipped(
+                    "store",
+                    f"{class_name!r} was not looked for in {count_of(len(names), 'stored file')} "
+                    f"({', '.join(names[:3])}{more}), whose results are of an earlier run with other classes; to look "
+                    "for it in all of them, run with another output",
+                )
+            )
+        return notes
 
     def note(self, name: str) -> Skipped | None:
         """Return the problem that an earlier run recorded for a file, such as a truncated video; None without one."""

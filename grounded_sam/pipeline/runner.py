@@ -15,12 +15,22 @@ from typing import Any
 
 from grounded_sam.errors import ImageError
 from grounded_sam.files import atomic_write
+from grounded_sam.formats.output_classes import OutputClasses
 from grounded_sam.media.progress import ProgressBar
 from grounded_sam.pipeline.images import process_images
 from grounded_sam.pipeline.pipeline import Pipeline
 from grounded_sam.pipeline.prediction_cache import CachedStages
 from grounded_sam.structures.frame import Frame
-from grounded_sam.structures.protocols import Lookup, RecordsSkipped, ResultStore, Resumable, Sharded, Sink, Source
+from grounded_sam.structures.protocols import (
+    Lookup,
+    NumbersClasses,
+    RecordsSkipped,
+    ResultStore,
+    Resumable,
+    Sharded,
+    Sink,
+    Source,
+)
 from grounded_sam.structures.request import Request
 from grounded_sam.structures.results import FrameResult, Skipped
 
@@ -72,6 +82,7 @@ class Runner:
         sinks: Where results go.
         output: Folder for `skipped.json`.
         request: What to look for; None for the pipeline's own text and clicks.
+        classes: Classes of the output, if the sinks were built with them; None where they have those of the request.
 
     >>> Runner(pipeline, source, sinks, Path("results")).run().images         # doctest: +SKIP
     9
@@ -84,9 +95,11 @@ class Runner:
         sinks: Sequence[Sink],
         output: Path,
         request: Request | None = None,
+        classes: OutputClasses | None = None,
     ) -> None:
         self.pipeline, self.source, self.sinks, self.output = pipeline, source, sinks, Path(output)
-        self.request = request or pipeline.request()
+        self.request, self.classes = request or pipeline.request(), classes
+        self._numbering = [sink for sink in sinks if isinstance(sink, NumbersClasses)]
         self.store = next((sink for sink in sinks if isinstance(sink, ResultStore)), None)
         self.cache = pipeline.stages if isinstance(pipeline.stages, CachedStages) else None
         self.summary = Summary()
@@ -119,6 +132,8 @@ class Runner:
         self.pipeline.seconds["all"] = time.perf_counter() - start
         self.summary.objects.update(self._tracks.values())
         self.summary.skipped = self._skipped()
+        if self.store is not None:
+            self.summary.skipped += self.store.not_searched()
         self._write_skipped()
         self.summary.outputs = [sink.summary() for sink in self.sinks]
         return self.summary
@@ -183,9 +198,13 @@ class Runner:
 
     def _write(self, result: FrameResult) -> None:
         """Write a result to every sink."""
+        renumbered = result
+        if self.classes is not None and self._numbering:
+            self.classes.save()  # before the first file with a number
+            renumbered = self.classes.renumber(result)
         for sink in self.sinks:
             try:
-                sink.write(result)
+                sink.write(renumbered if sink in self._numbering else result)
             except ImageError as error:  # the file of a stored result is gone
                 skipped = Skipped(result.frame.name, str(error))
                 if skipped not in self._unusable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -29,12 +30,16 @@ class JsonLinesSink:
     """
 
     def __init__(self, output: Path, vocabulary: Vocabulary, masks: bool = True) -> None:
-        self.path, self.masks = Path(output) / "results.jsonl", masks
+        self.path, self.vocabulary, self.masks = Path(output) / "results.jsonl", vocabulary, masks
         self._num_lines = 0
         self._file: IO[str] | None = None
 
     def __enter__(self) -> JsonLinesSink:
         return self
+
+    def numbered_classes(self) -> Sequence[str]:
+        """Return the classes in the order of their numbers."""
+        return self.vocabulary.classes
 
     def write(self, result: FrameResult) -> None:
         """Append the line of a frame."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
@@ -46,6 +47,10 @@ class MasksSink:
 
     def __enter__(self) -> MasksSink:
         return self
+
+    def numbered_classes(self) -> Sequence[str]:
+        """Return the classes in the order of their numbers."""
+        return self.vocabulary.classes
 
     def write(self, result: FrameResult) -> None:
         """Write the masks of a frame.

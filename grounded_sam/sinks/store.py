@@ -74,6 +74,10 @@ class StoreSink:
         """Return the problems recorded for files that `lookup` has found, such as truncated videos."""
         return list(self._notes)
 
+    def not_searched(self) -> list[Skipped]:
+        """Return which classes of the run were not looked for in the files that `lookup` has found."""
+        return self._writer.not_searched()
+
     def write(self, result: FrameResult) -> None:
         """Write a result, unless it comes from the store."""
         if not result.stored:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -64,6 +64,10 @@ class YoutubeVisSink:
 
     def __enter__(self) -> YoutubeVisSink:
         return self
+
+    def numbered_classes(self) -> Sequence[str]:
+        """Return the classes in the order of their numbers."""
+        return self.vocabulary.classes
 
     def write(self, result: FrameResult) -> None:
         """Write the objects of a frame.

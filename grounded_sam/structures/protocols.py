@@ -302,6 +302,18 @@ class Sink(AbstractContextManager[Any], Protocol):
 
 
 @runtime_checkable
+class NumbersClasses(Protocol):
+    """A sink whose files have numbers of classes or list all classes.
+
+    Its `vocabulary` also has the classes of earlier runs into the same output, first, and results that are written to
+    it have their numbers: see `formats.output_classes.OutputClasses`.
+    """
+
+    def numbered_classes(self) -> Sequence[str]:
+        """Return the classes in the order of their numbers."""
+
+
+@runtime_checkable
 class RecordsSkipped(Protocol):
     """A sink that records files that could not be used."""
 
@@ -330,6 +342,9 @@ class ResultStore(Protocol):
 
     def notes(self) -> list[Skipped]:
         """Return the problems that were recorded for files that `lookup` has found."""
+
+    def not_searched(self) -> list[Skipped]:
+        """Return which classes of the run were not looked for in the files that `lookup` has found."""
 
 
 @runtime_checkable

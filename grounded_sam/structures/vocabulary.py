@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -104,6 +106,19 @@ class Vocabulary:
         """Lowest confidence by class name, of the classes that have their own."""
         return {name: score for name, score in zip(self.classes, self.scores, strict=False) if score is not None}
 
+    def index(self, name: str) -> int | None:
+        """Return the index of a class; of one that differs only in case and spacing if none has just this name.
+
+        >>> Vocabulary.parse(["car", "Stop sign"]).index("stop  sign")
+        1
+        """
+        return self._indices.get(name, self._indices.get(name_key(name)))
+
+    @cached_property
+    def _indices(self) -> dict[str, int]:
+        exact = {name: i for i, name in enumerate(self.classes)}
+        return {name_key(name): i for name, i in exact.items()} | exact
+
     def categories(self) -> list[dict[str, Any]]:
         """Return the classes as `categories` of a COCO file.
 
@@ -147,13 +162,13 @@ class Vocabulary:
     def merged_with(self, other: Vocabulary) -> Vocabulary:
         """Append the classes of another vocabulary, for naming results.
 
-        Properties of a class that both have are taken from `self`. Ids are kept; where only one of the two has ids, or
-        one id stands for two classes, the other class gets a free one.
+        Properties of a class that both have, if only with other case and spacing, are taken from `self`. Ids are kept;
+        where only one of the two has ids, or one id stands for two classes, the other class gets a free one.
 
         >>> Vocabulary.parse(["car"]).merged_with(Vocabulary.parse(["wheel", "car"])).classes
         ('car', 'wheel')
         """
-        new = [i for i, name in enumerate(other.classes) if name not in self.classes]
+        new = _new_classes(self, other)
         if not new:
             return self
         ids = list(self.ids or (self.category_ids if other.ids else ()))
@@ -276,6 +291,28 @@ class Vocabulary:
 def _column(values: Sequence[T | None]) -> tuple[T | None, ...]:
     """Return values of all classes, or an empty tuple if no class has one."""
     return tuple(values) if any(value is not None for value in values) else ()
+
+
+def _new_classes(words: Vocabulary, other: Vocabulary) -> list[int]:
+    """Return the indices of the classes in `other` that `words` lacks.
+
+    Classes that `other` tells apart by case or spacing alone are compared exactly.
+    """
+    keys = Counter(map(name_key, other.classes))
+    return [
+        i
+        for i, name in enumerate(other.classes)
+        if name not in words.classes and (words.index(name) is None or keys[name_key(name)] > 1)
+    ]
+
+
+def name_key(name: str) -> str:
+    """Return a class name without differences of case and spacing.
+
+    >>> name_key(" Stop  sign")
+    'stop sign'
+    """
+    return " ".join(name.casefold().split())
 
 
 def _normalized(phrase: str) -> str:

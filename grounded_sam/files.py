@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
@@ -75,41 +76,137 @@ def atomic_write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+#: Suffixes of the files that are written for an image whose path has none.
+_WRITTEN = (".png", ".jpg", ".bmp", ".txt", ".json", ".xml")
+#: Control characters, line ends, and code points that no text file can have.
+_CONTROLS = r"\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff"
+#: What a file name cannot have on some file system.
+_FORBIDDEN = r'[<>:"/\\|?*]|[. ]+$|^(?:con|prn|aux|nul|com\d|lpt\d)(?=\.|$)'
+#: Longest part of a path, in bytes, with room for a number and a suffix.
+_MAX_BYTES = 200
+
+
 class UniqueNames:
-    """Make relative output paths from names, safe on every file system and never the same twice.
+    """Make relative output paths from names, safe on every file system and never the same for two names.
+
+    See `safe_filename` for what a file name may be, and how the rest is encoded. Where two names would get one path, or
+    a file that of a folder, the later one gets a number.
+
+    Args:
+        reserved: Names that no folder may have, which are encoded too.
+        known: Name by path, of an earlier run; a name keeps its path.
+
+    Attributes:
+        names: Name by path.
 
     >>> names = UniqueNames()
     >>> [str(names(name, ".png")) for name in ("a/b.png", "a/b.png", "../c.jpg")]
-    ['a/b.png', 'a/b-2.png', 'c.jpg.png']
+    ['a/b.png', 'a/b-2.png', '%2E%2E/c.jpg.png']
     """
 
-    def __init__(self) -> None:
-        self._taken: set[str] = set()
+    def __init__(self, reserved: Collection[str] = (), known: Mapping[str, str] | None = None) -> None:
+        self.reserved, self.names = reserved, dict(known or {})
+        self._known = {name: path for path, name in self.names.items()}
+        self._files = {path.casefold() for path in self.names}
+        self._folders = {folder for path in self._files for folder in _folders(path)}
 
-    def __call__(self, name: str, suffix: str) -> Path:
+    def __call__(self, name: str, suffix: str, owner: str | None = None) -> Path:
         """Return the path for a name.
 
         Args:
             name: Name with `/` between folders; it cannot lead out of the output folder.
             suffix: Suffix of the path, such as `.png`, appended unless the name ends with it; empty for none.
+            owner: Name that the path is recorded for, if another.
         """
-        parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
-        safe = "/".join(safe_filename(part) for part in parts) or "image"
-        path = safe if suffix and safe.lower().endswith(suffix) else safe + suffix
-        stem, ending = (path[: -len(suffix)], suffix) if suffix else (path, "")
-        count = 1
-        while path.casefold() in self._taken:  # some file systems ignore case
-            count += 1
-            path = f"{stem}-{count}{ending}"
-        self._taken.add(path.casefold())
+        owner = owner or name
+        if (known := self._known.pop(owner, None)) is not None:
+            return Path(known)
+        *parents, last = [part for part in name.split("/") if part not in ("", ".")] or ["image"]
+        folder = ""
+        for part in parents:
+            safe = percent_encode(part, f"^{part[:1]}") if part in self.reserved else safe_filename(part)
+            folder += f"{self._free(folder + safe, '', lambda path: self._is_file(path, suffix))}/"
+        safe = safe_filename(last)
+        stem = safe[: -len(suffix)] if suffix and safe.lower().endswith(suffix) else safe
+        path = self._free(folder + stem, safe[len(stem) :] or suffix, lambda path: self._is_taken(path, suffix))
+        self._files.add(path.casefold())
+        self._folders.update(_folders(path.casefold()))
+        self.names[path] = owner
         return Path(path)
+
+    def _free(self, stem: str, suffix: str, taken: Callable[[str], bool]) -> str:
+        """Return a path that is not taken, with a number if need be."""
+        path, count = stem + suffix, 1
+        while taken(path.casefold()):  # some file systems ignore case
+            count += 1
+            path = f"{stem}-{count}{suffix}"
+        return path
+
+    def _is_file(self, folder: str, suffix: str) -> bool:
+        """Return whether a file has the path of a folder; files of paths without suffix get one of `_WRITTEN`."""
+        if suffix:
+            return folder in self._files
+        stem, ending = os.path.splitext(folder)
+        return ending in _WRITTEN and stem in self._files
+
+    def _is_taken(self, path: str, suffix: str) -> bool:
+        """Return whether a file or folder has the path of a file."""
+        files = [path] if suffix else [path + ending for ending in _WRITTEN]
+        return path in self._files or not self._folders.isdisjoint(files)
+
+
+def _folders(path: str) -> list[str]:
+    """Return the folders that a relative path is in."""
+    parts = path.split("/")[:-1]
+    return ["/".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def percent_encode(text: str, pattern: str) -> str:
+    """Encode the characters that match a pattern as in a URL; `urllib.parse.unquote` decodes them.
+
+    A `%` is encoded where it would be taken for a code. Only lone surrogates, which are no text, cannot be decoded.
+
+    >>> percent_encode("50% of a/b", "/"), percent_encode("a%2Fb", "/")
+    ('50% of a%2Fb', 'a%252Fb')
+    """
+
+    def encode(match: re.Match[str]) -> str:
+        return "".join(f"%{byte:02X}" for byte in match[0].encode("utf-8", "surrogatepass"))
+
+    return re.sub(f"{pattern}|%(?=[0-9A-Fa-f]{{2}})", encode, text, flags=re.IGNORECASE)
+
+
+def encode_controls(text: str) -> str:
+    r"""Percent-encode control characters and line ends, which XML and lists of lines cannot have.
+
+    >>> encode_controls("a\nb")
+    'a%0Ab'
+    """
+    return percent_encode(text, f"[{_CONTROLS}]")
+
+
+def encode_lines(texts: Iterable[str]) -> str:
+    r"""Return a text with one line per entry, without control characters in the entries.
+
+    >>> encode_lines(["a", "b\nc"])
+    'a\nb%0Ac\n'
+    """
+    return "".join(f"{encode_controls(text)}\n" for text in texts)
 
 
 def safe_filename(name: str) -> str:
-    """Return a file name that is valid on every file system: forbidden characters become `_`, all scripts are kept.
+    """Return a file name that is valid on every file system: see `percent_encode`; all scripts are kept.
+
+    Of a name of more than 200 bytes, the middle is replaced by a part of its SHA-256.
 
     >>> safe_filename("who?.png")
-    'who_.png'
+    'who%3F.png'
     """
-    safe = re.sub(r'[<>:"/\\|?*\x00-\x1f\ud800-\udfff]', "_", name).rstrip(". ")
-    return safe.encode()[:200].decode("utf-8", "ignore") or "_"  # file systems count bytes
+    safe = percent_encode(name, f"{_FORBIDDEN}|[{_CONTROLS}]") or "_"
+    data = safe.encode()
+    if len(data) <= _MAX_BYTES:  # file systems count bytes
+        return safe
+    ending = os.path.splitext(safe)[1]
+    ending = ending if len(ending.encode()) <= 16 else ""
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return f"{data[: _MAX_BYTES - 40].decode('utf-8', 'ignore')}~{digest}{ending}"

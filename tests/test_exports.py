@@ -130,8 +130,8 @@ def test_supervision_reads_yolo_datasets(results, tmp_path):
 
 
 def safe_stem(name: str) -> str:
-    """Return the stem that a name with forbidden characters gets."""
-    return re.sub(r'[<>:"/\\|?*]', "_", Path(name).stem)
+    """Return the stem that a name with forbidden characters gets, encoded as in a URL."""
+    return re.sub(r'[<>:"/\\|?*]', lambda match: f"%{ord(match[0]):02X}", Path(name).stem)
 
 
 def test_yolo_without_masks_has_boxes(tmp_path):

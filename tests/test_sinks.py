@@ -177,7 +177,7 @@ def test_equal_names_get_different_paths():
         "a.png",
         "a.jpg.png",
         "A-2.PNG".replace(".PNG", ".png"),
-        "a-3.png",
+        "%2E%2E/a.png",
         "etc/a.png",
     ]
 

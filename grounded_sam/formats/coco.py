@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from grounded_sam.errors import ConfigError
 from grounded_sam.structures.detections import empty_detections, make_detections
 from grounded_sam.structures.masks import encode_rle, masks_to_xyxy, unpack_masks
+from grounded_sam.structures.ontology import without_root
 from grounded_sam.structures.results import Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
 
@@ -61,7 +62,8 @@ class CocoFile:
     ) -> None:
         self.path = path
         content = _check_content(read_json(path) if content is None else content, path, dataset)
-        self.vocabulary = Vocabulary.from_categories(content["categories"], str(path))
+        categories = without_root(content["categories"], content["annotations"])
+        self.vocabulary = Vocabulary.from_categories(categories, str(path))
         self.images: list[dict[str, Any]] = []
         self.notes: list[Skipped] = []
         self._class_ids = {number: i for i, number in enumerate(self.vocabulary.category_ids)}

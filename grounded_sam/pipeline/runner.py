@@ -22,6 +22,7 @@ from grounded_sam.pipeline.pipeline import Pipeline
 from grounded_sam.pipeline.prediction_cache import CachedStages
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.protocols import (
+    LeavesOut,
     Lookup,
     NumbersClasses,
     RecordsSkipped,
@@ -134,6 +135,7 @@ class Runner:
         self.summary.skipped = self._skipped()
         if self.store is not None:
             self.summary.skipped += self.store.not_searched()
+        self.summary.skipped += [note for sink in self.sinks if isinstance(sink, LeavesOut) for note in sink.left_out()]
         self._write_skipped()
         self.summary.outputs = [sink.summary() for sink in self.sinks]
         return self.summary

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Self
 
+from grounded_sam.checks import check_number
 from grounded_sam.errors import count_of
 from grounded_sam.sinks.dataset_images import DatasetImages, ImageMode
 from grounded_sam.sinks.splits import Splits
@@ -28,6 +29,7 @@ class DatasetSink(ABC):
 
     Attributes:
         name: Name of the format: its key in the config and, of most formats, its folder in `output`.
+        reserved_folders: Names of folders that its readers do not find images in, and that are encoded.
         folder: That folder.
         num_images: Images written so far.
         num_objects: Objects written so far.
@@ -37,18 +39,21 @@ class DatasetSink(ABC):
     """
 
     name: ClassVar[str]
+    reserved_folders: ClassVar[frozenset[str]] = frozenset()
 
     output: Path
     vocabulary: Vocabulary
     split: Mapping[str, float] | None = None
     seed: int = 0
     images: ImageMode = field(default="none", init=False)  # formats with image files declare it again, as a setting
+    tolerance: float = field(default=0.0, init=False)  # formats with polygons declare it again
 
     def __post_init__(self) -> None:
         self.folder = Path(self.output) / self.name
         self.num_images = self.num_objects = 0
         self._splits = Splits(self.split, self.seed)
-        self._image_files = DatasetImages(self.images, f"sink.{self.name}.images")
+        self._image_files = DatasetImages(self.images, f"sink.{self.name}.images", self.reserved_folders)
+        check_number(f"sink.{self.name}.tolerance", self.tolerance, 0)
         self._is_open = False
 
     def __enter__(self) -> Self:
@@ -67,6 +72,7 @@ class DatasetSink(ABC):
         """
         if not self._is_open:
             self._open()
+            self._image_files.read_names(self.folder)
             self._is_open = True
         self.num_objects += self._write(result)
         self.num_images += 1
@@ -75,6 +81,7 @@ class DatasetSink(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._is_open:
+            self._image_files.write_names(self.folder)
             self._close()
 
     def _open(self) -> None:

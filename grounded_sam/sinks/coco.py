@@ -55,6 +55,7 @@ class CocoSink(DatasetSink):
         seed: Seed of the split.
         images: `none`; `link` or `copy` for image files under `images/`, which `file_name` then names.
         segmentation: `rle` (exact), or `polygon` for tools that cannot read RLE (exact too, read by pycocotools).
+        tolerance: Largest distance in pixels of simplified polygons from the outline; 0 for exact ones.
         file: Name of the JSON file.
 
     Raises:
@@ -65,6 +66,7 @@ class CocoSink(DatasetSink):
 
     images: ImageMode = "none"
     segmentation: Literal["rle", "polygon"] = "rle"
+    tolerance: float = 0.0
     file: str = "annotations.json"
     _lines: dict[tuple[str | None, str], IO[str]] = field(default_factory=dict, init=False, repr=False)
 
@@ -115,13 +117,14 @@ class CocoSink(DatasetSink):
         entry = coco_annotation(result.packed, i, self.vocabulary.category_ids)
         if self.segmentation == "polygon" and "segmentation" in entry:
             assert result.detections.mask is not None
-            entry["segmentation"] = encode_polygons(np.asarray(result.detections.mask[i], bool))
+            entry["segmentation"] = encode_polygons(np.asarray(result.detections.mask[i], bool), self.tolerance)
         return entry
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is None or self.num_images:  # a run that failed before its first image keeps the earlier files
+            self._image_files.write_names(self.folder)
             self._close()
         for lines in self._lines.values():
             lines.close()

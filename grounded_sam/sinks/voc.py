@@ -11,10 +11,11 @@ from xml.etree import ElementTree
 import numpy as np
 import supervision as sv
 
-from grounded_sam.files import PendingFile, atomic_write, atomic_write_text
+from grounded_sam.files import PendingFile, atomic_write, atomic_write_text, encode_controls, encode_lines
 from grounded_sam.media.draw import davis_palette, paint_masks, save_label_map
 from grounded_sam.sinks.base import DatasetSink
 from grounded_sam.sinks.dataset_images import ImageMode
+from grounded_sam.structures.detections import is_crowd
 from grounded_sam.structures.results import FrameResult
 
 #: Folders of the label maps.
@@ -29,7 +30,9 @@ class VocSink(DatasetSink):
     counted from 1, both ends included. In `SegmentationObject` the pixel value k is the k-th `object` of the XML; in
     `SegmentationClass` it is the class id plus 1 (`classes.txt` has the names in that order). Where two masks overlap,
     the smaller is on top. With more than 254 values, PNGs are 16-bit gray, which VOC does not define. `score` is an
-    additional element of an object. Supervision's writer instead has polygons without holes, one object per part.
+    additional element of an object; a crowd is `difficult`, which VOC's evaluation does not count either. Control
+    characters of class names are encoded, see `files.percent_encode`. Supervision's writer instead has polygons without
+    holes, one object per part.
 
     Args:
         output: Output folder of the run.
@@ -89,7 +92,7 @@ class VocSink(DatasetSink):
         if self._has_masks:
             for stem, size_hw in self._empty_images:
                 self._write_label_maps(sv.Detections.empty(), size_hw, stem)
-        atomic_write_text(self.folder / "classes.txt", "".join(f"{name}\n" for name in self.vocabulary.classes))
+        atomic_write_text(self.folder / "classes.txt", encode_lines(self.vocabulary.classes))
 
     def summary(self) -> str:
         """Return the counts and the folder."""
@@ -116,7 +119,7 @@ def _annotation(result: FrameResult, image_name: str) -> ElementTree.Element:
         _add(element, "name", detections.data["class_name"][i])
         _add(element, "pose", "Unspecified")
         _add(element, "truncated", int(is_truncated))
-        _add(element, "difficult", 0)
+        _add(element, "difficult", int(is_crowd(detections, i)))
         _add(element, "score", round(float(detections.confidence[i]), 6))
         box = ElementTree.SubElement(element, "bndbox")
         corners = (math.floor(x1) + 1, math.floor(y1) + 1, math.ceil(x2), math.ceil(y2))
@@ -127,6 +130,4 @@ def _annotation(result: FrameResult, image_name: str) -> ElementTree.Element:
 
 def _add(parent: ElementTree.Element, key: str, value: Any) -> None:
     """Append an element with a text."""
-    # File names can have control characters, which XML cannot.
-    text = "".join(c for c in str(value) if c in "\t\n\r" or ord(c) >= 32)
-    ElementTree.SubElement(parent, key).text = text
+    ElementTree.SubElement(parent, key).text = encode_controls(str(value))

@@ -178,6 +178,11 @@ def merge_detections(parts: Sequence[sv.Detections], vocabulary: Vocabulary) -> 
     return sv.Detections.merge(filled) if filled else empty_detections(vocabulary)
 
 
+def is_crowd(detections: sv.Detections, i: int) -> bool:
+    """Return whether a detection is a label of a crowd, a region of objects that were not told apart."""
+    return "iscrowd" in detections.data and bool(detections.data["iscrowd"][i])
+
+
 def coco_annotation(detections: sv.Detections, i: int, category_ids: Sequence[int]) -> dict[str, Any]:
     """Return a detection as an annotation of a COCO file, without its ids.
 
@@ -196,7 +201,7 @@ def coco_annotation(detections: sv.Detections, i: int, category_ids: Sequence[in
         "category_id": category_ids[int(detections.class_id[i])],
         "bbox": [x1, y1, round(x2 - x1, 3), round(y2 - y1, 3)],
         "area": round((x2 - x1) * (y2 - y1), 3),
-        "iscrowd": int(detections.data["iscrowd"][i]) if "iscrowd" in detections.data else 0,
+        "iscrowd": int(is_crowd(detections, i)),
         "score": round(float(detections.confidence[i]), 6),
     }
     if "rle" in detections.data:

@@ -322,6 +322,14 @@ class RecordsSkipped(Protocol):
 
 
 @runtime_checkable
+class LeavesOut(Protocol):
+    """A sink whose format cannot hold everything."""
+
+    def left_out(self) -> list[Skipped]:
+        """Return what was left out or changed, and what keeps it; called at the end."""
+
+
+@runtime_checkable
 class ResultStore(Protocol):
     """A sink that reads back what earlier runs wrote, so that a run can resume."""
 

@@ -11,7 +11,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from grounded_sam.errors import VocabularyError
-from grounded_sam.structures.ontology import Ontology, coco_categories, parse_phrases, parse_text, read_ontology
+from grounded_sam.structures.ontology import (
+    Ontology,
+    coco_categories,
+    parse_phrases,
+    parse_text,
+    read_ontology,
+    without_root,
+)
 
 T = TypeVar("T")
 
@@ -254,7 +261,7 @@ class Vocabulary:
             where = str(text)
             text = parse_text(where)
         if isinstance(text, Mapping) and isinstance(text.get("categories"), Sequence) and "classes" not in text:
-            text = coco_categories(text["categories"], where)
+            text = coco_categories(without_root(text["categories"], text.get("annotations")), where)
         negatives = parse_phrases(parse_text(negative) if isinstance(negative, str) else negative, "negative")
         if isinstance(text, Mapping) and "classes" in text:
             return cls._from_ontology(read_ontology(text, where), negatives)

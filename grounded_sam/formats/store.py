@@ -11,7 +11,7 @@ columns are filled:
 | column | type | |
 |---|---|---|
 | `kind` | string | `image` (processed), `object` (in the image row above), `skipped` (unusable), `video` (completed) |
-| `file` | string | name relative to the input, with `/`; of frames `clip.mp4/000012` |
+| `file` | string | name relative to the input, with `/`; of frames `clip.mp4/000012` or `folder/000012.jpg` |
 | `path` | string | absolute path of the file; null for cameras and streams |
 | `digest` | string | SHA-256 of the file; of a folder of frames, that of their digests |
 | `take` | string | of frames and `video` rows: id of the take, one pass through the video, that they belong to |
@@ -31,16 +31,19 @@ columns are filled:
 | `area` | int64 | pixels of the mask |
 | `counts` | string | mask as compressed COCO RLE, of the image's height and width |
 | `tracker_id` | int64 | in a video, one per object |
+| `record` | string | JSON: what a COCO file says besides, such as ids, licenses, attributes and `iscrowd` |
 
 Any Parquet reader opens the folder: `pandas.read_parquet("store")`, DuckDB, `pyarrow.dataset`.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -79,6 +82,7 @@ SCHEMA = pa.schema(
         ("area", pa.int64()),
         ("counts", pa.string()),
         ("tracker_id", pa.int64()),
+        ("record", pa.string()),
     ],
     metadata={"grounded_sam.schema": str(VERSION)},
 )
@@ -166,6 +170,7 @@ class StoreReader:
             self._keys_by_name.setdefault(image.name, []).append(key)
         for key, name in self._video_names.items():
             self._keys_by_name.setdefault(name, []).append(key)
+        self._names = _UniqueNames([*((k, i.name) for k, i in self._images.items()), *self._video_names.items()])
         for name, (_, digest) in list(self._skipped.items()):
             self._reconcile_skipped(name, digest)
 
@@ -261,11 +266,11 @@ class StoreReader:
             files: Files of the image or video now, if they are known.
         """
         if key in self._images:
-            yield self._result(self._images[key].index, vocabulary, files, None)
+            yield self._result(key, self._images[key].index, vocabulary, files, None)
             return
         frames, video = self._videos[key].frames, StoredVideo(self.max_pixels)
         for number in sorted(frames):
-            yield self._result(frames[number], vocabulary, files, video)
+            yield self._result(key, frames[number], vocabulary, files, video)
 
     def _table(self, part: int) -> pa.Table:
         """Return the rows of a part, read anew if they are not among those last used."""
@@ -277,7 +282,7 @@ class StoreReader:
         return self._tables[part]
 
     def _result(
-        self, index: _RowIndex, vocabulary: Vocabulary, files: Sequence[Path], video: StoredVideo | None
+        self, key: str, index: _RowIndex, vocabulary: Vocabulary, files: Sequence[Path], video: StoredVideo | None
     ) -> FrameResult:
         """Make the result of an image from its row and the object rows below it."""
         table = self._table(index.part)
@@ -287,14 +292,16 @@ class StoreReader:
         known = ((row, vocabulary.index(row["class"])) for row in objects)
         objects = [{**row, "class_id": i, "class": vocabulary.classes[i]} for row, i in known if i is not None]
         path = self._path(image, files)
+        name = self._names(key, image["video"] or image["file"])
         frame = Frame(
             pixels=StoredPixels(image["file"], path, image["frame"], size_hw, self.max_pixels, video),
             index=image["frame"] if image["frame"] is not None else 0,
-            name=image["file"],
+            name=name if image["video"] is None else f"{name}/{_in_video(image)}",
             time_s=image["time_s"],
-            video=image["video"],
+            video=None if image["video"] is None else name,
             file=None if path is None else Path(path),
             size=size_hw,
+            record=_read_record(image),
         )
         detections = _to_detections(objects, size_hw, vocabulary, tracked=image["video"] is not None)
         return FrameResult(frame=frame, detections=detections, stored=True)
@@ -305,15 +312,75 @@ class StoreReader:
         if len(files) == 1:
             return str(files[0])
         if files:
-            return str(common_folder(list(files)) / row["file"])
+            return str(common_folder(list(files)) / _in_video(row))
         if path is not None and self.root is not None:
-            return str(Path(self.root).expanduser() / (row["video"] if is_video_file(path) else row["file"]))
+            root = Path(self.root).expanduser()
+            moved = root / (row["video"] if is_video_file(path) else row["file"])
+            in_root = root / _in_video(row)  # the folder of the frames itself
+            return str(in_root if row["video"] is not None and not moved.exists() and in_root.exists() else moved)
         return path
+
+    def named(self, frame: Frame, path: str | None) -> Frame:
+        """Return a frame under a name that no other file of the store has.
+
+        A file keeps the name that it got first. A file of another folder with the same name gets a number.
+
+        Args:
+            frame: A frame that is not stored yet.
+            path: Path of its file, as stored.
+        """
+        if frame.video is None:
+            name = self._names(path or frame.name, frame.name)
+            return frame if name == frame.name else replace(frame, name=name)
+        video = self._names(_video_key(path, frame.video), frame.video)
+        if video == frame.video:
+            return frame
+        return replace(frame, name=f"{video}/{frame.name.removeprefix(f'{frame.video}/')}", video=video)
 
 
 def _video_key(path: str | None, name: str) -> str:
     """Return a key that tells videos of the same name apart: by their file, or the folder of their frames."""
     return f"{path if path is None or is_video_file(path) else Path(path).parent}\n{name}"
+
+
+def _in_video(row: Mapping[str, Any]) -> str:
+    """Return the name of a row without that of its video, which stores of earlier versions leave out."""
+    return str(row["file"]) if row["video"] is None else str(row["file"]).removeprefix(f"{row['video']}/")
+
+
+class _UniqueNames:
+    """Names of images and videos, no two the same: the first one of a name keeps it, later ones get a number.
+
+    Args:
+        named: Key and name of each image and video, in the order in which they were stored.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, str]]) -> None:
+        self._names: dict[str, str] = {}
+        self._taken: set[str] = set()
+        for key, name in named:
+            self(key, name)
+
+    def __call__(self, key: str, name: str) -> str:
+        """Return the name for a key; `name` itself unless another key has it."""
+        if key not in self._names:
+            stem, ending = os.path.splitext(name)
+            unique, count = name, 1
+            while unique in self._taken:
+                count += 1
+                unique = f"{stem}-{count}{ending}"
+            self._names[key] = unique
+            self._taken.add(unique)
+        return self._names[key]
+
+
+def _read_record(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the `record` of a row; empty if there is none, or it is no JSON object."""
+    try:
+        record = json.loads(row["record"] or "{}")
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _to_detections(
@@ -326,6 +393,12 @@ def _to_detections(
         return empty
     ids = [row["tracker_id"] for row in rows]
     data: dict[str, Any] = {"class_name": np.array([row["class"] for row in rows], dtype=str)}
+    if any(row["record"] is not None for row in rows):
+        records = [_read_record(row) for row in rows]
+        data["iscrowd"] = np.array([bool(record.pop("iscrowd", False)) for record in records])
+        data["ignore"] = data["iscrowd"] | np.array([bool(record.get("ignore")) for record in records])
+        data["record"] = np.empty(len(rows), object)
+        data["record"][:] = records
     if all(row["mask_score"] is not None for row in rows):
         data["mask_score"] = np.array([row["mask_score"] for row in rows], np.float32)
     detections = sv.Detections(

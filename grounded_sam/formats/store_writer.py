@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import time
 import uuid
@@ -18,6 +19,7 @@ from grounded_sam.errors import ConfigError, count_of
 from grounded_sam.files import atomic_write
 from grounded_sam.formats.store import SCHEMA, StoreReader
 from grounded_sam.formats.store_runs import StoreRun, file_digest, read_runs
+from grounded_sam.structures.detections import is_crowd
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.masks import mask_area
 from grounded_sam.structures.results import FrameResult, Skipped
@@ -136,6 +138,10 @@ class StoreWriter:
         """Return the problem that an earlier run recorded for a file, such as a truncated video; None without one."""
         return self._reader.skipped.get(name)
 
+    def named(self, frame: Frame) -> Frame:
+        """Return a frame under a name that no other file of the store has; see `StoreReader.named`."""
+        return self._reader.named(frame, _path_of(frame))
+
     def write(self, result: FrameResult) -> None:
         """Write one result.
 
@@ -146,7 +152,8 @@ class StoreWriter:
         if self._video_row is not None and self._video_row["video"] != frame.video:
             self._end_video()
         columns = self._frame_columns(frame)
-        self._rows.append({"kind": "image", **columns, "objects": len(detections)})
+        record = json.dumps(dict(frame.record)) if frame.record else None
+        self._rows.append({"kind": "image", **columns, "objects": len(detections), "record": record})
         self._rows += [{"kind": "object", **columns, **_object_columns(detections, i)} for i in range(len(detections))]
         self.images += 1
         self.objects += len(detections)
@@ -157,7 +164,7 @@ class StoreWriter:
     def _frame_columns(self, frame: Frame) -> dict[str, Any]:
         """Return the columns that an image row and its object rows have in common."""
         height, width = frame.size_hw
-        path = None if frame.file is None else os.fsencode(frame.file.absolute()).decode("utf-8", "backslashreplace")
+        path = _path_of(frame)
         columns: dict[str, Any] = {"file": frame.name, "path": path, "fingerprint": self._run.fingerprint}
         columns |= {"width": width, "height": height, "time_s": frame.time_s}
         if frame.video is None:
@@ -221,6 +228,13 @@ class StoreWriter:
         self._rows, self._part_images, self._part_start = [], 0, time.monotonic()
 
 
+def _path_of(frame: Frame) -> str | None:
+    """Return the absolute path of the file of a frame, as it is stored."""
+    if frame.file is None:
+        return None
+    return os.fsencode(frame.file.absolute()).decode("utf-8", "backslashreplace")
+
+
 def _object_columns(detections: sv.Detections, i: int) -> dict[str, Any]:
     """Return the columns of one detection, with masks as RLE."""
     assert detections.class_id is not None and detections.confidence is not None
@@ -235,6 +249,8 @@ def _object_columns(detections: sv.Detections, i: int) -> dict[str, Any]:
         columns |= {"area": mask_area(detections, i), "counts": counts}
     if "mask_score" in detections.data:
         columns["mask_score"] = float(detections.data["mask_score"][i])
+    if "record" in detections.data:
+        columns["record"] = json.dumps({**detections.data["record"][i], "iscrowd": int(is_crowd(detections, i))})
     if detections.tracker_id is not None:
         columns["tracker_id"] = int(detections.tracker_id[i])
     return columns

@@ -310,7 +310,8 @@ class _ImageSequence:
         if not self.files:
             raise ConfigError(f"no frame in {input}")
         self.input, self.fps = input, fps
-        self.name = name or (path if path.is_dir() else common_folder(self.files)).name
+        folder = Path(os.path.abspath(path if path.is_dir() else common_folder(self.files)))
+        self.name = name or relative_name(folder, folder.parent) or "frames"
         self._size_wh: tuple[int, int] | None = None  # of the first frame that could be read
 
     def count(self) -> int | None:
@@ -320,7 +321,7 @@ class _ImageSequence:
         root = common_folder(self.files)
         self._size_wh = None
         for index, path in enumerate(self.files):
-            name = relative_name(path, root)
+            name = f"{self.name}/{relative_name(path, root)}"
             yield _Undecoded(index, index / self.fps, partial(self._decode, path, name, decoder), name, path)
 
     def _decode(self, path: Path, name: str, decoder: VideoDecoder) -> NDArray[np.uint8] | None:

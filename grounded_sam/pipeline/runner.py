@@ -200,13 +200,18 @@ class Runner:
 
     def _write(self, result: FrameResult) -> None:
         """Write a result to every sink."""
+        original = result
+        if self.store is not None and not result.stored:
+            frame = self.store.named(result.frame)
+            if frame is not result.frame:
+                result = FrameResult(frame=frame, detections=result.raw)
         renumbered = result
         if self.classes is not None and self._numbering:
             self.classes.save()  # before the first file with a number
             renumbered = self.classes.renumber(result)
         for sink in self.sinks:
             try:
-                sink.write(renumbered if sink in self._numbering else result)
+                sink.write(original if sink is self.store else renumbered if sink in self._numbering else result)
             except ImageError as error:  # the file of a stored result is gone
                 skipped = Skipped(result.frame.name, str(error))
                 if skipped not in self._unusable:

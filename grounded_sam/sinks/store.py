@@ -10,6 +10,7 @@ from typing import Any, Literal
 from grounded_sam.checks import check_choice, check_int, check_number
 from grounded_sam.errors import count_of
 from grounded_sam.formats.store_writer import StoreWriter
+from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.results import FrameResult, Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
 
@@ -65,6 +66,10 @@ class StoreSink:
     def output_classes(self) -> Vocabulary:
         """Return the classes of the run, followed by those stored before."""
         return self._writer.output_classes()
+
+    def named(self, frame: Frame) -> Frame:
+        """Return a frame under a name that no other file of the store has."""
+        return self._writer.named(frame)
 
     def files_resumed(self) -> int:
         """Return how many files `lookup` has found so far."""

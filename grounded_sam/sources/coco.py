@@ -79,6 +79,7 @@ class CocoSource:
                 file=path,
                 size=size_hw,
                 annotations=self.file.detections(image),
+                record=self.file.image_record(image),
             )
 
     def _read(self, path: Path, size_hw: tuple[int, int]) -> NDArray[np.uint8]:

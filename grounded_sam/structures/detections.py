@@ -184,7 +184,7 @@ def is_crowd(detections: sv.Detections, i: int) -> bool:
 
 
 def coco_annotation(detections: sv.Detections, i: int, category_ids: Sequence[int]) -> dict[str, Any]:
-    """Return a detection as an annotation of a COCO file, without its ids.
+    """Return a detection as an annotation of a COCO file, with its id if it comes from one.
 
     Args:
         detections: Detections with packed masks (see `structures.masks.pack_masks`), or without masks.
@@ -192,12 +192,13 @@ def coco_annotation(detections: sv.Detections, i: int, category_ids: Sequence[in
         category_ids: Category id of each class.
 
     Returns:
-        `category_id`, `bbox` (xywh in pixels), `area`, `iscrowd`, `score`, and where there are any `segmentation`
-        (RLE), `track_id` and `mask_score`.
+        `category_id`, `bbox` (xywh in pixels), `area`, `iscrowd`, `score`, where there are any `segmentation` (RLE),
+        `track_id` and `mask_score`, and the other keys that a label came with.
     """
     assert detections.class_id is not None and detections.confidence is not None
     x1, y1, x2, y2 = (round(float(value), 3) for value in detections.xyxy[i])
     entry: dict[str, Any] = {
+        **(detections.data["record"][i] if "record" in detections.data else {}),
         "category_id": category_ids[int(detections.class_id[i])],
         "bbox": [x1, y1, round(x2 - x1, 3), round(y2 - y1, 3)],
         "area": round((x2 - x1) * (y2 - y1), 3),

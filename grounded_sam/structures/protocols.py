@@ -342,6 +342,9 @@ class ResultStore(Protocol):
             replay: Whether the results are wanted; False returns an empty iterable for what is stored.
         """
 
+    def named(self, frame: Frame) -> Frame:
+        """Return a frame under a name that no other file of the store has."""
+
     def output_classes(self) -> Vocabulary:
         """Return the classes of the run, followed by those stored before."""
 

@@ -62,6 +62,18 @@ def test_images_of_one_name_in_two_folders_keep_two_names(tmp_path):
     assert stems == {Path(name).stem for name in names}
 
 
+def test_an_image_keeps_its_name_when_the_input_is_another_folder(tmp_path):
+    (tmp_path / "in" / "a").mkdir(parents=True)
+    Image.new("RGB", (20, 10)).save(tmp_path / "in" / "a" / "1.png")
+    output = tmp_path / "out"
+    assert label(tmp_path / "in", output) == ["a/1.png"]
+    assert label(tmp_path / "in" / "a", output) == ["a/1.png"]  # from the store
+    Image.new("RGB", (30, 10)).save(tmp_path / "in" / "a" / "1.png")
+    assert label(tmp_path / "in" / "a", output) == ["a/1.png"]
+    export("source=stored", "input=out", "sink=coco", "output=o", cwd=tmp_path)
+    assert names_in(tmp_path / "o") == ["a/1.png"]
+
+
 COCO = {
     "licenses": [{"id": 3, "name": "CC BY", "url": "http://example.org/by"}],
     "categories": [{"id": 7, "name": "star", "supercategory": "shape"}],

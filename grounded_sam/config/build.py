@@ -314,11 +314,11 @@ def build_sinks(
         cfg: The config.
         output: Folder of the run. All shards share one store, in the `output` of the sweep.
         vocabulary: Classes of the run.
-        classes: Classes of the output, which those of the run are appended to; None for a new output.
+        classes: Classes of the output, to which those of the run are appended, and which the runner needs too; None to
+            number the classes as in `vocabulary`, for an output of one run.
     """
     from omegaconf import OmegaConf
 
-    classes = classes or OutputClasses(output, vocabulary)
     num_shards = OmegaConf.select(cfg, "source.num_shards") or 1
     stores = {name: _is_store(node, str(name)) for name, node in (cfg.sink or {}).items()}
     sinks: list[Sink] = []
@@ -330,11 +330,12 @@ def build_sinks(
             folder = output / str(cfg.source.shard)
         cls = _class_of(cfg.sink[name], f"sink.{name}")
         numbers = isinstance(cls, type) and issubclass(cls, NumbersClasses)
-        words = classes.vocabulary if numbers else vocabulary
+        words = classes.vocabulary if numbers and classes is not None else vocabulary
         sink = build_node(cfg, f"sink.{name}", output=folder, vocabulary=words)
         if isinstance(sink, ResultStore):  # with resume=extend it may have classes that this run did not request
             vocabulary = sink.output_classes()
-            classes.append(vocabulary)
+            if classes is not None:
+                classes.append(vocabulary)
         sinks.append(sink)
     return sinks
 

@@ -42,7 +42,7 @@ import json
 import os
 import sys
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -157,6 +157,7 @@ class StoreReader:
         self._tables: OrderedDict[int, pa.Table] = OrderedDict()
         self._images: dict[str, _StoredImage] = {}  # by path, or by name where there is none
         self._video_names: dict[str, str] = {}  # by video key
+        self._first_names: dict[str, str] = {}  # by path or video key: the name that it was first stored with
         self._skipped: dict[str, tuple[Skipped, str | None]] = {}  # by name: record and digest
         passes: dict[str, dict[str, _VideoPass]] = {}  # by video key and id of the pass, the latest last
         for number, part in enumerate(self.parts):
@@ -170,7 +171,7 @@ class StoreReader:
             self._keys_by_name.setdefault(image.name, []).append(key)
         for key, name in self._video_names.items():
             self._keys_by_name.setdefault(name, []).append(key)
-        self._names = _UniqueNames([*((k, i.name) for k, i in self._images.items()), *self._video_names.items()])
+        self._names = _UniqueNames(self._first_names)
         for name, (_, digest) in list(self._skipped.items()):
             self._reconcile_skipped(name, digest)
 
@@ -193,10 +194,12 @@ class StoreReader:
                 self._skipped[file] = (Skipped(file, reason), digest)
             elif kind == "image" and video is None:
                 self._skipped.pop(file, None)
+                self._first_names.setdefault(path or file, file)
                 self._images[path or file] = _StoredImage(_RowIndex(number, row), digest, file, sys.intern(run or ""))
             else:
                 key = _video_key(path, video)
                 self._video_names[key] = video
+                self._first_names.setdefault(key, video)
                 video_pass = passes.setdefault(key, {}).setdefault(pass_id, _VideoPass(digest, run or ""))
                 if kind == "video":
                     video_pass.complete = True
@@ -228,14 +231,15 @@ class StoreReader:
         """Files that could not be used, or not completely, when they were last tried; by name."""
         return {name: skipped for name, (skipped, _) in self._skipped.items()}
 
-    def find(self, name: str, digest: str) -> str | None:
+    def find(self, name: str, digest: str, path: str | None = None) -> str | None:
         """Return the key, for `read`, of an image or of a complete video; None if it is not stored with this content.
 
         Args:
             name: Name of the image or video.
             digest: Digest of its files, see `store_runs.file_digest`.
+            path: Path of the image, as stored, which an input of another folder names differently.
         """
-        for key in self._keys_by_name.get(name, ()):
+        for key in (*self._keys_by_name.get(name, ()), path):
             if key in self._images and self._images[key].digest == digest:
                 return key
             if key in self._videos and self._videos[key].complete and self._videos[key].digest == digest:
@@ -352,13 +356,13 @@ class _UniqueNames:
     """Names of images and videos, no two the same: the first one of a name keeps it, later ones get a number.
 
     Args:
-        named: Key and name of each image and video, in the order in which they were stored.
+        named: Name of each image and video by its key, in the order in which they were stored.
     """
 
-    def __init__(self, named: Iterable[tuple[str, str]]) -> None:
+    def __init__(self, named: Mapping[str, str]) -> None:
         self._names: dict[str, str] = {}
         self._taken: set[str] = set()
-        for key, name in named:
+        for key, name in named.items():
             self(key, name)
 
     def __call__(self, key: str, name: str) -> str:

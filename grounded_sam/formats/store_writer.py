@@ -102,7 +102,7 @@ class StoreWriter:
             digest = file_digest(files)
         except OSError:  # reported when the file is decoded
             return None
-        key = self._reader.find(name, digest)
+        key = self._reader.find(name, digest, _stored_path(files[0]) if len(files) == 1 else None)
         if key is None:
             self._digests[name] = digest
             return None
@@ -140,7 +140,7 @@ class StoreWriter:
 
     def named(self, frame: Frame) -> Frame:
         """Return a frame under a name that no other file of the store has; see `StoreReader.named`."""
-        return self._reader.named(frame, _path_of(frame))
+        return self._reader.named(frame, None if frame.file is None else _stored_path(frame.file))
 
     def write(self, result: FrameResult) -> None:
         """Write one result.
@@ -164,7 +164,7 @@ class StoreWriter:
     def _frame_columns(self, frame: Frame) -> dict[str, Any]:
         """Return the columns that an image row and its object rows have in common."""
         height, width = frame.size_hw
-        path = _path_of(frame)
+        path = None if frame.file is None else _stored_path(frame.file)
         columns: dict[str, Any] = {"file": frame.name, "path": path, "fingerprint": self._run.fingerprint}
         columns |= {"width": width, "height": height, "time_s": frame.time_s}
         if frame.video is None:
@@ -228,11 +228,9 @@ class StoreWriter:
         self._rows, self._part_images, self._part_start = [], 0, time.monotonic()
 
 
-def _path_of(frame: Frame) -> str | None:
-    """Return the absolute path of the file of a frame, as it is stored."""
-    if frame.file is None:
-        return None
-    return os.fsencode(frame.file.absolute()).decode("utf-8", "backslashreplace")
+def _stored_path(file: Path) -> str:
+    """Return the absolute path of a file, as it is stored."""
+    return os.fsencode(file.absolute()).decode("utf-8", "backslashreplace")
 
 
 def _object_columns(detections: sv.Detections, i: int) -> dict[str, Any]:

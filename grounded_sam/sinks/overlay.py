@@ -11,7 +11,9 @@ from grounded_sam.checks import check_bool, check_choice, check_int, check_numbe
 from grounded_sam.errors import count_of
 from grounded_sam.files import UniqueNames, atomic_write
 from grounded_sam.media.draw import draw_detections
+from grounded_sam.media.files import is_video_file
 from grounded_sam.media.mp4 import Mp4Writer
+from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.results import FrameResult
 from grounded_sam.structures.vocabulary import Vocabulary
 
@@ -84,26 +86,28 @@ class OverlaySink:
             palette=self.palette,
         )
         if frame.video is not None:
-            self._writer(frame.video).write(drawn, frame.time_s or 0.0)
+            self._writer(frame, frame.video).write(drawn, frame.time_s or 0.0)
             return
         suffix = "png" if max(drawn.shape) > MAX_JPEG_SIDE else self.format
         with atomic_write(self.folder / self._names(frame.name, f".{suffix}")) as part:
             Image.fromarray(drawn).save(part, format="JPEG" if suffix == "jpg" else "PNG", quality=92)
         self._num_images += 1
 
-    def _writer(self, video: str) -> Mp4Writer:
+    def _writer(self, frame: Frame, video: str) -> Mp4Writer:
         """Return the writer of a video; the one before is closed, since an encoder holds frames in memory."""
         if self._current is None or self._current[0] != video:
             self._close()
             path = self.folder / self._names(video, ".mp4")
-            self._current = video, Mp4Writer(path, self._sound_file(video), self.crf)
+            self._current = video, Mp4Writer(path, self._sound_file(frame, video), self.crf)
             self._num_videos += 1
         return self._current[1]
 
-    def _sound_file(self, video: str) -> str | None:
-        """Return the file of a video: `sound_from` itself, or the file of that name in it."""
+    def _sound_file(self, frame: Frame, video: str) -> str | None:
+        """Return the file with the sound of a video: `sound_from` itself, or the video or its namesake in it."""
         if self.sound_from is None or not os.path.isdir(self.sound_from):
             return self.sound_from
+        if frame.file is not None and is_video_file(frame.file) and frame.file.is_relative_to(self.sound_from):
+            return str(frame.file)  # its name may have got a number in a store
         return os.path.join(self.sound_from, video)
 
     def __exit__(

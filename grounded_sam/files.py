@@ -125,18 +125,19 @@ class UniqueNames:
         folder = ""
         for part in parents:
             safe = percent_encode(part, f"^{part[:1]}") if part in self.reserved else safe_filename(part)
-            folder += f"{self._free(folder + safe, '', lambda path: self._is_file(path, suffix))}/"
+            folder = f"{self._free(folder + safe, '', '', lambda path: self._is_file(path, suffix))}/"
         safe = safe_filename(last)
         stem = safe[: -len(suffix)] if suffix and safe.lower().endswith(suffix) else safe
-        path = self._free(folder + stem, safe[len(stem) :] or suffix, lambda path: self._is_taken(path, suffix))
+        ending = safe[len(stem) :] or suffix
+        path = self._free(folder + stem, ending, suffix, lambda path: self._is_taken(path, suffix))
         self._files.add(path.casefold())
         self._folders.update(_folders(path.casefold()))
         self.names[path] = owner
         return Path(path)
 
-    def _free(self, stem: str, suffix: str, taken: Callable[[str], bool]) -> str:
-        """Return a path that is not taken, with a number if need be."""
-        path, count = stem + suffix, 1
+    def _free(self, stem: str, ending: str, suffix: str, taken: Callable[[str], bool]) -> str:
+        """Return a path that is not taken: `stem` and `ending`, or with a number `stem`, the number and `suffix`."""
+        path, count = stem + ending, 1
         while taken(path.casefold()):  # some file systems ignore case
             count += 1
             path = f"{stem}-{count}{suffix}"

@@ -270,3 +270,19 @@ def test_label_studio_says_that_it_needs_a_storage_and_how_to_start(tmp_path):
 def test_a_name_of_a_folder_is_numbered_only_where_a_file_has_it():
     names = UniqueNames()
     assert [str(names(name, "")) for name in ("a", "a/b", "a.v/c", "a.txt/d")] == ["a", "a/b", "a.v/c", "a.txt-2/d"]
+    assert str(names("a.txt/e/f/g", "")) == "a.txt-2/e/f/g"
+
+
+PLAIN = st.text("ab1_-", min_size=1, max_size=5)
+
+
+@given(st.lists(PLAIN, min_size=1, max_size=5).map("/".join))
+def test_plain_names_are_paths(name):
+    assert UniqueNames()(name, "").as_posix() == name
+    assert UniqueNames()(name, ".png").as_posix() == f"{name}.png"
+
+
+def test_printable_names_of_images_are_not_changed_for_cvat(tmp_path):
+    names = ["foo%20bar.png", "ü 名/100%.png"]
+    write(CvatSink(tmp_path, VOCABULARY), *map(make_result, names))
+    assert [node.get("name") for node in etree.parse(str(tmp_path / "cvat.xml")).iterfind("image")] == names

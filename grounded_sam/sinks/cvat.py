@@ -58,7 +58,7 @@ class CvatSink(DatasetSink):
             self._start(tag)
         for name, color in zip(self.vocabulary.classes, self.vocabulary.palette(), strict=True):
             self._start("label")
-            self._element("name", name)
+            self._element("name", encode_controls(name))
             self._element("color", color)
             self._start("attributes")
             for attribute in ("score", "track_id"):
@@ -73,7 +73,7 @@ class CvatSink(DatasetSink):
 
     def _start(self, tag: str, **attributes: Any) -> None:
         """Write a start tag, with the attributes that are not None."""
-        texts = {key: encode_controls(str(value)) for key, value in attributes.items() if value is not None}
+        texts = {key: str(value) for key, value in attributes.items() if value is not None}
         self._xml.startElement(tag, texts)  # type: ignore[arg-type]
 
     def _end(self, tag: str) -> None:
@@ -83,13 +83,15 @@ class CvatSink(DatasetSink):
     def _element(self, tag: str, text: Any, **attributes: Any) -> None:
         """Write an element with a text."""
         self._start(tag, **attributes)
-        self._xml.characters(encode_controls(str(text)))
+        self._xml.characters(str(text))
         self._end(tag)
 
     def _write(self, result: FrameResult) -> int:
         frame, detections = result.frame, result.detections
         (height, width), split = frame.size_hw, self._splits(frame)
-        self._start("image", id=self.num_images, name=frame.name, subset=split, width=width, height=height)
+        # Otherwise as it is, since CVAT compares it with the names of its images.
+        name = frame.name if frame.name.isprintable() else encode_controls(frame.name)
+        self._start("image", id=self.num_images, name=name, subset=split, width=width, height=height)
         for i in range(len(detections)):
             self._write_object(detections, i)
         self._end("image")
@@ -107,7 +109,7 @@ class CvatSink(DatasetSink):
                 return
             tag = self.shape
             geometry = _mask_geometry(mask) if tag == "mask" else _polygon_geometry(mask, self.tolerance)
-        label = detections.data["class_name"][i]
+        label = encode_controls(str(detections.data["class_name"][i]))
         self._start(tag, label=label, source="auto", occluded=0, z_order=0, **geometry)
         self._element("attribute", f"{float(detections.confidence[i]):.4f}", name="score")
         if detections.tracker_id is not None:

@@ -116,7 +116,7 @@ def _annotation(result: FrameResult, image_name: str) -> ElementTree.Element:
         element = ElementTree.SubElement(root, "object")
         x1, y1, x2, y2 = detections.xyxy[i].tolist()
         is_truncated = x1 <= 0 or y1 <= 0 or x2 >= width or y2 >= height
-        _add(element, "name", detections.data["class_name"][i])
+        _add(element, "name", encode_controls(str(detections.data["class_name"][i])))
         _add(element, "pose", "Unspecified")
         _add(element, "truncated", int(is_truncated))
         _add(element, "difficult", int(is_crowd(detections, i)))
@@ -130,4 +130,4 @@ def _annotation(result: FrameResult, image_name: str) -> ElementTree.Element:
 
 def _add(parent: ElementTree.Element, key: str, value: Any) -> None:
     """Append an element with a text."""
-    ElementTree.SubElement(parent, key).text = encode_controls(str(value))
+    ElementTree.SubElement(parent, key).text = str(value)

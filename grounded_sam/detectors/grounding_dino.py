@@ -189,7 +189,7 @@ class GroundingDino:
 
     Args:
         checkpoint: Hub id (LLMDet's load too), local folder, or `builtin:NAME`.
-        device: `auto`, `cpu`, `cuda`, `cuda:1`...
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`...
         dtype: Type of weights and activations: `float32`, `bfloat16` or `float16`.
         phrase_score: How token probabilities become the score of a phrase: `mean`, as in the evaluation of Grounding
             DINO and MMDetection, where every word has to fit; or `max`, as in transformers' post-processing, where one

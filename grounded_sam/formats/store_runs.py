@@ -16,7 +16,7 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
-from grounded_sam.errors import ConfigError, VocabularyError, shorten
+from grounded_sam.errors import ConfigError, VocabularyError, redact, shorten
 from grounded_sam.files import atomic_write, home_path, require_regular
 from grounded_sam.formats.store_migrations import class_name, migrate_settings, migrate_vocabulary
 from grounded_sam.structures.vocabulary import Vocabulary
@@ -148,6 +148,7 @@ def essential_settings(settings: Any) -> Any:
     if isinstance(settings, list | tuple):
         return [essential_settings(value) for value in settings]
     if isinstance(settings, str) and settings:
+        settings = redact(settings)
         files = _files_at(settings)
         return {"name": home_path(settings).name, "sha256": file_digest(files)} if files else settings
     return settings

@@ -46,7 +46,7 @@ class StoreWriter:
         objects: Number of detections written so far.
 
     Raises:
-        ConfigError: If the store was made with other settings, or is damaged.
+        ConfigError: If the store was made with other settings, is damaged, or its folder is a link.
     """
 
     def __init__(
@@ -60,6 +60,11 @@ class StoreWriter:
         resume: Literal["same", "extend"] = "same",
         max_pixels: int = MAX_PIXELS,
     ) -> None:
+        if folder.is_symlink():
+            raise ConfigError(
+                f"{folder} is a link to {os.readlink(folder)}, and nothing is written through links inside an output; "
+                "remove the link, or choose another output"
+            )
         self.folder, self.vocabulary = folder, vocabulary
         self.part_images, self.part_seconds = part_images, part_seconds
         self.images = self.objects = 0

@@ -13,6 +13,7 @@ from pathlib import Path
 from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.files import home_path
 from grounded_sam.media.images import open_image, safe_formats
+from grounded_sam.output.claim import STATE, read_listing
 
 #: Suffixes of video files.
 VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ts"}
@@ -28,12 +29,28 @@ class InputFiles:
         videos: Video files.
         root: Folder that names in the output are relative to.
         is_file: Whether the input is itself the file, rather than a folder, glob or list.
+        outputs: Folders with results of earlier runs, whose files were passed over.
     """
 
     images: list[Path]
     videos: list[Path]
     root: Path
     is_file: bool = False
+    outputs: tuple[Path, ...] = ()
+
+    def nothing_found(self, given: object, kind: str) -> str:
+        """Return the message for an input without usable files.
+
+        Args:
+            given: The input.
+            kind: What was looked for, such as `image`.
+        """
+        if not self.outputs:
+            return f"no {kind} in {given}"
+        return (
+            f"no {kind} in {given} apart from results of earlier runs in {self.outputs[0]}, which are passed over; to "
+            f"use some as input, name their own folder or list them in a .txt file"
+        )
 
 
 def natural_key(text: str) -> list[tuple[int, int | str]]:
@@ -119,8 +136,9 @@ def find_files(given: str) -> InputFiles:
     """Find the images and videos that an input names.
 
     Args:
-        given: A file, a folder (searched recursively, without hidden files and outputs of earlier runs), a glob, a
-            `.txt` file with one path per line, or `builtin:NAME`.
+        given: A file, a folder (searched recursively, without hidden files), a glob, a `.txt` file with one path per
+            line, or `builtin:NAME`. What earlier runs wrote below a folder, or below the part of a glob without
+            wildcards, is passed over.
 
     Raises:
         ConfigError: If the input does not exist, a glob matches nothing, or a list has no paths.
@@ -133,10 +151,10 @@ def find_files(given: str) -> InputFiles:
         if not folder.is_dir():
             names = ", ".join(f"builtin:{path.name}" for path in sorted(_EXAMPLES.iterdir()) if path.is_dir())
             raise ConfigError(f"input={given} is not part of the package; available: {names}")
-        return _select_media(_walk(folder), folder)
+        return _select_media(folder, *_walk(folder))
     path = home_path(given)
     if path.is_dir():
-        return _select_media(_walk(path), path)
+        return _select_media(path, *_walk(path))
     if path.is_file() and path.suffix.lower() == ".txt":
         files = _read_listing(path)
         videos = [file for file in files if is_video_file(file)]
@@ -145,32 +163,86 @@ def find_files(given: str) -> InputFiles:
         images, videos = ([], [path]) if is_video_file(path) else ([path], [])
         return InputFiles(images, videos, path.parent, is_file=True)
     if glob.has_magic(given):
-        matches = (Path(match) for match in glob.glob(os.path.expanduser(given), recursive=True))
-        files = sorted((match for match in matches if match.is_file()), key=lambda file: natural_key(str(file)))
-        if not files:
+        files, outputs = match_files(given)
+        if not files and not outputs:
             raise ConfigError(f"no file matches {given}")
-        return _select_media(files, common_folder(files))
+        return _select_media(common_folder(files or list(outputs)), files, outputs)
     raise ConfigError(f"no such file or folder: {given}")
 
 
-def _walk(folder: Path) -> list[Path]:
-    """Return all files below a folder in natural order, without hidden files and outputs of earlier runs."""
+def match_files(pattern: str) -> tuple[list[Path], list[Path]]:
+    """Return the files that match a glob, without what earlier runs wrote below its fixed part, and their outputs.
+
+    Args:
+        pattern: The glob.
+    """
+    pattern = os.path.expanduser(pattern)
+    fixed = Path(pattern)
+    while glob.has_magic(str(fixed)):
+        fixed = fixed.parent
+    earlier = _EarlierOutputs()
+    matches = (Path(match) for match in glob.glob(pattern, recursive=True))
+    files = [match for match in matches if match.is_file() and not earlier.wrote(match, fixed)]
+    return sorted(files, key=lambda file: natural_key(str(file))), earlier.found
+
+
+class _EarlierOutputs:
+    """The outputs of earlier runs among folders.
+
+    Attributes:
+        found: Folders of outputs with files that were passed over.
+    """
+
+    def __init__(self) -> None:
+        self._written: dict[Path, set[str] | None] = {}  # by folder, what was written there; None for all of it
+        self.found: list[Path] = []
+
+    def wrote(self, path: Path, top: Path) -> bool:
+        """Return whether an earlier run wrote a file.
+
+        Args:
+            path: The file.
+            top: Folder above it; outputs that it is in do not count.
+        """
+        for folder in path.parents:
+            written = self._written_in(folder)
+            if written is None or (written and path.relative_to(folder).as_posix() in written):
+                if folder not in self.found:
+                    self.found.append(folder)
+                return True
+            if folder == top:
+                break
+        return False
+
+    def _written_in(self, folder: Path) -> set[str] | None:
+        if folder not in self._written:
+            if (folder / STATE).is_dir():
+                self._written[folder] = set(read_listing(folder))
+            else:  # of an earlier version, or of another program with Hydra
+                self._written[folder] = None if (folder / ".hydra").is_dir() else set()
+        return self._written[folder]
+
+
+def _walk(folder: Path) -> tuple[list[Path], list[Path]]:
+    """Return all files below a folder in natural order, without hidden files and what earlier runs wrote, and where."""
     files = []
     visited = set()
+    earlier = _EarlierOutputs()
     for current, folders, names in os.walk(folder, followlinks=True):
         real = os.path.realpath(current)
-        if real in visited or ".hydra" in folders:  # a loop of links, or the output of an earlier run
+        if real in visited:  # a loop of links
             folders.clear()
             continue
         visited.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(current) / name for name in names if not name.startswith(".")]
-    return sorted(files, key=lambda path: natural_key(path.as_posix()))
+        paths = [Path(current) / name for name in names if not name.startswith(".")]
+        files += [path for path in paths if not earlier.wrote(path, folder)]
+    return sorted(files, key=lambda path: natural_key(path.as_posix())), earlier.found
 
 
-def _select_media(files: list[Path], root: Path) -> InputFiles:
+def _select_media(root: Path, files: list[Path], outputs: list[Path]) -> InputFiles:
     """Select the images and videos among files."""
-    return InputFiles(image_files(files), [path for path in files if is_video_file(path)], root)
+    return InputFiles(image_files(files), [path for path in files if is_video_file(path)], root, outputs=tuple(outputs))
 
 
 def _read_listing(listing: Path) -> list[Path]:

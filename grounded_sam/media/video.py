@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.files import home_path, require_regular
-from grounded_sam.media.files import common_folder, image_files, natural_key, relative_name
+from grounded_sam.media.files import common_folder, image_files, match_files, natural_key, relative_name
 from grounded_sam.media.images import MAX_PIXELS, read_image
 
 #: Schemes that a URL may have. FFmpeg knows more protocols, some of which read local files.
@@ -353,7 +353,7 @@ class _ImageSequence:
         if path.is_dir():
             candidates = [p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")]
         else:
-            candidates = [Path(match) for match in glob.glob(os.path.expanduser(input), recursive=True)]
+            candidates, _ = match_files(input)
         self.files = sorted(image_files(candidates), key=lambda file: natural_key(file.as_posix()))
         if not self.files:
             raise ConfigError(f"no frame in {input}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterator, Sequence
@@ -16,11 +17,21 @@ from typing import Any
 from grounded_sam.errors import ImageError, count_of
 from grounded_sam.files import atomic_write
 from grounded_sam.media.progress import ProgressBar
+from grounded_sam.output.claim import ClaimedFolder, check_output, claim
 from grounded_sam.pipeline.images import convert_errors, process_images
 from grounded_sam.pipeline.pipeline import Pipeline
 from grounded_sam.pipeline.prediction_cache import CachedStages
 from grounded_sam.structures.frame import Frame
-from grounded_sam.structures.protocols import Lookup, RecordsSkipped, ResultStore, Resumable, Sharded, Sink, Source
+from grounded_sam.structures.protocols import (
+    Lookup,
+    OwnsFolder,
+    RecordsSkipped,
+    ResultStore,
+    Resumable,
+    Sharded,
+    Sink,
+    Source,
+)
 from grounded_sam.structures.request import Request
 from grounded_sam.structures.results import FrameResult, Skipped
 
@@ -40,6 +51,8 @@ class Summary:
         objects: Number of detections by class name; in videos, of tracks.
         skipped: Files that could not be used.
         outputs: One line per sink: what it wrote, and where.
+        removed: Number of files of earlier runs that were removed from the folders of the sinks.
+        kept: Files there that only an earlier run wrote, but that were changed since, or are copies of images.
         interrupted: Whether the run was stopped early, by Ctrl-C.
     """
 
@@ -50,6 +63,8 @@ class Summary:
     objects: Counter[str] = field(default_factory=Counter)
     skipped: list[Skipped] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
+    removed: int = 0
+    kept: list[Path] = field(default_factory=list)
     interrupted: bool = False
 
     @property
@@ -64,7 +79,9 @@ class Runner:
     """Take every frame of a source through a pipeline to the sinks.
 
     Sinks write on a thread of their own, so that models and files do not wait for each other. With a sink that stores
-    results, or with a prediction cache, files that have not changed are read back instead of processed again.
+    results, or with a prediction cache, files that have not changed are read back instead of processed again. The
+    output is claimed during the run; see `output.claim`. At its end, files that an earlier run wrote into the folder
+    of a sink, and this run did not write again, are removed.
 
     Args:
         pipeline: Detects, segments and tracks.
@@ -102,8 +119,16 @@ class Runner:
         An interruption (Ctrl-C) ends the run early; what was written so far stays usable.
 
         Raises:
+            ConfigError: If another run is writing to the output, or files in it are not of an earlier run.
             ImageError: If not a single frame could be read.
         """
+        with claim(self.output) as claimed:
+            check_output(self.output / "skipped.json")
+            for folder in self._own_folders():
+                claimed.check_folder(folder)
+            return self._run(claimed)
+
+    def _run(self, claimed: ClaimedFolder) -> Summary:
         start = time.perf_counter()
         try:
             with ExitStack() as stack:
@@ -122,8 +147,17 @@ class Runner:
         self.summary.objects.update(self._tracks.values())
         self.summary.skipped = self._skipped()
         self._write_skipped()
+        if not self.summary.interrupted:
+            for folder in self._own_folders():
+                removed, kept = claimed.remove_stale(folder)
+                self.summary.removed += len(removed)
+                self.summary.kept += kept
         self.summary.outputs = [sink.summary() for sink in self.sinks]
         return self.summary
+
+    def _own_folders(self) -> list[Path]:
+        """Return the folders that only one sink of the run writes to."""
+        return [Path(os.path.abspath(sink.own_folder())) for sink in self.sinks if isinstance(sink, OwnsFolder)]
 
     def _process(self, results: Iterator[FrameResult], writer: ThreadPoolExecutor, progress: ProgressBar) -> None:
         """Hand results to the sinks, a few at a time, and count them."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Self
 
 from grounded_sam.errors import count_of
+from grounded_sam.output.claim import check_output
 from grounded_sam.sinks.dataset_images import DatasetImages, ImageMode
 from grounded_sam.sinks.splits import Splits
 from grounded_sam.structures.results import FrameResult
@@ -52,7 +53,13 @@ class DatasetSink(ABC):
         self._is_open = False
 
     def __enter__(self) -> Self:
+        for path in self._last_files():
+            check_output(path)
         return self
+
+    def _last_files(self) -> Sequence[Path]:
+        """Return the files that are written at the end of a run, to check at its start that they may be."""
+        return ()
 
     def write(self, result: FrameResult) -> None:
         """Write an image and its labels.
@@ -66,6 +73,10 @@ class DatasetSink(ABC):
             self._is_open = True
         self.num_objects += self._write(result)
         self.num_images += 1
+
+    def own_folder(self) -> Path:
+        """Return the folder that only this sink writes to."""
+        return self.folder
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

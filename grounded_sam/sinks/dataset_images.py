@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from grounded_sam.checks import check_choice
-from grounded_sam.files import UniqueNames, atomic_write
+from grounded_sam.files import UniqueNames, atomic_write, keep_output
 from grounded_sam.media.files import is_video_file
 from grounded_sam.media.images import open_image
 from grounded_sam.structures.frame import Frame
@@ -66,8 +66,9 @@ class DatasetImages:
             return name
         path = folder / name
         if frame.file is not None and path.exists() and frame.file.exists() and path.samefile(frame.file):
+            keep_output(path)
             return name  # the input itself, or a link to it
-        with atomic_write(path) as part:
+        with atomic_write(path, is_copy=True) as part:
             if suffix is None:
                 _encode(frame, part, "JPEG" if name.endswith(".jpg") else "PNG")
             else:

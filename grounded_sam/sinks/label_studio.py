@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 from urllib.parse import quote
 from xml.sax.saxutils import quoteattr
@@ -165,6 +167,9 @@ class LabelStudioSink(DatasetSink):
         self._tasks.text.write("\n]\n")
         self._tasks.commit()
         atomic_write_text(self.folder / "config.xml", self._labeling_config())
+
+    def _last_files(self) -> Sequence[Path]:
+        return (self.folder / "tasks.json", self.folder / "config.xml")
 
     def summary(self) -> str:
         """Return the counts and the path of `tasks.json`."""

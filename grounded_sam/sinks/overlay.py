@@ -108,6 +108,10 @@ class OverlaySink:
             return self.sound_from
         return os.path.join(self.sound_from, video)
 
+    def own_folder(self) -> Path:
+        """Return the folder of the annotated images and videos."""
+        return self.folder
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 from xml.etree import ElementTree
 
@@ -90,6 +92,9 @@ class VocSink(DatasetSink):
             for stem, size_hw in self._empty_images:
                 self._write_label_maps(sv.Detections.empty(), size_hw, stem)
         atomic_write_text(self.folder / "classes.txt", "".join(f"{name}\n" for name in self.vocabulary.classes))
+
+    def _last_files(self) -> Sequence[Path]:
+        return (self.folder / "classes.txt",)
 
     def summary(self) -> str:
         """Return the counts and the folder."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -73,6 +75,9 @@ class YoloSink(DatasetSink):
         for name in names:
             (self.folder / "images" / name).mkdir(parents=True, exist_ok=True)
         atomic_write_text(self.folder / "data.yaml", "\n".join(lines) + "\n")
+
+    def _last_files(self) -> Sequence[Path]:
+        return (self.folder / "data.yaml",)
 
     def summary(self) -> str:
         """Return the counts and the path of `data.yaml`."""

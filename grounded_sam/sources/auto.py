@@ -76,7 +76,7 @@ class AutoSource:
             return
         files = find_files(path_or_url)
         if not files.images and not files.videos:
-            raise ConfigError(f"no image and no video in {input}")
+            raise ConfigError(files.nothing_found(input, "image and no video"))
         self.is_single = len(files.images) + len(files.videos) == 1
         if files.images:
             self.images = ImageSource(replace(files, videos=[]), max_pixels, shard, num_shards)

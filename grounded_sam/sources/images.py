@@ -61,7 +61,7 @@ class ImageSource:
         files = input if isinstance(input, InputFiles) else find_files(path)
         if not files.images:
             hint = ", only videos; use source=auto or source=video" if files.videos else ""
-            raise ConfigError(f"no image in {input}{hint}")
+            raise ConfigError(files.nothing_found(input, "image") + hint)
         self.root, self.is_single = files.root, files.is_file
         self.skipped = [Skipped(self.name(path), "a video; source=images reads images") for path in files.videos]
         self.files = shard_of(files.images, shard, num_shards)

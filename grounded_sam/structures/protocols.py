@@ -336,6 +336,14 @@ class ResultStore(Protocol):
 
 
 @runtime_checkable
+class OwnsFolder(Protocol):
+    """A sink with a folder of its own, from which files that only an earlier run wrote are removed."""
+
+    def own_folder(self) -> Path:
+        """Return the folder, which no other sink writes to."""
+
+
+@runtime_checkable
 class Measures(Protocol):
     """A sink that measures the run."""
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from grounded_sam.errors import ConfigError
+from grounded_sam.errors import ConfigError, count_of
 from grounded_sam.media.images import safe_formats
+from grounded_sam.media.unread import unread_reason
 
-#: Suffixes of video files.
-VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ts"}
+#: Suffixes of video files, all of which PyAV reads.
+VIDEO_SUFFIXES = set(
+    ".264 .265 .3g2 .3gp .amv .asf .avi .dav .divx .dv .f4v .flv .gxf .h264 .h265 .hevc .ivf .lrv .m1v .m2t .m2ts .m2v "
+    ".m4v .mjpeg .mjpg .mk3d .mkv .mod .mov .mp4 .mpe .mpeg .mpg .mts .mxf .nut .obu .ogm .ogv .qt .rm .rmvb .tod .trp "
+    ".ts .vob .webm .wmv .wtv .y4m".split()
+)
 _EXAMPLES = Path(__file__).parents[1] / "shapes" / "examples"
 
 
@@ -26,12 +31,22 @@ class InputFiles:
         videos: Video files.
         root: Folder that names in the output are relative to.
         is_file: Whether the input is itself the file, rather than a folder, glob or list.
+        unread: Pictures and videos of formats that are not read, and folders that cannot be opened, with the reason.
     """
 
     images: list[Path]
     videos: list[Path]
     root: Path
     is_file: bool = False
+    unread: Mapping[Path, str] = field(default_factory=dict)
+
+    def described(self, given: str) -> str:
+        """Return the end of the message that an input has no image or video: the input, and what is not read in it."""
+        if not self.unread:
+            return given
+        path, reason = next(iter(self.unread.items()))
+        count = count_of(len(self.unread), "file is", "files are")
+        return f"{given}; {count} not read: {relative_name(path, self.root)}: {reason}"
 
 
 def natural_key(text: str) -> list[tuple[int, int | str]]:
@@ -92,7 +107,8 @@ def find_files(given: str) -> InputFiles:
 
     Args:
         given: A file, a folder (searched recursively, without hidden files and outputs of earlier runs), a glob, a
-            `.txt` file with one path per line, or `builtin:NAME`.
+            `.txt` file with one path per line (those that begin with # are comments, unless there is such a file), or
+            `builtin:NAME`.
 
     Raises:
         ConfigError: If the input does not exist, a glob matches nothing, or a list has no paths.
@@ -105,31 +121,43 @@ def find_files(given: str) -> InputFiles:
         if not folder.is_dir():
             names = ", ".join(f"builtin:{path.name}" for path in sorted(_EXAMPLES.iterdir()) if path.is_dir())
             raise ConfigError(f"input={given} is not part of the package; available: {names}")
-        return _select_media(_walk(folder), folder)
+        return _select_media(*_walk(folder), folder)
     path = Path(given).expanduser()
     if path.is_dir():
-        return _select_media(_walk(path), path)
+        return _select_media(*_walk(path), path)
     if path.is_file() and path.suffix.lower() == ".txt":
         files = _read_listing(path)
-        videos = [file for file in files if is_video_file(file)]
-        return InputFiles([file for file in files if file not in videos], videos, common_folder(files))
+        images, videos = [], []
+        for file in files:  # all are named by the user, so that one of another kind is an unusable image
+            (videos if is_video_file(file) else images).append(file)
+        return InputFiles(images, videos, common_folder(files))
     if path.is_file():
         images, videos = ([], [path]) if is_video_file(path) else ([path], [])
         return InputFiles(images, videos, path.parent, is_file=True)
     if glob.has_magic(given):
-        matches = (Path(match) for match in glob.glob(os.path.expanduser(given), recursive=True))
+        matches = [Path(match) for match in glob.glob(os.path.expanduser(given), recursive=True)]
         files = sorted((match for match in matches if match.is_file()), key=lambda file: natural_key(str(file)))
         if not files:
             raise ConfigError(f"no file matches {given}")
-        return _select_media(files, common_folder(files))
+        folders = [match for match in matches if "**" not in given and match.is_dir()]
+        unread = dict.fromkeys(folders, "a folder, which this pattern does not search; ** in it does")
+        return _select_media(files, unread, common_folder(files + folders))
     raise ConfigError(f"no such file or folder: {given}")
 
 
-def _walk(folder: Path) -> list[Path]:
-    """Return all files below a folder in natural order, without hidden files and outputs of earlier runs."""
-    files = []
+def _walk(folder: Path) -> tuple[list[Path], dict[Path, str]]:
+    """Return all files below a folder in natural order, without hidden files and outputs of earlier runs.
+
+    The second value has the folders that cannot be opened, with the reason.
+    """
+    files: list[Path] = []
+    closed: dict[Path, str] = {}
     visited = set()
-    for current, folders, names in os.walk(folder, followlinks=True):
+
+    def note(error: OSError) -> None:
+        closed[Path(error.filename)] = f"a folder that cannot be opened ({error.strerror})"
+
+    for current, folders, names in os.walk(folder, followlinks=True, onerror=note):
         real = os.path.realpath(current)
         if real in visited or ".hydra" in folders:  # a loop of links, or the output of an earlier run
             folders.clear()
@@ -137,21 +165,29 @@ def _walk(folder: Path) -> list[Path]:
         visited.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
         files += [Path(current) / name for name in names if not name.startswith(".")]
-    return sorted(files, key=lambda path: natural_key(path.as_posix()))
+    return sorted(files, key=lambda path: natural_key(path.as_posix())), closed
 
 
-def _select_media(files: list[Path], root: Path) -> InputFiles:
-    """Select the images and videos among files."""
-    return InputFiles(image_files(files), [path for path in files if is_video_file(path)], root)
+def _select_media(files: list[Path], unread: Mapping[Path, str], root: Path) -> InputFiles:
+    """Select the images and videos among files; add those of formats that are not read to `unread`."""
+    videos = [path for path in files if is_video_file(path)]
+    return InputFiles(image_files(files), videos, root, unread={**unread, **unread_files(files)})
+
+
+def unread_files(files: Iterable[Path]) -> dict[Path, str]:
+    """Return the pictures and videos of formats that are not read, with the reason and the way out."""
+    formats = safe_formats()
+    return {path: reason for path in files if (reason := unread_reason(path, formats)) is not None}
 
 
 def _read_listing(listing: Path) -> list[Path]:
     """Read the paths of a text file; relative ones are relative to it."""
     try:
-        lines = [line.strip() for line in listing.read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line.strip() for line in listing.read_text(encoding="utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
         raise ConfigError(f"{listing} is not a list of paths: {error}") from error
-    files = [listing.parent / Path(line).expanduser() for line in lines if line and not line.startswith("#")]
+    files = [listing.parent / Path(line).expanduser() for line in lines if line]
+    files = [path for path, line in zip(files, filter(None, lines), strict=True) if line[0] != "#" or path.exists()]
     files = [Path(os.path.abspath(path)) for path in dict.fromkeys(files)]
     if not files:
         raise ConfigError(f"{listing} lists no path")

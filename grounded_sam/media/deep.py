@@ -122,7 +122,7 @@ def _decode(path: Path) -> NDArray[Any]:
 
 
 def _remove_orientation(data: NDArray[np.uint8]) -> None:
-    """Set the orientation of a TIFF in memory to "upright", since versions of OpenCV differ in whether they apply it."""
+    """Set the orientation of a TIFF in memory to upright: versions of OpenCV differ in whether they apply it."""
     head = data[:4].tobytes()
     if head not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return

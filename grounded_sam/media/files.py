@@ -13,12 +13,15 @@ from grounded_sam.errors import ConfigError, count_of
 from grounded_sam.media.images import safe_formats
 from grounded_sam.media.unread import unread_reason
 
+# fmt: off
 #: Suffixes of video files, all of which PyAV reads.
-VIDEO_SUFFIXES = set(
-    ".264 .265 .3g2 .3gp .amv .asf .avi .dav .divx .dv .f4v .flv .gxf .h264 .h265 .hevc .ivf .lrv .m1v .m2t .m2ts .m2v "
-    ".m4v .mjpeg .mjpg .mk3d .mkv .mod .mov .mp4 .mpe .mpeg .mpg .mts .mxf .nut .obu .ogm .ogv .qt .rm .rmvb .tod .trp "
-    ".ts .vob .webm .wmv .wtv .y4m".split()
-)
+VIDEO_SUFFIXES = {
+    ".264", ".265", ".3g2", ".3gp", ".amv", ".asf", ".avi", ".dav", ".divx", ".dv", ".f4v", ".flv", ".gxf",
+    ".h264", ".h265", ".hevc", ".ivf", ".lrv", ".m1v", ".m2t", ".m2ts", ".m2v", ".m4v", ".mjpeg", ".mjpg",
+    ".mk3d", ".mkv", ".mod", ".mov", ".mp4", ".mpe", ".mpeg", ".mpg", ".mts", ".mxf", ".nut", ".obu", ".ogm",
+    ".ogv", ".qt", ".rm", ".rmvb", ".tod", ".trp", ".ts", ".vob", ".webm", ".wmv", ".wtv", ".y4m",
+}
+# fmt: on
 _EXAMPLES = Path(__file__).parents[1] / "shapes" / "examples"
 
 

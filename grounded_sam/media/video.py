@@ -5,10 +5,11 @@ from __future__ import annotations
 import glob
 import os
 import time
-from collections.abc import Callable, Generator
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -17,11 +18,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grounded_sam.errors import ConfigError, ImageError
+from grounded_sam.media.completeness import missing_end
 from grounded_sam.media.files import common_folder, image_files, natural_key, relative_name
 from grounded_sam.media.images import MAX_PIXELS, read_image
+from grounded_sam.media.video_pixels import frame_to_rgb, open_container, video_stream
 
 #: Schemes that a URL may have. FFmpeg knows more protocols, some of which read local files.
 SCHEMES = {"http", "https", "rtsp", "rtsps", "rtmp", "rtmps", "srt", "udp"}
+#: Packets that are looked at before the first frame is decoded.
+LOOK_AHEAD = 64
+#: Steps back in time that are longer begin a new count, as in recordings joined to one file.
+MAX_STEP_BACK_S = 1.0
 #: Decoding errors after which a file is given up.
 MAX_DECODING_ERRORS = 1000
 #: Frame rate where a video has none.
@@ -225,8 +232,8 @@ class _Container:
         if self.file is None:
             return None
         try:
-            with av.open(self.input) as container:
-                stream = _video_stream(container)
+            with open_container(self.input) as container:
+                stream = video_stream(container)
                 if stream is None:
                     return None
                 if stream.frames:
@@ -242,37 +249,44 @@ class _Container:
 
         options = {"rtsp_transport": "tcp"} if self.input.startswith("rtsp") else {}
         try:
-            container = av.open(self.input, options=options, timeout=None if self.file is not None else 20.0)
+            container = open_container(self.input, options=options, timeout=None if self.file is not None else 20.0)
         except av.FFmpegError as error:
             raise ImageError(f"{self.input}: cannot be opened as a video ({_reason(error)})") from error
         with container:
-            stream = _video_stream(container)
+            stream = video_stream(container)
             if stream is None:
                 kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
                 raise ImageError(f"{self.input}: no video stream, only {kinds}")
+            if stream.codec_context is None:
+                raise ImageError(f"{self.input}: no decoder for its codec; convert it to H.264")
             stream.thread_type = "AUTO"
             size = decoder.scaled_size(stream.width, stream.height) if stream.width and stream.height else None
             rate = stream.average_rate or stream.guessed_rate
-            fps = float(rate) if rate else self.fps
             errors: list[str] = []
-            first, index = None, 0
-            for av_frame in self._decode(container, stream, errors):
+            index, clock = 0, _Clock(float(rate) if rate else self.fps)
+            for av_frame in self._decode(container, stream, clock, errors):
                 size = size or decoder.scaled_size(av_frame.width, av_frame.height)
-                time_s = float(av_frame.time) if av_frame.time is not None else index / fps
-                first = time_s if first is None else first
-                decode = partial(_to_rgb, av_frame, size)
-                yield _Undecoded(index, time_s - first, decode, f"{self.name}/{index:06d}", self.file)
+                decode = partial(frame_to_rgb, av_frame, size)
+                yield _Undecoded(index, clock.time_s(av_frame), decode, f"{self.name}/{index:06d}", self.file)
                 index += 1
+            if self.file is not None and not errors and (reason := missing_end(self.file, container, clock.end_s)):
+                errors.append(reason)
             self._report(decoder, index, int(stream.frames or 0), errors)
 
-    def _decode(self, container: Any, stream: Any, errors: list[str]) -> Generator[Any]:
+    def _decode(self, container: Any, stream: Any, clock: _Clock, errors: list[str]) -> Generator[Any]:
         """Yield PyAV's frames; add the reason of each one that is damaged to `errors`."""
         import av
 
         packets = container.demux(stream)
+        if self.file is not None and stream.codec_context.has_b_frames:
+            packets = clock.look_ahead(packets)
+        decoder = _transparent_decoder(stream)
         while True:
             try:
-                decoded = next(packets).decode()
+                packet = next(packets)
+                if packet.is_corrupt:
+                    errors.append("damaged packet")
+                decoded = packet.decode() if decoder is None else decoder.decode(packet if packet.size else None)
             except StopIteration:
                 return
             except av.FFmpegError as error:
@@ -295,6 +309,71 @@ class _Container:
             expected = f" of {promised}" if promised > count else ""
             detail = f" ({reason})" if reason else ""
             decoder.report(self.name, f"truncated or damaged{detail}; {count}{expected} frames could be read")
+
+
+class _Clock:
+    """Give frames times that rise.
+
+    Args:
+        fps: Frame rate, for frames without a time.
+
+    Attributes:
+        end_s: Time in the file at which the last frame ends; None before the first one.
+    """
+
+    def __init__(self, fps: float) -> None:
+        self.step_s = 1 / fps
+        self.end_s: float | None = None
+        self._first_s: float | None = None
+        self._last_s = 0.0
+        self._shift_s = 0.0  # where the times of a file begin anew
+        self._by_dts = False
+
+    def look_ahead(self, packets: Iterator[Any]) -> Iterator[Any]:
+        """Return the same packets, after looking at the first ones.
+
+        Containers such as AVI have decoding times alone, in whose order FFmpeg then numbers the frames. The times of
+        packets with B-frames do not rise in the others.
+        """
+        import av
+
+        head: list[Any] = []
+        with suppress(av.FFmpegError):
+            head += islice(packets, LOOK_AHEAD)
+        times = [packet.pts for packet in head if packet.size]
+        known = [time for time in times if time is not None]
+        self._by_dts = all(a < b for a, b in pairwise(known))
+        return chain(head, packets)
+
+    def time_s(self, frame: Any) -> float:
+        """Return the time of the next frame, in seconds from the first one."""
+        ticks = frame.dts if self._by_dts else frame.pts
+        if ticks is None or frame.time_base is None:
+            time_s = self._last_s + self.step_s if self.end_s is not None else 0.0
+        else:
+            time_s = float(ticks * frame.time_base) + self._shift_s
+        if self._first_s is None:
+            self._first_s = time_s
+        elif time_s <= self._last_s:
+            if time_s < self._last_s - MAX_STEP_BACK_S and ticks is not None:
+                self._shift_s += self._last_s + self.step_s - time_s
+            time_s = self._last_s + self.step_s
+        self._last_s = time_s
+        self.end_s = time_s - self._shift_s + self.step_s
+        return time_s - self._first_s
+
+
+def _transparent_decoder(stream: Any) -> Any:
+    """Return a decoder for the transparency of VP8 and VP9, which FFmpeg's own decoders drop; None for other videos."""
+    import av
+
+    name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.name)
+    if name is None or stream.metadata.get("alpha_mode") != "1":
+        return None
+    try:
+        return av.CodecContext.create(name, "r")
+    except (av.FFmpegError, ValueError):  # a build of FFmpeg without it
+        return None
 
 
 class _ImageSequence:
@@ -378,19 +457,6 @@ def is_stream(input: Any) -> bool:
     return str(input).isdecimal() or "://" in str(input)
 
 
-def rotate_upright(image: NDArray[np.uint8], degrees: int) -> NDArray[np.uint8]:
-    """Rotate a frame counter-clockwise, as the display matrix of its video says.
-
-    Args:
-        image: RGB, `(H, W, 3) uint8`.
-        degrees: Angle as PyAV gives it, rounded to a multiple of 90.
-
-    >>> rotate_upright(np.zeros((2, 4, 3), np.uint8), -90).shape
-    (4, 2, 3)
-    """
-    return np.ascontiguousarray(np.rot90(image, round(degrees / 90) % 4)) if degrees else image
-
-
 def downscale(image: NDArray[np.uint8], size_wh: tuple[int, int]) -> NDArray[np.uint8]:
     """Resize an image to a smaller size by area averaging.
 
@@ -406,20 +472,6 @@ def downscale(image: NDArray[np.uint8], size_wh: tuple[int, int]) -> NDArray[np.
     if (image.shape[1], image.shape[0]) == size_wh:
         return image
     return np.asarray(cv2.resize(image, size_wh, interpolation=cv2.INTER_AREA), np.uint8)
-
-
-def _to_rgb(av_frame: Any, size_wh: tuple[int, int]) -> NDArray[np.uint8]:
-    """Convert PyAV's frame to upright RGB, scaled to a width and height before it is rotated."""
-    from av.video.reformatter import Interpolation
-
-    rgb = av_frame.reformat(*size_wh, format="rgb24", interpolation=Interpolation.AREA)
-    return rotate_upright(rgb.to_ndarray(), av_frame.rotation)
-
-
-def _video_stream(container: Any) -> Any:
-    """Return the first video stream that is not a cover image."""
-    cover = 0x400  # AV_DISPOSITION_ATTACHED_PIC
-    return next((stream for stream in container.streams.video if not int(stream.disposition) & cover), None)
 
 
 def _reason(error: BaseException) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -112,8 +113,7 @@ def print_summary(summary: Summary, output: Path) -> None:
     for line in summary.outputs:
         console.print(f"  {line}", markup=False)
     if summary.skipped:
-        files = count_of(len(summary.skipped), "file")
-        console.print(f"Skipped {files} (also listed in {output / 'skipped.json'}):", markup=False)
+        console.print(f"Skipped, in whole or in part (also listed in {output / 'skipped.json'}):", markup=False)
         for skipped in summary.skipped:
             console.print(f"  {skipped.file}: {skipped.reason}", markup=False)
 
@@ -149,6 +149,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors reach this function instead of being printed by Hydra
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # for user-defined stages; last, so that they shadow no package
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: what was written stays usable
     GlobalHydra.instance().clear()  # `import sam2` may have initialized it
     try:
         hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(run)()

@@ -108,7 +108,7 @@ def _decode(path: Path) -> NDArray[Any]:
     import cv2
 
     data = np.memmap(path, np.uint8, "c")
-    _remove_orientation(data)
+    _remove_orientation(memoryview(data))  # type: ignore[arg-type]
     level = cv2.utils.logging.setLogLevel(0)  # it prints reasons to stderr
     try:
         values: Any = cv2.imdecode(data, cv2.IMREAD_UNCHANGED)
@@ -121,9 +121,9 @@ def _decode(path: Path) -> NDArray[Any]:
     return values if values.ndim == 3 else values[..., None]
 
 
-def _remove_orientation(data: NDArray[np.uint8]) -> None:
+def _remove_orientation(data: memoryview) -> None:
     """Set the orientation of a TIFF in memory to upright: versions of OpenCV differ in whether they apply it."""
-    head = data[:4].tobytes()
+    head = bytes(data[:4])
     if head not in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         return
     order, is_big = ("<" if head[:1] == b"I" else ">"), b"+" in head

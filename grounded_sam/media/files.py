@@ -130,13 +130,14 @@ def find_files(given: str) -> InputFiles:
         return _select_media(*_walk(path), path)
     if path.is_file() and path.suffix.lower() == ".txt":
         files = _read_listing(path)
-        images, videos = [], []
+        images: list[Path] = []
+        videos: list[Path] = []
         for file in files:  # all are named by the user, so that one of another kind is an unusable image
             (videos if is_video_file(file) else images).append(file)
         return InputFiles(images, videos, common_folder(files))
     if path.is_file():
-        images, videos = ([], [path]) if is_video_file(path) else ([path], [])
-        return InputFiles(images, videos, path.parent, is_file=True)
+        is_video = is_video_file(path)
+        return InputFiles([] if is_video else [path], [path] if is_video else [], path.parent, is_file=True)
     if glob.has_magic(given):
         matches = [Path(match) for match in glob.glob(os.path.expanduser(given), recursive=True)]
         files = sorted((match for match in matches if match.is_file()), key=lambda file: natural_key(str(file)))

@@ -125,11 +125,11 @@ def _read(path: Path, max_pixels: int, report: Callable[[str], None] | None) -> 
         _check_size(*layout.size_wh, layout.channels * layout.bits // 8, max_pixels)
         return _read_deep(path, layout.is_planar, layout.orientation)
     with image:
-        is_deep, tags = _is_deep(image), getattr(image, "tag_v2", {})
-        _check_size(*image.size, _bytes_per_pixel(image, is_deep), max_pixels)
+        deep, tags = is_deep(image), getattr(image, "tag_v2", {})
+        _check_size(*image.size, _bytes_per_pixel(image, deep), max_pixels)
         if report is not None and (rest := _further_images(image, path)) is not None:
             report(rest)
-        if not is_deep:
+        if not deep:
             ImageOps.exif_transpose(image, in_place=True)
             return to_rgb(image)
         is_planar, orientation = tags.get(284, 1) == 2, tags.get(274)  # which loading removes
@@ -174,7 +174,7 @@ def _check_size(width: int, height: int, num_bytes: int, max_pixels: int) -> Non
         )
 
 
-def _is_deep(image: Image.Image) -> bool:
+def is_deep(image: Image.Image) -> bool:
     """Return whether a file has color of more than 8 bits that Pillow would cut to 8."""
     if image.mode not in ("RGB", "RGBA", "LA"):
         return False
@@ -185,9 +185,9 @@ def _is_deep(image: Image.Image) -> bool:
     return max(bits) > 8 and len(bits) == len(image.mode) and is_plain
 
 
-def _bytes_per_pixel(image: Image.Image, is_deep: bool) -> int:
+def _bytes_per_pixel(image: Image.Image, deep: bool) -> int:
     """Return how many bytes a pixel takes when it is decoded."""
-    if is_deep:
+    if deep:
         return 2 * len(image.getbands())
     if image.mode.startswith("I;16"):
         return 2

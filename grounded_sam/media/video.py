@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain, islice, pairwise
+from itertools import chain, count, islice, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.media.completeness import missing_end
-from grounded_sam.media.files import common_folder, image_files, natural_key, relative_name
-from grounded_sam.media.images import MAX_PIXELS, read_image
+from grounded_sam.media.files import common_folder, image_files, natural_key, relative_name, unread_files
+from grounded_sam.media.images import MAX_PIXELS, is_deep, no_pillow_limit, read_image, safe_formats, to_rgb
 from grounded_sam.media.video_pixels import frame_to_rgb, open_container, video_stream
 
 #: Schemes that a URL may have. FFmpeg knows more protocols, some of which read local files.
@@ -214,6 +214,8 @@ def _find_reader(input: str, fps: float, name: str | None) -> _Reader:
     path = Path(input).expanduser()
     if path.is_dir() or (glob.has_magic(input) and not path.exists()):
         return _ImageSequence(input, name, fps)
+    if path.is_file() and image_files([path]):
+        return _PageSequence(path, name or path.name, fps)
     if path.is_file():
         return _Container(str(path), name or path.name, fps, path)
     raise ConfigError(f"no such video, folder or camera: {input}")
@@ -368,7 +370,8 @@ def _transparent_decoder(stream: Any) -> Any:
     import av
 
     name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.name)
-    if name is None or stream.metadata.get("alpha_mode") != "1":
+    modes = [value for key, value in stream.metadata.items() if key.lower() == "alpha_mode"]
+    if name is None or modes != ["1"]:
         return None
     try:
         return av.CodecContext.create(name, "r")
@@ -388,33 +391,103 @@ class _ImageSequence:
         self.files = sorted(image_files(candidates), key=lambda file: natural_key(file.as_posix()))
         if not self.files:
             raise ConfigError(f"no frame in {input}")
+        self.unread = unread_files(candidates)
         self.input, self.fps = input, fps
         self.name = name or (path if path.is_dir() else common_folder(self.files)).name
-        self._size_wh: tuple[int, int] | None = None  # of the first frame that could be read
 
     def count(self) -> int | None:
         return len(self.files)
 
     def frames(self, decoder: VideoDecoder) -> Generator[_Undecoded]:
         root = common_folder(self.files)
-        self._size_wh = None
+        for path, reason in self.unread.items():
+            decoder.report(path.name, reason)
+        fit = _OneSize(decoder)
         for index, path in enumerate(self.files):
             name = relative_name(path, root)
-            yield _Undecoded(index, index / self.fps, partial(self._decode, path, name, decoder), name, path)
+            yield _Undecoded(index, index / self.fps, partial(self._decode, path, name, decoder, fit), name, path)
 
-    def _decode(self, path: Path, name: str, decoder: VideoDecoder) -> NDArray[np.uint8] | None:
+    def _decode(self, path: Path, name: str, decoder: VideoDecoder, fit: _OneSize) -> NDArray[np.uint8] | None:
         try:
             image = read_image(path, decoder.max_pixels)
         except ImageError as error:
             decoder.report(name, str(error).removeprefix(f"{path}: "))
             return None
+        return fit(image, name)
+
+
+class _OneSize:
+    """Scale frames as a decoder says, and leave out those of another size than the first.
+
+    Args:
+        decoder: The decoder, to which frames that are left out are reported.
+    """
+
+    def __init__(self, decoder: VideoDecoder) -> None:
+        self.decoder = decoder
+        self._size_wh: tuple[int, int] | None = None  # of the first frame that could be read
+
+    def __call__(self, image: NDArray[np.uint8], name: str) -> NDArray[np.uint8] | None:
+        """Return a frame, scaled; None if it has another size."""
         width, height = size_wh = image.shape[1], image.shape[0]
         self._size_wh = self._size_wh or size_wh
         if size_wh != self._size_wh:
             first = f"{self._size_wh[0]}x{self._size_wh[1]} px"
-            decoder.report(name, f"a frame of {width}x{height} px, but the first one has {first}")
+            self.decoder.report(name, f"a frame of {width}x{height} px, but the first one has {first}")
             return None
-        return downscale(image, decoder.scaled_size(width, height))
+        return downscale(image, self.decoder.scaled_size(width, height))
+
+
+class _PageSequence:
+    """The images of one file: pages of a TIFF, or frames of an animation, with their durations."""
+
+    def __init__(self, file: Path, name: str, fps: float) -> None:
+        self.input, self.name, self.fps, self.files = str(file), name, fps, [file]
+
+    def _open(self) -> Any:
+        from PIL import Image
+
+        with no_pillow_limit():
+            return Image.open(self.files[0], formats=safe_formats())
+
+    def count(self) -> int | None:
+        try:
+            with self._open() as image:
+                return int(getattr(image, "n_frames", 1))
+        except Exception:  # Pillow's plugins raise many kinds of error; `frames` reports it
+            return None
+
+    def frames(self, decoder: VideoDecoder) -> Generator[_Undecoded]:
+        if self.count() in (None, 1):  # a single image, or one that only `read_image` knows
+            decode = partial(read_image, self.files[0], decoder.max_pixels)
+            yield _Undecoded(0, 0.0, decode, f"{self.name}/000000", self.files[0])
+            return
+        fit, time_s = _OneSize(decoder), 0.0
+        with self._open() as pages:
+            for index in count():
+                name = f"{self.name}/{index:06d}"
+                try:
+                    pages.seek(index)
+                except EOFError:
+                    return
+                except Exception as error:  # see above
+                    decoder.report(name, f"damaged page ({_reason(error)}); it and those after it are not read")
+                    return
+                yield _Undecoded(index, time_s, partial(self._decode, pages, name, decoder, fit), name, self.files[0])
+                time_s += float(pages.info.get("duration") or 1000 / self.fps) / 1000
+
+    def _decode(self, pages: Any, name: str, decoder: VideoDecoder, fit: _OneSize) -> NDArray[np.uint8] | None:
+        decoder.scaled_size(*pages.size)  # checks the size
+        if is_deep(pages):
+            decoder.report(name, "a page of more than 8 bits per color; save it as a file of its own")
+            return None
+        try:
+            from PIL import ImageOps
+
+            return fit(to_rgb(ImageOps.exif_transpose(pages)), name)
+        except Exception as error:  # see above
+            decoder.report(name, f"damaged page ({_reason(error)})")
+            return None
 
 
 class _Camera:

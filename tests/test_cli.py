@@ -254,7 +254,8 @@ def test_custom_stages_are_found_by_config_dir_and_by_search_path(tmp_path, fold
     assert ", llmdet, mine, " in message
 
 
-def test_ctrl_c_keeps_what_was_written(tmp_path, folder):
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_termination_keep_what_was_written(tmp_path, folder, end):
     (tmp_path / "slow.py").write_text(
         "import time, numpy as np, supervision as sv\n"
         "class Slow:\n"
@@ -277,7 +278,7 @@ def test_ctrl_c_keeps_what_was_written(tmp_path, folder):
     deadline = time.monotonic() + 60
     while len(list((tmp_path / "out" / "overlay").glob("*.jpg"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(end)
     out, error = process.communicate(timeout=60)
     assert process.returncode == 130, error
     assert "Interrupted after" in out

@@ -70,8 +70,8 @@ def check_words(vocabulary: Vocabulary, tokenize: Callable[[str], list[int]], un
     strange = [word for word in words if unknown is not None and unknown in tokenize(word)]
     if strange:
         raise VocabularyError(
-            f"the detector's tokenizer does not know {', '.join(map(repr, strange))}; use English words for the model, "
-            "and your own as the name of the class: text={YOUR_WORD: english words}"
+            f"the detector's tokenizer does not know {', '.join(map(repr, strange))}; use English words, or a file "
+            f"text=classes.yaml with lines such as '{strange[0]}: english words', which keeps the name of the class"
         )
 
 

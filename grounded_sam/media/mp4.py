@@ -32,7 +32,8 @@ class Mp4Writer:
     Args:
         path: File to write. Its folder is created.
         sound_from: Video file whose first audio track is copied, from the time of the first frame to that of the last;
-            None for no audio. It is re-encoded as AAC only if MP4 does not support its codec.
+            None for no audio. It is re-encoded as AAC in mono or stereo
+            if MP4 does not support its codec.
         crf: Constant rate factor of x264, 0 (lossless) to 51.
         look: Shape of the pixels and color that players are told.
         report: Called with the reason if the sound cannot be copied, or not to its end.
@@ -94,9 +95,9 @@ class Mp4Writer:
             return iter(source.demux(stream))
         rate = stream.rate if stream.rate in AAC_RATES else 48_000
         encoder = self._container.add_stream("aac", rate=rate)
-        encoder.layout = stream.layout.name
+        encoder.layout = layout = "mono" if stream.layout.nb_channels == 1 else "stereo"
         self._audio_stream = encoder
-        resampler = av.AudioResampler(format="fltp", layout=stream.layout.name, rate=rate, frame_size=1024)
+        resampler = av.AudioResampler(format="fltp", layout=layout, rate=rate, frame_size=1024)
         frames = (part for frame in source.decode(stream) for part in resampler.resample(frame))
         return (packet for frame in chain(frames, (None,)) for packet in encoder.encode(frame))
 

@@ -38,7 +38,7 @@ def test_unusable_files_and_videos_are_listed_and_the_others_are_read(tree):
     source = ImageSource(tree)
     assert len(list(source)) == 4
     assert {s.file: s.reason for s in source.skipped} == {
-        "clip.mp4": "a video; source=images reads images",
+        "clip.mp4": "a video; source=auto reads both",
         "b/broken.png": "the file is empty",
     }
 

@@ -1,7 +1,14 @@
-"""Errors that a user can fix, and counts in messages.
+"""Errors that a user can fix, and counts and values in messages.
 
 The command prints the message of an error as one line and exits with code 1.
 """
+
+import os
+import reprlib
+import traceback
+
+_SHORT = reprlib.Repr()
+_SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxlong = 3, 8, 6, 80, 40
 
 
 class GroundedSamError(Exception):
@@ -20,8 +27,43 @@ class ImageError(GroundedSamError):
     """Raised for a file or an array that cannot be used as an image."""
 
 
+class StageError(ImageError):
+    """Raised where a stage fails on an image; `__cause__` is the error of the stage, if it raised one."""
+
+
 class CheckpointError(GroundedSamError):
     """Raised for weights that are missing, damaged or those of another model."""
+
+
+def describe(error: BaseException) -> str:
+    """Return the kind and the first line of an error that this package did not raise.
+
+    >>> describe(ValueError("too many\\nvalues"))
+    'ValueError: too many'
+    """
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+def print_traceback() -> None:
+    """Print the traceback of the error that is handled, if `GROUNDED_SAM_DEBUG=1`."""
+    if os.environ.get("GROUNDED_SAM_DEBUG") == "1":
+        traceback.print_exc()
+
+
+class MissingWeightsError(CheckpointError):
+    """Raised for weights that are neither on this machine nor can be downloaded.
+
+    Args:
+        repo: Their id on the Hugging Face hub.
+        reason: Why they cannot be downloaded.
+    """
+
+    def __init__(self, repo: str, reason: str) -> None:
+        self.repo = repo
+        super().__init__(
+            f"weights {repo!r} are not in the cache and cannot be downloaded from the Hugging Face hub ({reason})"
+        )
 
 
 def count_of(count: int, noun: str, plural: str = "") -> str:
@@ -36,3 +78,12 @@ def count_of(count: int, noun: str, plural: str = "") -> str:
     ('1 image', '2,000 images', '0 classes')
     """
     return f"{count:,} {noun}" if count == 1 else f"{count:,} {plural or noun + 's'}"
+
+
+def shorten(value: object) -> str:
+    """Write a value from a file in a message: `repr` of at most a few items, letters and digits.
+
+    >>> shorten([1, "a"]), shorten("x" * 500)[-8:]
+    ("[1, 'a']", "xxxxxxx'")
+    """
+    return " ".join(_SHORT.repr(value).split())

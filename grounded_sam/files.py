@@ -1,14 +1,50 @@
-"""Atomic writes, and output names that are unique, safe and inside their folder."""
+"""Atomic writes, output names that are unique, safe and inside their folder, and a check of files that are read."""
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
+
+
+def home_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path with the home folder for `~` and `~user` at its beginning; other names stay as they are.
+
+    Args:
+        path: The path, as a user may write it.
+
+    >>> home_path("~nobody by this name/a.png").as_posix()
+    '~nobody by this name/a.png'
+    """
+    return Path(os.path.expanduser(path))
+
+
+def require_regular(path: str | os.PathLike[str]) -> os.stat_result:
+    """Check that a path is a file that ends: reading a pipe or a device may never return.
+
+    Args:
+        path: What will be opened.
+
+    Returns:
+        Its status.
+
+    Raises:
+        OSError: If there is nothing, or something else than a file; `strerror` says what.
+    """
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(
+            errno.EINVAL, "not a file, but a pipe, socket or device; copy its content to a file", os.fspath(path)
+        )
+    return status
 
 
 class PendingFile:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from grounded_sam import ImageError, read_image
 from grounded_sam.media.deep import black_and_white, to_8_bits
+from grounded_sam.media.images import displayed_size
 from grounded_sam.structures.frame import Frame, to_frame
 
 
@@ -207,7 +208,9 @@ def test_deep_colors_are_upright(tmp_path, orientation):
     for bits, values in ((16, image), (8, (image // 16).astype(np.uint8))):
         tags = [(274, 3, 1, orientation, True)]
         tifffile.imwrite(tmp_path / f"{bits}.tif", values, photometric="rgb", extratags=tags)
-    assert np.array_equal(read_image(tmp_path / "16.tif"), read_image(tmp_path / "8.tif"))
+    rgb = read_image(tmp_path / "16.tif")
+    assert np.array_equal(rgb, read_image(tmp_path / "8.tif"))
+    assert displayed_size(tmp_path / "16.tif") == displayed_size(tmp_path / "8.tif") == rgb.shape[:2]
 
 
 def test_deep_images_that_are_transparent_are_composited_over_white(tmp_path):
@@ -270,6 +273,8 @@ def test_pixels_of_many_bytes_count_for_more(tmp_path):
         read_image(tmp_path / "a.png", max_pixels=10_000)
     assert "15,000" in str(error.value)
     assert read_image(tmp_path / "a.png", max_pixels=15_000).shape == (100, 100, 3)
+    with pytest.raises(ImageError, match=r"count as 15,000"):
+        displayed_size(tmp_path / "a.png", max_pixels=10_000)
 
 
 @pytest.mark.parametrize(("suffix", "package"), [("heic", "pillow_heif"), ("jxl", "pillow_jxl")])

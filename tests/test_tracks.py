@@ -216,9 +216,11 @@ def test_a_track_ends_after_max_lost_frames():
     assert not tracks.live
 
 
-def test_ids_reserved_for_clicks_are_not_assigned():
-    tracks = TrackManager(TrackSettings(), reserved=[1, 3])
-    assert [tracks.new_id() for _ in range(3)] == [2, 4, 5]
+def test_ids_that_a_click_has_used_are_not_given_to_others():
+    tracks = TrackManager(TrackSettings())
+    assert tracks.new_id() == 1
+    tracks.start_or_confirm(3, class_id=0, confidence=1.0)
+    assert [tracks.new_id() for _ in range(2)] == [2, 4]
 
 
 boxes = st.tuples(st.integers(0, 45), st.integers(0, 25), st.floats(0, 1, width=32), st.integers(0, 1))

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 from grounded_sam.cli.next_step import next_step
 from grounded_sam.config.compose import explain
 from grounded_sam.config.hydra import conf_dir
-from grounded_sam.errors import GroundedSamError, count_of
+from grounded_sam.config.words import read_words
+from grounded_sam.errors import GroundedSamError, count_of, describe
 from grounded_sam.files import atomic_write
 from grounded_sam.hydra_state import in_sweep
 
@@ -60,6 +61,14 @@ def run(cfg: DictConfig) -> float | None:
             sys.exit(f"grounded-sam: {error}")  # not raised, since Hydra would print a line of its own
         record["error"] = str(error)
         print(f"grounded-sam: job {hydra_cfg.job.num}: {error}", file=sys.stderr)
+    except Exception as error:  # one job of a sweep does not end the others
+        if DEBUG or sweep is None:
+            raise
+        record["error"] = describe(error)
+        print(
+            f"grounded-sam: job {hydra_cfg.job.num}: {describe(error)}; GROUNDED_SAM_DEBUG=1 shows the traceback",
+            file=sys.stderr,
+        )
     record["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     with atomic_write(output / "run.json") as path:
         path.write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -140,6 +149,11 @@ def main() -> None:
     if sys.argv[1:] in (["--help"], ["-h"]):  # composing the same text takes Hydra longer than everything else
         print((Path(__file__).parent / "help.txt").read_text(encoding="utf-8"), end="")
         return
+    if "--version" in sys.argv[1:]:
+        from grounded_sam.formats.store_runs import package_version
+
+        print(f"grounded-sam {package_version('grounded_sam')}")
+        return
     import hydra
     from hydra.core.global_hydra import GlobalHydra
     from hydra.errors import HydraException
@@ -152,6 +166,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: what was written stays usable
     GlobalHydra.instance().clear()  # `import sam2` may have initialized it
     try:
+        sys.argv[1:] = read_words(sys.argv[1:])
         hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(run)()
     except (GroundedSamError, HydraException, OmegaConfBaseException, OSError, ValueError) as error:
         composing = isinstance(error, HydraException | OmegaConfBaseException) or "Config group" in str(error)

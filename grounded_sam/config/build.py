@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from grounded_sam.checks import check_choice
 from grounded_sam.config.compose import GROUPS, check_renamed, compose, renamed_key, to_override
-from grounded_sam.errors import ConfigError, GroundedSamError
+from grounded_sam.errors import CheckpointError, ConfigError, GroundedSamError, MissingWeightsError
+from grounded_sam.media.images import MAX_PIXELS
 from grounded_sam.media.progress import ProgressBar
 from grounded_sam.structures.protocols import (
     CachesFeatures,
@@ -57,12 +58,16 @@ def build_node(cfg: DictConfig, key: str, **extra: Any) -> Any:
     try:
         # Partial, because Hydra would convert `extra` to configs.
         return instantiate(node, _convert_="all", _partial_=True)(**extra)
+    except MissingWeightsError as error:
+        raise CheckpointError(f"{error}; {_local_copy_advice(cfg, key, error.repo)}") from error
     except GroundedSamError:
         raise
     except (HydraException, ImportError, AttributeError, TypeError) as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, GroundedSamError):
             cause = cause.__cause__
+        if isinstance(cause, MissingWeightsError):
+            raise CheckpointError(f"{cause}; {_local_copy_advice(cfg, key, cause.repo)}") from error
         if cause is not None:
             raise cause from error
         reason = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
@@ -73,6 +78,14 @@ def build_node(cfg: DictConfig, key: str, **extra: Any) -> Any:
             names = ", ".join(sorted(argument_names(_class_of(node, key)) - set(extra)))
             reason = f"unknown key {unexpected[1]!r}; the keys are {names}"
         raise ConfigError(f"cannot build {key} from {target}: {' '.join(str(reason).split())}") from error
+
+
+def _local_copy_advice(cfg: DictConfig, key: str, repo: str) -> str:
+    """Say how to use weights that were copied to this machine, for the part of a config that needs them."""
+    settings = [f"{key}.checkpoint"] if "checkpoint" in cfg[key] else []
+    settings += [f"checkpoints.{name}" for name, value in cfg.checkpoints.items() if value == repo]
+    advice = f"give a local copy with {settings[0]}=PATH, or " if settings else ""
+    return f"{advice}use preset=shapes, whose weights ship with the package"
 
 
 def _class_of(node: Any, key: str) -> Any:
@@ -277,12 +290,13 @@ def share_predictions(cfg: DictConfig, pipeline: Pipeline, vocabulary: Vocabular
         return
     loosest, plain = LoosestSelection.read(sweep), to_plain(cfg)
     settings = {"detector": plain["detector"], "max_side": plain["source"].get("max_side")}
+    max_pixels = plain["source"].get("max_pixels", MAX_PIXELS)
     boxes = results = None
     if loosest.boxes and pipeline.segmenter is not None:
-        boxes = PredictionCache(sweep, vocabulary, {**settings, "segmenter": None}, pipeline.select)
+        boxes = PredictionCache(sweep, vocabulary, {**settings, "segmenter": None}, pipeline.select, max_pixels)
     if loosest.results:
         settings["segmenter"] = plain["segmenter"]
-        results = PredictionCache(sweep, vocabulary, settings, pipeline.select)
+        results = PredictionCache(sweep, vocabulary, settings, pipeline.select, max_pixels)
     if boxes is not None or results is not None:
         pipeline.stages = CachedStages(stages, results, boxes)
 

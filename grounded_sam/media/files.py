@@ -5,12 +5,14 @@ from __future__ import annotations
 import glob
 import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from grounded_sam.errors import ConfigError, count_of
-from grounded_sam.media.images import safe_formats
+from grounded_sam.errors import ConfigError, ImageError, count_of
+from grounded_sam.files import home_path
+from grounded_sam.media.images import open_image, safe_formats
 from grounded_sam.media.unread import unread_reason
 
 # fmt: off
@@ -72,12 +74,10 @@ def _image_suffixes() -> set[str]:
 
 def _is_image(path: Path) -> bool:
     """Return whether the first bytes of a file without a suffix look like an image."""
-    from PIL import Image
-
     try:
-        with Image.open(path, formats=safe_formats()):
+        with open_image(path, sys.maxsize):  # its size is checked when it is read
             return True
-    except Exception:  # Pillow's plugins raise many kinds of error
+    except ImageError:
         return False
 
 
@@ -96,6 +96,15 @@ def is_video_file(path: str | Path) -> bool:
     return Path(path).suffix.lower() in VIDEO_SUFFIXES
 
 
+def is_media_name(path: str | Path) -> bool:
+    """Return whether a path has the suffix of an image or a video.
+
+    >>> is_media_name("photos/*.JPG"), is_media_name("car")
+    (True, False)
+    """
+    return Path(path).suffix.lower() in _image_suffixes() | VIDEO_SUFFIXES
+
+
 def relative_name(path: Path, root: Path) -> str:
     """Return a path relative to a folder above it, with `/`; bytes that are not UTF-8 become `\\xNN`.
 
@@ -105,13 +114,31 @@ def relative_name(path: Path, root: Path) -> str:
     return os.fsencode(path.relative_to(root).as_posix()).decode("utf-8", "backslashreplace")
 
 
+def path_ends(name: str) -> list[str]:
+    """Return the paths that a file may have whose name was written on another system, the longest first.
+
+    These are the name with `/` for `\\`, and its ends: without the drive, without folders. For an upload of Label
+    Studio they include the name before the upload.
+
+    Args:
+        name: Name of an image in a file of labels.
+
+    >>> path_ends("C:\\\\data\\\\a.png"), path_ends("/data/upload/1/ab12cd34-a.png")[-2:]
+    (['C:/data/a.png', 'data/a.png', 'a.png'], ['ab12cd34-a.png', 'a.png'])
+    """
+    parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
+    ends = ["/".join(parts[i:]) for i in range(len(parts))]
+    if "upload" in parts[:-1] and (match := re.fullmatch(r"[0-9a-f]{4,8}-(.+)", parts[-1])):
+        ends.append(match[1])
+    return ends
+
+
 def find_files(given: str) -> InputFiles:
     """Find the images and videos that an input names.
 
     Args:
         given: A file, a folder (searched recursively, without hidden files and outputs of earlier runs), a glob, a
-            `.txt` file with one path per line (those that begin with # are comments, unless there is such a file), or
-            `builtin:NAME`.
+            `.txt` file with one path per line (`#` alone or followed by a space begins a comment), or `builtin:NAME`.
 
     Raises:
         ConfigError: If the input does not exist, a glob matches nothing, or a list has no paths.
@@ -125,7 +152,7 @@ def find_files(given: str) -> InputFiles:
             names = ", ".join(f"builtin:{path.name}" for path in sorted(_EXAMPLES.iterdir()) if path.is_dir())
             raise ConfigError(f"input={given} is not part of the package; available: {names}")
         return _select_media(*_walk(folder), folder)
-    path = Path(given).expanduser()
+    path = home_path(given)
     if path.is_dir():
         return _select_media(*_walk(path), path)
     if path.is_file() and path.suffix.lower() == ".txt":
@@ -190,12 +217,19 @@ def _read_listing(listing: Path) -> list[Path]:
         lines = [line.strip() for line in listing.read_text(encoding="utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
         raise ConfigError(f"{listing} is not a list of paths: {error}") from error
-    files = [listing.parent / Path(line).expanduser() for line in lines if line]
-    files = [path for path, line in zip(files, filter(None, lines), strict=True) if line[0] != "#" or path.exists()]
+    paths = [line for line in lines if line and not re.match(r"#(\s|$)", line)]  # `#1.png` is no comment
+    files = [_listed_file(listing.parent, path) for path in paths]
     files = [Path(os.path.abspath(path)) for path in dict.fromkeys(files)]
     if not files:
         raise ConfigError(f"{listing} lists no path")
     return files
+
+
+def _listed_file(folder: Path, path: str) -> Path:
+    """Return the file that a line of a list names, also in quotes or with the `\\` of Windows."""
+    unquoted = path[1:-1] if len(path) > 2 and path[0] == path[-1] and path[0] in "'\"" else path
+    candidates = [folder / home_path(name) for name in (path, unquoted, unquoted.replace("\\", "/"))]
+    return next((file for file in candidates if os.path.isfile(file)), candidates[0])
 
 
 def common_folder(files: list[Path]) -> Path:

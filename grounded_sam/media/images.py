@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grounded_sam.errors import ImageError
-from grounded_sam.media.deep import black_and_white, read_deep, read_tiff_layout, strips, to_8_bits
+from grounded_sam.files import home_path, require_regular
+from grounded_sam.media.deep import TiffLayout, black_and_white, read_deep, read_tiff_layout, strips, to_8_bits
 from grounded_sam.media.unread import unread_reason
 
 if TYPE_CHECKING:
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
 
 #: Pixels of the largest image that is decoded by default (450 MB as RGB).
 MAX_PIXELS = 150_000_000
+#: EXIF tag of the orientation, and its values that swap width and height.
+_ORIENTATION, _TRANSPOSED = 0x0112, (5, 6, 7, 8)
 #: Bytes that a pixel may take when it is decoded, as many as RGBA; of images that take more, fewer pixels are allowed.
 BYTES_PER_PIXEL = 4
 #: Formats whose further images are not pages: previews and depth maps, sizes of an icon, layers.
@@ -51,16 +55,31 @@ def safe_formats() -> list[str]:
     return sorted(set(Image.OPEN) - {"BUFR", "EPS", "FITS", "GRIB", "HDF5", "MPEG", "PDF", "WMF"})
 
 
-@contextmanager
-def no_pillow_limit() -> Iterator[None]:
-    """Disable Pillow's limit on pixels and its warning, for callers that check the size before decoding."""
-    from PIL import Image
+class _NoPillowLimit(AbstractContextManager[None]):
+    """Disables Pillow's limit on pixels and its warning while any thread is inside, for code that checks the size."""
 
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        yield
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._limit: int | None = None
+
+    def __enter__(self) -> None:
+        from PIL import Image
+
+        with self._lock:
+            if not self._inside:
+                self._limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+            self._inside += 1
+
+    def __exit__(self, *exception: object) -> None:
+        from PIL import Image
+
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                Image.MAX_IMAGE_PIXELS = self._limit
+
+
+_no_pillow_limit = _NoPillowLimit()
 
 
 def read_image(
@@ -83,20 +102,113 @@ def read_image(
         report: Called with a sentence about what the file holds and is not read, such as further pages.
 
     Raises:
-        ImageError: If the file is missing, empty, truncated, not an image, larger than `max_pixels`, or holds no finite
-            value.
+        ImageError: If the file is missing, empty, truncated, not a file, not an image, larger than `max_pixels`, or
+            holds no finite value.
+    """
+    from PIL import ImageOps, UnidentifiedImageError
+
+    with guarded(path) as file:
+        try:
+            image = _open(file, max_pixels)
+        except UnidentifiedImageError as error:
+            layout = _deep_tiff(file, max_pixels, error)
+            return _read_deep(file, layout.is_planar, layout.orientation)
+        with image:
+            deep, tags = is_deep(image), getattr(image, "tag_v2", {})
+            if report is not None and (rest := _further_images(image, file)) is not None:
+                report(rest)
+            if not deep:
+                ImageOps.exif_transpose(image, in_place=True)
+                return to_rgb(image)
+            is_planar, orientation = tags.get(284, 1) == 2, tags.get(_ORIENTATION)  # which loading removes
+            image.load()  # raises if the file is truncated, which OpenCV does not
+            orientation = orientation or image.getexif().get(_ORIENTATION, 1)
+        return _read_deep(file, is_planar, orientation)
+
+
+def read_label_map(path: Path, max_pixels: int = MAX_PIXELS) -> NDArray[Any]:
+    """Read the values of an image whose pixels are numbers of objects, `(H, W)`: palette indices or gray levels.
+
+    Args:
+        path: The file.
+        max_pixels: Largest number of pixels.
+
+    Raises:
+        ImageError: As `read_image`, or if it has more than one channel.
+    """
+    with open_image(path, max_pixels) as image:
+        values = np.array(image)
+        if values.ndim != 2:
+            raise ImageError(
+                f"a map of objects must have one channel or a palette, got mode {image.mode}; save it as a "
+                "gray or palette PNG whose pixels are the numbers of the objects"
+            )
+        return values
+
+
+def displayed_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """Return height and width of an image as it is displayed, from its header.
+
+    Args:
+        path: The file.
+        max_pixels: Largest number of pixels.
+
+    Raises:
+        ImageError: As `read_image`; damage after the header is not found.
     """
     from PIL import UnidentifiedImageError
 
-    path = Path(path)
+    with guarded(path) as file:
+        try:
+            with _open(file, max_pixels) as image:
+                tags = getattr(image, "tag_v2", {})  # of a TIFF, whose `size` Pillow may have turned already
+                width, height = tags.get(256, image.width), tags.get(257, image.height)
+                orientation = image.getexif().get(_ORIENTATION, 1)
+        except UnidentifiedImageError as error:
+            layout = _deep_tiff(file, max_pixels, error)
+            (width, height), orientation = layout.size_wh, layout.orientation
+        return (width, height) if orientation in _TRANSPOSED else (height, width)
+
+
+@contextmanager
+def open_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """Open an image file whose format and size are safe to decode, inside the guards of `guarded`.
+
+    Args:
+        path: The file.
+        max_pixels: Largest number of pixels; see `read_image`.
+
+    Raises:
+        ImageError: See `read_image`.
+    """
+    with guarded(path) as file, _open(file, max_pixels) as image:
+        yield image
+
+
+@contextmanager
+def guarded(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Check that an image file may be opened; whatever a decoder raises inside is an `ImageError` with the path.
+
+    Args:
+        path: The file, with `~` for the home folder.
+
+    Yields:
+        Its path. Sizes are not limited inside: check them.
+
+    Raises:
+        ImageError: If it is missing, empty, not a file, of a format that is not read, or damaged.
+    """
+    from PIL import UnidentifiedImageError
+
+    path = home_path(path)
     try:
-        if path.stat().st_size == 0:
+        if require_regular(path).st_size == 0:
             raise ImageError("the file is empty")
         if (reason := unread_reason(path, safe_formats())) is not None:
             raise ImageError(reason)
-        with warnings.catch_warnings(), no_pillow_limit():
+        with warnings.catch_warnings(), _no_pillow_limit:
             warnings.simplefilter("ignore")  # warnings concern unusual metadata; real problems raise
-            return _read(path, max_pixels, report)
+            yield path
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from error.__cause__
     except FileNotFoundError as error:
@@ -105,37 +217,33 @@ def read_image(
         raise ImageError(f"{path}: not an image that Pillow can read") from error
     except IsADirectoryError as error:
         raise ImageError(f"{path}: is a directory; name the files in it") from error
-    except PermissionError as error:
-        raise ImageError(f"{path}: {error.strerror}") from error
     except Exception as error:  # Pillow's plugins raise many kinds of error on damaged files; none may end a run
+        if isinstance(error, OSError) and error.errno is not None:  # of the file, not of its content
+            raise ImageError(f"{path}: {error.strerror}") from error
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"{path}: damaged image ({reason})") from error
 
 
-def _read(path: Path, max_pixels: int, report: Callable[[str], None] | None) -> NDArray[np.uint8]:
-    """Decode an image file after checks of its header; see `read_image`."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
+def _open(path: Path, max_pixels: int) -> Image.Image:
+    """Open an image and check its size, in pixels and in bytes; nothing is decoded."""
+    from PIL import Image
 
+    image = Image.open(path, formats=safe_formats())
     try:
-        image = Image.open(path, formats=safe_formats())
-    except UnidentifiedImageError:
-        layout = read_tiff_layout(path)
-        if layout is None or layout.channels not in (1, 3, 4) or layout.bits <= 8:
-            raise
-        _check_size(*layout.size_wh, layout.channels * layout.bits // 8, max_pixels)
-        return _read_deep(path, layout.is_planar, layout.orientation)
-    with image:
-        deep, tags = is_deep(image), getattr(image, "tag_v2", {})
-        _check_size(*image.size, _bytes_per_pixel(image, deep), max_pixels)
-        if report is not None and (rest := _further_images(image, path)) is not None:
-            report(rest)
-        if not deep:
-            ImageOps.exif_transpose(image, in_place=True)
-            return to_rgb(image)
-        is_planar, orientation = tags.get(284, 1) == 2, tags.get(274)  # which loading removes
-        image.load()  # raises if the file is truncated, which OpenCV does not
-        orientation = orientation or image.getexif().get(274, 1)
-    return _read_deep(path, is_planar, orientation)
+        _check_size(*image.size, _bytes_per_pixel(image), max_pixels)
+    except Exception:
+        image.close()
+        raise
+    return image
+
+
+def _deep_tiff(path: Path, max_pixels: int, error: Exception) -> TiffLayout:
+    """Return the layout of a TIFF of more than 8 bits that Pillow does not know; raise `error` for any other file."""
+    layout = read_tiff_layout(path)
+    if layout is None or layout.channels not in (1, 3, 4) or layout.bits <= 8:
+        raise error
+    _check_size(*layout.size_wh, layout.channels * layout.bits // 8, max_pixels)
+    return layout
 
 
 def _read_deep(path: Path, is_planar: bool, orientation: int) -> NDArray[np.uint8]:
@@ -148,7 +256,7 @@ def _read_deep(path: Path, is_planar: bool, orientation: int) -> NDArray[np.uint
     if orientation == 1:
         return rgb
     image = Image.fromarray(rgb)
-    image.getexif()[274] = orientation
+    image.getexif()[_ORIENTATION] = orientation
     ImageOps.exif_transpose(image, in_place=True)
     return np.array(image)
 
@@ -185,9 +293,9 @@ def is_deep(image: Image.Image) -> bool:
     return max(bits) > 8 and len(bits) == len(image.mode) and is_plain
 
 
-def _bytes_per_pixel(image: Image.Image, deep: bool) -> int:
+def _bytes_per_pixel(image: Image.Image) -> int:
     """Return how many bytes a pixel takes when it is decoded."""
-    if deep:
+    if is_deep(image):
         return 2 * len(image.getbands())
     if image.mode.startswith("I;16"):
         return 2

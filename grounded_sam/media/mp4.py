@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grounded_sam.files import PendingFile
-from grounded_sam.media.video_pixels import UNSPECIFIED, VideoLook, open_container
+from grounded_sam.media.containers import open_video_file
+from grounded_sam.media.video_pixels import UNSPECIFIED, VideoLook
 
 #: Codecs of sound that players of MP4 know.
 COPIED_CODECS = {"aac", "ac3", "alac", "eac3", "flac", "mp2", "mp3", "mp3float", "opus"}
@@ -52,7 +53,7 @@ class Mp4Writer:
         self.crf, self.look = crf, look or VideoLook()
         self._report = report or (lambda reason: None)
         self._file = PendingFile(path)
-        self._container: Any = av.open(str(self._file.part), "w", format="mp4")
+        self._container: Any = av.open(f"file:{self._file.part}", "w", format="mp4")
         self._video_stream: Any = None
         self._last_frame: tuple[NDArray[np.uint8], int] | None = None  # its duration is known with the next frame
         self._last_duration = TICKS // 24
@@ -69,8 +70,8 @@ class Mp4Writer:
         import av
 
         try:
-            source = open_container(path)
-        except (av.FFmpegError, ValueError) as error:
+            source = open_video_file(Path(path))
+        except (av.FFmpegError, OSError, ValueError) as error:
             self._report(_sound_problem(path, error))
             return
         if not source.streams.audio:
@@ -166,7 +167,7 @@ class Mp4Writer:
                 self._next_audio_packet = next(self._audio_packets, None)
         except (av.FFmpegError, ValueError) as error:
             self._next_audio_packet = None
-            self._report(_sound_problem(self._audio_source.name, error))
+            self._report(_sound_problem(self._audio_source.name.removeprefix("file:"), error))
 
     def _copy_packet(self, packet: Any, until_s: float) -> bool:
         """Copy an audio packet; return False if it comes later."""

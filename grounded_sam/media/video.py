@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import time
@@ -18,10 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grounded_sam.errors import ConfigError, ImageError
+from grounded_sam.files import home_path
 from grounded_sam.media.completeness import missing_end
+from grounded_sam.media.containers import open_url, open_video_file, redirect_target, video_stream
 from grounded_sam.media.files import common_folder, image_files, natural_key, relative_name, unread_files
-from grounded_sam.media.images import MAX_PIXELS, is_deep, no_pillow_limit, read_image, safe_formats, to_rgb
-from grounded_sam.media.video_pixels import frame_to_rgb, open_container, video_stream
+from grounded_sam.media.images import MAX_PIXELS, guarded, is_deep, read_image, safe_formats, to_rgb
+from grounded_sam.media.video_pixels import frame_to_rgb
 
 #: Schemes that a URL may have. FFmpeg knows more protocols, some of which read local files.
 SCHEMES = {"http", "https", "rtsp", "rtsps", "rtmp", "rtmps", "srt", "udp"}
@@ -163,7 +166,13 @@ class VideoDecoder:
                     return
                 if frame.index < self.start or (frame.index - self.start) % self.stride:
                     continue
-                image = frame.decode()
+                try:
+                    image = frame.decode()
+                except ImageError:
+                    raise
+                except Exception as error:  # whatever a decoder raises, only its frame is lost
+                    self.report(frame.name, f"damaged frame ({_reason(error)})")
+                    continue
                 if image is not None:
                     yield VideoFrame(frame.index, frame.time_s, image, frame.name, frame.file)
 
@@ -211,7 +220,7 @@ def _find_reader(input: str, fps: float, name: str | None) -> _Reader:
         if url.scheme not in SCHEMES:
             raise ConfigError(f"cannot open {input}: a URL must begin with {', '.join(sorted(SCHEMES))}")
         return _Container(input, name or Path(url.path).name or "stream", fps)
-    path = Path(input).expanduser()
+    path = home_path(input)
     if path.is_dir() or (glob.has_magic(input) and not path.exists()):
         return _ImageSequence(input, name, fps)
     if path.is_file() and image_files([path]):
@@ -234,7 +243,7 @@ class _Container:
         if self.file is None:
             return None
         try:
-            with open_container(self.input) as container:
+            with self._open() as container:
                 stream = video_stream(container)
                 if stream is None:
                     return None
@@ -243,21 +252,30 @@ class _Container:
                 rate = stream.average_rate
                 seconds = container.duration / av.time_base if container.duration else None
                 return int(seconds * rate) + 1 if seconds and rate else None
-        except av.FFmpegError:
+        except Exception:  # reported when its frames are read
             return None
 
-    def frames(self, decoder: VideoDecoder) -> Generator[_Undecoded]:
-        import av
+    def _open(self) -> Any:
+        """Open the container, without what it may name: other files, or the host that a server redirects to.
 
-        options = {"rtsp_transport": "tcp"} if self.input.startswith("rtsp") else {}
+        Raises:
+            ImageError: If it cannot be opened.
+        """
         try:
-            container = open_container(self.input, options=options, timeout=None if self.file is not None else 20.0)
-        except av.FFmpegError as error:
-            raise ImageError(f"{self.input}: cannot be opened as a video ({_reason(error)})") from error
-        with container:
+            return open_url(self.input) if self.file is None else open_video_file(self.file)
+        except Exception as error:  # besides FFmpeg's errors, of damaged headers
+            target = None if self.file is not None else redirect_target(self.input)
+            if target is not None:
+                return open_url(target)
+            refused = isinstance(error, OSError) and error.errno == errno.EINVAL  # by the list of formats
+            reason = "a playlist, which is not followed, or no known format" if refused else _reason(error)
+            raise ImageError(f"{self.input}: cannot be opened as a video ({reason})") from error
+
+    def frames(self, decoder: VideoDecoder) -> Generator[_Undecoded]:
+        with self._open() as container:
             stream = video_stream(container)
             if stream is None:
-                kinds = ", ".join(sorted({stream.type for stream in container.streams})) or "nothing"
+                kinds = ", ".join(sorted({stream.type or "unknown" for stream in container.streams})) or "nothing"
                 raise ImageError(f"{self.input}: no video stream, only {kinds}")
             if stream.codec_context is None:
                 raise ImageError(f"{self.input}: no decoder for its codec; convert it to H.264")
@@ -277,8 +295,6 @@ class _Container:
 
     def _decode(self, container: Any, stream: Any, clock: _Clock, errors: list[str]) -> Generator[Any]:
         """Yield PyAV's frames; add the reason of each one that is damaged to `errors`."""
-        import av
-
         packets = container.demux(stream)
         if self.file is not None and stream.codec_context.has_b_frames:
             packets = clock.look_ahead(packets)
@@ -291,7 +307,7 @@ class _Container:
                 decoded = packet.decode() if decoder is None else decoder.decode(packet if packet.size else None)
             except StopIteration:
                 return
-            except av.FFmpegError as error:
+            except Exception as error:  # damaged data raises more than FFmpeg's errors
                 errors.append(_reason(error))
                 if len(errors) > MAX_DECODING_ERRORS:
                     return
@@ -337,10 +353,9 @@ class _Clock:
         Containers such as AVI have decoding times alone, in whose order FFmpeg then numbers the frames. The times of
         packets with B-frames do not rise in the others.
         """
-        import av
 
         head: list[Any] = []
-        with suppress(av.FFmpegError):
+        with suppress(Exception):  # see `_Container._decode`
             head += islice(packets, LOOK_AHEAD)
         times = [packet.pts for packet in head if packet.size]
         known = [time for time in times if time is not None]
@@ -383,7 +398,7 @@ class _ImageSequence:
     """A folder or glob of frames."""
 
     def __init__(self, input: str, name: str | None, fps: float) -> None:
-        path = Path(input).expanduser()
+        path = home_path(input)
         if path.is_dir():
             candidates = [p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")]
         else:
@@ -447,8 +462,8 @@ class _PageSequence:
     def _open(self) -> Any:
         from PIL import Image
 
-        with no_pillow_limit():
-            return Image.open(self.files[0], formats=safe_formats())
+        with guarded(self.files[0]) as file:  # `frames` checks the size of each page
+            return Image.open(file, formats=safe_formats())
 
     def count(self) -> int | None:
         try:

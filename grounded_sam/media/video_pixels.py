@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from grounded_sam.media.containers import open_video_file, video_stream
+
 #: Unspecified color, as H.273 and FFmpeg number it.
 UNSPECIFIED = 2
 #: Matrices that FFmpeg's scaler knows: BT.709, FCC, BT.601 (two numbers), SMPTE 240M, BT.2020.
@@ -37,10 +39,8 @@ class VideoLook:
 
 def read_look(path: Path) -> VideoLook:
     """Read the look of a video file from its first frame; that of RGB images (BT.709) for any other file."""
-    import av
-
     try:
-        with open_container(path) as container:
+        with open_video_file(path) as container:
             stream = video_stream(container)
             if stream is None or stream.codec_context is None:
                 return VideoLook()
@@ -56,7 +56,7 @@ def read_look(path: Path) -> VideoLook:
                 transfer=int(codec.color_trc),
                 is_full_range=is_full_range,
             )
-    except (av.FFmpegError, StopIteration):
+    except Exception:  # whatever damaged data raises; decoding its frames reports it
         return VideoLook()
 
 
@@ -116,20 +116,3 @@ def frame_to_rgb(frame: Any, size_wh: tuple[int, int]) -> NDArray[np.uint8]:
         alpha = pixels[..., 3:].astype(np.uint16)
         pixels = ((pixels[..., :3] * alpha + 255 * (255 - alpha) + 127) // 255).astype(np.uint8)
     return turn_upright(pixels, display_matrix(frame))
-
-
-def open_container(path: str | Path, **options: Any) -> Any:
-    """Open a video file or URL for reading; text in it that is not UTF-8 is replaced.
-
-    Raises:
-        av.FFmpegError: If it cannot be opened.
-    """
-    import av
-
-    return av.open(str(path), metadata_errors="replace", **options)
-
-
-def video_stream(container: Any) -> Any:
-    """Return the first video stream that is not a cover image."""
-    cover = 0x400  # AV_DISPOSITION_ATTACHED_PIC
-    return next((stream for stream in container.streams.video if not int(stream.disposition) & cover), None)

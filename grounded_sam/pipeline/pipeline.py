@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import Any, Unpack, overload
 
+import numpy as np
+
 from grounded_sam.detectors.clicks import ClickDetector
-from grounded_sam.errors import ConfigError
+from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.pipeline.images import DetectThenSegment, ImageStages, StageTimer, process_images
 from grounded_sam.pipeline.refine import Refine
 from grounded_sam.pipeline.select import Select, SelectOptions, override_select
@@ -244,6 +246,10 @@ class Pipeline:
         request = self.request(text, clicks)
         if isinstance(video, str | int | os.PathLike):
             video = VideoSource(video)
+        if isinstance(video, np.ndarray) and video.ndim != 4:
+            raise ImageError(f"expected a video, such as frames (T, H, W, 3), got one array of shape {video.shape}")
+        if not isinstance(video, Iterable):
+            raise ImageError(f"expected a video or its frames, got {type(video).__name__}")
         frames = (to_frame(image, i) for i, image in enumerate(video))
         return self._with_images(self.track_frames(frames, request), request)
 

@@ -19,6 +19,7 @@ import supervision as sv
 from grounded_sam.files import atomic_write
 from grounded_sam.formats.store_runs import fingerprint
 from grounded_sam.formats.store_writer import StoreWriter
+from grounded_sam.media.images import MAX_PIXELS
 from grounded_sam.pipeline.images import DetectThenSegment
 from grounded_sam.pipeline.select import Select, select_detections
 from grounded_sam.structures.detections import select_rows, validate_detections
@@ -136,16 +137,24 @@ class PredictionCache:
         vocabulary: Classes of the run.
         settings: All settings that decide what the models find, without `select`.
         select: Selection of the run.
+        max_pixels: Largest image of the run.
 
     Attributes:
         replayed: Number of images found in the cache.
     """
 
-    def __init__(self, sweep: Path, vocabulary: Vocabulary, settings: dict[str, Any], select: Select) -> None:
+    def __init__(
+        self,
+        sweep: Path,
+        vocabulary: Vocabulary,
+        settings: dict[str, Any],
+        select: Select,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
         self.selections = LoosestSelection.read(sweep).selections(select, vocabulary)
         settings = {**settings, "select": [asdict(selection) for selection in self.selections]}
         key = fingerprint(settings, vocabulary)
-        self._store = StoreWriter(sweep / FOLDER / key[:16] / "store", vocabulary, settings)
+        self._store = StoreWriter(sweep / FOLDER / key[:16] / "store", vocabulary, settings, max_pixels=max_pixels)
         self.replayed = 0
         self._memory = _in_memory.pop(key, {})
         _in_memory[key] = self._memory

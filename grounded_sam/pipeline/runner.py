@@ -13,10 +13,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from grounded_sam.errors import ImageError
+from grounded_sam.errors import ImageError, count_of
 from grounded_sam.files import atomic_write
 from grounded_sam.media.progress import ProgressBar
-from grounded_sam.pipeline.images import process_images
+from grounded_sam.pipeline.images import convert_errors, process_images
 from grounded_sam.pipeline.pipeline import Pipeline
 from grounded_sam.pipeline.prediction_cache import CachedStages
 from grounded_sam.structures.frame import Frame
@@ -99,7 +99,9 @@ class Runner:
         self.store = next((sink for sink in sinks if isinstance(sink, ResultStore)), None)
         self.cache = pipeline.stages if isinstance(pipeline.stages, CachedStages) else None
         self.summary = Summary()
+        self._unwritten: Counter[int] = Counter()  # images that a sink could not write, by its position
         self._unusable: list[Skipped] = []  # frames that a later stage or a sink could not use
+        self._stopped_videos: list[str] = []  # which the store must not take for complete
         self._reported: set[Skipped] = set()
         self._tracks: dict[tuple[str | None, int], str] = {}  # video and tracker id to class name
 
@@ -127,7 +129,7 @@ class Runner:
                 self.cache.close()
         self.pipeline.seconds["all"] = time.perf_counter() - start
         self.summary.objects.update(self._tracks.values())
-        self.summary.skipped = [*self._skipped(), *self._unwritten(), *self._unused_clicks()]
+        self.summary.skipped = [*self._skipped(), *self._listed_by_sinks(), *self._unused_clicks()]
         self._write_skipped()
         self.summary.outputs = [sink.summary() for sink in self.sinks]
         return self.summary
@@ -150,6 +152,7 @@ class Runner:
             progress.update(done, self.summary.unit)
         for write in pending:
             write.result()
+        self._leave_incomplete()
 
     def _results(self) -> Generator[FrameResult]:
         """Yield results: images one by one, the frames of each video together, stored results as they are."""
@@ -165,11 +168,22 @@ class Runner:
                         group, self.request.classes, self.pipeline.stages, on_skipped=self._unusable.append
                     )
                 else:
-                    with closing(self.pipeline.track_frames(group, self.request)) as results:
-                        yield from results
+                    yield from self._track(video, group)
         finally:
             if isinstance(frames, Generator):
                 frames.close()
+
+    def _track(self, video: str, frames: Iterator[Any]) -> Generator[FrameResult]:
+        """Yield the results of a video; where a frame cannot be processed, only its video stops."""
+        count = 0
+        try:
+            with closing(self.pipeline.track_frames(frames, self.request)) as results:
+                for result in results:
+                    count += 1
+                    yield result
+        except ImageError as error:
+            self._unusable.append(Skipped(video, f"{error}; stopped after {count_of(count, 'frame')}"))
+            self._stopped_videos.append(video)
 
     def _lookup(self) -> Lookup | None:
         """Return the function that finds stored results: of the store, else of the prediction cache."""
@@ -192,14 +206,24 @@ class Runner:
 
     def _write(self, result: FrameResult) -> None:
         """Write a result to every sink."""
-        for sink in self.sinks:
+        self._leave_incomplete(except_for=result.frame.video)
+        for position, sink in enumerate(self.sinks):
             try:
-                sink.write(result)
-            except ImageError as error:  # the file of a stored result is gone
+                with convert_errors(sink, passing=(OSError,)):  # such as that of a full disk, which ends the run
+                    sink.write(result)
+            except ImageError as error:  # such as that of a stored result whose file is gone
+                self._unwritten[position] += 1
                 skipped = Skipped(result.frame.name, str(error))
                 if skipped not in self._unusable:
                     self._unusable.append(skipped)
         self._report_skipped()
+
+    def _leave_incomplete(self, except_for: str | None = None) -> None:
+        """Tell the store which videos stopped, once all of their frames are written."""
+        if self.store is not None:
+            for video in self._stopped_videos:
+                if video != except_for:
+                    self.store.leave_incomplete(video)
 
     def _count(self, result: FrameResult) -> None:
         """Add a result to the summary."""
@@ -222,8 +246,8 @@ class Runner:
         """Return whether the source has only a part of the input."""
         return isinstance(self.source, Sharded) and self.source.num_shards > 1
 
-    def _unwritten(self) -> list[Skipped]:
-        """Return what the sinks could not write, each once."""
+    def _listed_by_sinks(self) -> list[Skipped]:
+        """Return what the sinks left out of what they wrote, each once."""
         parts = (sink.skipped for sink in self.sinks if isinstance(sink, ListsSkipped))
         return list(dict.fromkeys(skipped for part in parts for skipped in part))
 
@@ -255,7 +279,8 @@ class Runner:
             part.write_text(json.dumps(entries, ensure_ascii=False, indent=1), encoding="utf-8")
         resumed = self.store.files_resumed() if self.store is not None else 0
         # A shard may happen to consist of bad files.
-        if summary.skipped and not (summary.images or resumed or self._is_shard() or summary.interrupted):
+        written = summary.images - max(self._unwritten.values(), default=0)  # by the sink that lost most
+        if summary.skipped and not (written or resumed or self._is_shard() or summary.interrupted):
             first = summary.skipped[0]
             raise ImageError(
                 f"no usable images, {len(summary.skipped)} skipped; the first: {first.file}: {first.reason} "

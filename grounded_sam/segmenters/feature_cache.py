@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grounded_sam.checks import check_number
-from grounded_sam.files import atomic_write
+from grounded_sam.files import atomic_write, home_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +42,7 @@ class FeatureCache:
 
     def __init__(self, folder: str | Path, gigabytes: float = 10.0) -> None:
         check_number("cache.gigabytes", gigabytes, 0, above=True)
-        self.folder, self.max_bytes = Path(folder).expanduser(), int(gigabytes * 1e9)
+        self.folder, self.max_bytes = home_path(folder), int(gigabytes * 1e9)
         self.hits = self.misses = 0
 
     def get(self, key: str, device: Any) -> Any:

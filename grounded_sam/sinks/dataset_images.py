@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Literal
 
 from grounded_sam.checks import check_choice
 from grounded_sam.files import UniqueNames, atomic_write
 from grounded_sam.media.files import is_video_file
-from grounded_sam.media.images import no_pillow_limit, safe_formats
+from grounded_sam.media.images import open_image
 from grounded_sam.structures.frame import Frame
 
 #: How image files get into a dataset.
@@ -98,12 +99,10 @@ def _encode(frame: Frame, path: Path, image_format: Literal["JPEG", "PNG"]) -> N
 
 def _usable_suffix(frame: Frame) -> str | None:
     """Return the suffix of a frame's file if the dataset can use the file; None if it has to be re-encoded."""
-    from PIL import Image
-
     if not _is_image_file(frame):
         return None
     try:
-        with no_pillow_limit(), Image.open(frame.file, formats=safe_formats()) as image:  # type: ignore[arg-type]
+        with open_image(frame.file, sys.maxsize) as image:  # type: ignore[arg-type]
             is_plain = image.mode in ("RGB", "L") and getattr(image, "n_frames", 1) == 1
             is_upright = image.getexif().get(0x0112, 1) == 1
             is_same_size = image.size == (frame.size_hw[1], frame.size_hw[0])

@@ -157,7 +157,7 @@ class LabelStudioSink(DatasetSink):
             tag = f"{kind.capitalize()}Labels"
             lines.append(f'  <{tag} name="{kind}" toName="image">')
             for name, color in zip(self.vocabulary.classes, self.vocabulary.palette(), strict=True):
-                lines.append(f'    <Label value={quoteattr(name)} background="{color}"/>')
+                lines.append(f"    <Label value={quoteattr(name)} background={quoteattr(color)}/>")
             lines.append(f"  </{tag}>")
         return "\n".join([*lines, "</View>"]) + "\n"
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from grounded_sam.checks import check_bool, check_choice, check_int, check_number
 from grounded_sam.errors import ConfigError, count_of
-from grounded_sam.files import UniqueNames, atomic_write
+from grounded_sam.files import UniqueNames, atomic_write, home_path
 from grounded_sam.media.draw import draw_detections
 from grounded_sam.media.mp4 import Mp4Writer
 from grounded_sam.media.video_pixels import read_look
@@ -33,7 +33,8 @@ class OverlaySink:
         boxes: Whether to draw boxes.
         labels: Whether to write class names, scores and track ids.
         opacity: Opacity of masks, 0 to 1.
-        colour_by: One color per `class` or per `object`; None for `object` if there are tracks, else `class`.
+        colour_by: One color per `class` or per `object`; None for `object` if there are tracks and not all classes have
+            a color of their own, else `class`.
         sound_from: Whose audio the annotated videos get: `input` for that of each video itself, a video file, or a
             folder with a file of the name of each video; None for no audio.
         crf: Constant rate factor of videos, 0 (lossless) to 51.
@@ -66,8 +67,9 @@ class OverlaySink:
             check_bool(f"sink.overlay.{key}", value)
         self.folder, self.format, self.crf = Path(output) / "overlay", format, crf
         self.masks, self.boxes, self.labels = masks, boxes, labels
-        self.opacity, self.color_by, self.palette = opacity, colour_by, vocabulary.palette()
-        self.sound_from = None if sound_from is None else os.path.expanduser(str(sound_from))
+        self.opacity, self.palette = opacity, vocabulary.palette()
+        self.color_by = colour_by or ("class" if vocabulary.has_own_colors else None)
+        self.sound_from = None if sound_from is None else str(home_path(str(sound_from)))
         if self.sound_from not in (None, "input") and not os.path.exists(str(self.sound_from)):
             raise ConfigError(
                 f"sink.overlay.sound_from={sound_from}: no such file or folder; input takes the sound of each video"

@@ -335,6 +335,9 @@ class ResultStore(Protocol):
     def files_resumed(self) -> int:
         """Return how many files `lookup` has found so far."""
 
+    def leave_incomplete(self, video: str) -> None:
+        """Take back that a video, whose last frame is written, will be complete, because it stopped."""
+
     def notes(self) -> list[Skipped]:
         """Return the problems that were recorded for files that `lookup` has found."""
 

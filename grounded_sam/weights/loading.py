@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from grounded_sam.errors import CheckpointError, ConfigError
+from grounded_sam.errors import CheckpointError, ConfigError, MissingWeightsError
+from grounded_sam.files import home_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +58,7 @@ def find_folder(checkpoint: str, kind: str) -> str:
     checkpoint = str(checkpoint)
     if checkpoint.startswith("builtin:"):
         return str(builtin_path(checkpoint.removeprefix("builtin:"), kind))
-    path = Path(checkpoint).expanduser()
+    path = home_path(checkpoint)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise CheckpointError(f"{path} has no config.json, so it is not a transformers checkpoint")
@@ -82,7 +83,7 @@ def find_file(checkpoint: str, kind: str, hub_file: str | None = None, sha256: s
         CheckpointError: If there is no such file, it cannot be downloaded, or its checksum differs.
     """
     checkpoint = str(checkpoint)
-    path = Path(checkpoint).expanduser()
+    path = home_path(checkpoint)
     if checkpoint.startswith("builtin:"):
         path = builtin_path(checkpoint.removeprefix("builtin:"), kind)
     elif path.is_dir():
@@ -146,10 +147,7 @@ def from_cache_or_hub(repo: str, load: Callable[[bool], T]) -> T:
             raise
         failure = error
     reason = " ".join(str(failure).split()).split(". ")[0][:200]
-    raise CheckpointError(
-        f"weights {repo!r} are not in the cache and cannot be downloaded from the Hugging Face hub ({reason}); "
-        "give a local copy with checkpoint=PATH, or use preset=shapes, whose weights ship with the package"
-    ) from failure
+    raise MissingWeightsError(repo, reason) from failure
 
 
 def load_checkpoint(

@@ -133,7 +133,7 @@ def test_clicks_and_everything_write_to_the_same_sinks(tmp_path, folder):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["selct.score=1"], "did you mean 'select'?"),
+        (["selct.score=1"], "did you mean 'select.score'?"),
         (["select.scor=0.1"], "did you mean 'select.score'?"),
         (
             ["detector=yolo"],

@@ -15,7 +15,7 @@ from grounded_sam.cli.next_step import next_step
 from grounded_sam.config.compose import explain
 from grounded_sam.config.hydra import conf_dir
 from grounded_sam.config.words import read_words
-from grounded_sam.errors import GroundedSamError, count_of, describe
+from grounded_sam.errors import GroundedSamError, count_of, describe_error
 from grounded_sam.files import atomic_write
 from grounded_sam.hydra_state import in_sweep
 
@@ -64,9 +64,9 @@ def run(cfg: DictConfig) -> float | None:
     except Exception as error:  # one job of a sweep does not end the others
         if DEBUG or sweep is None:
             raise
-        record["error"] = describe(error)
+        record["error"] = describe_error(error)
         print(
-            f"grounded-sam: job {hydra_cfg.job.num}: {describe(error)}; GROUNDED_SAM_DEBUG=1 shows the traceback",
+            f"grounded-sam: job {hydra_cfg.job.num}: {describe_error(error)}; GROUNDED_SAM_DEBUG=1 shows the traceback",
             file=sys.stderr,
         )
     record["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -74,7 +74,9 @@ def run(cfg: DictConfig) -> float | None:
         path.write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
     if summary is not None:
         print_summary(summary, output)
-        if sweep is None and (line := next_step(record["overrides"], summary, sinks, output)) is not None:
+        sources = {source.provider: source.path for source in hydra_cfg.runtime.config_sources}
+        line = next_step(record["overrides"], summary, sinks, output, sources.get("command-line"))
+        if sweep is None and line is not None:
             print(line)
         if summary.interrupted:
             sys.exit(130)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import grounding_dino, tokenizer
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
@@ -200,7 +200,6 @@ phrase = st.text(st.characters(categories=["L", "N", "P", "Zs"]), min_size=1, ma
 )
 
 
-@settings(deadline=None)
 @given(
     st.lists(phrase, min_size=1, max_size=40, unique_by=lambda p: "".join(c for c in p.casefold() if c.isalnum())),
     st.integers(48, 256),

@@ -44,10 +44,10 @@ class CheckpointError(GroundedSamError):
     """Raised for weights that are missing, damaged or those of another model."""
 
 
-def describe(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """Return the kind and the first line of an error that this package did not raise.
 
-    >>> describe(ValueError("too many\\nvalues"))
+    >>> describe_error(ValueError("too many\\nvalues"))
     'ValueError: too many'
     """
     lines = redact(str(error)).strip().splitlines()

@@ -213,7 +213,7 @@ def test_class_files_of_other_tools_are_read(name, content, classes, ids, tmp_pa
         ("data.yaml", "nc: 3\nnames: [a, b]", "nc is 3, but there are 2 names"),
         ("a.json", '{"car": 1, "dog": 1}', "have the same id 1|named twice"),
         ("a.csv", "x,y,z\n1,2,3", "expected a column called name"),
-        ("a.csv", "car,1\ncar,2", "'car' is a key twice"),
+        ("a.csv", "car,1\ncar,2", "'car' is a name twice"),
         ("labels.pbtxt", "item {}", "is a file, but not one of classes"),
         ("car", "x", "is a file, but not one of classes"),
     ],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from contextlib import chdir, nullcontext
@@ -18,7 +19,7 @@ from grounded_sam.config.hydra import conf_dir
 from grounded_sam.config.saved import save_config, unresolved
 from grounded_sam.config.secrets import hide_in_overrides
 from grounded_sam.config.words import read_words
-from grounded_sam.errors import GroundedSamError, count_of, describe, redact
+from grounded_sam.errors import GroundedSamError, count_of, describe_error, redact
 from grounded_sam.files import atomic_write_text
 from grounded_sam.hydra_state import in_sweep
 from grounded_sam.output.claim import check_output, claim
@@ -76,7 +77,8 @@ def _run_job(cfg: DictConfig, output: Path, sweep: Sweep | None, overrides: list
     """Run a job in its claimed output; see `run`."""
     from hydra.core.hydra_config import HydraConfig
 
-    base = Path(HydraConfig.get().runtime.output_dir)  # which has the store of shards
+    runtime = HydraConfig.get().runtime
+    base = Path(runtime.output_dir)  # which has the store of shards
     record: dict[str, Any] = {"overrides": overrides, "sweep": None if sweep is None else sweep.id}
     value: float | None = None
     summary: Summary | None = None
@@ -93,14 +95,16 @@ def _run_job(cfg: DictConfig, output: Path, sweep: Sweep | None, overrides: list
                 print_summary(summary, output)
             sys.exit(f"grounded-sam: {reason}")  # not raised, since Hydra would print a line of its own
         hint = "" if reason else "; GROUNDED_SAM_DEBUG=1 shows the traceback"
-        record["error"] = reason or describe(error)
+        record["error"] = reason or describe_error(error)
         name = sweep.entry(0, output, ()).folder  # as in the report
         print(f"grounded-sam: job {name}: {record['error']}{hint}", file=sys.stderr)
     record["peak_mib"] = peak_mib()
     atomic_write_text(output / "run.json", json.dumps(record, ensure_ascii=False, indent=1))
     if summary is not None:
         print_summary(summary, output)
-        if sweep is None and (line := next_step(overrides, summary, sinks, base)) is not None:
+        sources = {source.provider: source.path for source in runtime.config_sources}
+        line = next_step(overrides, summary, sinks, base, sources.get("command-line"))
+        if sweep is None and line is not None:
             print(line)
         if summary.interrupted:
             sys.exit(130)
@@ -187,8 +191,7 @@ def print_summary(summary: Summary, output: Path) -> None:
             markup=False,
         )
     if summary.skipped:
-        files = count_of(len(summary.skipped), "file")
-        console.print(f"Skipped {files} (also listed in {output / 'skipped.json'}):", markup=False)
+        console.print(f"Skipped, in whole or in part (also listed in {output / 'skipped.json'}):", markup=False)
         for skipped in summary.skipped:
             console.print(f"  {skipped.file}: {skipped.reason}", markup=False)
 
@@ -231,6 +234,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors reach this function instead of being printed by Hydra
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # for user-defined stages; last, so that they shadow no package
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: what was written stays usable
     GlobalHydra.instance().clear()  # `import sam2` may have initialized it
     try:
         sys.argv[1:] = hide_in_overrides(read_words(sys.argv[1:]))

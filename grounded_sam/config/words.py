@@ -170,7 +170,7 @@ def _unknown_flag(word: str, following: Sequence[str]) -> str:
 
 
 def _without_key(overrides: Sequence[str], i: int) -> str:
-    """Return the message for a word that is no `key=value`, the one at position `i`."""
+    """Return the message for the word at position `i`, which is not `key=value`."""
     word = overrides[i]
     start = f"cannot read {_shown(word)}: expected key=value"
     bare = [word, *_until_key(overrides[i + 1 :])]

@@ -44,8 +44,7 @@ def read_yolo(data_yaml: Path, max_pixels: int = MAX_PIXELS) -> dict[str, Any]:
         raise ConfigError(f"{data_yaml}: expected names and train, val or test, as in YOLO's data.yaml") from error
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for folder in dict.fromkeys(folders):
-        root = _split_folder(folder, base, data_yaml)
+    for root in dict.fromkeys(_split_folder(folder, base, data_yaml) for folder in folders):
         files = image_files(path for path in root.rglob("*") if path.is_file())
         for file in sorted(files, key=lambda path: natural_key(path.as_posix())):
             height, width = _displayed_size(file, max_pixels)

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import supervision as sv
 
-from grounded_sam.errors import GroundedSamError, ImageError, StageError, describe, print_traceback
+from grounded_sam.errors import GroundedSamError, ImageError, StageError, describe_error, print_traceback
 from grounded_sam.pipeline.refine import Refine
 from grounded_sam.pipeline.select import Select, select_detections
 from grounded_sam.pipeline.tiles import Tiles
@@ -52,7 +52,7 @@ def convert_errors(stage: object, passing: tuple[type[Exception], ...] = ()) -> 
         if isinstance(error, torch.OutOfMemoryError):
             torch.cuda.empty_cache()  # so that the next, smaller image may fit
         print_traceback()
-        reason = f"{type(stage).__name__} failed ({describe(error)}); GROUNDED_SAM_DEBUG=1 shows the traceback"
+        reason = f"{type(stage).__name__} failed ({describe_error(error)}); GROUNDED_SAM_DEBUG=1 shows the traceback"
         raise StageError(reason) from error
 
 

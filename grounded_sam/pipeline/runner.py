@@ -23,6 +23,7 @@ from grounded_sam.pipeline.pipeline import Pipeline
 from grounded_sam.pipeline.prediction_cache import CachedStages
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.protocols import (
+    ListsSkipped,
     Lookup,
     OwnsFolder,
     RecordsSkipped,
@@ -49,7 +50,7 @@ class Summary:
         stored: How many of them an earlier run had processed.
         empty: How many of them have no detections.
         objects: Number of detections by class name; in videos, of tracks.
-        skipped: Files that could not be used.
+        skipped: What could not be used or done, in whole or in part: files, clicks, sound, parts of a split.
         outputs: One line per sink: what it wrote, and where.
         removed: Number of files of earlier runs that were removed from the folders of the sinks.
         kept: Files there that only an earlier run wrote, but that were changed since, or are copies of images.
@@ -145,7 +146,7 @@ class Runner:
                 self.cache.close()
         self.pipeline.seconds["all"] = time.perf_counter() - start
         self.summary.objects.update(self._tracks.values())
-        self.summary.skipped = self._skipped()
+        self.summary.skipped = [*self._skipped(), *self._listed_by_sinks(), *self._unused_clicks()]
         self._write_skipped()
         if not self.summary.interrupted:
             for folder in self._own_folders():
@@ -267,6 +268,22 @@ class Runner:
         """Return everything that could not be used so far."""
         return [*self.source.skipped, *self._unusable, *(self.store.notes() if self.store is not None else ())]
 
+    def _is_shard(self) -> bool:
+        """Return whether the source has only a part of the input."""
+        return isinstance(self.source, Sharded) and self.source.num_shards > 1
+
+    def _listed_by_sinks(self) -> list[Skipped]:
+        """Return what the sinks left out of what they wrote, each once."""
+        parts = (sink.skipped for sink in self.sinks if isinstance(sink, ListsSkipped))
+        return list(dict.fromkeys(skipped for part in parts for skipped in part))
+
+    def _unused_clicks(self) -> list[Skipped]:
+        """Return the clicks that no frame took; none where other runs or shards may have had their frames."""
+        resumed = self.summary.stored or (self.store is not None and self.store.files_resumed())
+        if self.request.clicks is None or self.summary.interrupted or resumed or self._is_shard():
+            return []
+        return [Skipped(name, reason) for name, reason in self.request.clicks.unused()]
+
     def _report_skipped(self) -> None:
         """Report newly skipped files to the sinks that record them; the store knows its own notes already."""
         notes = self.store.notes() if self.store is not None else []
@@ -288,9 +305,8 @@ class Runner:
             part.write_text(json.dumps(entries, ensure_ascii=False, indent=1), encoding="utf-8")
         resumed = self.store.files_resumed() if self.store is not None else 0
         # A shard may happen to consist of bad files.
-        is_shard = isinstance(self.source, Sharded) and self.source.num_shards > 1
         written = summary.images - max(self._unwritten.values(), default=0)  # by the sink that lost most
-        if summary.skipped and not (written or resumed or is_shard or summary.interrupted):
+        if summary.skipped and not (written or resumed or self._is_shard() or summary.interrupted):
             first = summary.skipped[0]
             raise ImageError(
                 f"no usable images, {len(summary.skipped)} skipped; the first: {first.file}: {first.reason} "

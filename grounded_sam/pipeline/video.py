@@ -246,7 +246,7 @@ class KeyframeTracking:
         return replace_tracks(visible, drawn, replaced), replace_tracks(started, started_here, replaced)
 
     def _find_doubles(self, drawn: sv.Detections, visible: sv.Detections) -> dict[int, int]:
-        """Return which of the clicked objects are also visible under another id, as both ids."""
+        """Map each clicked object that is also visible under another id to that id."""
         assert drawn.tracker_id is not None and drawn.mask is not None
         if visible.tracker_id is None or visible.mask is None:
             return {}

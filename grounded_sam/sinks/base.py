@@ -13,7 +13,7 @@ from grounded_sam.errors import count_of
 from grounded_sam.output.claim import check_output
 from grounded_sam.sinks.dataset_images import DatasetImages, ImageMode
 from grounded_sam.sinks.splits import Splits
-from grounded_sam.structures.results import FrameResult
+from grounded_sam.structures.results import FrameResult, Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
 
 
@@ -87,6 +87,11 @@ class DatasetSink(ABC):
     def _open(self) -> None:
         """Prepare the output, before the first image."""
         self._splits.claim(self.folder)
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        """Parts of the split that got no image."""
+        return self._splits.skipped()
 
     @abstractmethod
     def _write(self, result: FrameResult) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from grounded_sam.errors import ConfigError, VocabularyError
 from grounded_sam.structures import documents
-from grounded_sam.structures.documents import check_depth, read_json, read_text
+from grounded_sam.structures.documents import check_depth, parse_json, read_text
 
 #: Suffixes of files that are read; `.names` is that of Darknet.
 FILE_SUFFIXES = {".yaml", ".yml", ".json", ".txt", ".names", ".csv"}
@@ -41,33 +41,33 @@ def read_class_file(path: Path) -> Any:
             f"it has a class per line, or write text=[{path}] to look for a class of this name"
         )
     try:
-        if suffix in (".yaml", ".yml", ".json"):
-            return _read_document(path, suffix)
         content = read_text(path)
     except UnicodeDecodeError as error:
         raise VocabularyError(f"cannot read the classes in {path}: save the file as UTF-8 ({error})") from error
     except ConfigError as error:
         raise VocabularyError(f"cannot read the classes in {error}") from error
+    if suffix in (".yaml", ".yml", ".json"):
+        return _parse_document(content, str(path), suffix)
     if suffix in (".txt", ".names"):
         return [line for raw in content.splitlines() if (line := _COMMENT.sub("", raw).strip())]
     return _read_csv(content, path)
 
 
-def _read_document(path: Path, suffix: str) -> Any:
-    """Read a YAML or JSON file, of a COCO file only the categories."""
+def _parse_document(content: str, where: str, suffix: str) -> Any:
+    """Parse a YAML or JSON file, of a COCO file only the categories."""
     try:
-        loaded = read_json(path, unique_keys=True) if suffix == ".json" else parse_yaml(read_text(path), str(path))
+        loaded = parse_json(content, where, unique_keys=True) if suffix == ".json" else parse_class_yaml(content, where)
         if isinstance(loaded, Mapping) and "categories" in loaded and "classes" not in loaded:  # a COCO file
             loaded = {"categories": loaded["categories"]}
-        check_depth(loaded, str(path))
+        check_depth(loaded, where)
     except ConfigError as error:
         raise VocabularyError(str(error)) from error
     if not isinstance(loaded, list | Mapping):
-        raise VocabularyError(f"{path} must hold a list of classes or a mapping from class to phrases")
+        raise VocabularyError(f"{where} must hold a list of classes or a mapping from class to phrases")
     return loaded
 
 
-def parse_yaml(content: str, where: str) -> Any:
+def parse_class_yaml(content: str, where: str) -> Any:
     """Parse YAML whose words all stay strings, see `documents.parse_yaml`.
 
     Raises:

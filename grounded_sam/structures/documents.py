@@ -26,11 +26,23 @@ def read_json(path: Path, *, unique_keys: bool = False) -> Any:
     Raises:
         ConfigError: If it cannot be read, is not JSON, or is nested too deeply for the parser.
     """
-    hook = (lambda pairs: _unique_keys(pairs, str(path))) if unique_keys else None
     try:
-        return json.loads(read_text(path), object_pairs_hook=hook)
-    except (ValueError, RecursionError) as error:
+        return parse_json(read_text(path), str(path), unique_keys=unique_keys)
+    except UnicodeDecodeError as error:
         raise ConfigError(f"{path} is not valid JSON: {_reason(error)}") from error
+
+
+def parse_json(text: str, where: str, *, unique_keys: bool = False) -> Any:
+    """Parse JSON; see `read_json`.
+
+    >>> parse_json('{"car": [1]}', "text")
+    {'car': [1]}
+    """
+    hook = (lambda pairs: _unique_keys(pairs, where)) if unique_keys else None
+    try:
+        return json.loads(text, object_pairs_hook=hook)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{where} is not valid JSON: {_reason(error)}") from error
 
 
 def read_yaml(path: Path) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 
 from grounded_sam.errors import VocabularyError, shorten
 from grounded_sam.files import home_path
-from grounded_sam.structures.class_files import FILE_SUFFIXES, parse_yaml, read_class_file
+from grounded_sam.structures.class_files import FILE_SUFFIXES, parse_class_yaml, read_class_file
 from grounded_sam.structures.documents import is_text
 
 #: JSON Schema of ontologies; editors can check files against it too.
@@ -299,7 +299,7 @@ def parse_text(text: str) -> Any:
     if path.suffix.lower() in FILE_SUFFIXES or os.path.isfile(path):
         return read_class_file(path)
     if text.strip()[:1] + text.strip()[-1:] in ("[]", "{}"):
-        return parse_yaml(text, "text")
+        return parse_class_yaml(text, "text")
     parts = re.split(r"[,;\n]", text)
     if len(parts) == 1:
         parts = _FULL_STOP.split(text)

@@ -310,6 +310,13 @@ class RecordsSkipped(Protocol):
 
 
 @runtime_checkable
+class ListsSkipped(Protocol):
+    """A sink that lists what it was asked for and could not write, such as sound or a part of a split."""
+
+    skipped: list[Skipped]
+
+
+@runtime_checkable
 class ResultStore(Protocol):
     """A sink that reads back what earlier runs wrote, so that a run can resume."""
 

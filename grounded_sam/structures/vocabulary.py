@@ -253,52 +253,15 @@ class Vocabulary:
         if isinstance(text, Vocabulary):
             return text
         if not isinstance(text, str | Path):
-            return cls._read(text, negative, "text")
+            return _read_classes(text, negative, "text")
         where = str(text)
         content = parse_text(where)
         try:
-            return cls._read(content, negative, where)
+            return _read_classes(content, negative, where)
         except VocabularyError as error:
             if where in str(error) or not os.path.isfile(home_path(where)):
                 raise
             raise VocabularyError(f"{where}: {error}") from error
-
-    @classmethod
-    def _read(cls, text: Any, negative: Any, where: str) -> Vocabulary:
-        """Read a list or mapping; see `parse`.
-
-        Args:
-            text: The list or mapping.
-            negative: Phrases for look-alikes.
-            where: Name of the file or setting, for messages.
-        """
-        if isinstance(text, Mapping) and isinstance(text.get("categories"), Sequence) and "classes" not in text:
-            text = coco_categories(text["categories"], where)
-        if isinstance(text, list) and text and all(isinstance(item, Mapping) and "name" in item for item in text):
-            text = coco_categories(text, where) if all("id" in item for item in text) else {"classes": text}
-        if isinstance(text, Mapping) and "classes" not in text:
-            text = numbered_classes(text, where) or text
-        negatives = parse_phrases(parse_text(negative) if isinstance(negative, str) else negative, "negative")
-        if isinstance(text, Mapping) and "classes" in text:
-            return cls._from_ontology(read_ontology(text, where), negatives)
-        if isinstance(text, Mapping):
-            names = [str(name).strip() for name in text]
-            if not all(names):
-                raise VocabularyError(f"{where}: a class has an empty name")
-            phrases = zip(names, text.values(), strict=True)
-            classes = [(name, parse_phrases(value, name) or [name]) for name, value in phrases]
-        elif isinstance(text, Iterable):
-            classes = [(name, [name]) for name in dict.fromkeys(parse_phrases(text, "text"))]
-        else:
-            raise VocabularyError(
-                "text must be a list of classes, a string, a mapping from class to phrases or a file; "
-                f"got {type(text).__name__}: {text!r}"
-            )
-        return cls(
-            classes=tuple(name for name, _ in classes),
-            phrases=tuple(tuple(dict.fromkeys(phrases)) for _, phrases in classes),
-            negatives=tuple(dict.fromkeys(negatives)),
-        )
 
     @classmethod
     def _from_ontology(cls, ontology: Ontology, negatives: Sequence[str]) -> Vocabulary:
@@ -313,6 +276,43 @@ class Vocabulary:
             colors=_column([item.color for item in classes]),
             supercategories=_column([item.supercategory for item in classes]),
         )
+
+
+def _read_classes(text: Any, negative: Any, where: str) -> Vocabulary:
+    """Read a list or mapping of classes; see `Vocabulary.parse`.
+
+    Args:
+        text: The list or mapping.
+        negative: Phrases for look-alikes.
+        where: Name of the file or setting, for messages.
+    """
+    if isinstance(text, Mapping) and isinstance(text.get("categories"), Sequence) and "classes" not in text:
+        text = coco_categories(text["categories"], where)
+    if isinstance(text, list) and text and all(isinstance(item, Mapping) and "name" in item for item in text):
+        text = coco_categories(text, where) if all("id" in item for item in text) else {"classes": text}
+    if isinstance(text, Mapping) and "classes" not in text:
+        text = numbered_classes(text, where) or text
+    negatives = parse_phrases(parse_text(negative) if isinstance(negative, str) else negative, "negative")
+    if isinstance(text, Mapping) and "classes" in text:
+        return Vocabulary._from_ontology(read_ontology(text, where), negatives)
+    if isinstance(text, Mapping):
+        names = [str(name).strip() for name in text]
+        if not all(names):
+            raise VocabularyError(f"{where}: a class has an empty name")
+        phrases = zip(names, text.values(), strict=True)
+        classes = [(name, parse_phrases(value, name) or [name]) for name, value in phrases]
+    elif isinstance(text, Iterable):
+        classes = [(name, [name]) for name in dict.fromkeys(parse_phrases(text, "text"))]
+    else:
+        raise VocabularyError(
+            "text must be a list of classes, a string, a mapping from class to phrases or a file; "
+            f"got {type(text).__name__}: {text!r}"
+        )
+    return Vocabulary(
+        classes=tuple(name for name, _ in classes),
+        phrases=tuple(tuple(dict.fromkeys(phrases)) for _, phrases in classes),
+        negatives=tuple(dict.fromkeys(negatives)),
+    )
 
 
 def _column(values: Sequence[T | None]) -> tuple[T | None, ...]:

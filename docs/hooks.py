@@ -10,7 +10,7 @@ from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
 GROUPS = ("source", "detector", "segmenter", "tracker", "sink", "preset", "sweep")
-LINE = re.compile(r"^(?P<indent> *)(?P<key>[\w.@/]+):(?: +(?P<value>[^#].*?))?(?: +# (?P<comment>.*))?$")
+LINE = re.compile(r"^(?P<indent> *)(?P<key>[\w.@/]+):(?: +(?P<value>[^#\s].*?))?(?: +# (?P<comment>.*))?$")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -34,7 +34,8 @@ def config_page() -> str:
             leading = [
                 line.lstrip("# ") for line in text.splitlines() if line.startswith("# ") and "@package" not in line
             ]
-            table = _table(text, prefix=group) if group not in ("preset", "sweep") else _block(text)
+            prefix = "" if "@package _global_" in text else group
+            table = _block(text) if group in ("preset", "sweep") else _table(text, prefix)
             parts.append(f"### {group}={path.stem}\n\n{' '.join(leading)}\n\n{table}")
     return "\n".join(parts)
 
@@ -48,8 +49,10 @@ def _table(text: str, prefix: str = "") -> str:
     rows, path = [], [prefix] if prefix else []
     indents = [-1] if prefix else []
     for line in text.splitlines():
-        if line.startswith("defaults:") and not prefix:
+        if line.startswith("hydra:"):
             break
+        if line.startswith(("defaults:", "  - ")):
+            continue
         match = LINE.match(line)
         if match is None:
             continue
@@ -69,4 +72,5 @@ def _table(text: str, prefix: str = "") -> str:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("|", "\\|").replace("<", "&lt;")
+    escaped = text.replace("|", "\\|").replace("<", "&lt;")
+    return re.sub(r"('?\{[^}]*\}'?)", r"`\1`", escaped)  # braces are attributes in the Markdown of the site

@@ -21,10 +21,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from grounded_sam import load
-from grounded_sam.media.draw import draw_detections
 from grounded_sam.shapes.scenes import Scene, make_crowded_scene, make_scene
 from grounded_sam.structures.masks import encode_rle
-from grounded_sam.structures.vocabulary import Vocabulary
 
 FOLDER = Path(__file__).parent / "images"
 DEMO = Path(__file__).parents[1] / "grounded_sam" / "shapes" / "examples" / "demo"
@@ -76,14 +74,11 @@ def demo(_: Path) -> None:
 
 def clip(_: Path) -> None:
     """Draw every second frame of the clip of the demo."""
-    palette = Vocabulary.parse(TEXT).palette()
     frames = []
     for result in model().track(str(DEMO / "clip.mp4"), TEXT):
         if result.frame.index % 2 == 0:
-            drawn = draw_detections(
-                result.frame.image, result.detections, boxes=False, color_by="class", palette=palette
-            )
-            frames.append(Image.fromarray(drawn).resize((540, 360), Image.Resampling.LANCZOS))
+            drawn = Image.fromarray(result.detections.plot(boxes=False))
+            frames.append(drawn.resize((540, 360), Image.Resampling.LANCZOS))
     options: dict[str, Any] = {"duration": 83, "loop": 0, "quality": 80, "method": 6}
     frames[0].save(FOLDER / "clip.webp", save_all=True, append_images=frames[1:], **options)
 

@@ -1,30 +1,78 @@
-"""Atomic writes, and output names that are unique, safe and inside their folder."""
+"""Atomic writes, output names that are unique, safe and inside their folder, and a check of files that are read."""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import re
+import stat
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
+from typing import IO
+
+from grounded_sam.output.claim import check_output, claim_of
+
+
+def home_path(path: str | os.PathLike[str]) -> Path:
+    """Return a path with the home folder for `~` and `~user` at its beginning; other names stay as they are.
+
+    Args:
+        path: The path, as a user may write it.
+
+    >>> home_path("~nobody by this name/a.png").as_posix()
+    '~nobody by this name/a.png'
+    """
+    return Path(os.path.expanduser(path))
+
+
+def require_regular(path: str | os.PathLike[str]) -> os.stat_result:
+    """Check that a path is a file that ends: reading a pipe or a device may never return.
+
+    Args:
+        path: What will be opened.
+
+    Returns:
+        Its status.
+
+    Raises:
+        OSError: If there is nothing, or something else than a file; `strerror` says what.
+    """
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), os.fspath(path))
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(
+            errno.EINVAL, "not a file, but a pipe, socket or device; copy its content to a file", os.fspath(path)
+        )
+    return status
 
 
 class PendingFile:
     """A file written under a temporary name during a run, and renamed when it is complete.
 
+    In a claimed output folder, a file that no run wrote is not replaced, and nothing is written through links; see
+    `output.claim`.
+
     Args:
         path: File to write. Its folder is created.
         shared: Whether other processes may write the same file at the same time; the last one wins.
+        is_copy: Whether it is a copy of an input, which later runs into the same output do not remove.
 
     Attributes:
         path: The file.
         part: Temporary path beside it, to write to.
+
+    Raises:
+        ConfigError: If the file must not be replaced.
     """
 
-    def __init__(self, path: Path, *, shared: bool = False) -> None:
+    def __init__(self, path: Path, *, shared: bool = False, is_copy: bool = False) -> None:
+        check_output(path)
+        self._is_copy = is_copy
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part" if shared else f".{path.name}.part")
@@ -42,6 +90,7 @@ class PendingFile:
         """Rename the temporary file to `path`, which is replaced."""
         if self._text is not None:
             self._text.close()
+        _record(self.path, self.part, self._is_copy)
         os.replace(self.part, self.path)
 
     def discard(self) -> None:
@@ -50,14 +99,15 @@ class PendingFile:
 
 
 @contextmanager
-def atomic_write(path: Path, *, shared: bool = False) -> Iterator[Path]:
+def atomic_write(path: Path, *, shared: bool = False, is_copy: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path` to write to; rename it at the end, or remove it on an error.
 
     Args:
         path: File to write. Its folder is created.
         shared: Whether other processes may write the same file at the same time; the last one wins.
+        is_copy: Whether it is a copy of an input, which later runs into the same output do not remove.
     """
-    pending = PendingFile(path, shared=shared)
+    pending = PendingFile(path, shared=shared, is_copy=is_copy)
     try:
         yield pending.part
         pending.commit()
@@ -74,6 +124,50 @@ def atomic_write_text(path: Path, text: str) -> None:
     """
     with atomic_write(path) as part:
         part.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def growing_text(path: Path) -> Iterator[IO[str]]:
+    """Open a UTF-8 text file that other programs read while it is written; an earlier file is replaced.
+
+    Args:
+        path: File to write. Its folder is created.
+
+    Raises:
+        ConfigError: If it is in a claimed output folder and must not be replaced.
+    """
+    check_output(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _record(path, None)
+    path.unlink(missing_ok=True)  # it may be a link
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            yield file
+    finally:
+        _record(path, path)
+
+
+def is_claimed(path: Path) -> bool:
+    """Return whether a path is in the output of a run that is going on, which lists what it writes."""
+    return claim_of(Path(os.path.abspath(path))) is not None
+
+
+def keep_output(path: Path) -> None:
+    """Keep a file of an earlier run that this run would write with the same content.
+
+    Args:
+        path: The file; nothing happens if no run wrote it.
+    """
+    absolute = Path(os.path.abspath(path))
+    if (claimed := claim_of(absolute)) is not None:
+        claimed.keep(absolute)
+
+
+def _record(path: Path, content: Path | None, is_copy: bool = False) -> None:
+    """List a file in the claimed folder that it is in, if any."""
+    absolute = Path(os.path.abspath(path))
+    if (claimed := claim_of(absolute)) is not None:
+        claimed.record(absolute, content, is_copy)
 
 
 #: Suffixes of the files that are written for an image whose path has none.

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 
 from grounded_sam import ConfigError, GroundedSamError, ImageError
 from grounded_sam.config.build import build, build_sinks, build_source
 from grounded_sam.config.compose import compose
-from grounded_sam.formats.coco import counts_problem
+from grounded_sam.formats.segmentations import all_counts_problem, counts_problem
 from grounded_sam.pipeline.runner import Runner
 from grounded_sam.sources.coco import CocoSource
 from grounded_sam.structures.request import Request
@@ -90,7 +91,7 @@ def test_files_that_are_not_coco_are_refused(data, tmp_path):
         ([1], "expected an object"),
         ({"images": [], "annotations": []}, "expected a list under 'categories'"),
         ({"images": [{"id": 1}], "annotations": [], "categories": []}, "names no class"),
-        ({"images": [{"id": 1}], "annotations": [], "categories": [{"id": 1, "name": "a"}]}, "an image needs id"),
+        ({"images": [{"id": 1}], "annotations": [], "categories": [{"id": 1, "name": "a"}]}, "file_name must be text"),
     ):
         (tmp_path / "x.json").write_text(json.dumps(content))
         with pytest.raises(GroundedSamError, match=message):
@@ -103,6 +104,7 @@ def test_rle_counts_are_checked_as_pycocotools_reads_them(pixels, cut):
     counts = coco_mask.encode(mask)["counts"].decode()
     assert counts_problem(counts, len(pixels)) is None
     assert counts_problem(counts, len(pixels) + 1) is not None
+    assert all_counts_problem([counts, counts, counts], len(pixels)) is None
     shorter = counts[: len(counts) - cut]
     assert cut == 0 or counts_problem(shorter, len(pixels)) is not None
 
@@ -148,3 +150,40 @@ def test_category_names_may_differ_only_in_case(data, tmp_path):
     (tmp_path / "x.json").write_text(json.dumps(content))
     _, after = replay(tmp_path / "x.json", tmp_path)
     assert [c["name"] for c in after.dataset["categories"]] == ["date", "Date", "hazelnut"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "images\\a.png",
+        "C:\\data\\a.png",
+        "../../media/a.png",
+        "/data/upload/1/ab12cd34-a.png",
+        "/data/a.png",
+    ],
+)
+def test_images_are_found_in_the_folder_that_the_message_asks_for(name, tmp_path):
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "a.png")
+    (tmp_path / "labels").mkdir()
+    image = {"id": 1, "file_name": name, "width": 30, "height": 20}
+    content = {"images": [image], "annotations": [], "categories": [{"id": 1, "name": "x"}]}
+    path = tmp_path / "labels" / "instances.json"
+    path.write_text(json.dumps(content))
+    with pytest.raises(ImageError, match=r"set source.images to the folder that has (ab12cd34-)?a.png"):
+        next(iter(CocoSource(path))).image  # noqa: B018
+    frame = next(iter(CocoSource(path, images=tmp_path)))
+    assert frame.image.shape == (20, 30, 3) and frame.file == tmp_path / "a.png"
+
+
+def test_two_images_do_not_lead_to_one_file(tmp_path):
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "a.png")
+    images = [{"id": i, "file_name": f"{i}\\a.png", "width": 30, "height": 20} for i in range(2)]
+    path = tmp_path / "instances.json"
+    path.write_text(json.dumps({"images": images, "annotations": [], "categories": [{"id": 1, "name": "x"}]}))
+    with pytest.raises(ConfigError, match=r"both lead to .*a.png; set source.images"):
+        list(CocoSource(path))
+    for i in range(2):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / "a.png").replace(tmp_path / str(i) / "a.png")
+        (tmp_path / "a.png").write_bytes((tmp_path / str(i) / "a.png").read_bytes())
+    assert [frame.file.parent.name for frame in CocoSource(path)] == ["0", "1"]

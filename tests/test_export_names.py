@@ -155,9 +155,9 @@ def test_crowds_stay_crowds_or_are_named(tmp_path):
     result = make_result(iscrowd=[False, True])
     sink = write(YoloSink(tmp_path, VOCABULARY), result)
     assert len((tmp_path / "yolo/labels/train/a.txt").read_text().splitlines()) == 1
-    (note,) = sink.left_out()
+    (note,) = sink.skipped
     assert "left out 1 crowd" in note.reason and "sink=coco" in note.reason
-    assert not write(YoloSink(tmp_path / "b", VOCABULARY), make_result()).left_out()
+    assert not write(YoloSink(tmp_path / "b", VOCABULARY), make_result()).skipped
     write(VocSink(tmp_path, VOCABULARY), result)
     tree = etree.parse(str(tmp_path / "voc/Annotations/a.xml"))
     assert [node.text for node in tree.iterfind("object/difficult")] == ["0", "1"]
@@ -200,7 +200,7 @@ def test_every_track_has_a_value_that_readers_keep(tmp_path_factory, ids, mode):
     table = folder / "masks" / "v.mp4" / "tracks.csv"
     changed = {i: v for i, v in zip(ids, values, strict=True) if i != v}
     listed = {int(r["track_id"]): int(r["value"]) for r in csv.DictReader(table.open())} if table.is_file() else {}
-    assert listed == changed and bool(sink.left_out()) == bool(changed)
+    assert listed == changed and bool(sink.skipped) == bool(changed)
 
 
 def test_ids_with_room_stay_as_they_are(tmp_path):

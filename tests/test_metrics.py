@@ -392,7 +392,7 @@ def test_class_names_with_markup_and_ids_that_are_strings(tmp_path):
 @pytest.mark.parametrize(
     ("data_yaml", "label", "message"),
     [
-        ("names: {a: b\n", "", "expected names and train"),
+        ("names: {a: b\n", "", "data.yaml is not valid YAML"),
         ("names:\ntrain: images\n", "", "expected names and train"),
         ("names: [a]\ntrain: images\n", "a 0.5 0.5 0.1 0.1", r"0.txt, line 1: expected a class and a box"),
         ("names: [a]\ntrain: images\n", "0 0.5 0.5 0.1 0.1 0.9", r"0.txt, line 1: expected a class and a box"),

@@ -74,8 +74,11 @@ def test_metrics_lead_to_a_sweep_and_that_to_the_best_settings(folder, truth, tm
     assert purpose == "To find the best thresholds"
     purpose, arguments = suggested(run(*arguments, cwd=tmp_path))
     assert purpose == "To use the best settings"
-    run(*arguments, "output=best", cwd=tmp_path)
+    printed = run(*arguments, "output=best", cwd=tmp_path)
     assert (tmp_path / "best" / "annotations.json").is_file()
+    assert suggested(printed)[1][0] == "--config-dir"  # where preset=best is
+    run(*suggested(printed)[1], cwd=tmp_path)
+    assert (tmp_path / "best-labels" / "report.html").is_file()
 
 
 @pytest.mark.parametrize(

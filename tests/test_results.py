@@ -23,6 +23,7 @@ from grounded_sam import ConfigError, GroundedSamError, ImageError, Select, load
 from grounded_sam.media.draw import draw_detections
 from grounded_sam.media.labels import place_labels
 from grounded_sam.pipeline.select import SelectOptions
+from grounded_sam.sinks.overlay import OverlaySink
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.image_detections import ImageDetections
 from grounded_sam.structures.results import FrameResult
@@ -221,6 +222,24 @@ def test_a_class_is_drawn_in_the_color_that_its_name_contains():
     assert own[0] == "#00ff00" and own[1] == sv.ColorPalette.DEFAULT.by_idx(1).as_hex()
 
 
+def test_tracks_are_drawn_in_the_colors_of_their_classes_if_all_have_one(tmp_path):
+    for names, by_class in ((["red car", "blue car"], True), (["red car", "car"], False)):
+        vocabulary = Vocabulary.parse(names)
+        assert vocabulary.has_own_colors == by_class
+        assert (OverlaySink(tmp_path, vocabulary).color_by == "class") == by_class
+        detections = sv.Detections(
+            np.array([[5, 5, 30, 50]], np.float32),
+            np.pad(np.ones((1, 45, 25), bool), ((0, 0), (5, 10), (5, 50))),
+            np.ones(1),
+            np.zeros(1, int),
+            np.array([3]),
+            {"class_name": np.array(names[:1])},
+        )
+        frame = Frame(pixels=np.full((60, 80, 3), 100, np.uint8))
+        drawn = ImageDetections.of(detections, frame, vocabulary).plot(labels=False)
+        assert np.allclose(drawn[30, 15], 100 + 0.3 * (np.array([220, 40, 40]) - 100), atol=2) == by_class
+
+
 def test_the_outline_is_seen_on_an_object_of_the_same_color():
     image = np.full((60, 80, 3), (50, 80, 220), np.uint8)
     mask = np.zeros((1, 60, 80), bool)
@@ -238,7 +257,7 @@ def test_text_contrasts_with_its_background(name):
     assert np.ptp(brightness) > 90
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_no_label_covers_another_where_there_is_room(data):
     count = data.draw(st.integers(1, 25))

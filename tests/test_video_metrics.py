@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,9 +17,10 @@ from pycocotools import mask as coco_mask
 from grounded_sam import ConfigError, Pipeline
 from grounded_sam.config.build import build, build_sinks, build_source
 from grounded_sam.config.compose import compose
+from grounded_sam.evaluation.frame_matching import FrameMatcher
 from grounded_sam.evaluation.video_scores import VideoScores, mean_scores, trackeval_metrics
 from grounded_sam.formats.labels import read_ground_truth
-from grounded_sam.formats.video_masks import LabelledVideos, frame_key
+from grounded_sam.formats.video_masks import LabelledVideo, LabelledVideos, frame_keys
 from grounded_sam.pipeline.images import process_images
 from grounded_sam.pipeline.runner import Runner
 from grounded_sam.sinks.masks import MasksSink
@@ -151,7 +154,7 @@ def draw_square(square):
     return mask
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(SQUARES, SQUARES)
 def test_trackeval_computes_the_same_j_and_f(ground_truth, tracks):
     trackeval = pytest.importorskip("trackeval.metrics")
@@ -322,6 +325,62 @@ def test_manual_labels_of_sav_are_preferred_to_automatic_ones(tmp_path, shifted)
     assert list(read_ground_truth(tmp_path).videos) == ["sav_000001"]
 
 
-def test_frames_are_matched_by_the_number_that_ends_their_name():
-    assert frame_key("clip.mp4/000012") == frame_key("00012.jpg") == frame_key("a/12.png") == 12
-    assert frame_key("clip.mp4/left_3.jpg") == "left_3"
+def test_labels_are_numbered_by_what_their_names_end_in():
+    assert frame_keys(["00012.jpg", "a/13.png", "clip.mp4/000014"]) == [12, 13, 14]
+    assert frame_keys(["frame_0000", "frame_0005"]) == [0, 5]
+    assert frame_keys(["left_3.jpg", "right_3.jpg"]) == ["left_3", "right_3"]
+    assert frame_keys(["1.png", "01.png"]) == ["1", "01"] and frame_keys(["a.png", "a1.png"]) == ["a", "a1"]
+
+
+def matched(labels, frames, video, offset=None, first_index=0):
+    """Return the label that each frame of a video is matched with."""
+    keys = frame_keys(labels)
+    names = dict(zip(keys, labels, strict=True))
+    truth = LabelledVideo(name="v", size_hw=(2, 2), frames=keys, read=lambda key: {}, frame_names=names)
+    matcher = FrameMatcher(truth, Path("labels"), offset)
+    found = [
+        matcher.find(Frame(pixels=None, index=i, name=f"{video}/{name}", video=video))
+        for i, name in enumerate(frames, first_index)
+    ]
+    return [None if key is None else names[key] for key in found]
+
+
+DECODED = [f"{i:06d}" for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "frames", "video", "first_index"),
+    [
+        (["00000", "00001", "00002", "00003"], DECODED, "v.mp4", 0),
+        (["frame_0000", "frame_0001", "frame_0002", "frame_0003"], DECODED, "v.mp4", 0),
+        (["00000", "00001", "00002", "00003"], DECODED[2:], "v.mp4", 2),
+        (["00000", "00001", "00002", "00003"], ["00000.jpg", "00001.jpg", "00002.jpg", "00003.jpg"], "v", 0),
+        (["00001", "00002", "00003", "00004"], ["img1.jpg", "img2.jpg", "img3.jpg", "img4.jpg"], "v", 0),
+        (["a", "b", "c", "d"], ["a.jpg", "b.jpg", "c.jpg", "d.jpg"], "v", 0),
+    ],
+)
+def test_frames_and_labels_with_the_same_first_number_are_matched(labels, frames, video, first_index):
+    assert matched(labels, frames, video, first_index=first_index) == labels[first_index:]
+
+
+def test_labels_that_begin_late_are_matched_by_equal_names():
+    assert matched(["00002", "00003"], [f"{i:05d}.jpg" for i in range(4)], "v") == [None, None, "00002", "00003"]
+
+
+@pytest.mark.parametrize(
+    ("labels", "frames", "video"),
+    [
+        (["00001", "00002", "00003", "00004"], DECODED, "v.mp4"),
+        (["000001", "000002", "000003", "000004"], DECODED, "v.mp4"),
+        (["frame_1", "frame_2", "frame_3", "frame_4"], DECODED, "v.mp4"),
+        (["00000", "00001", "00002", "00003"], ["img_1.jpg", "img_2.jpg", "img_3.jpg", "img_4.jpg"], "v"),
+        (["00000", "00001", "00002", "00003"], ["00001.jpg", "00002.jpg", "00003.jpg", "00004.jpg"], "v"),
+    ],
+)
+def test_frames_are_never_matched_with_the_labels_of_their_neighbors(labels, frames, video):
+    with pytest.raises(ConfigError, match="numbered from") as error:
+        matched(labels, frames, video)
+    offset = int(re.search(r"frame_offset=(-?\d+) if", str(error.value))[1])
+    assert matched(labels, frames, video, offset) == labels
+    shifted = matched(labels, frames, video, 0)
+    assert shifted != labels and None in shifted

@@ -171,3 +171,76 @@ def test_appended_classes_get_free_ids():
         and vocabulary.class_score == {"a": 0.2}
     )
     assert Vocabulary.parse(["a"]).with_classes(["b"]).category_ids == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "classes", "ids"),
+    [
+        ("data.yaml", "path: ../d\ntrain: images\nnc: 2\nnames: [red circle, bolt]", ("red circle", "bolt"), (1, 2)),
+        ("data.yaml", "names:\n  1: bolt\n  0: red circle", ("red circle", "bolt"), (1, 2)),
+        ("data.yaml", "names: {3: bolt, 1: nut}", ("nut", "bolt"), (1, 3)),
+        ("obj.names", "red circle\nbolt\n", ("red circle", "bolt"), (1, 2)),
+        ("id2label.json", '{"1": "bolt", "0": "red circle"}', ("red circle", "bolt"), (1, 2)),
+        ("label2id.json", '{"bolt": 1, "red circle": 0}', ("red circle", "bolt"), (1, 2)),
+        ("config.json", '{"model_type": "x", "id2label": {"0": "a", "1": "b"}}', ("a", "b"), (1, 2)),
+        ("labels.json", '[{"id": 7, "name": "bolt"}, {"id": 2, "name": "nut"}]', ("bolt", "nut"), (7, 2)),
+        ("labels.json", '[{"name": "bolt"}, {"name": "nut"}]', ("bolt", "nut"), (1, 2)),
+        ("classes.csv", "name,id\nbolt,4\nnut,9\n", ("bolt", "nut"), (4, 9)),
+        ("classes.csv", "bolt,0\nnut,1\n", ("bolt", "nut"), (1, 2)),
+        ("classes.csv", "bolt\nnut\n", ("bolt", "nut"), (1, 2)),
+        ("classes.txt", "C# book\n#1 bolt\n# x\n#\nring # my\n", ("C# book", "#1 bolt", "ring"), (1, 2, 3)),
+        ("names.yaml", "names: [signature, name tag]\nface: [face]\n", ("names", "face"), (1, 2)),
+    ],
+)
+def test_class_files_of_other_tools_are_read(name, content, classes, ids, tmp_path):
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    vocabulary = Vocabulary.parse(str(path))
+    assert vocabulary.classes == classes
+    assert vocabulary.category_ids == ids
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.yaml", "car: [car]\ndog: []\ncar: [auto]", "'car' is a key twice"),
+        ("a.yaml", "classes: {car: {id: 1, id: 2}}", "'id' is a key twice"),
+        ("a.json", '{"car": "a", "car": "b"}', "'car' is a key twice"),
+        ("a.yaml", 'classes: {"": {phrases: [x]}, car: {}}', "a class has an empty name"),
+        ("a.yaml", '"": [x]\ncar: [car]', "a class has an empty name"),
+        ("a.json", '{"categories": [{"id": 1, "name": ""}]}', "must have an id and a name"),
+        ("a.json", '{"categories": [{"id": 1, "name": null}]}', "must have an id and a name"),
+        ("data.yaml", "nc: 3\nnames: [a, b]", "nc is 3, but there are 2 names"),
+        ("a.json", '{"car": 1, "dog": 1}', "have the same id 1|named twice"),
+        ("a.csv", "x,y,z\n1,2,3", "expected a column called name"),
+        ("a.csv", "car,1\ncar,2", "'car' is a name twice"),
+        ("labels.pbtxt", "item {}", "is a file, but not one of classes"),
+        ("car", "x", "is a file, but not one of classes"),
+    ],
+)
+def test_class_files_that_are_unclear_are_refused_by_name(name, content, message, tmp_path):
+    path = tmp_path / name
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(VocabularyError, match=message) as error:
+        Vocabulary.parse(str(path))
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_file_in_a_list_is_no_phrase_but_a_list_can_name_what_is_also_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "classes.yaml").write_text("[car]")
+    (tmp_path / "cat").write_text("")
+    with pytest.raises(VocabularyError, match=r"to read its classes write text=classes.yaml"):
+        Vocabulary.parse(["dog", "classes.yaml"])
+    with pytest.raises(VocabularyError, match=r"write text=\[cat\]"):
+        Vocabulary.parse("cat")
+    assert Vocabulary.parse(["cat"]).classes == ("cat",)
+    assert Vocabulary.parse("x" * 5000 + ", ~nobody").classes[1] == "~nobody"
+
+
+def test_a_list_or_mapping_inside_quotes_is_none_of_its_brackets():
+    assert Vocabulary.parse("[green star, driver's license]").classes == ("green star", "driver's license")
+    assert Vocabulary.parse("{vehicle: [car, bus]}").phrases == (("car", "bus"),)
+    assert Vocabulary.parse("car", negative="[toy car, statue]").negatives == ("toy car", "statue")
+    with pytest.raises(VocabularyError, match="'True'|got True"):
+        Vocabulary.parse([True])

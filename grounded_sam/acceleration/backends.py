@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from grounded_sam.acceleration.patching import Precision, has_bfloat16, max_relative_error
 from grounded_sam.checks import check_choice
 from grounded_sam.errors import CheckpointError, ConfigError
+from grounded_sam.files import home_path
 from grounded_sam.weights.loading import weights_digest
 
 if TYPE_CHECKING:
@@ -170,7 +171,7 @@ def _load_or_convert(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "conversion"
         if settings.export_dir is not None:
-            folder = Path(settings.export_dir).expanduser() / f"{network.class_name}-{size}-{fingerprint[:16]}"
+            folder = home_path(settings.export_dir) / f"{network.class_name}-{size}-{fingerprint[:16]}"
         if not (folder / "about.json").is_file():
             _write_conversion(network, pixels, fingerprint, settings.backend, folder)
         tree = _read_output_tree(folder, fingerprint)

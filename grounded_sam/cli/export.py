@@ -17,6 +17,7 @@ from grounded_sam.acceleration.backends import MAX_LOADED_SIZES
 from grounded_sam.config.build import build, build_source
 from grounded_sam.config.compose import compose
 from grounded_sam.errors import ConfigError, GroundedSamError
+from grounded_sam.files import home_path
 from grounded_sam.pipeline.pipeline import Pipeline
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.protocols import PromptableSegmenter, Tracker
@@ -74,7 +75,7 @@ def export(overrides: Sequence[str]) -> Path:
             break
     if not sizes:
         raise ConfigError(f"input={cfg.input} has no image to verify conversions on")
-    return Path(cfg.export_dir).expanduser()
+    return home_path(cfg.export_dir)
 
 
 def _has_other_backend(stage: Any) -> bool:

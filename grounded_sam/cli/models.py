@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 from grounded_sam.config.compose import to_override
 from grounded_sam.config.weights import all_weights, required_weights
 from grounded_sam.errors import CheckpointError, ConfigError, GroundedSamError
+from grounded_sam.files import home_path
 from grounded_sam.weights.hub import (
     WeightsSpec,
     cache_status,
@@ -273,7 +274,7 @@ def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("command", nargs="?", metavar="list|fetch|path")
     parser.add_argument("overrides", nargs="*", help="key=value, as for grounded-sam")
     parser.add_argument("--json", action="store_true", help="with list: print JSON, null for unknown")
-    parser.add_argument("--config-dir", "-cd", type=Path, metavar="FOLDER", help="folder of choices of your own")
+    parser.add_argument("--config-dir", "-cd", type=home_path, metavar="FOLDER", help="folder of choices of your own")
     parsed = parser.parse_intermixed_args(arguments)
     if parsed.command is None:
         raise ConfigError(f"a command is missing: {', '.join(COMMANDS[:-1])} or {COMMANDS[-1]}; --help shows examples")

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from grounded_sam.config.secrets import VARIABLE
+
 if TYPE_CHECKING:
     from grounded_sam.pipeline.runner import Summary
     from grounded_sam.structures.protocols import Sink
@@ -15,7 +17,9 @@ if TYPE_CHECKING:
 LOW_SCORE = "0.1"
 
 
-def next_step(overrides: Sequence[str], summary: Summary, sinks: Sequence[Sink], output: Path) -> str | None:
+def next_step(
+    overrides: Sequence[str], summary: Summary, sinks: Sequence[Sink], output: Path, config_dir: str | None = None
+) -> str | None:
     """Return a line with what to do next and its command; None if there is nothing to suggest.
 
     Args:
@@ -23,30 +27,34 @@ def next_step(overrides: Sequence[str], summary: Summary, sinks: Sequence[Sink],
         summary: What the run did.
         sinks: Sinks of the run.
         output: Output folder of the run.
+        config_dir: Folder that the run was given with `--config-dir`, whose choices the command needs too.
     """
     from grounded_sam.structures.protocols import Measures, ResultStore
 
+    if any(VARIABLE in override for override in overrides):  # the command would lack a secret
+        return None
+    flags = [] if config_dir is None else ["--config-dir", config_dir]
     given = dict(override.split("=", 1) for override in overrides if "=" in override)
     if summary.interrupted or ({"source", "detector"} & set(given) and not summary.images):
         return None
     if any(isinstance(sink, ResultStore) for sink in sinks):
         export = {"source": "stored", "input": str(output), "output": f"{output}-yolo", "sink": "yolo"}
-        return _line("export to another format", export)
+        return _line("export to another format", export, *flags)
     detects = given.get("source", "images") in ("auto", "images") and "detector" not in given
     if any(isinstance(sink, Measures) for sink in sinks):
         if not detects or summary.frames:
             return None
         changed = {"sweep": "thresholds", "sink": "metrics", "output": f"{output}-sweep"}
-        return _line("find the best thresholds", {**_without(given, "select"), **changed}, "-m")
+        return _line("find the best thresholds", {**_without(given, "select"), **changed}, "-m", *flags)
     if summary.frames or not detects or given.get("output") in ("none", "null"):
         return None
     if not summary.objects:
         if given.get("select.score") == LOW_SCORE:
             return None
-        return _line("look for less certain objects", {**given, "select.score": LOW_SCORE})
+        return _line("look for less certain objects", {**given, "select.score": LOW_SCORE}, *flags)
     preset = ["label"] if "preset" not in given else [*given["preset"].strip("[]").split(","), "label"]
     changed = {"preset": f"[{','.join(preset)}]" if len(preset) > 1 else "label", "output": f"{output}-labels"}
-    return _line("make a dataset that resumes and exports", {**_without(given, "sink"), **changed})
+    return _line("make a dataset that resumes and exports", {**_without(given, "sink"), **changed}, *flags)
 
 
 def _without(given: dict[str, str], group: str) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import pydoc
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
@@ -13,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from grounded_sam.checks import check_choice
 from grounded_sam.config.compose import GROUPS, check_renamed, compose, renamed_key, to_override
-from grounded_sam.errors import ConfigError, GroundedSamError
+from grounded_sam.errors import CheckpointError, ConfigError, GroundedSamError, MissingWeightsError
 from grounded_sam.formats.output_classes import OutputClasses
+from grounded_sam.media.images import MAX_PIXELS
 from grounded_sam.media.progress import ProgressBar
 from grounded_sam.structures.protocols import (
     CachesFeatures,
@@ -37,6 +39,10 @@ if TYPE_CHECKING:
     from grounded_sam.pipeline.select import Select
 
 
+#: Held while a stage is built: transformers and TorchScript cannot load models in several threads at once.
+_BUILDING = threading.RLock()
+
+
 def build_node(cfg: DictConfig, key: str, **extra: Any) -> Any:
     """Build the object that `cfg[key]` describes: call its `_target_` with its other keys.
 
@@ -57,14 +63,19 @@ def build_node(cfg: DictConfig, key: str, **extra: Any) -> Any:
     if target is None:
         raise ConfigError(f"{key} has no _target_, so nothing can be built from it; it is {node}")
     try:
-        # Partial, because Hydra would convert `extra` to configs.
-        return instantiate(node, _convert_="all", _partial_=True)(**extra)
+        with _BUILDING:
+            # Partial, because Hydra would convert `extra` to configs.
+            return instantiate(node, _convert_="all", _partial_=True)(**extra)
+    except MissingWeightsError as error:
+        raise CheckpointError(f"{error}; {_local_copy_advice(cfg, key, error.repo)}") from error
     except GroundedSamError:
         raise
     except (HydraException, ImportError, AttributeError, TypeError) as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, GroundedSamError):
             cause = cause.__cause__
+        if isinstance(cause, MissingWeightsError):
+            raise CheckpointError(f"{cause}; {_local_copy_advice(cfg, key, cause.repo)}") from error
         if cause is not None:
             raise cause from error
         reason = error.__cause__ if isinstance(error, InstantiationException) and error.__cause__ else error
@@ -75,6 +86,14 @@ def build_node(cfg: DictConfig, key: str, **extra: Any) -> Any:
             names = ", ".join(sorted(argument_names(_class_of(node, key)) - set(extra)))
             reason = f"unknown key {unexpected[1]!r}; the keys are {names}"
         raise ConfigError(f"cannot build {key} from {target}: {' '.join(str(reason).split())}") from error
+
+
+def _local_copy_advice(cfg: DictConfig, key: str, repo: str) -> str:
+    """Say how to use weights that were copied to this machine, for the part of a config that needs them."""
+    settings = [f"{key}.checkpoint"] if "checkpoint" in cfg[key] else []
+    settings += [f"checkpoints.{name}" for name, value in cfg.checkpoints.items() if value == repo]
+    advice = f"give a local copy with {settings[0]}=PATH, or " if settings else ""
+    return f"{advice}use preset=shapes, whose weights ship with the package"
 
 
 def _class_of(node: Any, key: str) -> Any:
@@ -257,14 +276,14 @@ def _build_or_reuse(cfg: DictConfig, key: str, reuse: dict[str, tuple[Any, Any]]
     return reuse[key][1]
 
 
-def share_predictions(cfg: DictConfig, pipeline: Pipeline, vocabulary: Vocabulary, sweep: Path) -> None:
+def share_predictions(cfg: DictConfig, pipeline: Pipeline, vocabulary: Vocabulary, folder: Path) -> None:
     """Share the predictions of a pipeline with the jobs of a sweep that run the same models with the same settings.
 
     Args:
         cfg: Config of the job.
         pipeline: Its pipeline, which is changed.
         vocabulary: Classes of the run.
-        sweep: Folder of the sweep.
+        folder: Folder of the predictions of the sweep.
     """
     from grounded_sam.detectors.stored import StoredDetector
     from grounded_sam.pipeline.images import DetectThenSegment
@@ -277,14 +296,15 @@ def share_predictions(cfg: DictConfig, pipeline: Pipeline, vocabulary: Vocabular
         return
     if stages.tiles.size is not None or stages.refine.changes:  # what is selected depends on more than thresholds
         return
-    loosest, plain = LoosestSelection.read(sweep), to_plain(cfg)
+    loosest, plain = LoosestSelection.read(folder), to_plain(cfg)
     settings = {"detector": plain["detector"], "max_side": plain["source"].get("max_side")}
+    max_pixels = plain["source"].get("max_pixels", MAX_PIXELS)
     boxes = results = None
     if loosest.boxes and pipeline.segmenter is not None:
-        boxes = PredictionCache(sweep, vocabulary, {**settings, "segmenter": None}, pipeline.select)
+        boxes = PredictionCache(folder, vocabulary, {**settings, "segmenter": None}, pipeline.select, max_pixels)
     if loosest.results:
         settings["segmenter"] = plain["segmenter"]
-        results = PredictionCache(sweep, vocabulary, settings, pipeline.select)
+        results = PredictionCache(folder, vocabulary, settings, pipeline.select, max_pixels)
     if boxes is not None or results is not None:
         pipeline.stages = CachedStages(stages, results, boxes)
 
@@ -326,8 +346,6 @@ def build_sinks(
         folder = output
         if num_shards > 1 and stores[name]:
             folder = Path(cfg.output)
-        elif num_shards > 1 and output == Path(cfg.output):  # shards that are started by hand
-            folder = output / str(cfg.source.shard)
         cls = _class_of(cfg.sink[name], f"sink.{name}")
         numbers = isinstance(cls, type) and issubclass(cls, NumbersClasses)
         words = classes.vocabulary if numbers and classes is not None else vocabulary

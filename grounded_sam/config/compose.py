@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from grounded_sam.config.hydra import conf_dir
+from grounded_sam.config.secrets import VARIABLE
+from grounded_sam.config.words import SYNONYMS, check_overrides, escape_key, quoted
 from grounded_sam.errors import ConfigError
 from grounded_sam.formats.store_migrations import GROUP_KEYS, STAGE_KEYS
 from grounded_sam.hydra_state import preserve_hydra_state
@@ -41,6 +43,7 @@ def compose(overrides: Sequence[str]) -> DictConfig:
     with preserve_hydra_state():
         GlobalHydra.instance().clear()
         try:
+            check_overrides(overrides)
             with hydra.initialize_config_dir(str(conf_dir()), version_base="1.3", job_name="grounded_sam"):
                 return hydra.compose("config", overrides=list(overrides))
         except (HydraException, OmegaConfBaseException, ValueError) as error:
@@ -62,12 +65,16 @@ def renamed_key(key: str) -> str | None:
 
 
 def check_renamed(cfg: DictConfig) -> None:
-    """Check that no config file or `+key` sets a key under its old name, where it would be ignored.
+    """Check that no config file or `+key` sets a key under its old name or a synonym, where it would be ignored.
 
     Raises:
         ConfigError: If one does, with the present name.
     """
     from omegaconf import OmegaConf
+
+    for key in cfg:
+        if str(key) in SYNONYMS:
+            raise ConfigError(f"unknown key {str(key)!r}; did you mean {SYNONYMS[str(key)]!r}?")
 
     for old, new in RENAMED.items():
         parent, _, key = old.rpartition(".")
@@ -96,11 +103,11 @@ def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
         if (new := renamed_key(key)) is not None:
             return f"{key} was renamed to {new}"
         return f"unknown key {key!r}; {_suggest(key, overrides)}"
-    if "Ambiguous value" in text or "LexerNoViableAlt" in text or "mismatched input" in text or "token recog" in text:
-        word = next((w for w in overrides if w in text or w.partition("=")[2][:12] in text), "input=a b.jpg")
-        key, _, value = word.partition("=")
-        quoted = value.strip("'\"").replace("'", "\\'")
-        return f"cannot parse {word!r}: quote the value inside quotes for the shell, \"{key}='{quoted}'\""
+    if (variable := re.search(rf"Environment variable '({VARIABLE}\d+)' not found", text)) is not None:
+        return (
+            f"this config was saved without the secret of a URL; put it into the environment variable {variable[1]}, "
+            "or give the URL again, such as input=URL"
+        )
     if "Config group override must be" in text:
         return "a stage cannot be null; to run without it set segmenter=none, tracker=none or sink=none"
     return " ".join(text.split())
@@ -124,9 +131,33 @@ def _suggest(key: str, overrides: Sequence[str]) -> str:
     if not isinstance(node, DictConfig):
         node, parent, last = whole, "", key.split(".", maxsplit=1)[0]
     known = [str(k) for k in node if k != "_target_"]
-    close = difflib.get_close_matches(last, known, 1, 0.6)
-    meant = f"did you mean {'.'.join(filter(None, [parent, close[0]]))!r}? " if close else ""
-    return f"{meant}the keys of {parent or 'the config'} are {', '.join(sorted(known))}"
+    close = [".".join(filter(None, [parent, name])) for name in difflib.get_close_matches(last, known, 1, 0.7)]
+    elsewhere = _synonym(whole, key.rpartition(".")[2]) or _keys_named(whole, last)
+    meant = (close or elsewhere) if parent else (elsewhere or close)
+    hint = f"did you mean {' or '.join(map(repr, meant[:3]))}? " if meant else ""
+    return f"{hint}the keys of {parent or 'the config'} are {', '.join(sorted(known))}"
+
+
+def _synonym(cfg: DictConfig, name: str) -> list[str]:
+    """Return the key of a config that other tools call by some name; none if there is none for the choices made."""
+    from omegaconf import OmegaConf
+
+    parent, _, last = SYNONYMS.get(name.lower(), "").rpartition(".")
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    return [SYNONYMS[name.lower()]] if last and node is not None and last in node else []
+
+
+def _keys_named(node: Any, name: str, parent: str = "") -> list[str]:
+    """Return the paths of all keys of a name below a node of a config."""
+    from omegaconf import DictConfig, OmegaConf
+
+    found = []
+    for key in map(str, node) if isinstance(node, DictConfig) else ():
+        path = f"{parent}.{key}" if parent else key
+        found += [path] if key == name and parent else []
+        if not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
+            found += _keys_named(node[key], name, path)
+    return found
 
 
 def to_override(value: Any) -> str:
@@ -140,10 +171,8 @@ def to_override(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"[{','.join(to_override(item) for item in value)}]"
     if isinstance(value, dict):
-        # Hydra's grammar does not allow quotes around keys.
-        keys = [re.sub(r"([\\()\[\]{}:=, \t])", r"\\\1", str(key)) for key in value]
-        return f"{{{','.join(f'{key}:{to_override(item)}' for key, item in zip(keys, value.values(), strict=True))}}}"
+        items = (f"{escape_key(str(key))}:{to_override(item)}" for key, item in value.items())
+        return f"{{{','.join(items)}}}"
     if isinstance(value, bool | int | float):
         return str(value).lower() if isinstance(value, bool) else str(value)
-    # A backslash escapes only in front of a quote.
-    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), str(value)) + "'"
+    return quoted(str(value))

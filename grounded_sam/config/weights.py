@@ -11,7 +11,9 @@ from typing import Any
 
 from grounded_sam.config.compose import explain
 from grounded_sam.config.hydra import conf_dir
+from grounded_sam.config.words import check_overrides
 from grounded_sam.errors import ConfigError, GroundedSamError
+from grounded_sam.files import home_path
 from grounded_sam.hydra_state import preserve_hydra_state
 from grounded_sam.weights.hub import HubFile, WeightsSpec
 from grounded_sam.weights.loading import find_file, find_folder
@@ -51,6 +53,7 @@ def _compose_stages(overrides: Sequence[str], stages: Sequence[str] = STAGES) ->
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    check_overrides(overrides)
     try:
         cfg = hydra.compose("config", overrides=list(overrides), return_hydra_config=True)
         choices = cfg.hydra.runtime.choices
@@ -117,7 +120,7 @@ def _locate(stage: str, choice: str, key: str, node: Mapping[str, Any], file: Hu
     """
     checkpoint = str(node["checkpoint"] if file is None else file.repo)
     # Hub ids and paths are told apart as in `find_file` and `find_folder`.
-    is_local = checkpoint.startswith(("builtin:", "/", ".", "~")) or Path(checkpoint).expanduser().exists()
+    is_local = checkpoint.startswith(("builtin:", "/", ".", "~")) or home_path(checkpoint).exists()
     if not is_local and checkpoint.count("/") == 1 and not checkpoint.endswith((".safetensors", ".pt", ".pth")):
         if file is None:
             return WeightsSpec(stage, choice, key, checkpoint, repo=checkpoint)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from grounded_sam.checks import check_bool, check_number
 from grounded_sam.detectors.queries import Dtype, check_model_settings, drop_negatives, phrases_of
 from grounded_sam.errors import ConfigError, ImageError, VocabularyError
+from grounded_sam.files import home_path
 from grounded_sam.structures.clicks import Click, read_click, read_json_entries
 from grounded_sam.structures.detections import make_detections, merge_detections
 from grounded_sam.structures.frame import Frame
@@ -47,7 +48,7 @@ class Sam3:
 
     Args:
         checkpoint: Hub id or local folder of a `Sam3Model`.
-        device: `auto`, `cpu`, `cuda`, `cuda:1`...
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`...
         dtype: Type of weights and activations: `float32`, `bfloat16` or `float16`.
         own_masks: Return SAM 3's masks; False returns boxes, for a segmenter.
         min_score: Detections below this confidence are dropped, since each has a mask of the size of the image.
@@ -219,7 +220,7 @@ def read_exemplars(entries: str | Sequence[Mapping[str, Any]] | None) -> list[tu
     0
     """
     if isinstance(entries, str):
-        entries = read_json_entries(Path(entries).expanduser(), "detector.exemplars")
+        entries = read_json_entries(home_path(entries), "detector.exemplars")
     exemplars = []
     for i, entry in enumerate(entries or ()):
         where = f"detector.exemplars[{i}]"

@@ -12,7 +12,8 @@ import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
-from grounded_sam.formats.coco import CocoFile, segmentation_box
+from grounded_sam.formats.coco import CocoFile
+from grounded_sam.formats.segmentations import segmentation_box
 from grounded_sam.structures.vocabulary import Vocabulary
 
 #: COCO's twelve numbers, in the order of `COCOeval.stats`.

@@ -18,6 +18,8 @@ from grounded_sam.evaluation.thresholds import write_ontology
 from grounded_sam.evaluation.values import check_classes, metric_value, precision_recall, render_table
 from grounded_sam.files import atomic_write
 from grounded_sam.formats.coco import CocoFile
+from grounded_sam.media.files import path_ends
+from grounded_sam.output.claim import check_output
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.results import FrameResult
 from grounded_sam.structures.vocabulary import Vocabulary
@@ -76,6 +78,8 @@ class ImageMetrics:
         self._worst = WorstImages(errors)
 
     def __enter__(self) -> ImageMetrics:
+        for name in ("metrics.json", "classes.yaml"):
+            check_output(self.output / name)
         return self
 
     def write(self, result: FrameResult) -> None:
@@ -102,6 +106,10 @@ class ImageMetrics:
         self._coco.add(image, detections)
         missed, false = self._matcher.add(frame.name, detections, self.ground_truth.packed_labels(image))
         self._worst.offer(result, missed, false)
+
+    def own_folder(self) -> Path:
+        """Return the folder of the images with mistakes."""
+        return self.output / "errors"
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -202,7 +210,7 @@ class _LabeledImages:
     def __init__(self, ground_truth: CocoFile) -> None:
         self._by_end: dict[str, list[dict[str, Any]]] = {}
         for image in ground_truth.images:
-            for end in _path_ends(image["file_name"]):
+            for end in path_ends(image["file_name"]):
                 self._by_end.setdefault(end, []).append(image)
 
     def find(self, frame: Frame) -> dict[str, Any] | None:
@@ -211,13 +219,7 @@ class _LabeledImages:
         if len(exact) == 1:
             return exact[0]
         path = frame.name if frame.file is None or frame.video is not None else frame.file.absolute().as_posix()
-        for end in _path_ends(path):
+        for end in path_ends(path):
             if images := self._by_end.get(end):
                 return images[0] if len(images) == 1 else None
         return None
-
-
-def _path_ends(path: str) -> list[str]:
-    """Return a path and all of its suffixes, the longest first: `a/b/c.png`, `b/c.png`, `c.png`."""
-    parts = path.split("/")
-    return ["/".join(parts[i:]) for i in range(len(parts))]

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
 from grounded_sam.errors import ConfigError, count_of
+from grounded_sam.evaluation.frame_matching import FrameMatcher
 from grounded_sam.evaluation.mistakes import WorstImages
 from grounded_sam.evaluation.values import (
     LOWER_IS_BETTER,
@@ -24,7 +25,8 @@ from grounded_sam.evaluation.values import (
 )
 from grounded_sam.evaluation.video_scores import VideoScores, has_trackeval, mean_scores, trackeval_metrics
 from grounded_sam.files import atomic_write
-from grounded_sam.formats.video_masks import FrameKey, LabelledVideo, LabelledVideos, Mask, frame_key
+from grounded_sam.formats.video_masks import FrameKey, LabelledVideo, LabelledVideos, Mask
+from grounded_sam.output.claim import check_output
 from grounded_sam.structures.detections import select_rows
 from grounded_sam.structures.masks import masks_to_xyxy
 from grounded_sam.structures.results import FrameResult
@@ -46,10 +48,11 @@ class VideoMetrics:
     Args:
         output: Output folder of the run.
         vocabulary: Classes of the run.
-        ground_truth: Labels of the videos, which are matched by name; frames by the number that their name ends in.
+        ground_truth: Labels of the videos, which are matched by name; for frames see `FrameMatcher`.
         iou: Lowest IoU at which a track matches an object in a frame, above 0.
         metric: Metric that `value` returns, as a path into `metrics.json`; None for `davis_all_frames.JF`.
         errors: Number of frames drawn under `errors/`.
+        frame_offset: What to add to the number of a frame for that of its labels; None to find out.
         objects: Which track belongs to which object: `best`, `ids` or `one`; see `VideoScores`.
 
     Attributes:
@@ -68,12 +71,15 @@ class VideoMetrics:
         metric: str | None = None,
         errors: int = 24,
         objects: Literal["best", "ids", "one"] = "best",
+        frame_offset: int | None = None,
     ) -> None:
         if ground_truth.vocabulary is not None:
             check_classes(vocabulary, ground_truth.vocabulary, ground_truth.path)
         self.output, self.vocabulary, self.ground_truth = Path(output), vocabulary, ground_truth
         self.iou, self.metric, self.objects = iou, metric, objects
         self.values: dict[str, Any] = {}
+        self._frame_offset = frame_offset
+        self._matchers: dict[str, FrameMatcher] = {}  # by video
         self._scores: dict[str, VideoScores] = {}  # by video
         self._remaining: dict[str, dict[FrameKey, None]] = {}  # by video, labeled frames not processed yet
         self._without_labels: list[str] = []
@@ -81,13 +87,15 @@ class VideoMetrics:
         self._worst = WorstImages(errors)
 
     def __enter__(self) -> VideoMetrics:
+        check_output(self.output / "metrics.json")
         return self
 
     def write(self, result: FrameResult) -> None:
         """Measure a frame.
 
         Raises:
-            ConfigError: If it has no tracks or masks, or its size differs from that of its labels.
+            ConfigError: If it has no tracks or masks, its size differs from that of its labels, or it is unclear which
+                labels are its own.
         """
         frame, detections = result.frame, result.detections
         video = None if frame.video is None else self.ground_truth.find(frame.video)
@@ -100,8 +108,10 @@ class VideoMetrics:
             raise ConfigError("sink=metrics of a video needs tracks with masks; choose a tracker and a segmenter")
         scores = self._scores.setdefault(video.name, VideoScores(self.objects, video.classes))
         remaining = self._remaining.setdefault(video.name, dict.fromkeys(video.frames))
-        key = frame_key(frame.name)
-        if key not in remaining:
+        if video.name not in self._matchers:
+            self._matchers[video.name] = FrameMatcher(video, self.ground_truth.path, self._frame_offset)
+        key = self._matchers[video.name].find(frame)
+        if key is None or key not in remaining:
             return
         del remaining[key]
         if frame.size_hw != video.size_hw:
@@ -159,6 +169,10 @@ class VideoMetrics:
             data={"class_name": np.array([names[i] for i in missed], dtype=str)},
         )
         self._worst.offer(result, missed_labels, select_rows(result.detections, [rows[i] for i in false]))
+
+    def own_folder(self) -> Path:
+        """Return the folder of the images with mistakes."""
+        return self.output / "errors"
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

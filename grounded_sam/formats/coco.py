@@ -1,22 +1,32 @@
-"""Read COCO instances files, and check every entry."""
+"""Read COCO instances files, and check every entry; see `segmentations` for the shapes."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from sys import maxsize
 from typing import Any
 
 import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
-from grounded_sam.errors import ConfigError
+from grounded_sam.errors import ConfigError, shorten
+from grounded_sam.formats.segmentations import (
+    box_problem,
+    cut_polygons,
+    encode_segmentation,
+    is_number,
+    segmentation_box,
+    segmentation_problem,
+    size_problem,
+)
+from grounded_sam.media.images import MAX_PIXELS
 from grounded_sam.structures.detections import empty_detections, make_detections
+from grounded_sam.structures.documents import is_text, read_json
 from grounded_sam.structures.masks import encode_rle, masks_to_xyxy, unpack_masks
-from grounded_sam.structures.ontology import without_root
+from grounded_sam.structures.ontology import MAX_ID_DIGITS, without_root
 from grounded_sam.structures.results import Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
 
@@ -27,7 +37,14 @@ _ANNOTATION_KEYS = {
     *("score", "mask_score", "track_id"),
 }
 #: Numbers that an annotation may have, with their ranges.
-_NUMBERS = {"score": (0.0, 1.0), "mask_score": (-math.inf, math.inf), "track_id": (0.0, math.inf)}
+_NUMBERS = {
+    "score": (0, 1),
+    "mask_score": (-1e30, 1e30),
+    "track_id": (0, maxsize),
+    "area": (0, 1e18),
+    "iscrowd": (0, 1),
+    "ignore": (0, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -41,9 +58,10 @@ class _Problem:
 class CocoFile:
     """The images of a COCO instances file, and the annotations of each that can be used.
 
-    An invalid annotation (of no image or category, with a box that is not finite, a mask of another size, a polygon of
-    fewer than three points, or an id that occurred before) is left out and noted; one that extends outside its image is
-    clipped and noted.
+    An invalid image (without an id, a usable name or a size of at most `max_pixels`) is left out and noted, with its
+    annotations. So is an invalid annotation (of no image or category, with a box that is not finite, a mask of another
+    size, a polygon of fewer than three points, or an id that occurred before); one that extends outside its image is
+    clipped, and noted if it has a box.
 
     Args:
         path: The file.
@@ -51,6 +69,7 @@ class CocoFile:
         content: What the file would contain, for labels of another format.
         allow_mixed: If some annotations have masks and others do not, use the boxes of all; otherwise those without
             masks are left out.
+        max_pixels: Larger images are left out.
 
     Attributes:
         path: As above.
@@ -64,7 +83,13 @@ class CocoFile:
     """
 
     def __init__(
-        self, path: Path, dataset: Path | None = None, content: Any = None, *, allow_mixed: bool = False
+        self,
+        path: Path,
+        dataset: Path | None = None,
+        content: Any = None,
+        *,
+        allow_mixed: bool = False,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.path = path
         content = _check_content(read_json(path) if content is None else content, path, dataset)
@@ -75,25 +100,33 @@ class CocoFile:
         self._class_ids = {number: i for i, number in enumerate(self.vocabulary.category_ids)}
         self._annotations: dict[Any, list[dict[str, Any]]] = {}  # by image id
         self._packed: dict[Any, sv.Detections] = {}  # by image id
+        self._bad_images: set[Any] = set()  # ids
         self._licenses = {
             item["id"]: item
             for item in content.get("licenses") or ()
             if isinstance(item, Mapping) and isinstance(item.get("id"), int | str)
         }
-        self._add_images(content["images"])
+        self._add_images(content["images"], max_pixels)
         self.has_masks = self._check_masks(content["annotations"], allow_mixed)
         self._add_annotations(content["annotations"])
 
-    def _add_images(self, images: Sequence[Any]) -> None:
-        """Check and add the entries of `images`."""
-        for entry in images:
-            if not _is_image(entry):
-                raise ConfigError(f"{self.path}: an image needs id, file_name, width and height, got {entry!r}")
-            image = {**entry, "id": _to_id(entry["id"])}
-            if image["id"] in self._annotations:
-                raise ConfigError(f"{self.path}: two images have the id {image['id']}")
-            self.images.append(image)
-            self._annotations[image["id"]] = []
+    def _add_images(self, images: Sequence[Any], max_pixels: int) -> None:
+        """Check the entries of `images`, add those that can be used, and note the others."""
+        for number, entry in enumerate(images):
+            image_id = _to_id(entry.get("id")) if isinstance(entry, Mapping) else None
+            reason = _image_problem(entry, image_id, max_pixels)
+            if reason is None and image_id in self._annotations:
+                reason = "another image has the same id"
+            if reason is None:
+                self.images.append({**entry, "id": image_id})
+                self._annotations[image_id] = []
+                continue
+            self.notes.append(Skipped(f"image {shorten(image_id) if image_id else f'number {number}'}", reason))
+            if _is_id(image_id) and image_id not in self._annotations:
+                self._bad_images.add(image_id)
+        if not self.images:
+            first = self.notes[0]
+            raise ConfigError(f"{self.path} has no usable image; the first: {first.file}: {first.reason}")
 
     def _check_masks(self, annotations: Sequence[Any], allow_mixed: bool) -> bool:
         """Return whether masks are used; note if some are ignored because other annotations have none."""
@@ -111,17 +144,24 @@ class CocoFile:
         sizes = {image["id"]: (image["height"], image["width"]) for image in self.images}
         seen: set[Any] = set()
         for number, entry in enumerate(annotations):
-            name, annotation = f"number {number}", entry
+            annotation = entry
             if isinstance(entry, Mapping):
-                name = entry.get("id", name)
-                annotation = {**entry, "image_id": _to_id(entry.get("image_id"))}
+                ids = {key: _to_id(entry.get(key)) for key in ("image_id", "category_id")}
+                given = {k: v for k, v in entry.items() if v is not None} if None in entry.values() else entry
+                annotation = {**given, **ids}
+                if _is_id(ids["image_id"]) and ids["image_id"] in self._bad_images:
+                    continue  # noted with its image
             problem = self._entry_problem(annotation, sizes, seen)
             if problem is None:
                 size_hw = sizes[annotation["image_id"]]
                 problem = self._shape_problem(annotation, size_hw)
             if problem is not None:
+                has_id = isinstance(entry, Mapping) and "id" in entry
+                name = shorten(entry["id"]) if has_id else f"number {number}"
                 self.notes.append(Skipped(f"annotation {name}", problem.reason))
             if problem is None or problem.usable:
+                if isinstance(annotation.get("segmentation"), list):
+                    annotation["segmentation"] = cut_polygons(annotation["segmentation"], size_hw)
                 self._annotations[annotation["image_id"]].append(annotation)
 
     def _entry_problem(
@@ -129,23 +169,24 @@ class CocoFile:
     ) -> _Problem | None:
         """Check everything but the box and the mask of an annotation, and add its id to `seen_ids`."""
         if not isinstance(annotation, Mapping):
-            return _Problem(f"expected an object, got {annotation!r}")
-        image_id, category_id = annotation["image_id"], annotation.get("category_id")
-        if isinstance(image_id, list | dict) or image_id not in sizes:
-            return _Problem(f"there is no image {image_id!r}")
-        if isinstance(category_id, list | dict) or category_id not in self._class_ids:
-            known = ", ".join(map(str, self._class_ids))
-            return _Problem(f"there is no category {category_id!r}; the ids are {known}")
+            return _Problem(f"expected an object, got {shorten(annotation)}")
+        image_id, category_id = annotation["image_id"], annotation["category_id"]
+        if not _is_id(image_id) or image_id not in sizes:
+            return _Problem(f"there is no image {shorten(image_id)}")
+        if not _is_id(category_id) or category_id not in self._class_ids:
+            known = shorten(list(self._class_ids)).strip("[]")
+            return _Problem(f"there is no category {shorten(category_id)}; the ids are {known}")
         for key, (low, high) in _NUMBERS.items():
             value = annotation.get(key)
-            if value is not None and not (_is_finite(value) and low <= value <= high):
+            is_flag = isinstance(value, bool) and high == 1
+            if value is not None and not is_flag and not is_number(value, low, high):
                 span = " from 0 to 1" if high == 1 else ""
-                return _Problem(f"{key} must be a finite number{span}, got {value!r}")
+                return _Problem(f"{key} must be a finite number{span}, got {shorten(value)}")
         number = annotation.get("id")
-        if number is not None and not isinstance(number, int | str):
-            return _Problem(f"the id must be a number, got {number!r}")
+        if number is not None and not _is_id(number):
+            return _Problem(f"the id must be a number, got {shorten(number)}")
         if number is not None and number in seen_ids:
-            return _Problem(f"another annotation has the same id {number}")
+            return _Problem(f"another annotation has the same id {shorten(number)}")
         seen_ids.add(number)
         return None
 
@@ -160,8 +201,8 @@ class CocoFile:
             return _Problem("no mask, although other annotations have one")
         if box is None and not segmentation:
             return _Problem("neither bbox nor segmentation")
-        if box is not None and (problem := _box_problem(box, size_hw)) is not None:
-            return problem
+        if box is not None and (reason := box_problem(box, size_hw)) is not None:
+            return _Problem(reason, usable=reason.endswith("clipped"))
         if segmentation == []:
             return _Problem("the segmentation is empty; only the box is used", usable=True)
         return None
@@ -245,49 +286,30 @@ def _check_content(content: Any, path: Path, dataset: Path | None) -> Mapping[st
     return content
 
 
-def _is_image(entry: Any) -> bool:
-    """Return whether an entry of `images` has everything that is needed."""
-    if not isinstance(entry, Mapping) or not isinstance(entry.get("id"), int | str):
-        return False
-    if not isinstance(entry.get("file_name"), str) or not entry["file_name"]:
-        return False
-    return all(isinstance(entry.get(key), int) and entry[key] >= 1 for key in ("width", "height"))
+def _is_id(value: Any) -> bool:
+    return isinstance(value, int | str) and not isinstance(value, bool)
 
 
-def _box_problem(box: Any, size_hw: tuple[int, int]) -> _Problem | None:
-    """Check a box; up to one pixel outside the image is rounding."""
-    height, width = size_hw
-    if not isinstance(box, Sequence) or len(box) != 4 or not all(_is_finite(v) for v in box):
-        return _Problem(f"bbox must be four finite numbers, got {box!r}")
-    x, y, w, h = box
-    if w <= 0 or h <= 0 or x >= width or y >= height or x + w <= 0 or y + h <= 0:
-        return _Problem(f"the bbox {box!r} is empty, or outside the {width}x{height} px image")
-    if x < -1 or y < -1 or x + w > width + 1 or y + h > height + 1:
-        return _Problem(f"the bbox {box!r} extends outside the {width}x{height} px image; it is clipped", usable=True)
-    return None
-
-
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        ConfigError: If it cannot be read, or is not JSON.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
-    except ValueError as error:  # of JSON, or of UTF-8
-        raise ConfigError(f"{path} is not valid JSON: {error}") from error
+def _image_problem(entry: Any, image_id: Any, max_pixels: int) -> str | None:
+    """Return why an entry of `images` cannot be used; None if it can."""
+    if not isinstance(entry, Mapping) or not _is_id(image_id):
+        return f"an image needs id, file_name, width and height, got {shorten(entry)}"
+    for key in ("file_name", "video"):
+        value = entry.get(key)
+        if not (is_text(value) and value) and (key == "file_name" or value is not None):
+            return f"{key} must be text, got {shorten(value)}"
+    for key in ("frame", "time_s"):
+        value = entry.get(key)
+        if value is not None and not (is_number(value, 0) and (key == "time_s" or isinstance(value, int))):
+            return f"{key} must be a number from 0, got {shorten(value)}"
+    return size_problem(entry.get("width"), entry.get("height"), max_pixels)
 
 
 def _to_id(value: Any) -> Any:
     """Convert an id that is written as a string of digits to a number."""
-    return int(value) if isinstance(value, str) and value.isdecimal() else value
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if isinstance(value, str) and value.isdecimal() and len(value) <= MAX_ID_DIGITS:
+        return int(value)
+    return value
 
 
 def xywh_to_xyxy(box: Sequence[float]) -> tuple[float, float, float, float]:
@@ -298,114 +320,6 @@ def xywh_to_xyxy(box: Sequence[float]) -> tuple[float, float, float, float]:
     """
     x, y, w, h = (float(v) for v in box)
     return x, y, x + w, y + h
-
-
-def decode_segmentation(segmentation: Any, size_hw: tuple[int, int]) -> NDArray[np.bool_]:
-    """Decode a COCO segmentation with pycocotools.
-
-    Args:
-        segmentation: Polygons, or compressed or uncompressed RLE; see `segmentation_problem` to check it.
-        size_hw: Height and width of the image.
-
-    Returns:
-        `(H, W) bool`.
-
-    >>> decode_segmentation([[0, 0, 2, 0, 2, 1, 0, 1]], (2, 3)).astype(int).tolist()
-    [[1, 1, 0], [0, 0, 0]]
-    """
-    from pycocotools import mask as coco_mask
-
-    return np.asarray(coco_mask.decode(encode_segmentation(segmentation, size_hw)), bool)
-
-
-def encode_segmentation(segmentation: Any, size_hw: tuple[int, int]) -> dict[str, Any]:
-    """Convert a COCO segmentation in any form to compressed RLE, with `counts` as bytes as pycocotools has them.
-
-    Args:
-        segmentation: Polygons, or compressed or uncompressed RLE.
-        size_hw: Height and width of the image.
-    """
-    from pycocotools import mask as coco_mask
-
-    height, width = size_hw
-    if isinstance(segmentation, list):
-        return dict(coco_mask.merge(coco_mask.frPyObjects(segmentation, height, width)))
-    if isinstance(segmentation["counts"], list):
-        return dict(coco_mask.frPyObjects(segmentation, height, width))
-    return {"size": segmentation["size"], "counts": segmentation["counts"].encode()}
-
-
-def segmentation_box(segmentation: Any, size_hw: tuple[int, int]) -> list[float]:
-    """Compute the box around a COCO segmentation, `[x, y, width, height]`.
-
-    Args:
-        segmentation: Polygons, or compressed or uncompressed RLE.
-        size_hw: Height and width of the image.
-    """
-    from pycocotools import mask as coco_mask
-
-    box: list[float] = coco_mask.toBbox(encode_segmentation(segmentation, size_hw)).tolist()
-    return box
-
-
-def segmentation_problem(segmentation: Any, size_hw: tuple[int, int]) -> str | None:
-    """Return why a COCO segmentation cannot be decoded; None if it can.
-
-    pycocotools does not check this itself, and would crash or read past the end of its buffer.
-
-    Args:
-        segmentation: What should be polygons or RLE.
-        size_hw: Height and width of the image.
-
-    >>> segmentation_problem([[0, 0, 2, 0]], (2, 3))
-    'a polygon needs at least three points (six numbers)'
-    """
-    height, width = size_hw
-    if isinstance(segmentation, Mapping):
-        size, counts = segmentation.get("size"), segmentation.get("counts")
-        if size != [height, width]:
-            return f"its RLE has the size {size}, the image [{height}, {width}]"
-        if isinstance(counts, list):
-            if not all(isinstance(v, int) and v >= 0 for v in counts) or sum(counts) != height * width:
-                return f"the counts of its RLE do not add up to the {height * width} pixels of the image"
-            return None
-        return counts_problem(counts, height * width) if isinstance(counts, str) and counts else "its RLE has no counts"
-    if not isinstance(segmentation, list):
-        return f"the segmentation must be polygons or RLE, got {type(segmentation).__name__}"
-    for polygon in segmentation:
-        if not isinstance(polygon, list) or len(polygon) < 6 or len(polygon) % 2:
-            return "a polygon needs at least three points (six numbers)"
-        if not all(_is_finite(v) for v in polygon):
-            return "a polygon has a coordinate that is not a finite number"
-    return None
-
-
-def counts_problem(text: str, pixels: int) -> str | None:
-    """Return why compressed RLE counts cannot be decoded, read as `rleFrString` of COCO's maskApi.c does.
-
-    Args:
-        text: The counts.
-        pixels: Number of pixels that they should add up to.
-
-    >>> counts_problem("06", 6) is None, counts_problem("06", 7)
-    (True, 'the counts of its RLE do not add up to the 7 pixels of the image')
-    """
-    counts: list[int] = []
-    index = 0
-    while index < len(text):
-        value, shift, more = 0, 0, True
-        while more:
-            if index >= len(text) or not 0 <= (code := ord(text[index]) - 48) < 64 or shift > 12:
-                return "the counts of its RLE are damaged"
-            value |= (code & 31) << (5 * shift)
-            more = bool(code & 32)
-            index, shift = index + 1, shift + 1
-            if not more and code & 16:
-                value |= -1 << (5 * shift)
-        counts.append(value + (counts[-2] if len(counts) > 2 else 0))
-    if any(count < 0 for count in counts) or sum(counts) != pixels:
-        return f"the counts of its RLE do not add up to the {pixels} pixels of the image"
-    return None
 
 
 def annotation_from_mask(mask: NDArray[np.bool_]) -> dict[str, Any]:

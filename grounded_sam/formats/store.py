@@ -3,7 +3,8 @@
 A store is a folder with
 
 - `_run-*.json`, one for all runs with the same settings: settings, classes, versions; see `store_runs`
-- `part-*.parquet`: rows, written once and never changed; the name begins with the time of writing
+- `part-*.parquet`: rows, written once and never changed; the name begins with the number of the part
+- `_parts-*.jsonl`: checksums of the parts; see `store_manifest`
 
 Rows of later parts replace those of earlier parts for the same image. Schema version 1; the kind of a row decides which
 columns are filled:
@@ -14,6 +15,8 @@ columns are filled:
 | `file` | string | name relative to the input, with `/`; of frames `clip.mp4/000012` or `folder/000012.jpg` |
 | `path` | string | absolute path of the file; null for cameras and streams |
 | `digest` | string | SHA-256 of the file; of a folder of frames, that of their digests |
+| `bytes` | int64 | size of the file; of a folder of frames, that of the first one |
+| `mtime_ns` | int64 | when it was changed last, nanoseconds since 1970; if both are still the same, so is the digest |
 | `take` | string | of frames and `video` rows: id of the take, one pass through the video, that they belong to |
 | `fingerprint` | string | of the settings of the run that wrote the row, see `store_runs.fingerprint` |
 | `video` | string | name of the video that a frame belongs to |
@@ -42,7 +45,7 @@ import json
 import os
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -54,8 +57,12 @@ import pyarrow.parquet as pq
 import supervision as sv
 
 from grounded_sam.errors import ConfigError
+from grounded_sam.files import home_path, require_regular
+from grounded_sam.formats.segmentations import all_counts_problem
+from grounded_sam.formats.store_checks import CHECKED_COLUMNS, table_problem
+from grounded_sam.formats.store_manifest import Manifest, sequence_of
 from grounded_sam.formats.store_pixels import StoredPixels, StoredVideo
-from grounded_sam.formats.store_runs import VERSION, StoreRun, runs_by_fingerprint, store_vocabulary
+from grounded_sam.formats.store_runs import VERSION, StoreRun, file_digest, runs_by_fingerprint, store_vocabulary
 from grounded_sam.media.files import common_folder, is_video_file, natural_key
 from grounded_sam.media.images import MAX_PIXELS
 from grounded_sam.structures.detections import empty_detections
@@ -83,6 +90,8 @@ SCHEMA = pa.schema(
         ("counts", pa.string()),
         ("tracker_id", pa.int64()),
         ("record", pa.string()),
+        ("bytes", pa.int64()),
+        ("mtime_ns", pa.int64()),
     ],
     metadata={"grounded_sam.schema": str(VERSION)},
 )
@@ -99,7 +108,7 @@ def find_store(path: str | Path) -> Path:
     Raises:
         ConfigError: If neither is a store.
     """
-    folder = Path(path).expanduser()
+    folder = home_path(path)
     for candidate in (folder, folder / "store"):
         if any(candidate.glob("_run-*.json")):
             return candidate
@@ -145,15 +154,29 @@ class StoreReader:
         folder: Folder of the store; may be missing or empty.
         max_pixels: Larger images are refused before they are decoded.
         root: Folder of the images, if they were moved; their names are relative to it.
+        classes: Classes that objects may have, besides those of the runs.
 
     Raises:
         ConfigError: If the store is of a later version, or one of its files is damaged; the message names it.
+
+    Attributes:
+        parts: The part files in the order in which they were written.
+        missing_parts: Names of parts that were written and are gone.
     """
 
-    def __init__(self, folder: Path, max_pixels: int = MAX_PIXELS, root: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        max_pixels: int = MAX_PIXELS,
+        root: str | None = None,
+        classes: Iterable[str] = (),
+    ) -> None:
         self.folder, self.max_pixels, self.root = folder, max_pixels, root
         self._runs = runs_by_fingerprint(folder)  # checks the version
-        self.parts = sorted(folder.glob("part-*.parquet"))
+        self._classes = {name for run in self._runs.values() for name in run.vocabulary.classes} | set(classes)
+        self._manifest = Manifest(folder)
+        self.missing_parts = self._manifest.missing
+        self.parts = sorted(folder.glob("part-*.parquet"), key=lambda part: (sequence_of(part), part.name))
         self._tables: OrderedDict[int, pa.Table] = OrderedDict()
         self._images: dict[str, _StoredImage] = {}  # by path, or by name where there is none
         self._video_names: dict[str, str] = {}  # by video key
@@ -178,13 +201,9 @@ class StoreReader:
     def _index_part(self, number: int, part: Path, passes: dict[str, dict[str, _VideoPass]]) -> None:
         """Add the images, videos and skipped files of a part to the index."""
         columns = ["kind", "file", "path", "digest", "video", "take", "frame", "reason", "fingerprint"]
-        try:
-            table = pq.read_table(part, columns=columns)
-        except (pa.ArrowException, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ConfigError(
-                f"{part} cannot be read ({reason}); delete it, and its images are processed again"
-            ) from error
+        table = self._read_part(part, sorted({*columns, *CHECKED_COLUMNS}))
+        if (reason := table_problem(table, self._classes, self.max_pixels)) is not None:
+            raise self._damaged(part, reason)
         rows = np.flatnonzero(np.asarray(table["kind"]) != "object")
         values = table.take(rows).to_pydict()
         for row, kind, file, path, digest, video, pass_id, frame, reason, run in zip(
@@ -205,6 +224,20 @@ class StoreReader:
                     video_pass.complete = True
                 else:
                     video_pass.frames[frame] = _RowIndex(number, row)
+
+    def _read_part(self, part: Path, columns: list[str] | None = None) -> pa.Table:
+        """Read a part, and compare it with its checksums."""
+        try:
+            content = pa.BufferReader(self._manifest.read(part))
+            return pq.read_table(content, columns=columns, schema=SCHEMA, page_checksum_verification=True)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise self._damaged(part, " ".join(str(error).split())[:200]) from error
+
+    def _damaged(self, part: Path, reason: str) -> ConfigError:
+        return ConfigError(
+            f"{part} cannot be read ({reason}); delete it, and its images are processed again when the command that "
+            "made the store is run again"
+        )
 
     def _reconcile_skipped(self, name: str, digest: str | None) -> None:
         """Drop the results of an image that was skipped after its content had changed.
@@ -257,6 +290,19 @@ class StoreReader:
         videos = [key for key, video in self._videos.items() if video.frames]
         yield from sorted(videos, key=lambda key: (natural_key(self._video_names[key]), key))
 
+    def name(self, key: str) -> str:
+        """Return the name of an image or video.
+
+        Args:
+            key: One of `keys()`.
+        """
+        return self._images[key].name if key in self._images else self._video_names[key]
+
+    def lost_parts(self) -> list[Skipped]:
+        """Return a note for each part that is missing."""
+        reason = "a part of the store that is missing, with its images; run the command that made the store again"
+        return [Skipped(name, reason) for name in self.missing_parts]
+
     def count(self, key: str) -> int:
         """Return how many results `read` yields."""
         return 1 if key in self._images else len(self._videos[key].frames)
@@ -276,10 +322,35 @@ class StoreReader:
         for number in sorted(frames):
             yield self._result(key, frames[number], vocabulary, files, video)
 
+    def file_problem(self, key: str) -> str | None:
+        """Return why the file of an image or video is not the one that was processed; None if it is, or was a camera.
+
+        The file is read only if its size or time of change are other ones. Folders of frames are not compared.
+
+        Args:
+            key: One of `keys()`.
+        """
+        index = self._images[key].index if key in self._images else min(self._videos[key].frames.items())[1]
+        row = self._table(index.part).slice(index.row, 1).to_pylist()[0]
+        path = self._path(row, ())
+        if path is None or (row["video"] is not None and not is_video_file(path)):
+            return None
+        try:
+            status = require_regular(path)
+            if (status.st_size, status.st_mtime_ns) == (row["bytes"], row["mtime_ns"]):
+                return None
+            if row["digest"] is None or file_digest([Path(path)]) == row["digest"]:
+                return None
+            return f"{path} has changed since it was processed; run the command that made the store again"
+        except FileNotFoundError:
+            return f"no such file: {path}; set source.root to the folder of the images now"
+        except (OSError, ValueError) as error:
+            return f"{path}: {getattr(error, 'strerror', None) or error}"
+
     def _table(self, part: int) -> pa.Table:
         """Return the rows of a part, read anew if they are not among those last used."""
         if part not in self._tables:
-            self._tables[part] = pq.read_table(self.parts[part], schema=SCHEMA).combine_chunks()
+            self._tables[part] = self._read_part(self.parts[part]).combine_chunks()
             while len(self._tables) > MAX_CACHED_PARTS:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(part)
@@ -293,6 +364,9 @@ class StoreReader:
         image = table.slice(index.row, 1).to_pylist()[0]
         size_hw = (image["height"], image["width"])
         objects = table.slice(index.row + 1, image["objects"]).to_pylist() if image["objects"] else []
+        counts = [row["counts"] for row in objects if row["counts"] is not None]
+        if (reason := all_counts_problem(counts, size_hw[0] * size_hw[1])) is not None:
+            raise self._damaged(self.parts[index.part], f"{image['file']}: {reason}")
         known = ((row, vocabulary.index(row["class"])) for row in objects)
         objects = [{**row, "class_id": i, "class": vocabulary.classes[i]} for row, i in known if i is not None]
         path = self._path(image, files)
@@ -318,7 +392,7 @@ class StoreReader:
         if files:
             return str(common_folder(list(files)) / _in_video(row))
         if path is not None and self.root is not None:
-            root = Path(self.root).expanduser()
+            root = home_path(self.root)
             moved = root / (row["video"] if is_video_file(path) else row["file"])
             in_root = root / _in_video(row)  # the folder of the frames itself
             return str(in_root if row["video"] is not None and not moved.exists() and in_root.exists() else moved)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -43,7 +44,9 @@ class StoredVideo:
         """
         if self._frames is None or index <= self._last_index:
             try:
-                decoder = VideoDecoder(path, start=index, max_pixels=self.max_pixels)
+                if not Path(path).is_file():  # a store may name an address or a camera, which VideoDecoder would open
+                    raise ImageError(f"{path}: no such file")
+                decoder = VideoDecoder(Path(path).absolute(), start=index, max_pixels=self.max_pixels)
             except ConfigError as error:
                 raise ImageError(f"{path}: no such file") from error
             self._frames = prefetch(iter(decoder), AHEAD)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, reduce
@@ -15,8 +16,8 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
-from grounded_sam.errors import ConfigError
-from grounded_sam.files import atomic_write
+from grounded_sam.errors import ConfigError, VocabularyError, redact, shorten
+from grounded_sam.files import atomic_write, home_path, require_regular
 from grounded_sam.formats.store_migrations import class_name, migrate_settings, migrate_vocabulary
 from grounded_sam.structures.vocabulary import Vocabulary, name_key
 
@@ -26,6 +27,8 @@ VERSION = 1
 INCIDENTAL = {"device", "batch_size", "chunk", "points_per_batch", "exports", "export_dir"}
 #: Libraries whose versions are recorded.
 LIBRARIES = ("grounded_sam", "torch", "transformers", "sam2", "segment-anything")
+
+_COLOR = re.compile(r"#[0-9a-fA-F]{6}")
 
 
 @dataclass(frozen=True)
@@ -37,12 +40,14 @@ class StoreRun:
         classes: Columns of the vocabulary, as stored.
         version: Version of this package.
         created: Time of the first write, ISO 8601; empty if nothing was written yet.
+        number: How many runs with other settings had written before; 0 in stores of earlier versions.
     """
 
     settings: dict[str, Any]
     classes: dict[str, Any]
     version: str
     created: str = ""
+    number: int = 0
 
     @classmethod
     def current(cls, settings: Mapping[str, Any], vocabulary: Vocabulary) -> StoreRun:
@@ -104,6 +109,7 @@ class StoreRun:
             "schema": VERSION,
             "fingerprint": self.fingerprint,
             "created": now,
+            "number": sum(1 for _ in folder.glob("_run-*.json")),
             "settings": self.settings,
             "vocabulary": self.classes,
             "versions": {name: package_version(name) for name in LIBRARIES},
@@ -148,14 +154,15 @@ def essential_settings(settings: Any) -> Any:
     if isinstance(settings, list | tuple):
         return [essential_settings(value) for value in settings]
     if isinstance(settings, str) and settings:
+        settings = redact(settings)
         files = _files_at(settings)
-        return {"name": Path(settings).expanduser().name, "sha256": file_digest(files)} if files else settings
+        return {"name": home_path(settings).name, "sha256": file_digest(files)} if files else settings
     return settings
 
 
 def _files_at(text: str) -> list[Path]:
     """List the file or the files of the folder that a setting names; none if it is not a path."""
-    path = Path(text).expanduser()
+    path = home_path(text)
     try:
         if path.is_file():
             return [path]
@@ -172,6 +179,7 @@ def file_digest(files: Sequence[Path]) -> str:
     """
     digests = []
     for file in files:
+        require_regular(file)
         with file.open("rb") as content:
             digests.append(hashlib.file_digest(content, "sha256").hexdigest())
     return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
@@ -192,7 +200,7 @@ def read_runs(folder: Path) -> list[StoreRun]:
         ConfigError: If a run file is damaged, or the store is of a later version.
     """
     runs = runs_by_fingerprint(folder).values()
-    return sorted(runs, key=lambda run: (run.created, run.fingerprint))
+    return sorted(runs, key=lambda run: (run.number, run.created, run.fingerprint))
 
 
 def runs_by_fingerprint(folder: Path) -> dict[str, StoreRun]:
@@ -204,18 +212,25 @@ def runs_by_fingerprint(folder: Path) -> dict[str, StoreRun]:
     runs = {}
     for path in folder.glob("_run-*.json"):
         try:
+            require_regular(path)
             content = json.loads(path.read_text(encoding="utf-8"))
             if (schema := content["schema"]) > VERSION:
                 raise ConfigError(
                     f"{folder} has schema version {schema}; this version of grounded_sam reads up to {VERSION}"
                 )
+            version, created = str(content.get("versions", {}).get("grounded_sam", "unknown")), str(content["created"])
+            if StoreRun(content["settings"], content["vocabulary"], version).fingerprint != content["fingerprint"]:
+                raise ValueError("it has changed since it was written")
             run = StoreRun(
                 settings=migrate_settings(content["settings"]),
                 classes=migrate_vocabulary(content["vocabulary"]),
-                version=str(content.get("versions", {}).get("grounded_sam", "unknown")),
-                created=content["created"],
+                version=version,
+                created=created,
+                number=int(content.get("number", 0)),
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if wrong := [color for color in run.vocabulary.colors if not _COLOR.fullmatch(color or "#000000")]:
+                raise ValueError(f"a color must be #rrggbb, got {shorten(wrong[0])}")
+        except (OSError, VocabularyError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(
                 f"{path} cannot be read ({reason}); delete it, and run again with its settings"

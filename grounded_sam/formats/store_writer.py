@@ -18,7 +18,9 @@ import supervision as sv
 from grounded_sam.errors import ConfigError, count_of
 from grounded_sam.files import atomic_write
 from grounded_sam.formats.store import SCHEMA, StoreReader
+from grounded_sam.formats.store_manifest import PartList, part_name, sequence_of
 from grounded_sam.formats.store_runs import StoreRun, file_digest, read_runs
+from grounded_sam.media.images import MAX_PIXELS
 from grounded_sam.structures.detections import is_crowd
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.masks import mask_area
@@ -39,13 +41,14 @@ class StoreWriter:
         part_images: Number of images per part.
         part_seconds: Age in seconds at which a part is written even if it has fewer.
         resume: `same` refuses a store that was made with other settings; `extend` adds to it.
+        max_pixels: Stored images that are larger are refused.
 
     Attributes:
         images: Number of images and frames written so far.
         objects: Number of detections written so far.
 
     Raises:
-        ConfigError: If the store was made with other settings, or is damaged.
+        ConfigError: If the store was made with other settings, is damaged, or its folder is a link.
     """
 
     def __init__(
@@ -57,16 +60,25 @@ class StoreWriter:
         part_seconds: float = 60.0,
         *,
         resume: Literal["same", "extend"] = "same",
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
+        if folder.is_symlink():
+            raise ConfigError(
+                f"{folder} is a link to {os.readlink(folder)}, and nothing is written through links inside an output; "
+                "remove the link, or choose another output"
+            )
         self.folder, self.vocabulary = folder, vocabulary
         self.part_images, self.part_seconds = part_images, part_seconds
         self.images = self.objects = 0
         self._run = StoreRun.current(settings, vocabulary)
         if resume == "same":
             self._check_settings()
-        self._reader = StoreReader(folder)
-        self._classes = vocabulary.merged_with(self._reader.vocabulary) if len(self._reader) else vocabulary
-        self._digests: dict[str, str] = {}  # of files that are not stored yet, by name
+        self._reader = StoreReader(folder, max_pixels, classes=vocabulary.classes)
+        has_classes = len(self._reader) and any(folder.glob("_run-*.json"))  # a damaged one may have been deleted
+        self._classes = vocabulary.merged_with(self._reader.vocabulary) if has_classes else vocabulary
+        self._contents: dict[str, dict[str, Any]] = {}  # columns of files that are not stored yet, by name
+        self._list = PartList(folder)
+        self._sequence = max(map(sequence_of, self._reader.parts), default=0)
         self._rows: list[dict[str, Any]] = []
         self._part_images, self._part_start = 0, time.monotonic()
         self._lacking: dict[str, list[str]] = {}  # classes that a run did not look for, by its fingerprint
@@ -99,12 +111,13 @@ class StoreWriter:
             The results, with class ids of `output_classes`; None if there are none.
         """
         try:
+            status = files[0].stat()  # before the content is read: a change during that is noticed later
             digest = file_digest(files)
         except OSError:  # reported when the file is decoded
             return None
         key = self._reader.find(name, digest, _stored_path(files[0]) if len(files) == 1 else None)
         if key is None:
-            self._digests[name] = digest
+            self._contents[name] = {"digest": digest, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
             return None
         self._note_unsearched(key, name)
         return self._reader.read(key, self._classes, files)
@@ -133,6 +146,11 @@ class StoreWriter:
                 )
             )
         return notes
+
+    def lost_parts(self) -> list[Skipped]:
+        """Return a note for each part of the store that is missing; images in it are processed again."""
+        reason = "a part of the store that was missing; its images were processed again if they are in the input"
+        return [Skipped(name, reason) for name in self._reader.missing_parts]
 
     def note(self, name: str) -> Skipped | None:
         """Return the problem that an earlier run recorded for a file, such as a truncated video; None without one."""
@@ -168,8 +186,8 @@ class StoreWriter:
         columns: dict[str, Any] = {"file": frame.name, "path": path, "fingerprint": self._run.fingerprint}
         columns |= {"width": width, "height": height, "time_s": frame.time_s}
         if frame.video is None:
-            return {**columns, "digest": self._digests.pop(frame.name, None)}
-        columns["digest"] = self._digests.get(frame.video)
+            return {**columns, **self._contents.pop(frame.name, {})}
+        columns |= self._contents.get(frame.video, {})
         if self._video_row is None:
             self._video_row = {**columns, "kind": "video", "file": frame.video, "video": frame.video, "time_s": None}
             self._video_row |= {"take": uuid.uuid4().hex, "frame": 0}
@@ -181,7 +199,12 @@ class StoreWriter:
         if self.note(skipped.file) == skipped:
             return
         row = {"kind": "skipped", "file": skipped.file, "reason": skipped.reason, "fingerprint": self._run.fingerprint}
-        self._rows.append({**row, "digest": self._digests.get(skipped.file)})
+        self._rows.append({**row, **self._contents.get(skipped.file, {})})
+
+    def leave_incomplete(self, video: str) -> None:
+        """Take back that a video, whose last frame is written, will be complete: a later run processes it again."""
+        if self._video_row is not None and self._video_row["video"] == video:
+            self._video_row = None
 
     def close(self, complete: bool) -> None:
         """Write what is still in memory.
@@ -197,11 +220,16 @@ class StoreWriter:
         if complete:
             self._end_video()
         self._flush()
+        if complete and self.folder.is_dir():
+            for name in self._reader.missing_parts:
+                self._list.add_lost(name)
+            if all(run.fingerprint != self._run.fingerprint for run in read_runs(self.folder)):  # it was deleted
+                self._run.write(self.folder, datetime.datetime.now(datetime.UTC).isoformat())
 
     def _end_video(self) -> None:
         """Write that a video is complete, at once: processing it may have taken hours."""
         if self._video_row is not None:
-            self._digests.pop(self._video_row["video"], None)
+            self._contents.pop(self._video_row["video"], None)
             self._rows.append(self._video_row)
             self._video_row = None
             self._flush()
@@ -211,13 +239,17 @@ class StoreWriter:
         if not self._rows:
             return
         now = datetime.datetime.now(datetime.UTC)
-        path = self.folder / f"part-{now:%Y%m%dT%H%M%S.%f}-{uuid.uuid4().hex[:8]}.parquet"
+        self._sequence += 1
+        path = self.folder / part_name(self._sequence, f"{now:%Y%m%dT%H%M%S.%f}-{uuid.uuid4().hex[:8]}")
         try:
             self._run.write(self.folder, now.isoformat())
             with atomic_write(path) as part:
-                pq.write_table(pa.Table.from_pylist(self._rows, SCHEMA), part, compression="zstd")
+                pq.write_table(
+                    pa.Table.from_pylist(self._rows, SCHEMA), part, compression="zstd", write_page_checksum=True
+                )
                 with part.open("rb") as written:
                     os.fsync(written.fileno())
+            self._list.add(path)
         except OSError as error:
             self._failed = True
             reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())

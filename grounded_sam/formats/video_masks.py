@@ -2,40 +2,63 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path, PurePosixPath
+from sys import maxsize
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from grounded_sam.errors import ConfigError
-from grounded_sam.formats.coco import decode_segmentation, read_json, segmentation_problem
+from grounded_sam.errors import ConfigError, ImageError, shorten
+from grounded_sam.formats.segmentations import decode_segmentation, segmentation_problem, size_problem
 from grounded_sam.media.files import natural_key
-from grounded_sam.media.images import MAX_PIXELS, no_pillow_limit, safe_formats
+from grounded_sam.media.images import MAX_PIXELS, read_label_map
+from grounded_sam.structures.documents import is_text, read_json
+from grounded_sam.structures.ontology import MAX_ID_DIGITS
 from grounded_sam.structures.vocabulary import Vocabulary
 
 #: A mask `(H, W) bool`.
 Mask = NDArray[np.bool_]
-#: What identifies a frame in its video, see `frame_key`.
+#: What identifies a frame in its video, see `frame_keys`.
 FrameKey = int | str
 #: Object id of "void" in DAVIS.
 _VOID = 255
 
 
-def frame_key(name: str) -> FrameKey:
-    """Return what identifies a frame in its video: the number that its name ends in, or else its name.
+def split_frame_name(name: str) -> tuple[str, str]:
+    """Split the name of a frame, without folders and suffix, into its beginning and the digits that it ends in.
 
     Args:
         name: Name or path of a frame, with or without a suffix.
 
-    >>> frame_key("clip.mp4/000012"), frame_key("00012.jpg"), frame_key("left_3.jpg")
-    (12, 12, 'left_3')
+    >>> split_frame_name("clip.mp4/000012"), split_frame_name("left_3.jpg")
+    (('', '000012'), ('left_', '3'))
     """
     stem = PurePosixPath(name).stem
-    return int(stem) if stem.isdecimal() else stem
+    beginning = re.sub(r"(?<![0-9])[0-9]{1,18}$", "", stem)  # more digits are a name, which fits no 64 bit number
+    return beginning, stem[len(beginning) :]
+
+
+def frame_keys(names: Sequence[str]) -> list[FrameKey]:
+    """Return what identifies each frame of a video: the numbers that their names end in, or else their names.
+
+    They are the names where not all end in a number, differ in more than that, or have a number twice.
+
+    Args:
+        names: Names or paths of all frames, with or without suffixes.
+
+    >>> frame_keys(["frame_0000.jpg", "frame_0005.jpg"]), frame_keys(["left_3.jpg", "right_3.jpg"])
+    ([0, 5], ['left_3', 'right_3'])
+    """
+    parts = [split_frame_name(name) for name in names]
+    numbers = [int(digits) for _, digits in parts if digits]
+    if len(set(numbers)) == len(parts) and len({beginning for beginning, _ in parts}) == 1:
+        return list(numbers)
+    return [PurePosixPath(name).stem for name in names]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +68,7 @@ class LabelledVideo:
     Attributes:
         name: Name of the video.
         size_hw: Height and width in pixels.
-        frames: Keys of the labeled frames, in order; see `frame_key`.
+        frames: Keys of the labeled frames, in order; see `frame_keys`.
         read: Returns the masks `(H, W) bool` of a frame by object id, without empty ones.
         classes: Class name by object id; None if the labels have no classes.
         frame_names: Names of frames by key, without suffix; None if the labels have no names.
@@ -74,6 +97,7 @@ class LabelledVideos:
     Args:
         path: The file or folder.
         content: Content of the file, if it was read already.
+        max_pixels: Larger masks are refused.
 
     Attributes:
         path: As above.
@@ -84,8 +108,8 @@ class LabelledVideos:
         ConfigError: If it is in none of these formats, or damaged; the message names the file.
     """
 
-    def __init__(self, path: Path, content: Any = None) -> None:
-        self.path = path
+    def __init__(self, path: Path, content: Any = None, max_pixels: int = MAX_PIXELS) -> None:
+        self.path, self.max_pixels = path, max_pixels
         self.vocabulary: Vocabulary | None = None
         self.videos: dict[str, LabelledVideo] = {}
         if path.is_file():
@@ -96,7 +120,7 @@ class LabelledVideos:
                 if not has_manual:
                     self._read_json(file, read_json(file))
         else:
-            for video in _read_maps(path):
+            for video in _read_maps(path, max_pixels):
                 self._add(video)
         if not self.videos:
             raise ConfigError(
@@ -121,7 +145,7 @@ class LabelledVideos:
     def _read_json(self, path: Path, content: Any) -> None:
         """Add the videos of a JSON file."""
         if isinstance(content, Mapping) and "masklet" in content:
-            self._add(_read_sav(path, content))
+            self._add(_read_sav(path, content, self.max_pixels))
         elif isinstance(content, Mapping) and "videos" in content:
             self._read_youtube_vis(path, content)
         else:
@@ -137,8 +161,8 @@ class LabelledVideos:
         try:
             for video in content["videos"]:
                 tracks = [track for track in content["annotations"] if track["video_id"] == video["id"]]
-                self._add(_read_youtube_vis_video(path, video, tracks, class_names))
-        except (KeyError, TypeError, ValueError) as error:
+                self._add(_read_youtube_vis_video(path, video, tracks, class_names, self.max_pixels))
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise ConfigError(f"{path}: not YouTube-VIS ({type(error).__name__}: {error})") from error
 
 
@@ -169,41 +193,53 @@ class _RleFrames:
         return masks
 
 
-def _read_sav(path: Path, content: Mapping[str, Any]) -> LabelledVideo:
+def _read_sav(path: Path, content: Mapping[str, Any], max_pixels: int) -> LabelledVideo:
     """Read a file of SA-V: `masklet[frame][object]` as RLE, for every n-th frame of the video."""
     rows = content["masklet"]
     try:
         first = next(rle for row in rows for rle in row if rle is not None)
-        height, width = (int(side) for side in first["size"])
-        numbers = [int(number) for number in content.get("masklet_id") or range(len(rows[0]))]
+        height, width = first["size"]
+        if (reason := size_problem(width, height, max_pixels)) is not None:
+            raise ValueError(reason)
+        numbers = [_object_id(number) for number in content.get("masklet_id") or range(len(rows[0]))]
         step = max(1, round(float(content.get("video_frame_count") or len(rows)) / len(rows)))
         for i, row in enumerate(rows):
             if len(row) != len(numbers):
                 raise ValueError(f"frame {i} has {len(row)} objects, masklet_id has {len(numbers)}")
-    except (StopIteration, KeyError, TypeError, ValueError) as error:
+        name = content.get("video_id") or path.stem.removesuffix("_manual").removesuffix("_auto")
+        if not is_text(name := str(name)):
+            raise ValueError("video_id must be text")
+    except (StopIteration, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{path}: not SA-V ({type(error).__name__}: {error})") from error
     frames: dict[FrameKey, dict[int, Any]] = {
         i * step: dict(zip(numbers, row, strict=True)) for i, row in enumerate(rows)
     }
-    name = str(content.get("video_id") or path.stem.removesuffix("_manual").removesuffix("_auto"))
     read = _RleFrames(frames, (height, width), str(path))
     return LabelledVideo(name=name, size_hw=(height, width), frames=list(frames), read=read)
 
 
 def _read_youtube_vis_video(
-    path: Path, video: Mapping[str, Any], tracks: Sequence[Mapping[str, Any]], class_names: Mapping[int, str]
+    path: Path,
+    video: Mapping[str, Any],
+    tracks: Sequence[Mapping[str, Any]],
+    class_names: Mapping[int, str],
+    max_pixels: int,
 ) -> LabelledVideo:
     """Read one video of YouTube-VIS. Other errors than ConfigError mean that an entry is malformed."""
     files = [str(name) for name in video["file_names"]]
-    keys = [frame_key(name) for name in files]
+    if not all(map(is_text, [*files, str(video.get("name"))])):
+        raise ValueError("file_names must be text")
+    keys = frame_keys(files)
     folder = str(PurePosixPath(files[0]).parent) if files else ""
     name = folder if folder not in ("", ".") else str(video.get("name") or video["id"])
     if len(set(keys)) < len(keys):
         raise ConfigError(f"{path}: two frames of the video {name} have the same name")
-    size_hw = (int(video["height"]), int(video["width"]))
+    size_hw = (video["height"], video["width"])
+    if (reason := size_problem(size_hw[1], size_hw[0], max_pixels)) is not None:
+        raise ValueError(f"video {name}: {reason}")
     segmentations, classes = {}, {}
     for track in tracks:
-        number = int(track.get("track_id", track["id"]))
+        number = _object_id(track.get("track_id", track["id"]))
         segmentations[number], classes[number] = track["segmentations"], class_names[track["category_id"]]
         if len(track["segmentations"]) != len(keys):
             raise ValueError(f"track {number} of {name} has {len(track['segmentations'])} frames, not {len(keys)}")
@@ -218,6 +254,18 @@ def _read_youtube_vis_video(
     )
 
 
+def _object_id(value: Any) -> int:
+    """Return the id of an object.
+
+    Raises:
+        ValueError: If it is no integer from 0 that fits into 64 bits.
+    """
+    number = int(value)
+    if not 0 <= number <= maxsize:
+        raise ValueError(f"the id of an object must be an integer from 0, got {shorten(value)}")
+    return number
+
+
 class _MapFrames:
     """Read the masks of a frame from PNG maps.
 
@@ -225,12 +273,13 @@ class _MapFrames:
         files: PNG files by object id and frame key.
         one_object: Whether each file is the mask of one object; else its pixels are object ids, and `files` has one id.
         size_hw: Height and width in pixels.
+        max_pixels: Larger maps are refused.
     """
 
     def __init__(
-        self, files: Mapping[int, Mapping[FrameKey, Path]], one_object: bool, size_hw: tuple[int, int]
+        self, files: Mapping[int, Mapping[FrameKey, Path]], one_object: bool, size_hw: tuple[int, int], max_pixels: int
     ) -> None:
-        self.files, self.one_object, self.size_hw = files, one_object, size_hw
+        self.files, self.one_object, self.size_hw, self.max_pixels = files, one_object, size_hw, max_pixels
 
     def __call__(self, key: FrameKey) -> dict[int, Mask]:
         """Read the masks of a frame; see `LabelledVideo.read`."""
@@ -238,7 +287,7 @@ class _MapFrames:
         for number, files in self.files.items():
             if key not in files:
                 continue
-            values = _read_map(files[key])
+            values = _read_map(files[key], self.max_pixels)
             if values.shape != self.size_hw:
                 expected = f"{self.size_hw[1]}x{self.size_hw[0]}"
                 raise ConfigError(
@@ -254,57 +303,52 @@ class _MapFrames:
         return masks
 
 
-def _read_maps(path: Path) -> list[LabelledVideo]:
+def _read_maps(path: Path, max_pixels: int) -> list[LabelledVideo]:
     """Read a folder of PNG maps of object ids, or of masks in a folder per object."""
     root = path / "Annotations" if (path / "Annotations").is_dir() else path
     root = next((root / name for name in ("480p", "Full-Resolution") if (root / name).is_dir()), root)
     videos = []
-    for video, folders in _group_folders(root).items():
+    for video, folders in _group_folders(root, max_pixels).items():
         has_object_folders = folders != [video]
         objects = {int(folder.name): folder for folder in folders} if has_object_folders else {0: video}
-        files = {n: {frame_key(f.name): f for f in folder.glob("*.png")} for n, folder in objects.items()}
+        maps = {n: sorted(folder.glob("*.png")) for n, folder in objects.items()}
+        names = sorted({file.stem for files in maps.values() for file in files})
+        key_of = dict(zip(names, frame_keys([f"{name}.png" for name in names]), strict=True))
+        files = {n: {key_of[file.stem]: file for file in files} for n, files in maps.items()}
         file_of = {key: file for by_key in files.values() for key, file in by_key.items()}
         keys = sorted(file_of, key=lambda key: (isinstance(key, str), key))
-        height, width = _read_map(file_of[keys[0]]).shape
+        height, width = _read_map(file_of[keys[0]], max_pixels).shape
         videos.append(
             LabelledVideo(
                 name=video.name if video == root else video.relative_to(root).as_posix(),
                 size_hw=(height, width),
                 frames=keys,
-                read=_MapFrames(files, has_object_folders, (height, width)),
+                read=_MapFrames(files, has_object_folders, (height, width), max_pixels),
                 frame_names={key: file.stem for key, file in file_of.items()},
             )
         )
     return videos
 
 
-def _group_folders(root: Path) -> dict[Path, list[Path]]:
+def _group_folders(root: Path, max_pixels: int) -> dict[Path, list[Path]]:
     """Group the folders of maps by video: the video's own folder, or folders of its objects, named by their ids."""
     files = glob("**/*.png", root_dir=root, recursive=True)  # follows links, in contrast to pathlib
     folders = sorted({(root / name).parent for name in files}, key=lambda folder: natural_key(folder.as_posix()))
     # Directly in the root, numbers may also be the names of videos: then some map has several object ids.
     top_maps = [min(folder.glob("*.png")) for folder in folders if folder.parent == root]
-    one_object_each = all(len(np.unique(_read_map(file))) <= 2 for file in top_maps)
+    one_object_each = all(len(np.unique(_read_map(file, max_pixels))) <= 2 for file in top_maps)
     groups: dict[Path, list[Path]] = {}
     for folder in folders:
-        is_object = folder != root and folder.name.isdecimal()
+        is_object = folder != root and folder.name.isdecimal() and len(folder.name) <= MAX_ID_DIGITS
         is_object = is_object and all(sibling.name.isdecimal() for sibling in folder.parent.iterdir())
         is_object = is_object and (folder.parent != root or one_object_each)
         groups.setdefault(folder.parent if is_object else folder, []).append(folder)
     return groups
 
 
-def _read_map(path: Path) -> NDArray[Any]:
-    """Read the values of a PNG map, `(H, W)`: palette indices or gray levels."""
-    from PIL import Image
-
+def _read_map(path: Path, max_pixels: int) -> NDArray[Any]:
+    """Read the values of a PNG map, `(H, W)`."""
     try:
-        with no_pillow_limit(), Image.open(path, formats=safe_formats()) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise ConfigError(f"{path}: {picture.width}x{picture.height} px is more than {MAX_PIXELS:,} pixels")
-            values = np.array(picture)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read this map of objects ({' '.join(str(error).split())})") from error
-    if values.ndim != 2:
-        raise ConfigError(f"{path}: a map of objects must have one channel or a palette, got mode {picture.mode}")
-    return values
+        return read_label_map(path, max_pixels)
+    except ImageError as error:
+        raise ConfigError(str(error)) from error

@@ -9,18 +9,21 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
-from grounded_sam.errors import ConfigError
+from grounded_sam.errors import ConfigError, ImageError
+from grounded_sam.files import require_regular
 from grounded_sam.formats.coco import annotation_from_mask
 from grounded_sam.media.files import natural_key
+from grounded_sam.media.images import MAX_PIXELS, read_label_map
 
 
-def read_voc(folder: Path) -> dict[str, Any]:
+def read_voc(folder: Path, max_pixels: int = MAX_PIXELS) -> dict[str, Any]:
     """Read a Pascal VOC dataset: the boxes of its XML files, and masks from `SegmentationObject` where there are some.
 
     Objects marked `difficult` become crowds: as in VOC's own evaluation, they count neither when missed nor when found.
 
     Args:
         folder: Folder of the dataset, with its XML files directly in it or in `Annotations`.
+        max_pixels: Larger masks are refused.
 
     Returns:
         The labels as the content of a COCO file.
@@ -34,16 +37,20 @@ def read_voc(folder: Path) -> dict[str, Any]:
     root = folder / "Annotations" if (folder / "Annotations").is_dir() else folder
     for path in sorted(root.rglob("*.xml"), key=lambda path: natural_key(path.as_posix())):
         try:
+            require_regular(path)
             tree = ElementTree.parse(path)
             image = _read_image(tree, len(images))
-            instances = _read_instances(folder / "SegmentationObject" / path.relative_to(root).with_suffix(".png"))
+            map_file = folder / "SegmentationObject" / path.relative_to(root).with_suffix(".png")
+            instances = read_label_map(map_file, max_pixels) if map_file.is_file() else None
             for number, element in enumerate(tree.iterfind("object"), 1):
                 category_id = category_ids.setdefault(element.findtext("name", ""), len(category_ids) + 1)
                 annotation = {"id": len(annotations) + 1, "image_id": image["id"], "category_id": category_id}
                 mask = None if instances is None else instances == number
                 annotations.append(annotation | _read_object(element, mask))
-        except (ElementTree.ParseError, ValueError, OSError) as error:
-            raise ConfigError(f"{path}: not a Pascal VOC annotation ({error})") from error
+        except ImageError as error:
+            raise ConfigError(str(error)) from error
+        except (ElementTree.ParseError, ValueError, OverflowError, LookupError, OSError) as error:
+            raise ConfigError(f"{path}: not a Pascal VOC annotation ({' '.join(str(error).split())})") from error
         images.append(image)
     categories = [{"id": number, "name": name} for name, number in category_ids.items()]
     return {"images": images, "annotations": annotations, "categories": categories}
@@ -55,13 +62,6 @@ def _read_image(tree: ElementTree.ElementTree[Any], image_id: int) -> dict[str, 
     folders = [part for part in tree.findtext("folder", "").split("/") if part != "JPEGImages"]
     name = "/".join([*folders, tree.findtext("filename", "")]).lstrip("/")
     return {"id": image_id, "file_name": name, "width": width, "height": height}
-
-
-def _read_instances(path: Path) -> NDArray[Any] | None:
-    """Read a map of instance numbers, `(H, W)`; None if there is none."""
-    from PIL import Image
-
-    return np.array(Image.open(path)) if path.is_file() else None
 
 
 def _read_object(element: ElementTree.Element, mask: NDArray[np.bool_] | None) -> dict[str, Any]:

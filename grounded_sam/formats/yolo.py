@@ -7,18 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
-from grounded_sam.errors import ConfigError
+from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.formats.coco import annotation_from_mask
-from grounded_sam.media.files import image_files, natural_key
-from grounded_sam.media.images import no_pillow_limit, safe_formats
+from grounded_sam.formats.segmentations import cut_polygons, is_number
+from grounded_sam.media.files import image_files, natural_key, path_ends
+from grounded_sam.media.images import MAX_PIXELS, displayed_size
+from grounded_sam.structures.documents import is_text, read_yaml
 
-#: EXIF tag of the orientation, and its values that swap width and height.
-_ORIENTATION, _TRANSPOSED = 0x0112, (5, 6, 7, 8)
 
-
-def read_yolo(data_yaml: Path) -> dict[str, Any]:
+def read_yolo(data_yaml: Path, max_pixels: int = MAX_PIXELS) -> dict[str, Any]:
     """Read a YOLO dataset of boxes or polygons.
 
     Polygons are filled by OpenCV, which is how YOLO trainers see them. The images of all splits in `data.yaml` are
@@ -26,6 +24,7 @@ def read_yolo(data_yaml: Path) -> dict[str, Any]:
 
     Args:
         data_yaml: The `data.yaml` of the dataset.
+        max_pixels: Larger images are refused.
 
     Returns:
         The labels as the content of a COCO file.
@@ -33,21 +32,22 @@ def read_yolo(data_yaml: Path) -> dict[str, Any]:
     Raises:
         ConfigError: If `data.yaml`, an image or a label cannot be read; the message names it.
     """
+    config = read_yaml(data_yaml)
     try:
-        config = yaml.safe_load(data_yaml.read_text(encoding="utf-8"))
         names = config["names"]
-        class_names = dict(enumerate(names)) if isinstance(names, list) else {int(k): str(v) for k, v in names.items()}
-        base = data_yaml.parent / str(config.get("path", ""))
+        class_names = {int(k): str(v) for k, v in (enumerate(names) if isinstance(names, list) else names.items())}
+        base = data_yaml.parent / str(config.get("path") or "").replace("\\", "/")
         folders = [folder for split in ("train", "val", "test") for folder in _as_list(config.get(split))]
-    except (yaml.YAMLError, AttributeError, KeyError, TypeError, ValueError) as error:
+        if not all(map(is_text, (str(base), *folders))):
+            raise ValueError("a folder that is not text")
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
         raise ConfigError(f"{data_yaml}: expected names and train, val or test, as in YOLO's data.yaml") from error
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for folder in dict.fromkeys(folders):
-        root = (base / folder).resolve()
+    for root in dict.fromkeys(_split_folder(folder, base, data_yaml) for folder in folders):
         files = image_files(path for path in root.rglob("*") if path.is_file())
         for file in sorted(files, key=lambda path: natural_key(path.as_posix())):
-            width, height = _image_size(file)
+            height, width = _displayed_size(file, max_pixels)
             image_id = len(images)
             # The name includes the last folder, since images of different splits may have the same name.
             name = file.relative_to(root.parent).as_posix()
@@ -67,33 +67,49 @@ def _label_file(image: Path) -> Path:
     return Path(*parts).with_suffix(".txt")
 
 
+def _split_folder(name: str, base: Path, data_yaml: Path) -> Path:
+    """Return the folder of a split.
+
+    Exports name it in many ways: relative to `path`, which may be on another machine, or with a `../` too many.
+
+    Raises:
+        ConfigError: If there is no such folder.
+    """
+    candidates = [folder / end for end in (name, *path_ends(name)[:1]) for folder in (base, data_yaml.parent)]
+    found = next((path for path in candidates if path.is_dir()), None)
+    if found is None:
+        raise ConfigError(f"{data_yaml}: there is no folder {candidates[0]}; correct or remove {name} there")
+    return found.resolve()
+
+
 def _as_list(value: Any) -> list[str]:
     """Convert a value that may be missing or a single one to a list."""
     return [] if value is None else [str(v) for v in value] if isinstance(value, list) else [str(value)]
 
 
-def _image_size(file: Path) -> tuple[int, int]:
-    """Read width and height of an image as displayed, from its header."""
-    from PIL import Image
-
+def _displayed_size(file: Path, max_pixels: int) -> tuple[int, int]:
+    """Return height and width of an image."""
     try:
-        with no_pillow_limit(), Image.open(file, formats=safe_formats()) as picture:
-            width, height = picture.size
-            return (height, width) if picture.getexif().get(_ORIENTATION, 1) in _TRANSPOSED else (width, height)
-    except Exception as error:  # Pillow's plugins raise many kinds of error on damaged files
-        raise ConfigError(f"{file}: cannot read this image of the ground truth ({error})") from error
+        return displayed_size(file, max_pixels)
+    except ImageError as error:
+        raise ConfigError(f"an image of the ground truth cannot be used: {error}") from error
 
 
 def _read_labels(path: Path, width: int, height: int) -> list[dict[str, Any]]:
     """Read the label file of an image of some size as COCO annotations; none if there is no such file."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: expected lines of numbers in UTF-8, got other bytes ({error.reason})") from error
     annotations = []
     for number, line in enumerate((line for line in lines if line.strip()), 1):
         try:
             class_id, *coordinates = (float(word) for word in line.split())
+            if not all(is_number(value) for value in (class_id, *coordinates)):
+                raise ValueError("a number that is not finite")
             shape = _to_shape(coordinates, width, height)
             annotations.append({**shape, "category_id": int(class_id) + 1})
-        except (ValueError, OverflowError) as error:
+        except ValueError as error:
             raise ConfigError(
                 f"{path}, line {number}: expected a class and a box or polygon, got {line[:80]!r}"
             ) from error
@@ -107,7 +123,8 @@ def _to_shape(coordinates: Sequence[float], width: int, height: int) -> dict[str
     if len(coordinates) == 4:
         x, y, w, h = (v * side for v, side in zip(coordinates, (width, height, width, height), strict=True))
         return {"bbox": [x - w / 2, y - h / 2, w, h], "area": w * h, "iscrowd": 0}
-    canvas = np.zeros((height, width), np.uint8)
     points = np.array(coordinates).reshape(-1, 2) * (width, height)
-    cv2.fillPoly(canvas, [points.astype(np.int32)], 1)
+    canvas = np.zeros((height, width), np.uint8)
+    for polygon in cut_polygons([points.reshape(-1).tolist()], (height, width)):
+        cv2.fillPoly(canvas, [np.array(polygon).reshape(-1, 2).astype(np.int32)], 1)
     return annotation_from_mask(canvas.astype(bool))

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import supervision as sv
 
+from grounded_sam.pipeline.images import convert_errors
 from grounded_sam.pipeline.track_settings import TrackSettings
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.masks import mask_iou, masks_to_xyxy
@@ -113,7 +114,8 @@ def track_both_ways(
     with tempfile.TemporaryDirectory(prefix="grounded_sam-") as folder, closing(steps):
         for number, (result, started) in enumerate(steps):
             if len(started) and buffer:
-                _track_back(buffer, result, started, tracker, settings)
+                with convert_errors(tracker):
+                    _track_back(buffer, result, started, tracker, settings)
             pixels = Path(folder) / f"{number}.npy"
             np.save(pixels, result.frame.image)
             empty = replace(result.frame, pixels=result.frame.image[:0])

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import supervision as sv
 
-from grounded_sam.errors import ImageError
+from grounded_sam.errors import GroundedSamError, ImageError, StageError, describe_error, print_traceback
 from grounded_sam.pipeline.refine import Refine
 from grounded_sam.pipeline.select import Select, select_detections
 from grounded_sam.pipeline.tiles import Tiles
@@ -21,6 +21,39 @@ from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.protocols import BatchDetector, Detector, Segmenter
 from grounded_sam.structures.results import FrameResult, Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
+
+
+@contextmanager
+def convert_errors(stage: object, passing: tuple[type[Exception], ...] = ()) -> Iterator[None]:
+    """Turn an error that a stage raises on an image into a `StageError`.
+
+    Errors of this package pass: an `ImageError` concerns the image as well, the others concern the whole run.
+
+    Args:
+        stage: The stage, which the message names.
+        passing: Errors that pass too.
+
+    Raises:
+        StageError: If the stage raises any other error.
+
+    >>> with convert_errors(Refine()):
+    ...     1 / 0
+    Traceback (most recent call last):
+    grounded_sam.errors.StageError: Refine failed (ZeroDivisionError: division by zero); GROUNDED_SAM_DEBUG=1 ...
+    """
+    own: tuple[type[Exception], ...] = (GroundedSamError, *passing)
+    try:
+        yield
+    except own:
+        raise
+    except Exception as error:
+        import torch
+
+        if isinstance(error, torch.OutOfMemoryError):
+            torch.cuda.empty_cache()  # so that the next, smaller image may fit
+        print_traceback()
+        reason = f"{type(stage).__name__} failed ({describe_error(error)}); GROUNDED_SAM_DEBUG=1 shows the traceback"
+        raise StageError(reason) from error
 
 
 class StageTimer:
@@ -113,12 +146,14 @@ class DetectThenSegment:
             raise ImageError("there is no detector for images; choose one, or give only videos")
 
         def detect_and_threshold(crops: list[Frame]) -> list[sv.Detections]:
-            found = zip(crops, detector.detect(crops, vocabulary), strict=True)
+            with convert_errors(detector):
+                found = list(zip(crops, detector.detect(crops, vocabulary), strict=True))
             return [select_detections(self._validate(d, vocabulary, crop), before, vocabulary) for crop, d in found]
 
         with self.timer("detect"):
             if self.tiles.size is None:
-                return detector.detect(frames, vocabulary)
+                with convert_errors(detector):
+                    return detector.detect(frames, vocabulary)
             before = self.select.before_masks()
             return [self.tiles.detect(frame, detect_and_threshold, vocabulary) for frame in frames]
 
@@ -157,8 +192,9 @@ class DetectThenSegment:
         """
         if segmenter is None or boxes.mask is not None:
             return boxes
-        with self.timer("segment"):
-            detections = segmenter.segment(frame.image, boxes)
+        image = frame.image
+        with self.timer("segment"), convert_errors(segmenter):
+            detections = segmenter.segment(image, boxes)
         return validate_detections(self.refine(detections), vocabulary, frame.size_hw, type(segmenter).__name__)
 
 

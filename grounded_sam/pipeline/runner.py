@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterator, Sequence
@@ -13,18 +14,20 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from grounded_sam.errors import ImageError
+from grounded_sam.errors import ImageError, count_of
 from grounded_sam.files import atomic_write
 from grounded_sam.formats.output_classes import OutputClasses
 from grounded_sam.media.progress import ProgressBar
-from grounded_sam.pipeline.images import process_images
+from grounded_sam.output.claim import ClaimedFolder, check_output, claim
+from grounded_sam.pipeline.images import convert_errors, process_images
 from grounded_sam.pipeline.pipeline import Pipeline
 from grounded_sam.pipeline.prediction_cache import CachedStages
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.protocols import (
-    LeavesOut,
+    ListsSkipped,
     Lookup,
     NumbersClasses,
+    OwnsFolder,
     RecordsSkipped,
     ResultStore,
     Resumable,
@@ -49,8 +52,10 @@ class Summary:
         stored: How many of them an earlier run had processed.
         empty: How many of them have no detections.
         objects: Number of detections by class name; in videos, of tracks.
-        skipped: Files that could not be used.
+        skipped: What could not be used or done, in whole or in part: files, clicks, sound, parts of a split.
         outputs: One line per sink: what it wrote, and where.
+        removed: Number of files of earlier runs that were removed from the folders of the sinks.
+        kept: Files there that only an earlier run wrote, but that were changed since, or are copies of images.
         interrupted: Whether the run was stopped early, by Ctrl-C.
     """
 
@@ -61,6 +66,8 @@ class Summary:
     objects: Counter[str] = field(default_factory=Counter)
     skipped: list[Skipped] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
+    removed: int = 0
+    kept: list[Path] = field(default_factory=list)
     interrupted: bool = False
 
     @property
@@ -75,7 +82,9 @@ class Runner:
     """Take every frame of a source through a pipeline to the sinks.
 
     Sinks write on a thread of their own, so that models and files do not wait for each other. With a sink that stores
-    results, or with a prediction cache, files that have not changed are read back instead of processed again.
+    results, or with a prediction cache, files that have not changed are read back instead of processed again. The
+    output is claimed during the run; see `output.claim`. At its end, files that an earlier run wrote into the folders
+    that sinks own (see `OwnsFolder`), and this run did not write again, are removed.
 
     Args:
         pipeline: Detects, segments and tracks.
@@ -104,7 +113,9 @@ class Runner:
         self.store = next((sink for sink in sinks if isinstance(sink, ResultStore)), None)
         self.cache = pipeline.stages if isinstance(pipeline.stages, CachedStages) else None
         self.summary = Summary()
+        self._unwritten: Counter[int] = Counter()  # images that a sink could not write, by its position
         self._unusable: list[Skipped] = []  # frames that a later stage or a sink could not use
+        self._stopped_videos: list[str] = []  # which the store must not take for complete
         self._reported: set[Skipped] = set()
         self._tracks: dict[tuple[str | None, int], str] = {}  # video and tracker id to class name
 
@@ -114,8 +125,16 @@ class Runner:
         An interruption (Ctrl-C) ends the run early; what was written so far stays usable.
 
         Raises:
+            ConfigError: If another run is writing to the output, or files in it are not of an earlier run.
             ImageError: If not a single frame could be read.
         """
+        with claim(self.output) as claimed:
+            check_output(self.output / "skipped.json")
+            for folder in self._own_folders():
+                claimed.check_folder(folder)
+            return self._run(claimed)
+
+    def _run(self, claimed: ClaimedFolder) -> Summary:
         start = time.perf_counter()
         try:
             with ExitStack() as stack:
@@ -132,13 +151,21 @@ class Runner:
                 self.cache.close()
         self.pipeline.seconds["all"] = time.perf_counter() - start
         self.summary.objects.update(self._tracks.values())
-        self.summary.skipped = self._skipped()
+        self.summary.skipped = [*self._skipped(), *self._listed_by_sinks(), *self._unused_clicks()]
         if self.store is not None:
             self.summary.skipped += self.store.not_searched()
-        self.summary.skipped += [note for sink in self.sinks if isinstance(sink, LeavesOut) for note in sink.left_out()]
         self._write_skipped()
+        if not self.summary.interrupted:
+            for folder in self._own_folders():
+                removed, kept = claimed.remove_stale(folder)
+                self.summary.removed += len(removed)
+                self.summary.kept += kept
         self.summary.outputs = [sink.summary() for sink in self.sinks]
         return self.summary
+
+    def _own_folders(self) -> list[Path]:
+        """Return the folders that only one sink of the run writes to."""
+        return [Path(os.path.abspath(sink.own_folder())) for sink in self.sinks if isinstance(sink, OwnsFolder)]
 
     def _process(self, results: Iterator[FrameResult], writer: ThreadPoolExecutor, progress: ProgressBar) -> None:
         """Hand results to the sinks, a few at a time, and count them."""
@@ -158,6 +185,7 @@ class Runner:
             progress.update(done, self.summary.unit)
         for write in pending:
             write.result()
+        self._leave_incomplete()
 
     def _results(self) -> Generator[FrameResult]:
         """Yield results: images one by one, the frames of each video together, stored results as they are."""
@@ -173,11 +201,22 @@ class Runner:
                         group, self.request.classes, self.pipeline.stages, on_skipped=self._unusable.append
                     )
                 else:
-                    with closing(self.pipeline.track_frames(group, self.request)) as results:
-                        yield from results
+                    yield from self._track(video, group)
         finally:
             if isinstance(frames, Generator):
                 frames.close()
+
+    def _track(self, video: str, frames: Iterator[Any]) -> Generator[FrameResult]:
+        """Yield the results of a video; where a frame cannot be processed, only its video stops."""
+        count = 0
+        try:
+            with closing(self.pipeline.track_frames(frames, self.request)) as results:
+                for result in results:
+                    count += 1
+                    yield result
+        except ImageError as error:
+            self._unusable.append(Skipped(video, f"{error}; stopped after {count_of(count, 'frame')}"))
+            self._stopped_videos.append(video)
 
     def _lookup(self) -> Lookup | None:
         """Return the function that finds stored results: of the store, else of the prediction cache."""
@@ -200,6 +239,7 @@ class Runner:
 
     def _write(self, result: FrameResult) -> None:
         """Write a result to every sink."""
+        self._leave_incomplete(except_for=result.frame.video)
         original = result
         if self.store is not None and not result.stored:
             frame = self.store.named(result.frame)
@@ -209,14 +249,23 @@ class Runner:
         if self.classes is not None and self._numbering:
             self.classes.save()  # before the first file with a number
             renumbered = self.classes.renumber(result)
-        for sink in self.sinks:
+        for position, sink in enumerate(self.sinks):
             try:
-                sink.write(original if sink is self.store else renumbered if sink in self._numbering else result)
-            except ImageError as error:  # the file of a stored result is gone
+                with convert_errors(sink, passing=(OSError,)):  # such as that of a full disk, which ends the run
+                    sink.write(original if sink is self.store else renumbered if sink in self._numbering else result)
+            except ImageError as error:  # such as that of a stored result whose file is gone
+                self._unwritten[position] += 1
                 skipped = Skipped(result.frame.name, str(error))
                 if skipped not in self._unusable:
                     self._unusable.append(skipped)
         self._report_skipped()
+
+    def _leave_incomplete(self, except_for: str | None = None) -> None:
+        """Tell the store which videos stopped, once all of their frames are written."""
+        if self.store is not None:
+            for video in self._stopped_videos:
+                if video != except_for:
+                    self.store.leave_incomplete(video)
 
     def _count(self, result: FrameResult) -> None:
         """Add a result to the summary."""
@@ -234,6 +283,22 @@ class Runner:
     def _skipped(self) -> list[Skipped]:
         """Return everything that could not be used so far."""
         return [*self.source.skipped, *self._unusable, *(self.store.notes() if self.store is not None else ())]
+
+    def _is_shard(self) -> bool:
+        """Return whether the source has only a part of the input."""
+        return isinstance(self.source, Sharded) and self.source.num_shards > 1
+
+    def _listed_by_sinks(self) -> list[Skipped]:
+        """Return what the sinks left out of what they wrote, each once."""
+        parts = (sink.skipped for sink in self.sinks if isinstance(sink, ListsSkipped))
+        return list(dict.fromkeys(skipped for part in parts for skipped in part))
+
+    def _unused_clicks(self) -> list[Skipped]:
+        """Return the clicks that no frame took; none where other runs or shards may have had their frames."""
+        resumed = self.summary.stored or (self.store is not None and self.store.files_resumed())
+        if self.request.clicks is None or self.summary.interrupted or resumed or self._is_shard():
+            return []
+        return [Skipped(name, reason) for name, reason in self.request.clicks.unused()]
 
     def _report_skipped(self) -> None:
         """Report newly skipped files to the sinks that record them; the store knows its own notes already."""
@@ -256,8 +321,8 @@ class Runner:
             part.write_text(json.dumps(entries, ensure_ascii=False, indent=1), encoding="utf-8")
         resumed = self.store.files_resumed() if self.store is not None else 0
         # A shard may happen to consist of bad files.
-        is_shard = isinstance(self.source, Sharded) and self.source.num_shards > 1
-        if summary.skipped and not (summary.images or resumed or is_shard or summary.interrupted):
+        written = summary.images - max(self._unwritten.values(), default=0)  # by the sink that lost most
+        if summary.skipped and not (written or resumed or self._is_shard() or summary.interrupted):
             first = summary.skipped[0]
             raise ImageError(
                 f"no usable images, {len(summary.skipped)} skipped; the first: {first.file}: {first.reason} "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,8 +58,8 @@ class MatchResult:
 class TrackManager:
     """The live tracks of one video.
 
-    Ids count up from 1 in order of appearance, except those that a user gave to clicks. No id is used twice, neither
-    for two objects nor again after its track has ended.
+    Ids count up from 1 in order of appearance, except those that a user gave to clicks. No id is used for two objects,
+    nor again after its track has ended, unless a click asks for it.
 
     A live track is visible, or lost, or hidden:
 
@@ -75,21 +75,22 @@ class TrackManager:
 
     Args:
         settings: How to match.
-        reserved: Ids that clicks use, never given to anything else.
+        detected: Classes that detections can confirm; None for all. A track of another class, which a click started, is
+            never hidden because nothing confirms it.
 
     Attributes:
         live: Tracks by id, oldest first.
     """
 
-    def __init__(self, settings: TrackSettings, reserved: Sequence[int] = ()) -> None:
-        self.settings, self.live = settings, dict[int, Track]()
-        self.reserved = set(reserved)
+    def __init__(self, settings: TrackSettings, detected: Collection[int] | None = None) -> None:
+        self.settings, self.live, self.detected = settings, dict[int, Track](), detected
+        self._used: set[int] = set()
         self._ids_by_foreign_id: dict[int, int] = {}  # ids of an end-to-end tracker to ids of this manager
         self._next_id = 1
 
     def new_id(self) -> int:
         """Return an id that was never used."""
-        while self._next_id in self.reserved:
+        while self._next_id in self._used:
             self._next_id += 1
         self._next_id += 1
         return self._next_id - 1
@@ -97,8 +98,13 @@ class TrackManager:
     def start_or_confirm(self, tracker_id: int, class_id: int, confidence: float) -> None:
         """Start a track with a first vote for its class, or confirm a live one with another vote."""
         track = self.live.setdefault(tracker_id, Track(tracker_id))
+        self._used.add(tracker_id)
         track.vote(class_id, confidence)
         track.hidden, track.lost = False, 0
+
+    def forget(self, tracker_id: int) -> None:
+        """Drop a track, because its object has another id."""
+        del self.live[tracker_id]
 
     def update(self, detections: sv.Detections) -> FrameUpdate:
         """Take in what a tracker sees in the next frame, and end tracks that were lost or hidden for too long.
@@ -181,6 +187,8 @@ class TrackManager:
                 corrected[row] = track
         # A detection on a visible track can neither start a track nor be a lost one.
         free = same_class.max(1, initial=0.0) < self.settings.match_iou
+        clicked = [not self._can_be_confirmed(track) for track in tracks]  # under a name of the user's own
+        free &= overlap[:, clicked].max(1, initial=0.0) < self.settings.merge_iou
         recovered = self._recover(detections, free, owners, [t.tracker_id for t in tracks], predicted)
         owners |= recovered
         corrected |= recovered
@@ -188,7 +196,8 @@ class TrackManager:
             self.live[tracker_id].box = detections.xyxy[row]
             self.start_or_confirm(tracker_id, int(detections.class_id[row]), float(detections.confidence[row]))
         hidden = [i for i in duplicates if i not in owners.values()]
-        hidden += find_drifted(overlap, detections, tracks, owners, self.settings)
+        drifted = find_drifted(overlap, detections, tracks, owners, self.settings)
+        hidden += [tracker_id for tracker_id in drifted if self._can_be_confirmed(self.live[tracker_id])]
         new = self._start_tracks(detections, [row for row in range(len(detections)) if row not in owners and free[row]])
         for tracker_id in hidden:
             self.live[tracker_id].hidden = True
@@ -245,6 +254,9 @@ class TrackManager:
     def _min_new_score(self) -> float:
         return -1.0 if self.settings.new_track_score is None else self.settings.new_track_score
 
+    def _can_be_confirmed(self, track: Track) -> bool:
+        return self.detected is None or track.class_id in self.detected
+
     def _find_jumps(self, detections: sv.Detections) -> list[int]:
         """Return tracks whose mask overlaps their last one by less than `min_step_iou`."""
         if self.settings.min_step_iou is None or detections.mask is None:
@@ -252,7 +264,7 @@ class TrackManager:
         jumps = []
         for tracker_id, mask in zip(tracker_ids(detections).tolist(), detections.mask, strict=True):
             track = self.live[tracker_id]
-            if track.hidden or track.mask is None:
+            if track.hidden or track.mask is None or not self._can_be_confirmed(track):
                 continue
             if mask_iou(track.mask[None], np.asarray(mask, bool)[None])[0, 0] < self.settings.min_step_iou:
                 jumps.append(tracker_id)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing
+from typing import TypeVar
 
 import numpy as np
 import supervision as sv
 
 from grounded_sam.errors import ConfigError
 from grounded_sam.pipeline.backward import track_both_ways
-from grounded_sam.pipeline.images import ImageStages, StageTimer
+from grounded_sam.pipeline.images import ImageStages, StageTimer, convert_errors
 from grounded_sam.pipeline.select import Select, select_detections
 from grounded_sam.pipeline.track_settings import TrackSettings
 from grounded_sam.pipeline.tracks import TrackManager
 from grounded_sam.structures.clicks import Click
 from grounded_sam.structures.detections import replace_tracks, select_rows, validate_detections
 from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.masks import mask_iou
 from grounded_sam.structures.protocols import (
     EndToEndTracker,
     PredictsLost,
@@ -29,6 +31,8 @@ from grounded_sam.structures.protocols import (
 from grounded_sam.structures.request import Request
 from grounded_sam.structures.results import FrameResult
 from grounded_sam.structures.vocabulary import Vocabulary
+
+T = TypeVar("T")
 
 
 def track_video(
@@ -97,7 +101,7 @@ def _track_end_to_end(
         tracked = tracker.track(frames, vocabulary, detect)
     manager = TrackManager(settings)
     try:
-        for frame, detections in tracked:
+        for frame, detections in _converting_errors(tracked, tracker):
             selected = detections
             if isinstance(tracker, TextTracker):  # others track what `detect` has selected already
                 valid = validate_detections(detections, vocabulary, frame.size_hw, name)
@@ -106,6 +110,18 @@ def _track_end_to_end(
     finally:
         if isinstance(tracked, Generator):
             tracked.close()
+
+
+def _converting_errors(items: Iterable[T], stage: object) -> Iterator[T]:
+    """Yield items, with errors that arise between them converted; see `convert_errors`."""
+    iterator = iter(items)
+    while True:
+        with convert_errors(stage):
+            try:
+                item = next(iterator)
+            except StopIteration:
+                return
+        yield item
 
 
 class KeyframeTracking:
@@ -124,18 +140,23 @@ class KeyframeTracking:
     ) -> None:
         self.tracker, self.stages, self.settings = tracker, stages, settings
         self.request, self.timer = request, timer
-        self.tracks = TrackManager(settings, request.clicks.ids if request.clicks is not None else ())
+        asked = () if request.vocabulary is None else request.vocabulary.classes
+        self.tracks = TrackManager(
+            settings,
+            detected={i for i, name in enumerate(request.classes.classes) if name in asked},
+        )
 
     def steps(self, frames: Iterator[Frame]) -> Generator[tuple[FrameResult, sv.Detections]]:
         """Yield a result per frame, and with it the detections of the tracks that start there."""
         session: TrackSession | None = None
         try:
             for position, frame in enumerate(frames):
-                if session is None:
-                    session = self.tracker.open(frame.size_hw)
-                with self.timer("track"):
-                    detections = session.step(frame.image)
-                visible, started = self._step(session, frame, position, detections)
+                with convert_errors(self.tracker):
+                    if session is None:
+                        session = self.tracker.open(frame.size_hw)
+                    with self.timer("track"):
+                        detections = session.step(frame.image)
+                    visible, started = self._step(session, frame, position, detections)
                 self.tracks.remember(visible)
                 labeled = self.tracks.label(visible, self.request.classes)
                 yield (
@@ -209,6 +230,48 @@ class KeyframeTracking:
         for tracker_id, class_id in zip(ids, prompts.class_id.tolist(), strict=True):
             self.tracks.start_or_confirm(tracker_id, class_id, 1.0)
         drawn = session.prompt(prompts)
+        named = {i for i, click in zip(ids, clicked, strict=True) if click.object is not None}
+        doubles = self._find_doubles(drawn, visible)
+        # An object goes on under the id that the user chose; where there is none, it keeps the one that it has.
+        replaced = [tracker_id for clicked_id, tracker_id in doubles.items() if clicked_id in named]
+        for tracker_id in replaced:
+            session.remove(tracker_id)
+            self.tracks.forget(tracker_id)
+        known = {clicked_id: tracker_id for clicked_id, tracker_id in doubles.items() if clicked_id not in named}
+        if known:
+            drawn = self._correct_instead(session, prompts, drawn, known)
         assert drawn.tracker_id is not None
-        new = select_rows(drawn, np.isin(drawn.tracker_id, np.array(ids)[is_new]))
-        return replace_tracks(visible, drawn), replace_tracks(started, new)
+        new = [i for i, is_first in zip(ids, is_new, strict=True) if is_first and i not in known]
+        started_here = select_rows(drawn, np.isin(drawn.tracker_id, new))
+        return replace_tracks(visible, drawn, replaced), replace_tracks(started, started_here, replaced)
+
+    def _find_doubles(self, drawn: sv.Detections, visible: sv.Detections) -> dict[int, int]:
+        """Map each clicked object that is also visible under another id to that id."""
+        assert drawn.tracker_id is not None and drawn.mask is not None
+        if visible.tracker_id is None or visible.mask is None:
+            return {}
+        others = select_rows(visible, ~np.isin(visible.tracker_id, drawn.tracker_id))
+        if not len(drawn) or not len(others):
+            return {}
+        assert others.tracker_id is not None
+        iou = mask_iou(np.asarray(drawn.mask, bool), np.asarray(others.mask, bool))
+        return {
+            tracker_id: int(others.tracker_id[row.argmax()])
+            for tracker_id, row in zip(drawn.tracker_id.tolist(), iou, strict=True)
+            if row.max() >= self.settings.merge_iou
+        }
+
+    def _correct_instead(
+        self, session: TrackSession, prompts: sv.Detections, drawn: sv.Detections, known: dict[int, int]
+    ) -> sv.Detections:
+        """Prompt the tracks that exist with clicks that started a second one, and return all that was prompted."""
+        assert prompts.tracker_id is not None and prompts.class_id is not None
+        for new, tracker_id in known.items():
+            session.remove(new)
+            self.tracks.forget(new)
+            prompts.tracker_id[prompts.tracker_id == new] = tracker_id
+        again = select_rows(prompts, np.isin(prompts.tracker_id, list(known.values())))
+        assert again.tracker_id is not None and again.class_id is not None
+        for tracker_id, class_id in zip(again.tracker_id.tolist(), again.class_id.tolist(), strict=True):
+            self.tracks.start_or_confirm(tracker_id, class_id, 1.0)
+        return replace_tracks(drawn, session.prompt(again), without=list(known))

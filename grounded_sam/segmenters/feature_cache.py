@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grounded_sam.checks import check_number
-from grounded_sam.files import atomic_write
+from grounded_sam.files import atomic_write, home_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,7 +42,7 @@ class FeatureCache:
 
     def __init__(self, folder: str | Path, gigabytes: float = 10.0) -> None:
         check_number("cache.gigabytes", gigabytes, 0, above=True)
-        self.folder, self.max_bytes = Path(folder).expanduser(), int(gigabytes * 1e9)
+        self.folder, self.max_bytes = home_path(folder), int(gigabytes * 1e9)
         self.hits = self.misses = 0
 
     def get(self, key: str, device: Any) -> Any:
@@ -96,8 +96,20 @@ class FeatureCache:
         for is_newest, _, size, path in sorted(files, key=lambda file: file[:2]):
             if total <= self.max_bytes or is_newest:
                 break
-            path.unlink(missing_ok=True)
-            total -= size
+            if _has_features(path):  # else it is a file of somebody else, such as weights
+                path.unlink(missing_ok=True)
+                total -= size
+
+
+def _has_features(path: Path) -> bool:
+    """Return whether a file was written by the cache."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            return "tree" in (file.metadata() or {})
+    except Exception:  # damaged files make safetensors raise many kinds of error
+        return False
 
 
 def _flatten(node: Any, tensors: dict[str, Tensor]) -> Any:

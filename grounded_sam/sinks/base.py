@@ -11,9 +11,10 @@ from typing import ClassVar, Self
 
 from grounded_sam.checks import check_number
 from grounded_sam.errors import count_of
+from grounded_sam.output.claim import check_output
 from grounded_sam.sinks.dataset_images import DatasetImages, ImageMode
 from grounded_sam.sinks.splits import Splits
-from grounded_sam.structures.results import FrameResult
+from grounded_sam.structures.results import FrameResult, Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
 
 
@@ -57,11 +58,17 @@ class DatasetSink(ABC):
         self._is_open = False
 
     def __enter__(self) -> Self:
+        for path in self._last_files():
+            check_output(path)
         return self
 
     def numbered_classes(self) -> Sequence[str]:
         """Return the classes in the order of their numbers."""
         return self.vocabulary.classes
+
+    def _last_files(self) -> Sequence[Path]:
+        """Return the files that are written at the end of a run, to check at its start that they may be."""
+        return ()
 
     def write(self, result: FrameResult) -> None:
         """Write an image and its labels.
@@ -87,6 +94,11 @@ class DatasetSink(ABC):
     def _open(self) -> None:
         """Prepare the output, before the first image."""
         self._splits.claim(self.folder)
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        """Parts of the split that got no image."""
+        return self._splits.skipped()
 
     @abstractmethod
     def _write(self, result: FrameResult) -> int:

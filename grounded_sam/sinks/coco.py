@@ -161,6 +161,10 @@ class CocoSink(DatasetSink):
             entry["segmentation"] = encode_polygons(np.asarray(result.detections.mask[i], bool), self.tolerance)
         return entry
 
+    def own_folder(self) -> Path:
+        """Return the folder of the image files."""
+        return self.folder / "images"
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
@@ -182,6 +186,9 @@ class CocoSink(DatasetSink):
                             out.write((",\n" if number else "\n") + line.rstrip("\n"))
                     out.write("\n]")
                 out.write("}\n")
+
+    def _last_files(self) -> Sequence[Path]:
+        return [self._path(split) for split in self._split_names()]
 
     def summary(self) -> str:
         """Return the counts and the paths of the files."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -120,6 +121,9 @@ class CvatSink(DatasetSink):
         self._end("annotations")
         self._xml.endDocument()
         self._file.commit()
+
+    def _last_files(self) -> Sequence[Path]:
+        return (self.path,)
 
     def summary(self) -> str:
         """Return the counts and the path of the file."""

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
 from grounded_sam.checks import check_choice
 from grounded_sam.errors import ConfigError
-from grounded_sam.files import UniqueNames, atomic_write, atomic_write_text
+from grounded_sam.files import UniqueNames, atomic_write, atomic_write_text, keep_output
 from grounded_sam.formats.coco import read_json
 from grounded_sam.media.files import is_video_file
-from grounded_sam.media.images import no_pillow_limit, safe_formats
+from grounded_sam.media.images import open_image
 from grounded_sam.structures.frame import Frame
 
 #: How image files get into a dataset.
@@ -90,8 +91,9 @@ class DatasetImages:
             return name
         path = folder / name
         if frame.file is not None and path.exists() and frame.file.exists() and path.samefile(frame.file):
+            keep_output(path)
             return name  # the input itself, or a link to it
-        with atomic_write(path) as part:
+        with atomic_write(path, is_copy=True) as part:
             if suffix is None:
                 _encode(frame, part, "JPEG" if name.endswith(".jpg") else "PNG")
             else:
@@ -128,12 +130,10 @@ def _encode(frame: Frame, path: Path, image_format: Literal["JPEG", "PNG"]) -> N
 
 def _usable_suffix(frame: Frame) -> str | None:
     """Return the suffix of a frame's file if the dataset can use the file; None if it has to be re-encoded."""
-    from PIL import Image
-
     if not _is_image_file(frame):
         return None
     try:
-        with no_pillow_limit(), Image.open(frame.file, formats=safe_formats()) as image:  # type: ignore[arg-type]
+        with open_image(frame.file, sys.maxsize) as image:  # type: ignore[arg-type]
             is_plain = image.mode in ("RGB", "L") and getattr(image, "n_frames", 1) == 1
             is_upright = image.getexif().get(0x0112, 1) == 1
             is_same_size = image.size == (frame.size_hw[1], frame.size_hw[0])

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 from urllib.parse import quote
 from xml.sax.saxutils import quoteattr
@@ -163,7 +165,7 @@ class LabelStudioSink(DatasetSink):
             tag = f"{kind.capitalize()}Labels"
             lines.append(f'  <{tag} name="{kind}" toName="image">')
             for name, color in zip(self.vocabulary.classes, self.vocabulary.palette(), strict=True):
-                lines.append(f'    <Label value={quoteattr(encode_controls(name))} background="{color}"/>')
+                lines.append(f"    <Label value={quoteattr(encode_controls(name))} background={quoteattr(color)}/>")
             lines.append(f"  </{tag}>")
         return "\n".join([*lines, "</View>"]) + "\n"
 
@@ -186,6 +188,13 @@ class LabelStudioSink(DatasetSink):
             f"   without synchronizing, which would add every image a second time:\n\n   {folder / 'images'}\n\n"
             "4. Import tasks.json.\n"
         )
+
+    def _last_files(self) -> Sequence[Path]:
+        return (self.folder / "tasks.json", self.folder / "config.xml")
+
+    def own_folder(self) -> Path:
+        """Return the folder of the dataset, whose one list of labels has the images of the last run only."""
+        return self.folder
 
     def summary(self) -> str:
         """Return the counts and the path of `tasks.json`."""

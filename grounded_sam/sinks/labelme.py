@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -80,6 +82,9 @@ class LabelMeSink(DatasetSink):
     def _close(self) -> None:
         # For `labelme --labels`.
         atomic_write_text(self.folder / "labels.txt", encode_lines(self.vocabulary.classes))
+
+    def _last_files(self) -> Sequence[Path]:
+        return (self.folder / "labels.txt",)
 
     def summary(self) -> str:
         """Return the counts and the folder."""

@@ -15,7 +15,7 @@ import supervision as sv
 
 from grounded_sam.checks import check_choice
 from grounded_sam.errors import ConfigError, count_of
-from grounded_sam.files import UniqueNames, atomic_write, atomic_write_text, safe_filename
+from grounded_sam.files import UniqueNames, atomic_write, atomic_write_text, is_claimed, safe_filename
 from grounded_sam.media.draw import davis_palette, paint_masks, save_label_map
 from grounded_sam.structures.results import FrameResult, Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
@@ -60,12 +60,14 @@ class _TrackValues:
         return 1 <= value <= self.highest and value != _VOID and self._id_of.get(value, track_id) == track_id
 
     def write(self) -> None:
-        """Write the values that are not ids, if there are any; remove those of an earlier run."""
+        """Write the values that are not ids, if there are any."""
         if self.changed:
             rows = [f"{value},{track_id}\n" for track_id, value in self.changed.items()]
             atomic_write_text(self.path, "".join(["value,track_id\n", *rows]))
-        else:
-            self.path.unlink(missing_ok=True)
+
+
+#: Text in the PNG of an object's mask, which tells it from files of others.
+MARK = ("Software", "grounded_sam")
 
 
 class MasksSink:
@@ -127,15 +129,16 @@ class MasksSink:
     def _write_objects(self, result: FrameResult) -> None:
         """Write one image per object."""
         from PIL import Image
+        from PIL.PngImagePlugin import PngInfo
 
         detections, folder = result.detections, self.folder / self._names(result.frame.name, "")
-        for old in folder.glob("[0-9][0-9][0-9]*_*.png"):  # from an earlier run with the same output
-            if old.is_file():
-                old.unlink()
+        _remove_earlier(folder)
+        mark = PngInfo()
+        mark.add_text(*MARK)
         for i, name in enumerate(detections.data.get("class_name", [])):
             assert detections.mask is not None
             with atomic_write(folder / f"{i:03d}_{safe_filename(str(name))}.png") as part:
-                Image.fromarray(np.asarray(detections.mask[i], np.uint8) * 255).save(part, format="PNG")
+                Image.fromarray(np.asarray(detections.mask[i], np.uint8) * 255).save(part, format="PNG", pnginfo=mark)
             self._num_files += 1
 
     def _write_class_map(self, result: FrameResult) -> None:
@@ -180,14 +183,19 @@ class MasksSink:
         order = np.argsort(confidence, kind="stable").tolist()
         return paint_masks(result.detections, values, order, result.frame.size_hw)
 
+    def own_folder(self) -> Path:
+        """Return the folder of the masks."""
+        return self.folder
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for values in self._values.values():
             values.write()
 
-    def left_out(self) -> list[Skipped]:
-        """Return the videos in which the value of a track is not its id."""
+    @property
+    def skipped(self) -> list[Skipped]:
+        """Videos in which the value of a track is not its id."""
         return [
             Skipped(
                 video or "video",
@@ -203,3 +211,19 @@ class MasksSink:
         kinds = {"objects": "mask", "labels": "class map"}
         legend = " (values are explained in legend.json)" if self.mode == "labels" else ""
         return f"{count_of(self._num_files, kinds.get(self.mode, 'track map'))}{legend}: {self.folder}"
+
+
+def _remove_earlier(folder: Path) -> None:
+    """Remove the masks that an earlier use of the sink wrote into a folder, outside of runs, which list their files."""
+    from PIL import Image
+
+    if is_claimed(folder):
+        return
+    for old in folder.glob("[0-9][0-9][0-9]*_*.png"):
+        try:
+            with Image.open(old, formats=["PNG"]) as image:
+                is_ours = image.info.get(MARK[0]) == MARK[1]
+        except (OSError, ValueError, SyntaxError):  # not a PNG, or a damaged one
+            continue
+        if is_ours and not old.is_symlink():
+            old.unlink()

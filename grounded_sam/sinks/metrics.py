@@ -15,6 +15,7 @@ from grounded_sam.evaluation.video_metrics import VideoMetrics
 from grounded_sam.formats.labels import read_ground_truth
 from grounded_sam.formats.video_masks import LabelledVideos
 from grounded_sam.hydra_state import in_sweep
+from grounded_sam.media.images import MAX_PIXELS
 from grounded_sam.structures.vocabulary import Vocabulary
 
 
@@ -27,6 +28,8 @@ def metrics_sink(
     errors: int | None = None,
     precision: float | None = None,
     objects: Literal["best", "ids", "one"] = "best",
+    frame_offset: int | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> ImageMetrics | VideoMetrics:
     """Return the metrics for images or for videos, depending on the labels.
 
@@ -39,6 +42,8 @@ def metrics_sink(
         errors: Number of images that are drawn in `errors/`; None for 24, or 0 in a sweep.
         precision: Precision that the thresholds in `classes.yaml` must reach; None for the best F1. Images only.
         objects: How tracks are matched to objects: best J&F, the same id, or all as one object. Videos only.
+        frame_offset: What to add to the number of a frame for that of its labels; None to find out. Videos only.
+        max_pixels: Larger images and masks of the ground truth are refused.
 
     Raises:
         ConfigError: If a value is out of range, or the ground truth cannot be read or lacks classes of the run.
@@ -49,9 +54,10 @@ def metrics_sink(
     check_int("sink.metrics.errors", errors, 0, optional=True)
     check_number("sink.metrics.precision", precision, 0, 1, above=True, optional=True)
     check_choice("sink.metrics.objects", objects, ("best", "ids", "one"))
+    check_int("sink.metrics.frame_offset", frame_offset, -(2**31), optional=True)
     if errors is None:
         errors = 0 if in_sweep() else 24
-    labels = read_ground_truth(truth)
+    labels = read_ground_truth(truth, max_pixels)
     if isinstance(labels, LabelledVideos):
-        return VideoMetrics(output, vocabulary, labels, float(iou), metric, errors, objects)
+        return VideoMetrics(output, vocabulary, labels, float(iou), metric, errors, objects, frame_offset)
     return ImageMetrics(output, vocabulary, labels, float(iou), metric, errors, precision)

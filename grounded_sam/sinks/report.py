@@ -18,6 +18,7 @@ from typing import Any
 from grounded_sam.checks import check_bool, check_int
 from grounded_sam.errors import ImageError, count_of
 from grounded_sam.files import PendingFile, atomic_write_text
+from grounded_sam.output.claim import check_output
 from grounded_sam.sinks.near_duplicates import NearDuplicates
 from grounded_sam.sinks.report_page import ClassStatistics, ReportContent, Thumbnail, make_thumbnail, render_page
 from grounded_sam.sinks.samples import Highest, RandomSample
@@ -117,6 +118,8 @@ class ReportSink:
         self._review: PendingFile | None = None
 
     def __enter__(self) -> ReportSink:
+        for name in ("report.html", "review.csv"):
+            check_output(self.folder / name)
         return self
 
     def write(self, result: FrameResult) -> None:

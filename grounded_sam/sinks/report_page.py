@@ -192,8 +192,8 @@ def _class_table(content: ReportContent) -> str:
         vocabulary.classes, vocabulary.category_ids, vocabulary.palette(), content.classes, strict=True
     ):
         rows.append(
-            f"<tr><td><span class='dot' style='background:{color}'></span>{html.escape(name)}"
-            f"<td class='n'>{category_id}<td class='n'>{statistics.num_objects:,}"
+            f"<tr><td><span class='dot' style='background:{html.escape(color)}'></span>{html.escape(name)}"
+            f"<td class='n'>{html.escape(str(category_id))}<td class='n'>{statistics.num_objects:,}"
             f"<td class='n'>{statistics.num_images:,}<td>{_histogram(statistics.histogram, color)}</tr>"
         )
     header = "<tr><th>class<th>id<th>objects<th>images<th>scores from 0 to 1</tr>"
@@ -205,7 +205,7 @@ def _histogram(counts: NDArray[np.int64], color: str, bar_width: int = 12) -> st
     highest = max(int(counts.max(initial=0)), 1)
     bars = "".join(
         f"<rect x='{i * bar_width}' y='{40 - 40 * n / highest:.1f}' width='{bar_width - 1}' "
-        f"height='{40 * n / highest:.1f}' fill='{color}'><title>{n}</title></rect>"
+        f"height='{40 * n / highest:.1f}' fill='{html.escape(color)}'><title>{n}</title></rect>"
         for i, n in enumerate(counts.tolist())
     )
     width = len(counts) * bar_width
@@ -216,7 +216,7 @@ def _contact_sheet(thumbnails: Sequence[Thumbnail]) -> str:
     if not thumbnails:
         return "<p>none</p>"
     figures = (
-        f"<figure><img src='{thumbnail.url}' loading='lazy' alt=''>"
+        f"<figure><img src='{html.escape(thumbnail.url)}' loading='lazy' alt=''>"
         f"<figcaption>{html.escape(thumbnail.caption)}</figcaption></figure>"
         for thumbnail in thumbnails
     )

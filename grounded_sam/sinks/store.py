@@ -10,6 +10,7 @@ from typing import Any, Literal
 from grounded_sam.checks import check_choice, check_int, check_number
 from grounded_sam.errors import count_of
 from grounded_sam.formats.store_writer import StoreWriter
+from grounded_sam.media.images import MAX_PIXELS
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.results import FrameResult, Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
@@ -28,6 +29,7 @@ class StoreSink:
         resume: `same` rejects a store made with other settings; `extend` keeps its results and adds to them.
         part_images: Images per part file.
         part_seconds: Age in seconds at which a part is written even if it has fewer.
+        max_pixels: Stored images that are larger are refused.
 
     Raises:
         ConfigError: If a setting is out of range, or the store was made with other settings.
@@ -41,14 +43,17 @@ class StoreSink:
         resume: Literal["same", "extend"] = "same",
         part_images: int = 512,
         part_seconds: float = 60.0,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         check_choice("resume", resume, ("same", "extend"))
         check_int("sink.store.part_images", part_images, 1)
         check_number("sink.store.part_seconds", part_seconds, 0)
         folder = Path(output) / "store"
-        self._writer = StoreWriter(folder, vocabulary, settings or {}, part_images, part_seconds, resume=resume)
+        self._writer = StoreWriter(
+            folder, vocabulary, settings or {}, part_images, part_seconds, resume=resume, max_pixels=max_pixels
+        )
         self._files_resumed = 0
-        self._notes: list[Skipped] = []
+        self._notes: list[Skipped] = self._writer.lost_parts()
 
     def __enter__(self) -> StoreSink:
         return self
@@ -87,6 +92,10 @@ class StoreSink:
         """Write a result, unless it comes from the store."""
         if not result.stored:
             self._writer.write(result)
+
+    def leave_incomplete(self, video: str) -> None:
+        """Take back that a video will be complete, because it stopped; a later run processes it again."""
+        self._writer.leave_incomplete(video)
 
     def skip(self, skipped: Skipped) -> None:
         """Record a file that could not be used; later runs try it again."""

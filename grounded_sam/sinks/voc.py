@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 from xml.etree import ElementTree
 
@@ -46,6 +47,7 @@ class VocSink(DatasetSink):
 
     images: ImageMode = "link"
     _image_sets: dict[str, PendingFile] = field(default_factory=dict, init=False, repr=False)
+    _stems: set[str] = field(default_factory=set, init=False, repr=False)
     _has_masks: bool = field(default=False, init=False, repr=False)
     _empty_images: list[tuple[str, tuple[int, int]]] = field(default_factory=list, init=False, repr=False)
 
@@ -54,6 +56,7 @@ class VocSink(DatasetSink):
         split, stem = self._splits(frame) or "train", self._image_files.unique_stem(frame)
         image_name = self._image_files.save(frame, self.folder / "JPEGImages", stem)
         self._image_set(split).text.write(f"{stem}\n")
+        self._stems.add(stem)
         tree = _annotation(result, image_name)
         ElementTree.indent(tree)
         with atomic_write(self.folder / "Annotations" / f"{stem}.xml") as part:
@@ -82,17 +85,29 @@ class VocSink(DatasetSink):
             save_label_map(self.folder / folder / f"{stem}.png", label_map, davis_palette() if has_colors else None)
 
     def _close(self) -> None:
-        for split in self._splits.names or ["train"]:
-            self._image_set(split).text.flush()  # also those without images
-        for image_set in self._image_sets.values():
-            image_set.commit()
-            if self._has_masks:
-                with atomic_write(self.folder / "ImageSets" / "Segmentation" / image_set.path.name) as part:
-                    shutil.copyfile(image_set.path, part)
         if self._has_masks:
             for stem, size_hw in self._empty_images:
                 self._write_label_maps(sv.Detections.empty(), size_hw, stem)
+        for split in self._splits.names or ["train"]:
+            self._image_set(split)  # also those without images
+        for image_set in self._image_sets.values():
+            image_set.text.writelines(f"{stem}\n" for stem in self._earlier_stems(image_set.path))
+            image_set.commit()
+            stems = image_set.path.read_text(encoding="utf-8").splitlines()
+            stems = [stem for stem in stems if (self.folder / LABEL_MAPS[0] / f"{stem}.png").is_file()]
+            if stems or self._has_masks:
+                path = self.folder / "ImageSets" / "Segmentation" / image_set.path.name
+                atomic_write_text(path, "".join(f"{stem}\n" for stem in stems))
         atomic_write_text(self.folder / "classes.txt", encode_lines(self.vocabulary.classes))
+
+    def _earlier_stems(self, path: Path) -> list[str]:
+        """Return the images that earlier runs listed in an image set, as far as their labels are still there."""
+        stems = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        annotations = self.folder / "Annotations"
+        return [stem for stem in stems if stem not in self._stems and (annotations / f"{stem}.xml").is_file()]
+
+    def _last_files(self) -> Sequence[Path]:
+        return (self.folder / "classes.txt",)
 
     def summary(self) -> str:
         """Return the counts and the folder."""

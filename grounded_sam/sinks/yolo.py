@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -83,13 +85,18 @@ class YoloSink(DatasetSink):
         text = yaml.safe_dump(content, allow_unicode=True, sort_keys=False, width=10_000)
         atomic_write_text(self.folder / "data.yaml", text)
 
+    def _last_files(self) -> Sequence[Path]:
+        return (self.folder / "data.yaml",)
+
     def summary(self) -> str:
         """Return the counts and the path of `data.yaml`."""
         return f"{self._counts()} for YOLO: {self.folder / 'data.yaml'}"
 
-    def left_out(self) -> list[Skipped]:
-        """Return how many crowds were left out."""
+    @property
+    def skipped(self) -> list[Skipped]:
+        """Parts of the split that got no image, and the crowds that were left out."""
         if not self._num_crowds:
-            return []
+            return super().skipped
         crowds = count_of(self._num_crowds, "crowd")
-        return [Skipped("yolo", f"left out {crowds} (iscrowd), which YOLO cannot mark; sink=coco keeps them")]
+        reason = f"left out {crowds} (iscrowd), which YOLO cannot mark; sink=coco keeps them"
+        return [*super().skipped, Skipped("yolo", reason)]

@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from grounded_sam.errors import ConfigError, count_of
 from grounded_sam.files import atomic_write
+from grounded_sam.output.claim import check_output
 from grounded_sam.sinks.coco import json_header
 from grounded_sam.structures.masks import coco_segmentation, mask_area
 from grounded_sam.structures.results import FrameResult
@@ -63,6 +64,7 @@ class YoutubeVisSink:
         self._lines: IO[bytes] | None = None
 
     def __enter__(self) -> YoutubeVisSink:
+        check_output(self.path)
         return self
 
     def numbered_classes(self) -> Sequence[str]:

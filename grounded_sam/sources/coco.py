@@ -11,9 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grounded_sam.checks import check_int
-from grounded_sam.errors import ImageError
+from grounded_sam.errors import ConfigError, ImageError
+from grounded_sam.files import home_path
 from grounded_sam.formats.coco import CocoFile
-from grounded_sam.media.images import MAX_PIXELS, read_image
+from grounded_sam.media.files import path_ends
+from grounded_sam.media.images import MAX_PIXELS, displayed_size, read_image
 from grounded_sam.sources.inputs import check_input
 from grounded_sam.sources.shards import check_shard, shard_of
 from grounded_sam.structures.frame import Frame
@@ -27,7 +29,9 @@ class CocoSource:
 
     Args:
         input: A COCO instances file, or a file of results.
-        images: Folder that file names are relative to; None for the folder of the file, or `images` in it.
+        images: Folder that file names are relative to; None for the folder of the file, or `images` in it. If a name
+            is not found there, the beginning of its path is left out, as far as is needed (`C:\\data\\a.png`,
+            `../upload/a.png`).
         dataset: For results, the COCO file with their images and categories.
         max_pixels: Larger images are refused before they are decoded.
         shard: Which part of the images to take, from 0.
@@ -35,7 +39,7 @@ class CocoSource:
 
     Attributes:
         vocabulary: Categories of the file.
-        skipped: Annotations that could not be used.
+        skipped: Images and annotations that could not be used; while iterating, images of another size.
 
     Raises:
         ConfigError: If the file cannot be read, or is not a COCO file; see `formats.coco.CocoFile`.
@@ -50,17 +54,18 @@ class CocoSource:
         shard: int = 0,
         num_shards: int = 1,
     ) -> None:
-        path = Path(check_input(input, "a COCO file, e.g. input=instances.json")).expanduser()
+        path = home_path(check_input(input, "a COCO file, e.g. input=instances.json"))
         check_shard(shard, num_shards)
         check_int("source.max_pixels", max_pixels, 1)
-        dataset_path = None if dataset is None else Path(str(dataset)).expanduser()
-        self.file = CocoFile(path, dataset_path)
+        dataset_path = None if dataset is None else home_path(str(dataset))
+        self.file = CocoFile(path, dataset_path, max_pixels=max_pixels)
         self.vocabulary = self.file.vocabulary
         self.skipped: list[Skipped] = list(self.file.notes)
         self.max_pixels, self.num_shards = max_pixels, num_shards
         self._images = shard_of(self.file.images, shard, num_shards)
         folder = (dataset_path or self.file.path).parent
-        self.folders = [Path(str(images)).expanduser()] if images else [folder, folder / "images"]
+        self.folders = [home_path(str(images))] if images else [folder, folder / "images"]
+        self._names_by_file: dict[Path, str] = {}
 
     def __len__(self) -> int:
         return len(self._images)
@@ -68,7 +73,10 @@ class CocoSource:
     def __iter__(self) -> Iterator[Frame]:
         for index, image in enumerate(self._images):
             name, size_hw = image["file_name"], (image["height"], image["width"])
-            path = next((p for folder in self.folders if (p := folder / name).is_file()), self.folders[0] / name)
+            path = self._find(name)
+            if (reason := self._size_problem(path, size_hw)) is not None:
+                self.skipped.append(Skipped(name, reason))
+                continue
             video = image.get("video")
             yield Frame(
                 pixels=partial(self._read, path, size_hw),
@@ -82,10 +90,48 @@ class CocoSource:
                 record=self.file.image_record(image),
             )
 
+    def _find(self, name: str) -> Path:
+        """Return the file of an image; where there is none of its name, the one that has the longest end of it.
+
+        Raises:
+            ConfigError: If the file belongs to another image too.
+        """
+        ends = (end for end in path_ends(name) if end != name)
+        candidates = [folder / end for end in (name, *ends) for folder in self.folders]
+        path = next((path for path in candidates if _is_file(path)), candidates[0])
+        other = self._names_by_file.setdefault(path, name)
+        if other != name:
+            raise ConfigError(
+                f"{self.file.path}: {other} and {name} both lead to {path}; set source.images to the folder that both "
+                "paths begin in"
+            )
+        return path
+
+    def _size_problem(self, path: Path, size_hw: tuple[int, int]) -> str | None:
+        """Return how the header of an image contradicts its labels; damaged files are named by who needs the pixels."""
+        try:
+            height, width = displayed_size(path, self.max_pixels)
+        except ImageError:
+            return None
+        if (height, width) == size_hw:
+            return None
+        return (
+            f"the image has {width}x{height} px, but {size_hw[1]}x{size_hw[0]} px in {self.file.path.name}; correct "
+            "the size there, or set source.images to the images that were labeled"
+        )
+
     def _read(self, path: Path, size_hw: tuple[int, int]) -> NDArray[np.uint8]:
-        if not path.is_file():
-            raise ImageError(f"{path}: no such file; set source.images to the folder of the images")
+        if not _is_file(path):
+            name = path.as_posix().replace("\\", "/").rpartition("/")[2]
+            raise ImageError(f"{path}: no such file; set source.images to the folder that has {name}")
         return read_image_of_size(path, size_hw, self.max_pixels, self.file.path.name)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # such as a name that is too long
+        return False
 
 
 def read_image_of_size(path: Path, size_hw: tuple[int, int], max_pixels: int, labels: str) -> NDArray[np.uint8]:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 
-from grounded_sam.checks import check_int
+from grounded_sam.checks import check_bool, check_int
 from grounded_sam.formats.store import StoreReader, find_store
 from grounded_sam.media.images import MAX_PIXELS
 from grounded_sam.sources.inputs import check_input
@@ -27,10 +27,11 @@ class StoreSource:
         max_pixels: Larger images are refused before they are decoded.
         shard: Which part of the images to take, from 0; frames of one video stay together.
         num_shards: Number of parts.
+        check_files: Leave out images and videos that are gone, or have changed since they were processed.
 
     Attributes:
         vocabulary: Classes of the store.
-        skipped: Files that could not be used.
+        skipped: Files that could not be used then, and those that `check_files` leaves out; parts that are missing.
 
     Raises:
         ConfigError: If there is no store, it is of a newer version, or a part of it is damaged.
@@ -43,13 +44,16 @@ class StoreSource:
         max_pixels: int = MAX_PIXELS,
         shard: int = 0,
         num_shards: int = 1,
+        check_files: bool = True,
     ) -> None:
         folder = check_input(input, "a folder that sink=store wrote, e.g. input=labels")
         check_shard(shard, num_shards)
         check_int("source.max_pixels", max_pixels, 1)
+        check_bool("source.check_files", check_files)
         self._reader = StoreReader(find_store(folder), max_pixels, None if root is None else str(root))
         self.vocabulary = self._reader.vocabulary
-        self.skipped: list[Skipped] = list(self._reader.skipped.values())
+        self.check_files = check_files
+        self.skipped: list[Skipped] = [*self._reader.skipped.values(), *self._reader.lost_parts()]
         self.num_shards = num_shards
         self._keys = shard_of(list(self._reader.keys()), shard, num_shards)
 
@@ -58,5 +62,10 @@ class StoreSource:
 
     def __iter__(self) -> Iterator[Frame]:
         for key in self._keys:
+            reason = self._reader.file_problem(key) if self.check_files else None
+            if reason is not None:
+                way_out = "source.check_files=false exports its labels nevertheless"
+                self.skipped.append(Skipped(self._reader.name(key), f"{reason}; {way_out}"))
+                continue
             for result in self._reader.read(key, self.vocabulary):
                 yield replace(result.frame, annotations=result.detections)

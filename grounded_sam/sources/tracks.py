@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import supervision as sv
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from grounded_sam.checks import check_int, check_number
 from grounded_sam.errors import ConfigError, ImageError
+from grounded_sam.files import home_path
 from grounded_sam.formats.video_masks import LabelledVideo, LabelledVideos
 from grounded_sam.media.images import MAX_PIXELS
 from grounded_sam.sources.coco import read_image_of_size
@@ -52,14 +52,14 @@ class LabelledVideoSource:
         fps: float = 24.0,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        path = Path(check_input(input, "masks of videos, e.g. input=DAVIS/Annotations/480p")).expanduser()
+        path = home_path(check_input(input, "masks of videos, e.g. input=DAVIS/Annotations/480p"))
         if not path.exists():
             raise ConfigError(f"input={input}: no such file or folder")
         check_number("source.fps", fps, 0, above=True)
         check_int("source.max_pixels", max_pixels, 1)
-        self.labels = LabelledVideos(path)
+        self.labels = LabelledVideos(path, max_pixels=max_pixels)
         self.vocabulary = self.labels.vocabulary or Vocabulary.parse(["object"])
-        self.images = None if images is None else Path(str(images)).expanduser()
+        self.images = None if images is None else home_path(str(images))
         self.fps, self.max_pixels = fps, max_pixels
         self.skipped: list[Skipped] = []
 

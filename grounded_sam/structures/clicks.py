@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,10 @@ from numpy.typing import NDArray
 
 from grounded_sam.checks import check_int
 from grounded_sam.errors import ConfigError, ImageError
+from grounded_sam.files import home_path, require_regular
 from grounded_sam.media.images import read_image
 from grounded_sam.structures.detections import empty_detections, make_detections
+from grounded_sam.structures.documents import read_json
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.masks import masks_to_xyxy
 from grounded_sam.structures.vocabulary import Vocabulary
@@ -50,6 +51,15 @@ class Click:
     def matches(self, frame: Frame) -> bool:
         """Return whether the prompts are for this image, or for every image."""
         return self.image is None or f"/{frame.name}".endswith(f"/{self.image}")
+
+    def is_for(self, index: int, position: int) -> bool:
+        """Return whether the prompts are for a frame of a video that they match.
+
+        Args:
+            index: Number of the frame.
+            position: Its position among the frames that are processed, from 0.
+        """
+        return position == 0 if self.frame is None and self.image is None else self.frame in (None, index)
 
 
 def read_click(entry: Any, where: str, folder: Path) -> Click:
@@ -136,7 +146,7 @@ def _mask(mask: Any, where: str, folder: Path) -> Path | NDArray[np.bool_] | Non
         if mask.ndim != 2 or mask.dtype != bool:
             raise ConfigError(f"{where}: mask must be an array (H, W) of bool, got {mask.dtype} of shape {mask.shape}")
         return mask
-    path = folder / Path(str(mask)).expanduser()
+    path = folder / home_path(str(mask))
     if not path.is_file():
         raise ConfigError(f"{where}: mask {path} does not exist")
     return path
@@ -162,7 +172,6 @@ class Clicks:
     Attributes:
         clicks: The entries, parsed.
         vocabulary: Their classes.
-        ids: Ids that entries give to objects, sorted.
 
     Raises:
         ConfigError: If there are no entries, the file cannot be read, or an entry is malformed.
@@ -178,28 +187,52 @@ class Clicks:
             )
         folder = Path()
         if isinstance(entries, str):
-            path = Path(entries).expanduser()
+            path = home_path(entries)
             folder, entries = path.parent, read_json_entries(path, key)
         self.clicks = [read_click(entry, f"{key}[{i}]", folder) for i, entry in enumerate(entries)]
         self.vocabulary = Vocabulary.parse([click.class_name for click in self.clicks])
-        self.ids = sorted({click.object for click in self.clicks if click.object is not None})
+        self.key = key
+        self._taken: set[int] = set()  # positions of the entries that a frame took
+        self._named: set[int] = set()  # of those whose name fits a frame
+        self._last_frame: int | None = None  # largest number of a frame of a video
 
     def for_image(self, frame: Frame) -> list[Click]:
-        """Select the entries that apply to an image."""
-        return [click for click in self.clicks if click.matches(frame)]
+        """Select the entries that apply to an image; those of one object become one."""
+        chosen = [i for i, click in enumerate(self.clicks) if click.matches(frame)]
+        self._taken.update(chosen)
+        return merge_clicks(self.clicks[i] for i in chosen)
 
     def for_video_frame(self, frame: Frame, position: int) -> list[Click]:
-        """Select the entries that apply to a frame of a video.
+        """Select the entries that apply to a frame of a video; those of one object become one.
 
         Args:
             frame: The frame.
             position: Its position among the frames that are processed, from 0.
         """
+        named = [i for i, click in enumerate(self.clicks) if click.matches(frame)]
+        chosen = [i for i in named if self.clicks[i].is_for(frame.index, position)]
+        self._named.update(named)
+        self._taken.update(chosen)
+        self._last_frame = max(frame.index, self._last_frame or 0)
+        return merge_clicks(self.clicks[i] for i in chosen)
+
+    def unused(self) -> list[tuple[str, str]]:
+        """Return the entries that no image and no frame took so far: the name of each, why, and the way out."""
         return [
-            click
-            for click in self.for_image(frame)
-            if (position == 0 if click.frame is None and click.image is None else click.frame in (None, frame.index))
+            (f"{self.key}[{i}]", self._why_unused(i, click))
+            for i, click in enumerate(self.clicks)
+            if i not in self._taken
         ]
+
+    def _why_unused(self, i: int, click: Click) -> str:
+        """Return why no frame took an entry, and the way out."""
+        if self._last_frame is None and self.key == "track.clicks":
+            return "a click that no frame took, since no video was tracked; for images use detector=clicks"
+        if click.image is not None and i not in self._named:
+            return f"a click that no image or frame took: none is named {click.image!r}; names are those in the output"
+        if click.frame is not None and self._last_frame is not None and click.frame > self._last_frame:
+            return f"a click that no frame took: frame {click.frame} is after the last one, {self._last_frame}"
+        return f"a click that no frame took: frame {click.frame} was not processed; see source.start and source.stride"
 
     def to_detections(self, clicks: Sequence[Click], frame: Frame, vocabulary: Vocabulary) -> sv.Detections:
         """Convert entries to detections of a frame, as prompts for a segmenter or tracker.
@@ -247,6 +280,46 @@ class Clicks:
         return make_detections(boxes, np.ones(len(clicks)), ids, vocabulary, frame.size_hw, **columns)
 
 
+def merge_clicks(clicks: Iterable[Click]) -> list[Click]:
+    """Merge the entries of one frame that name the same object, such as a point on it and one on the background.
+
+    Raises:
+        ConfigError: If entries of one object have different classes, two boxes or two masks.
+
+    >>> entries = [{"class": "cup", "points": [[5, 5]], "object": 1}, {"class": "cup", "points": [[9, 9]], "object": 1}]
+    >>> [click.points.tolist() for click in merge_clicks(Clicks(entries, "clicks").clicks)]
+    [[[5.0, 5.0], [9.0, 9.0]]]
+    """
+    merged: list[Click] = []
+    place: dict[int, int] = {}  # of an object in `merged`
+    for click in clicks:
+        if click.object is None or click.object not in place:
+            if click.object is not None:
+                place[click.object] = len(merged)
+            merged.append(click)
+        else:
+            merged[place[click.object]] = _merge(merged[place[click.object]], click)
+    return merged
+
+
+def _merge(first: Click, second: Click) -> Click:
+    """Merge two entries of one object."""
+    if first.class_name != second.class_name:
+        raise ConfigError(f"clicks: object {first.object} is called {first.class_name!r} and {second.class_name!r}")
+    for key, values in (("box", (first.box, second.box)), ("mask", (first.mask, second.mask))):
+        if all(value is not None for value in values):
+            raise ConfigError(f"clicks: object {first.object} has two entries with a {key} in one frame; keep one")
+    points = [click.points for click in (first, second) if click.points is not None]
+    labels = [click.labels for click in (first, second) if click.labels is not None]
+    return replace(
+        first,
+        points=np.concatenate(points) if points else None,
+        labels=np.concatenate(labels) if labels else None,
+        box=second.box if first.box is None else first.box,
+        mask=second.mask if first.mask is None else first.mask,
+    )
+
+
 def _read_mask(mask: Path | NDArray[np.bool_], frame: Frame) -> NDArray[np.bool_]:
     """Load the mask of an entry, `(H, W) bool`, of the frame's size."""
     height, width = frame.size_hw
@@ -280,11 +353,10 @@ def read_json_entries(path: Path, key: str) -> list[Any]:
         ConfigError: If it cannot be read, or holds no list.
     """
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        require_regular(path)
     except OSError as error:
         raise ConfigError(f"cannot read {key}={path}: {error.strerror}") from error
-    except ValueError as error:
-        raise ConfigError(f"{key}={path} is not valid JSON: {error}") from error
+    entries = read_json(path)
     if not isinstance(entries, list):
         raise ConfigError(f"{key}={path} must hold a list of entries, got {type(entries).__name__}")
     return entries

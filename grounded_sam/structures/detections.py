@@ -21,7 +21,7 @@ import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
-from grounded_sam.errors import GroundedSamError
+from grounded_sam.errors import StageError
 from grounded_sam.structures.masks import coco_segmentation, mask_area, masks_to_xyxy, replace_masks
 from grounded_sam.structures.vocabulary import Vocabulary
 
@@ -87,12 +87,12 @@ def validate_detections(
         stage: Name of the stage, for messages.
 
     Raises:
-        GroundedSamError: If they break a rule; the message names the stage, the rule and the value.
+        StageError: If they break a rule; the message names the stage, the rule and the value.
     """
     n, (height, width) = len(detections), size_hw
 
-    def invalid(rule: str, got: object) -> GroundedSamError:
-        return GroundedSamError(f"{stage}: expected {rule}, got {got}")
+    def invalid(rule: str, got: object) -> StageError:
+        return StageError(f"{stage}: expected {rule}, got {got}")
 
     confidence, class_id = detections.confidence, detections.class_id
     if confidence is None or confidence.shape != (n,):

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grounded_sam.errors import ImageError
+from grounded_sam.files import home_path
 from grounded_sam.media.images import read_image, to_rgb
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def to_frame(picture: Any, index: int = 0) -> Frame:
     if isinstance(picture, Frame):
         return picture
     if isinstance(picture, str | os.PathLike):
-        path = Path(picture)
+        path = home_path(picture)
         return Frame(pixels=read_image(path), index=index, name=path.name, file=path)
     if isinstance(picture, np.ndarray):
         if picture.dtype != np.uint8 or picture.size == 0:

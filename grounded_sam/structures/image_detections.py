@@ -12,7 +12,7 @@ import supervision as sv
 from numpy.typing import NDArray
 
 from grounded_sam.errors import GroundedSamError, count_of
-from grounded_sam.files import atomic_write
+from grounded_sam.files import atomic_write, home_path
 from grounded_sam.media.draw import draw_detections
 from grounded_sam.structures.detections import coco_annotation
 from grounded_sam.structures.frame import Frame
@@ -117,8 +117,10 @@ class ImageDetections(sv.Detections):
         """
         if self.frame is None:
             raise GroundedSamError("these detections belong to no single image, so they cannot be drawn")
-        palette = None if self.vocabulary is None else self.vocabulary.palette()
-        return draw_detections(self.frame.image, self, **{"palette": palette, **options})
+        if self.vocabulary is not None:
+            color_by = "class" if self.vocabulary.has_own_colors else None
+            options = {"palette": self.vocabulary.palette(), "color_by": color_by, **options}
+        return draw_detections(self.frame.image, self, **options)
 
     def show(self, **options: Any) -> None:
         """Show the drawn detections in a window, or below the cell of a notebook; options as for `plot`."""
@@ -141,7 +143,7 @@ class ImageDetections(sv.Detections):
         """
         from PIL import Image
 
-        path = Path(path)
+        path = home_path(path)
         if (kind := Image.registered_extensions().get(path.suffix.lower())) not in Image.SAVE:
             raise GroundedSamError(f"expected a file name that ends with .png or .jpg, got {path.name!r}")
         drawn = Image.fromarray(self.plot(**options))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,13 +11,19 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from grounded_sam.errors import VocabularyError
+from grounded_sam.errors import VocabularyError, shorten
+from grounded_sam.files import home_path
+from grounded_sam.structures.class_files import FILE_SUFFIXES, parse_class_yaml, read_class_file
+from grounded_sam.structures.documents import is_text
 
 #: JSON Schema of ontologies; editors can check files against it too.
 SCHEMA = Path(__file__).with_name("ontology.schema.json")
+#: Keys that tell YOLO's data.yaml from a mapping with a class called `names`.
+_YOLO_KEYS = {"nc", "path", "train", "val", "test"}
 # A full stop ends a phrase if a space or the end follows, but not after a single letter ("U.S. flag").
 _FULL_STOP = re.compile(r"(?<!\b[^\W\d_])\.(?=\s|$)")
-_FILE_SUFFIXES = {".yaml", ".yml", ".json", ".txt"}
+#: Most digits of an id, which fits into 64 bits.
+MAX_ID_DIGITS = 18
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,8 @@ def read_ontology(content: Mapping[str, Any], where: str) -> Ontology:
     '#ff0000'
     """
     entries = _named_entries(content["classes"], where)
+    if any(not name.strip() for name in entries):
+        raise VocabularyError(f"{where}: a class has an empty name")
     negatives = content.get("negatives", [])
     negatives = [negatives] if isinstance(negatives, str) else negatives
     _check_schema({**content, "classes": entries, "negatives": negatives}, where)
@@ -140,7 +149,8 @@ def _check_schema(ontology: Mapping[str, Any], where: str) -> None:
         key = ".".join(str(part) for part in error.absolute_path) or "the ontology"
         known = error.schema.get("properties") if error.validator == "additionalProperties" else None
         hint = f"; the keys are {', '.join(sorted(known))}" if known else ""
-        raise VocabularyError(f"{where}: {key}: {error.message}{hint}")
+        message = " ".join(error.message.split())[:300]  # it repeats the value, which may be long
+        raise VocabularyError(f"{where}: {key}: {message}{hint}")
 
 
 def _hex_color(color: str | None, where: str) -> str | None:
@@ -163,16 +173,26 @@ def coco_categories(categories: Sequence[Any], where: str) -> dict[str, Any]:
         where: Name of the file, for messages.
 
     Raises:
-        VocabularyError: If a category has no id or no name.
+        VocabularyError: If a category has no name or no integer id.
 
     >>> coco_categories([{"id": 18, "name": "dog", "color": [0, 0, 0]}], "instances.json")
     {'classes': [{'name': 'dog', 'id': 18}]}
     """
     classes = []
     for item in categories:
-        if not isinstance(item, Mapping) or "name" not in item or "id" not in item:
-            raise VocabularyError(f"{where}: categories must have an id and a name, got {item!r}")
-        classes.append({key: item[key] for key in ("name", "id", "supercategory") if item.get(key) is not None})
+        name: Any = item.get("name") if isinstance(item, Mapping) else None
+        name = str(name) if isinstance(name, int | float) else name
+        if not is_text(name) or not name.strip():
+            raise VocabularyError(f"{where}: categories must have an id and a name, got {shorten(item)}")
+        number, group = item.get("id"), item.get("supercategory")
+        if isinstance(number, str) and number.isdecimal() and len(number) <= MAX_ID_DIGITS:
+            number = int(number)
+        if isinstance(number, bool) or not isinstance(number, int) or abs(number) >= 10**MAX_ID_DIGITS:
+            raise VocabularyError(
+                f"{where}: categories must have an id and a name, and integer ids, got {shorten(item)}"
+            )
+        named = {"name": name, "id": number}
+        classes.append(named if group is None or not is_text(group) else {**named, "supercategory": group})
     return {"classes": classes}
 
 
@@ -199,6 +219,58 @@ def without_root(categories: Sequence[Any], annotations: Any) -> list[Any]:
     return list(categories)
 
 
+def numbered_classes(content: Mapping[str, Any], where: str) -> dict[str, Any] | None:
+    """Convert classes with numbers, in a form of YOLO or transformers, to the form of an ontology.
+
+    These are `names` of YOLO's data.yaml (a list, or a mapping from number to name), `id2label` and `label2id` of a
+    transformers config, and mappings of the same form without a key above them.
+
+    Args:
+        content: The mapping.
+        where: Name of the file or setting, for messages.
+
+    Returns:
+        The classes in the order of their numbers, which are kept as ids unless they are 0, 1, 2...; None for a mapping
+        of another form.
+
+    Raises:
+        VocabularyError: If a number is not an integer, or does not match `nc`.
+
+    >>> numbered_classes({"names": {"0": "car", "1": "wheel"}}, "data.yaml")
+    {'classes': [{'name': 'car'}, {'name': 'wheel'}]}
+    >>> numbered_classes({"wheel": 7, "car": 3}, "label2id.json")
+    {'classes': [{'name': 'car', 'id': 3}, {'name': 'wheel', 'id': 7}]}
+    """
+    names = next((content[key] for key in ("id2label", "label2id") if isinstance(content.get(key), Mapping)), None)
+    if names is None and (len(content) == 1 or _YOLO_KEYS & set(content)) and "names" in content:
+        names = content["names"]
+        if isinstance(names, Mapping) and not all(_is_number(key) for key in names):
+            names = None
+    names = content if names is None else names
+    if isinstance(names, Sequence) and not isinstance(names, str):
+        numbered = list(enumerate(names))
+    elif isinstance(names, Mapping) and names and all(_is_number(key) for key in names):
+        if not all(isinstance(name, str) for name in names.values()):
+            return None
+        numbered = [(int(key), name) for key, name in names.items()]
+    elif isinstance(names, Mapping) and names and all(_is_number(number) for number in names.values()):
+        numbered = [(int(number), name) for name, number in names.items()]
+    else:
+        return None
+    if "names" in content and content.get("nc") is not None and str(content["nc"]) != str(len(numbered)):
+        raise VocabularyError(f"{where}: nc is {content['nc']}, but there are {len(numbered)} names")
+    numbered.sort(key=lambda item: item[0])
+    is_plain = [number for number, _ in numbered] == list(range(len(numbered)))
+    return {"classes": [{"name": name} if is_plain else {"name": name, "id": number} for number, name in numbered]}
+
+
+def _is_number(value: Any) -> bool:
+    """Return whether a value is an integer of at least 0, or the digits of one."""
+    if isinstance(value, str):
+        return value.isascii() and value.isdecimal() and len(value) < 10
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def parse_phrases(value: Any, where: str) -> list[str]:
     """Convert a phrase or a list of phrases to a list, without empty ones.
 
@@ -220,54 +292,38 @@ def parse_phrases(value: Any, where: str) -> list[str]:
         raise VocabularyError(f"{where}: expected a phrase or a list of phrases, got {value!r}")
     phrases = []
     for item in value:
-        if isinstance(item, Mapping | list | tuple) or item is None:
-            raise VocabularyError(f"{where}: expected phrases, got {item!r}")
-        phrases.append(str(item).strip())
+        if isinstance(item, Mapping | list | tuple | bool) or item is None:
+            hint = " (write it in quotes if it is a word)" if item is None or isinstance(item, bool) else ""
+            raise VocabularyError(f"{where}: expected phrases, got {item!r}{hint}")
+        phrases.append(phrase := str(item).strip())
+        if os.path.splitext(phrase)[1].lower() in FILE_SUFFIXES and os.path.isfile(home_path(phrase)):
+            raise VocabularyError(f"{where}: {phrase} is a file, not a phrase; to read its classes write text={phrase}")
     return [phrase for phrase in phrases if phrase]
 
 
 def parse_text(text: str) -> Any:
     """Split a string into phrases at commas, semicolons and line ends, or else at full stops; or read a file.
 
+    A list or mapping inside quotes, such as `"[car, wheel]"`, is read as YAML.
+
     Args:
-        text: The string, or the path of a YAML, JSON or TXT file.
+        text: The string, or the path of a file; see `class_files.read_class_file`.
 
     Returns:
         A list of phrases, or the content of the file.
 
     Raises:
-        VocabularyError: If the file cannot be read.
+        VocabularyError: If the file cannot be read, or is not of a kind that has classes.
 
-    >>> parse_text("car . U.S. flag")
-    ['car', 'U.S. flag']
+    >>> parse_text("car . U.S. flag"), parse_text("[car, driver's seat]")
+    (['car', 'U.S. flag'], ['car', "driver's seat"])
     """
-    path = Path(text).expanduser()
-    if path.suffix.lower() in _FILE_SUFFIXES:
-        return _read_file(path)
+    path = home_path(text)
+    if path.suffix.lower() in FILE_SUFFIXES or os.path.isfile(path):
+        return read_class_file(path)
+    if text.strip()[:1] + text.strip()[-1:] in ("[]", "{}"):
+        return parse_class_yaml(text, "text")
     parts = re.split(r"[,;\n]", text)
     if len(parts) == 1:
         parts = _FULL_STOP.split(text)
     return [stripped for part in parts if (stripped := _FULL_STOP.sub("", part.strip()).strip())]
-
-
-def _read_file(path: Path) -> Any:
-    """Read a file of classes."""
-    try:
-        content = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise VocabularyError(f"cannot read the classes in {path}: {error}") from error
-    if path.suffix.lower() == ".txt":
-        return [line for raw in content.splitlines() if (line := raw.split("#")[0].strip())]
-    kind = "JSON" if path.suffix.lower() == ".json" else "YAML"
-    try:
-        if kind == "JSON":
-            loaded = json.loads(content)
-        else:
-            import yaml
-
-            loaded = yaml.load(content, Loader=yaml.BaseLoader)  # keeps words as strings: no, 2024-01-01, 1e3
-    except Exception as error:
-        raise VocabularyError(f"{path} is not valid {kind}: {' '.join(str(error).split())}") from error
-    if not isinstance(loaded, list | Mapping):
-        raise VocabularyError(f"{path} must hold a list of classes or a mapping from class to phrases")
-    return loaded

@@ -322,11 +322,10 @@ class RecordsSkipped(Protocol):
 
 
 @runtime_checkable
-class LeavesOut(Protocol):
-    """A sink whose format cannot hold everything."""
+class ListsSkipped(Protocol):
+    """A sink that lists what it was asked for and could not write, such as sound or a part of a split."""
 
-    def left_out(self) -> list[Skipped]:
-        """Return what was left out or changed, and what keeps it; called at the end."""
+    skipped: list[Skipped]
 
 
 @runtime_checkable
@@ -351,11 +350,22 @@ class ResultStore(Protocol):
     def files_resumed(self) -> int:
         """Return how many files `lookup` has found so far."""
 
+    def leave_incomplete(self, video: str) -> None:
+        """Take back that a video, whose last frame is written, will be complete, because it stopped."""
+
     def notes(self) -> list[Skipped]:
         """Return the problems that were recorded for files that `lookup` has found."""
 
     def not_searched(self) -> list[Skipped]:
         """Return which classes of the run were not looked for in the files that `lookup` has found."""
+
+
+@runtime_checkable
+class OwnsFolder(Protocol):
+    """A sink with a folder of its own, from which files that only an earlier run wrote are removed."""
+
+    def own_folder(self) -> Path:
+        """Return the folder, which no other sink writes to."""
 
 
 @runtime_checkable

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from grounded_sam.errors import VocabularyError
+from grounded_sam.files import home_path
 from grounded_sam.structures.ontology import (
     Ontology,
     coco_categories,
+    numbered_classes,
     parse_phrases,
     parse_text,
     read_ontology,
@@ -145,12 +148,17 @@ class Vocabulary:
         """
         import supervision as sv
 
-        own = self.colors or (None,) * len(self)
         default = sv.ColorPalette.DEFAULT
-        return [
-            color or _color_in(name) or default.by_idx(i).as_hex()
-            for i, (name, color) in enumerate(zip(self.classes, own, strict=True))
-        ]
+        return [color or default.by_idx(i).as_hex() for i, color in enumerate(self._own_colors())]
+
+    @property
+    def has_own_colors(self) -> bool:
+        """Whether every class has a color of its own, or one in its name, so that no class needs another."""
+        return all(self._own_colors())
+
+    def _own_colors(self) -> list[str | None]:
+        own = self.colors or (None,) * len(self)
+        return [color or _color_in(name) for name, color in zip(self.classes, own, strict=True)]
 
     def with_classes(self, names: Sequence[str]) -> Vocabulary:
         """Append classes, for naming results; those that exist already are ignored.
@@ -224,13 +232,16 @@ class Vocabulary:
             VocabularyError: If one has no id or name, or two have the same.
         """
         classes = coco_categories(categories, where)["classes"]
-        return cls(
-            classes=tuple(str(item["name"]) for item in classes),
-            phrases=tuple((str(item["name"]),) for item in classes),
-            ids=tuple(item["id"] for item in classes),
-            supercategories=_column([item.get("supercategory") for item in classes]),
-            queried=False,
-        )
+        try:
+            return cls(
+                classes=tuple(str(item["name"]) for item in classes),
+                phrases=tuple((str(item["name"]),) for item in classes),
+                ids=tuple(item["id"] for item in classes),
+                supercategories=_column([item.get("supercategory") for item in classes]),
+                queried=False,
+            )
+        except VocabularyError as error:
+            raise VocabularyError(f"{where}: {error}") from error
 
     @classmethod
     def parse(cls, text: Any, negative: Any = ()) -> Vocabulary:
@@ -239,9 +250,10 @@ class Vocabulary:
         Args:
             text: A list of classes; a mapping from class to phrase or phrases; one string, where commas, semicolons,
                 line ends or full stops separate the classes; an ontology, which is a mapping with `classes` and
-                optionally `negatives` (see `ontology.schema.json`); the path of a YAML, JSON or TXT file (one class per
-                line) that holds one of these, or of a COCO file, whose categories are taken with their ids; or a
-                `Vocabulary`.
+                optionally `negatives` (see `ontology.schema.json`); the path of a YAML, JSON, CSV, TXT or Darknet
+                `.names` file (one class per line) that holds one of these, or of a COCO file, whose categories are
+                taken with their ids; classes with numbers as in YOLO's data.yaml or a transformers config, see
+                `ontology.numbered_classes`; or a `Vocabulary`.
             negative: Phrases for look-alikes, in any of the list forms.
 
         Raises:
@@ -252,29 +264,16 @@ class Vocabulary:
         """
         if isinstance(text, Vocabulary):
             return text
-        where = "text"
-        if isinstance(text, str | Path):
-            where = str(text)
-            text = parse_text(where)
-        if isinstance(text, Mapping) and isinstance(text.get("categories"), Sequence) and "classes" not in text:
-            text = coco_categories(without_root(text["categories"], text.get("annotations")), where)
-        negatives = parse_phrases(parse_text(negative) if isinstance(negative, str) else negative, "negative")
-        if isinstance(text, Mapping) and "classes" in text:
-            return cls._from_ontology(read_ontology(text, where), negatives)
-        if isinstance(text, Mapping):
-            classes = [(str(name), parse_phrases(value, str(name)) or [str(name)]) for name, value in text.items()]
-        elif isinstance(text, Iterable):
-            classes = [(name, [name]) for name in dict.fromkeys(parse_phrases(text, "text"))]
-        else:
-            raise VocabularyError(
-                "text must be a list of classes, a string, a mapping from class to phrases or a file; "
-                f"got {type(text).__name__}: {text!r}"
-            )
-        return cls(
-            classes=tuple(name for name, _ in classes),
-            phrases=tuple(tuple(dict.fromkeys(phrases)) for _, phrases in classes),
-            negatives=tuple(dict.fromkeys(negatives)),
-        )
+        if not isinstance(text, str | Path):
+            return _read_classes(text, negative, "text")
+        where = str(text)
+        content = parse_text(where)
+        try:
+            return _read_classes(content, negative, where)
+        except VocabularyError as error:
+            if where in str(error) or not os.path.isfile(home_path(where)):
+                raise
+            raise VocabularyError(f"{where}: {error}") from error
 
     @classmethod
     def _from_ontology(cls, ontology: Ontology, negatives: Sequence[str]) -> Vocabulary:
@@ -289,6 +288,43 @@ class Vocabulary:
             colors=_column([item.color for item in classes]),
             supercategories=_column([item.supercategory for item in classes]),
         )
+
+
+def _read_classes(text: Any, negative: Any, where: str) -> Vocabulary:
+    """Read a list or mapping of classes; see `Vocabulary.parse`.
+
+    Args:
+        text: The list or mapping.
+        negative: Phrases for look-alikes.
+        where: Name of the file or setting, for messages.
+    """
+    if isinstance(text, Mapping) and isinstance(text.get("categories"), Sequence) and "classes" not in text:
+        text = coco_categories(without_root(text["categories"], text.get("annotations")), where)
+    if isinstance(text, list) and text and all(isinstance(item, Mapping) and "name" in item for item in text):
+        text = coco_categories(text, where) if all("id" in item for item in text) else {"classes": text}
+    if isinstance(text, Mapping) and "classes" not in text:
+        text = numbered_classes(text, where) or text
+    negatives = parse_phrases(parse_text(negative) if isinstance(negative, str) else negative, "negative")
+    if isinstance(text, Mapping) and "classes" in text:
+        return Vocabulary._from_ontology(read_ontology(text, where), negatives)
+    if isinstance(text, Mapping):
+        names = [str(name).strip() for name in text]
+        if not all(names):
+            raise VocabularyError(f"{where}: a class has an empty name")
+        phrases = zip(names, text.values(), strict=True)
+        classes = [(name, parse_phrases(value, name) or [name]) for name, value in phrases]
+    elif isinstance(text, Iterable):
+        classes = [(name, [name]) for name in dict.fromkeys(parse_phrases(text, "text"))]
+    else:
+        raise VocabularyError(
+            "text must be a list of classes, a string, a mapping from class to phrases or a file; "
+            f"got {type(text).__name__}: {text!r}"
+        )
+    return Vocabulary(
+        classes=tuple(name for name, _ in classes),
+        phrases=tuple(tuple(dict.fromkeys(phrases)) for _, phrases in classes),
+        negatives=tuple(dict.fromkeys(negatives)),
+    )
 
 
 def _column(values: Sequence[T | None]) -> tuple[T | None, ...]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grounded_sam.errors import CheckpointError
+from grounded_sam.files import home_path
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -138,9 +139,9 @@ def snapshot_folder(repo: str) -> Path | None:
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
-    folder = Path(constants.HF_HUB_CACHE).expanduser() / repo_folder_name(repo_id=repo, repo_type="model")
+    folder = home_path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
     try:
-        commit = (folder / "refs" / "main").read_text().strip()
+        commit = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
     except OSError:
         return None
     snapshot = folder / "snapshots" / commit
@@ -321,7 +322,7 @@ def delete_from_cache(path: Path, repo: Path) -> None:
         return
     payload = blob.resolve()  # newer caches may share it between repositories, for which it is damaged too
     blob.unlink()
-    if payload.is_relative_to(Path(constants.HF_HUB_CACHE).expanduser().resolve()):
+    if payload.is_relative_to(home_path(constants.HF_HUB_CACHE).resolve()):
         payload.unlink(missing_ok=True)
 
 

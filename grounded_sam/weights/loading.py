@@ -11,7 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from grounded_sam.errors import CheckpointError, ConfigError
+from grounded_sam.errors import CheckpointError, ConfigError, MissingWeightsError
+from grounded_sam.files import home_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +58,7 @@ def find_folder(checkpoint: str, kind: str) -> str:
     checkpoint = str(checkpoint)
     if checkpoint.startswith("builtin:"):
         return str(builtin_path(checkpoint.removeprefix("builtin:"), kind))
-    path = Path(checkpoint).expanduser()
+    path = home_path(checkpoint)
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise CheckpointError(f"{path} has no config.json, so it is not a transformers checkpoint")
@@ -82,7 +83,7 @@ def find_file(checkpoint: str, kind: str, hub_file: str | None = None, sha256: s
         CheckpointError: If there is no such file, it cannot be downloaded, or its checksum differs.
     """
     checkpoint = str(checkpoint)
-    path = Path(checkpoint).expanduser()
+    path = home_path(checkpoint)
     if checkpoint.startswith("builtin:"):
         path = builtin_path(checkpoint.removeprefix("builtin:"), kind)
     elif path.is_dir():
@@ -146,10 +147,7 @@ def from_cache_or_hub(repo: str, load: Callable[[bool], T]) -> T:
             raise
         failure = error
     reason = " ".join(str(failure).split()).split(". ")[0][:200]
-    raise CheckpointError(
-        f"weights {repo!r} are not in the cache and cannot be downloaded from the Hugging Face hub ({reason}); "
-        "give a local copy with checkpoint=PATH, or use preset=shapes, whose weights ship with the package"
-    ) from failure
+    raise MissingWeightsError(repo, reason) from failure
 
 
 def load_checkpoint(
@@ -255,7 +253,7 @@ def load_into(model: Any, path: Path, name: str) -> None:
 
 
 def pick_device(device: str) -> str:
-    """Resolve `auto` to `cuda` where there is a CUDA device, else to `cpu`; check any other device.
+    """Resolve `auto` to `cuda` or `mps` (Apple) where there is such a device, else to `cpu`; check any other device.
 
     Raises:
         ConfigError: If torch has no such device.
@@ -266,16 +264,20 @@ def pick_device(device: str) -> str:
     import torch
 
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         chosen = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
     except RuntimeError as error:
-        raise ConfigError(f"device={device} is unknown to torch; use auto, cpu, cuda or cuda:1") from error
+        raise ConfigError(f"device={device} is unknown to torch; use auto, cpu, cuda, cuda:1 or mps") from error
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise ConfigError(
             f"device={device}, but torch sees {count or 'no'} CUDA devices; use device=cpu or device=auto"
         )
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device=mps, but torch sees no Apple GPU; use device=cpu or device=auto")
     return str(chosen)
 
 

@@ -1,0 +1,133 @@
+"""Which parts a store has, with their checksums, and the order in which they were written.
+
+Every process that writes into a store adds a line per part to a file of its own, `_parts-*.jsonl`: name, size in bytes
+and SHA-256. A part that is in no list (of an earlier version, or of a process that was killed before it could add the
+line) is read without these checks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import uuid
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from grounded_sam.errors import ConfigError
+from grounded_sam.files import require_regular
+
+_NAME = re.compile(r"part-(\d{8})-.*\.parquet")
+
+
+@dataclass(frozen=True)
+class _Record:
+    """A line of a list: what a part should be, or that its loss is known."""
+
+    name: str
+    bytes: int
+    sha256: str
+    lost: bool = False
+
+
+def part_name(sequence: int, stamp: str) -> str:
+    """Return the name of a part.
+
+    Args:
+        sequence: Its position in the store, counted and not read from a clock; shards may use the same one.
+        stamp: Anything that makes the name unique.
+
+    >>> part_name(7, "a")
+    'part-00000007-a.parquet'
+    """
+    return f"part-{sequence:08d}-{stamp}.parquet"
+
+
+def sequence_of(part: Path) -> int:
+    """Return the position of a part in its store; 0 for those of earlier versions, whose names begin with a time.
+
+    >>> sequence_of(Path("part-00000007-a.parquet")), sequence_of(Path("part-20261127T021344.083252-93c3.parquet"))
+    (7, 0)
+    """
+    match = _NAME.fullmatch(part.name)
+    return int(match[1]) if match else 0
+
+
+class PartList:
+    """The list of the parts that one process writes.
+
+    Args:
+        folder: Folder of the store.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / f"_parts-{uuid.uuid4().hex[:16]}.jsonl"
+
+    def add(self, part: Path) -> None:
+        """Add a part that is complete.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        content = part.read_bytes()
+        self._write(_Record(part.name, len(content), hashlib.sha256(content).hexdigest()))
+
+    def add_lost(self, name: str) -> None:
+        """Note that a part is gone and that its images were processed again."""
+        self._write(_Record(name, 0, "", lost=True))
+
+    def _write(self, record: _Record) -> None:
+        with self._path.open("a", encoding="utf-8") as lines:
+            lines.write(json.dumps(asdict(record)) + "\n")
+            lines.flush()
+            os.fsync(lines.fileno())
+
+
+class Manifest:
+    """The lists of all processes that wrote into a store.
+
+    Args:
+        folder: Folder of the store.
+
+    Attributes:
+        missing: Names of parts that are listed and gone.
+
+    Raises:
+        ConfigError: If a list is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._records: dict[str, _Record] = {}
+        lost = set()
+        for path in sorted(folder.glob("_parts-*.jsonl")):
+            for record in _read_list(path):
+                self._records[record.name] = record
+                lost |= {record.name} if record.lost else set()
+        self.missing = [name for name in self._records if name not in lost and not (folder / name).exists()]
+
+    def read(self, part: Path) -> bytes:
+        """Read a part.
+
+        Raises:
+            ValueError: If it is not as it was written.
+            OSError: If it cannot be read.
+        """
+        require_regular(part)
+        content, record = part.read_bytes(), self._records.get(part.name)
+        if record is not None and len(content) != record.bytes:
+            raise ValueError(f"it has {len(content)} bytes, but was written with {record.bytes}")
+        if record is not None and hashlib.sha256(content).hexdigest() != record.sha256:
+            raise ValueError("its checksum is not the one that it was written with")
+        return content
+
+
+def _read_list(path: Path) -> list[_Record]:
+    """Read a list; a last line that is incomplete, of a process that was killed, is left out."""
+    try:
+        require_regular(path)
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        return [_Record(**json.loads(line)) for line in lines]
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{path} cannot be read ({reason}); delete it, and its parts are read without it") from error

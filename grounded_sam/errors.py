@@ -1,18 +1,27 @@
-"""Errors that a user can fix, and counts and values in messages.
+"""Errors that a user can fix, and what messages consist of.
 
 The command prints the message of an error as one line and exits with code 1.
 """
 
 import os
+import re
 import reprlib
 import traceback
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxlong = 3, 8, 6, 80, 40
+#: A URL, up to the next space.
+URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?P<rest>\S+)")
 
 
 class GroundedSamError(Exception):
-    """Base class of the errors of this package; the message says what was expected and what was given."""
+    """Base class of the errors of this package; the message says what was expected and what was given.
+
+    User names, passwords and queries of URLs are left out of the message.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(redact(value) if isinstance(value, str) else value for value in args))
 
 
 class ConfigError(GroundedSamError):
@@ -41,7 +50,7 @@ def describe_error(error: BaseException) -> str:
     >>> describe_error(ValueError("too many\\nvalues"))
     'ValueError: too many'
     """
-    lines = str(error).strip().splitlines()
+    lines = redact(str(error)).strip().splitlines()
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
 
 
@@ -87,3 +96,36 @@ def shorten(value: object) -> str:
     ("[1, 'a']", "xxxxxxx'")
     """
     return " ".join(_SHORT.repr(value).split())
+
+
+def split_url(rest: str) -> tuple[str, str, str]:
+    """Split a URL, without its scheme, into what identifies a user, the public part, and the query with its `?`.
+
+    >>> split_url("admin:1234@camera:554/live?token=abc")
+    ('admin:1234', 'camera:554/live', '?token=abc')
+    """
+    end = min((i for i in map(rest.find, "/?#") if i >= 0), default=len(rest))
+    user, has_user, host = rest[:end].rpartition("@")
+    path = rest[end:]
+    if not has_user and "@" in rest and not re.fullmatch(r"[^:]*(:\d*)?|\[.*", host):  # an unescaped / ? or # in it
+        user, _, path = rest.rpartition("@")
+        host = ""
+    address = host + path
+    end = min((i for i in map(address.find, "?#") if i >= 0), default=len(address))
+    return user, address[:end], address[end:]
+
+
+def redact(text: str) -> str:
+    """Replace user names, passwords and queries in the URLs of a text, which may be secret.
+
+    >>> redact("rtsp://admin:1234@camera/live: no answer"), redact("https://host/a.mp4?token=abc")
+    ('rtsp://***@camera/live: no answer', 'https://host/a.mp4?***')
+    """
+    if "://" not in text:
+        return text
+
+    def replace(url: re.Match[str]) -> str:
+        user, public, query = split_url(url["rest"])
+        return f"{url['scheme']}{'***@' if user else ''}{public}{'?***' if query[1:] else ''}"
+
+    return URL.sub(replace, text)

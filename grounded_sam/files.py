@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from io import TextIOWrapper
 from pathlib import Path
+from typing import IO
+
+from grounded_sam.output.claim import check_output, claim_of
 
 
 def home_path(path: str | os.PathLike[str]) -> Path:
@@ -50,16 +54,25 @@ def require_regular(path: str | os.PathLike[str]) -> os.stat_result:
 class PendingFile:
     """A file written under a temporary name during a run, and renamed when it is complete.
 
+    In a claimed output folder, a file that no run wrote is not replaced, and nothing is written through links; see
+    `output.claim`.
+
     Args:
         path: File to write. Its folder is created.
         shared: Whether other processes may write the same file at the same time; the last one wins.
+        is_copy: Whether it is a copy of an input, which later runs into the same output do not remove.
 
     Attributes:
         path: The file.
         part: Temporary path beside it, to write to.
+
+    Raises:
+        ConfigError: If the file must not be replaced.
     """
 
-    def __init__(self, path: Path, *, shared: bool = False) -> None:
+    def __init__(self, path: Path, *, shared: bool = False, is_copy: bool = False) -> None:
+        check_output(path)
+        self._is_copy = is_copy
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part" if shared else f".{path.name}.part")
@@ -77,6 +90,7 @@ class PendingFile:
         """Rename the temporary file to `path`, which is replaced."""
         if self._text is not None:
             self._text.close()
+        _record(self.path, self.part, self._is_copy)
         os.replace(self.part, self.path)
 
     def discard(self) -> None:
@@ -85,14 +99,15 @@ class PendingFile:
 
 
 @contextmanager
-def atomic_write(path: Path, *, shared: bool = False) -> Iterator[Path]:
+def atomic_write(path: Path, *, shared: bool = False, is_copy: bool = False) -> Iterator[Path]:
     """Yield a temporary path beside `path` to write to; rename it at the end, or remove it on an error.
 
     Args:
         path: File to write. Its folder is created.
         shared: Whether other processes may write the same file at the same time; the last one wins.
+        is_copy: Whether it is a copy of an input, which later runs into the same output do not remove.
     """
-    pending = PendingFile(path, shared=shared)
+    pending = PendingFile(path, shared=shared, is_copy=is_copy)
     try:
         yield pending.part
         pending.commit()
@@ -111,41 +126,182 @@ def atomic_write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8")
 
 
+@contextmanager
+def growing_text(path: Path) -> Iterator[IO[str]]:
+    """Open a UTF-8 text file that other programs read while it is written; an earlier file is replaced.
+
+    Args:
+        path: File to write. Its folder is created.
+
+    Raises:
+        ConfigError: If it is in a claimed output folder and must not be replaced.
+    """
+    check_output(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _record(path, None)
+    path.unlink(missing_ok=True)  # it may be a link
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            yield file
+    finally:
+        _record(path, path)
+
+
+def is_claimed(path: Path) -> bool:
+    """Return whether a path is in the output of a run that is going on, which lists what it writes."""
+    return claim_of(Path(os.path.abspath(path))) is not None
+
+
+def keep_output(path: Path) -> None:
+    """Keep a file of an earlier run that this run would write with the same content.
+
+    Args:
+        path: The file; nothing happens if no run wrote it.
+    """
+    absolute = Path(os.path.abspath(path))
+    if (claimed := claim_of(absolute)) is not None:
+        claimed.keep(absolute)
+
+
+def _record(path: Path, content: Path | None, is_copy: bool = False) -> None:
+    """List a file in the claimed folder that it is in, if any."""
+    absolute = Path(os.path.abspath(path))
+    if (claimed := claim_of(absolute)) is not None:
+        claimed.record(absolute, content, is_copy)
+
+
+#: Suffixes of the files that are written for an image whose path has none.
+_WRITTEN = (".png", ".jpg", ".bmp", ".txt", ".json", ".xml")
+#: Control characters, line ends, and code points that no text file can have.
+_CONTROLS = r"\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufffe\uffff"
+#: What a file name cannot have on some file system.
+_FORBIDDEN = r'[<>:"/\\|?*]|[. ]+$|^(?:con|prn|aux|nul|com\d|lpt\d)(?=\.|$)'
+#: Longest part of a path, in bytes, with room for a number and a suffix.
+_MAX_BYTES = 200
+
+
 class UniqueNames:
-    """Make relative output paths from names, safe on every file system and never the same twice.
+    """Make relative output paths from names, safe on every file system and never the same for two names.
+
+    See `safe_filename` for what a file name may be, and how the rest is encoded. Where two names would get one path, or
+    a file that of a folder, the later one gets a number.
+
+    Args:
+        reserved: Names that no folder may have, which are encoded too.
+        known: Name by path, of an earlier run; a name keeps its path.
+
+    Attributes:
+        names: Name by path.
 
     >>> names = UniqueNames()
     >>> [str(names(name, ".png")) for name in ("a/b.png", "a/b.png", "../c.jpg")]
-    ['a/b.png', 'a/b-2.png', 'c.jpg.png']
+    ['a/b.png', 'a/b-2.png', '%2E%2E/c.jpg.png']
     """
 
-    def __init__(self) -> None:
-        self._taken: set[str] = set()
+    def __init__(self, reserved: Collection[str] = (), known: Mapping[str, str] | None = None) -> None:
+        self.reserved, self.names = reserved, dict(known or {})
+        self._known = {name: path for path, name in self.names.items()}
+        self._files = {path.casefold() for path in self.names}
+        self._folders = {folder for path in self._files for folder in _folders(path)}
 
-    def __call__(self, name: str, suffix: str) -> Path:
+    def __call__(self, name: str, suffix: str, owner: str | None = None) -> Path:
         """Return the path for a name.
 
         Args:
             name: Name with `/` between folders; it cannot lead out of the output folder.
             suffix: Suffix of the path, such as `.png`, appended unless the name ends with it; empty for none.
+            owner: Name that the path is recorded for, if another.
         """
-        parts = [part for part in name.replace("\\", "/").split("/") if part not in ("", ".", "..")]
-        safe = "/".join(safe_filename(part) for part in parts) or "image"
-        path = safe if suffix and safe.lower().endswith(suffix) else safe + suffix
-        stem, ending = (path[: -len(suffix)], suffix) if suffix else (path, "")
-        count = 1
-        while path.casefold() in self._taken:  # some file systems ignore case
-            count += 1
-            path = f"{stem}-{count}{ending}"
-        self._taken.add(path.casefold())
+        owner = owner or name
+        if (known := self._known.pop(owner, None)) is not None:
+            return Path(known)
+        *parents, last = [part for part in name.split("/") if part not in ("", ".")] or ["image"]
+        folder = ""
+        for part in parents:
+            safe = percent_encode(part, f"^{part[:1]}") if part in self.reserved else safe_filename(part)
+            folder = f"{self._free(folder + safe, '', '', lambda path: self._is_file(path, suffix))}/"
+        safe = safe_filename(last)
+        stem = safe[: -len(suffix)] if suffix and safe.lower().endswith(suffix) else safe
+        ending = safe[len(stem) :] or suffix
+        path = self._free(folder + stem, ending, suffix, lambda path: self._is_taken(path, suffix))
+        self._files.add(path.casefold())
+        self._folders.update(_folders(path.casefold()))
+        self.names[path] = owner
         return Path(path)
+
+    def _free(self, stem: str, ending: str, suffix: str, taken: Callable[[str], bool]) -> str:
+        """Return a path that is not taken: `stem` and `ending`, or with a number `stem`, the number and `suffix`."""
+        path, count = stem + ending, 1
+        while taken(path.casefold()):  # some file systems ignore case
+            count += 1
+            path = f"{stem}-{count}{suffix}"
+        return path
+
+    def _is_file(self, folder: str, suffix: str) -> bool:
+        """Return whether a file has the path of a folder; files of paths without suffix get one of `_WRITTEN`."""
+        if suffix:
+            return folder in self._files
+        stem, ending = os.path.splitext(folder)
+        return ending in _WRITTEN and stem in self._files
+
+    def _is_taken(self, path: str, suffix: str) -> bool:
+        """Return whether a file or folder has the path of a file."""
+        files = [path] if suffix else [path + ending for ending in _WRITTEN]
+        return path in self._files or not self._folders.isdisjoint(files)
+
+
+def _folders(path: str) -> list[str]:
+    """Return the folders that a relative path is in."""
+    parts = path.split("/")[:-1]
+    return ["/".join(parts[: i + 1]) for i in range(len(parts))]
+
+
+def percent_encode(text: str, pattern: str) -> str:
+    """Encode the characters that match a pattern as in a URL; `urllib.parse.unquote` decodes them.
+
+    A `%` is encoded where it would be taken for a code. Only lone surrogates, which are no text, cannot be decoded.
+
+    >>> percent_encode("50% of a/b", "/"), percent_encode("a%2Fb", "/")
+    ('50% of a%2Fb', 'a%252Fb')
+    """
+
+    def encode(match: re.Match[str]) -> str:
+        return "".join(f"%{byte:02X}" for byte in match[0].encode("utf-8", "surrogatepass"))
+
+    return re.sub(f"{pattern}|%(?=[0-9A-Fa-f]{{2}})", encode, text, flags=re.IGNORECASE)
+
+
+def encode_controls(text: str) -> str:
+    r"""Percent-encode control characters and line ends, which XML and lists of lines cannot have.
+
+    >>> encode_controls("a\nb")
+    'a%0Ab'
+    """
+    return percent_encode(text, f"[{_CONTROLS}]")
+
+
+def encode_lines(texts: Iterable[str]) -> str:
+    r"""Return a text with one line per entry, without control characters in the entries.
+
+    >>> encode_lines(["a", "b\nc"])
+    'a\nb%0Ac\n'
+    """
+    return "".join(f"{encode_controls(text)}\n" for text in texts)
 
 
 def safe_filename(name: str) -> str:
-    """Return a file name that is valid on every file system: forbidden characters become `_`, all scripts are kept.
+    """Return a file name that is valid on every file system: see `percent_encode`; all scripts are kept.
+
+    Of a name of more than 200 bytes, the middle is replaced by a part of its SHA-256.
 
     >>> safe_filename("who?.png")
-    'who_.png'
+    'who%3F.png'
     """
-    safe = re.sub(r'[<>:"/\\|?*\x00-\x1f\ud800-\udfff]', "_", name).rstrip(". ")
-    return safe.encode()[:200].decode("utf-8", "ignore") or "_"  # file systems count bytes
+    safe = percent_encode(name, f"{_FORBIDDEN}|[{_CONTROLS}]") or "_"
+    data = safe.encode()
+    if len(data) <= _MAX_BYTES:  # file systems count bytes
+        return safe
+    ending = os.path.splitext(safe)[1]
+    ending = ending if len(ending.encode()) <= 16 else ""
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+    return f"{data[: _MAX_BYTES - 40].decode('utf-8', 'ignore')}~{digest}{ending}"

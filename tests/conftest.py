@@ -7,7 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 from PIL import Image
+
+settings.register_profile("grounded_sam", deadline=None)  # a busy machine is no failure
+settings.load_profile("grounded_sam")
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(os.environ.get("GROUNDED_SAM_TEST_DATA", ROOT.parent / "shared" / "data"))

@@ -99,7 +99,7 @@ def test_the_original_runs_where_folding_is_not_smaller(detector, monkeypatch):
         assert len(calls) == expected
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9)), min_size=1, max_size=4),
     batch=st.integers(1, 3),

@@ -13,6 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "grounded_sam"
 #: Rooms from the ground up. A module may import from its own room and from those below.
 FLOORS = (
     ("errors", "hydra_state"),
+    ("output",),
     ("files", "checks"),
     ("media", "weights"),
     ("acceleration",),

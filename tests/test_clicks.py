@@ -108,6 +108,54 @@ def test_a_click_on_a_shape_gives_its_mask(scenes):
     assert (detections.mask[0] & truth).sum() / (detections.mask[0] | truth).sum() > 0.5
 
 
+def test_clicks_that_no_frame_takes_are_named_with_the_reason(tmp_path):
+    from fakes import ByLevel, Levels
+
+    from grounded_sam.pipeline.runner import Runner
+    from grounded_sam.structures.results import FrameResult
+
+    class Source:
+        """Frames 2, 4 and 6 of a video, or three images."""
+
+        def __init__(self, video):
+            self.video, self.skipped = video, []
+
+        def __len__(self):
+            return 3
+
+        def __iter__(self):
+            for i in (2, 4, 6):
+                pixels = np.full((20, 20, 3), 90, np.uint8)
+                yield Frame(pixels=pixels, index=i, name=f"v.mp4/{i:06d}", video=self.video, time_s=i / 10)
+
+    entries = [
+        {"class": "a", "points": [[3, 4]], "frame": frame, "image": image}
+        for frame, image in [(None, None), (4, None), (None, "000006"), (400, None), (3, None), (None, "nix")]
+    ]
+    expected = {
+        "track.clicks[3]": "frame 400 is after the last one, 6",
+        "track.clicks[4]": "frame 3 was not processed; see source.start and source.stride",
+        "track.clicks[5]": "none is named 'nix'",
+    }
+
+    def run(video, name):
+        pipeline = Pipeline(Levels(), tracker=ByLevel())
+        request = pipeline.request(clicks=entries)
+        return Runner(pipeline, Source(video), [], tmp_path / name, request).run()
+
+    skipped = {s.file: s.reason for s in run("v.mp4", "video").skipped}
+    assert set(skipped) == set(expected)
+    assert all(part in skipped[name] for name, part in expected.items())
+    assert {e["file"] for e in json.loads((tmp_path / "video" / "skipped.json").read_text())} == set(expected)
+    images = run(None, "images").skipped
+    assert len(images) == len(entries) and all("detector=clicks" in s.reason for s in images)
+
+    pipeline = Pipeline(Levels(), tracker=ByLevel())
+    with pytest.warns(UserWarning, match="frame 400 is after"):
+        results = list(pipeline.track(list(Source("v.mp4")), clicks=entries))
+    assert all(isinstance(result, FrameResult) for result in results)
+
+
 def test_entries_of_one_object_and_frame_are_one_prompt():
     yes = {"class": "cup", "points": [[30, 40]], "object": 7, "frame": 0}
     no = {"class": "cup", "points": [[90, 20]], "labels": [0], "object": 7, "frame": 0}

@@ -66,7 +66,7 @@ def test_each_detector_gets_batches_of_its_own_size():
     assert (a.calls, b.calls) == ([1, 1, 1], [3])
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     st.lists(
         st.tuples(*[st.integers(0, 45)] * 2, *[st.integers(50, 100)] * 2, st.floats(0.05, 1), st.integers(0, 2)),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import grounding_dino, tokenizer
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
@@ -200,7 +200,6 @@ phrase = st.text(st.characters(categories=["L", "N", "P", "Zs"]), min_size=1, ma
 )
 
 
-@settings(deadline=None)
 @given(
     st.lists(phrase, min_size=1, max_size=40, unique_by=lambda p: "".join(c for c in p.casefold() if c.isalnum())),
     st.integers(48, 256),
@@ -266,3 +265,13 @@ def test_damaged_and_incomplete_checkpoints_are_refused(tmp_path):
     file.write_bytes(file.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="cannot load"):
         GroundingDino(str(folder))
+
+
+def test_words_that_the_tokenizer_does_not_know_are_named_and_the_advice_works(shapes, tmp_path):
+    image = np.full((64, 64, 3), 128, np.uint8)
+    for text in (["red 汽车"], ["red circle", "мяч"], {"thing": ["circle", "汽车"]}):
+        with pytest.raises(VocabularyError, match="does not know '(汽车|мяч)'.*: english words'"):
+            shapes.detect(image, text)
+    (tmp_path / "classes.yaml").write_text("汽车: red circle\n", encoding="utf-8")
+    assert shapes.detect(image, str(tmp_path / "classes.yaml")) is not None
+    shapes.detect(image, ["traffic_light", "driver's red-circle", "café 2"])  # signs and accents are no words

@@ -18,9 +18,10 @@ from PIL import Image, PngImagePlugin
 from grounded_sam import ConfigError, ImageError
 from grounded_sam.formats.labels import read_ground_truth
 from grounded_sam.formats.store_runs import file_digest
-from grounded_sam.media.files import find_files
+from grounded_sam.media.containers import CONTAINERS, redirect_target
+from grounded_sam.media.files import VIDEO_SUFFIXES, find_files
 from grounded_sam.media.images import displayed_size, read_image, read_label_map
-from grounded_sam.media.video import VideoDecoder, redirect_target
+from grounded_sam.media.video import VideoDecoder
 from grounded_sam.sources.auto import AutoSource
 
 XML = (
@@ -121,6 +122,18 @@ def clip(tmp_path) -> Path:
             container.mux(stream.encode(picture.reformat(format="yuv420p")))
         container.mux(stream.encode())
     return tmp_path / "real.mp4"
+
+
+def test_the_formats_of_all_suffixes_of_videos_are_opened():
+    import av
+
+    allowed = set(CONTAINERS.split(","))
+    assert not allowed & {"concat", "hls", "dash", "sdp", "image2", "image2pipe", "tee", "lavfi"}
+    for name in av.formats_available:
+        with suppress(ValueError):  # a format that is only written
+            container = av.ContainerFormat(name, "r")
+            if VIDEO_SUFFIXES & {f".{extension}" for extension in container.extensions}:
+                assert set(container.name.split(",")) & allowed, name
 
 
 PLAYLISTS = {

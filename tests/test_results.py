@@ -257,7 +257,7 @@ def test_text_contrasts_with_its_background(name):
     assert np.ptp(brightness) > 90
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_no_label_covers_another_where_there_is_room(data):
     count = data.draw(st.integers(1, 25))

@@ -28,7 +28,7 @@ from grounded_sam.shapes.scenes import (
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(st.integers(0, 10**6))
 def test_scenes_match_their_description(seed):
     scene = make_scene(np.random.default_rng(seed))

@@ -177,7 +177,7 @@ def test_equal_names_get_different_paths():
         "a.png",
         "a.jpg.png",
         "A-2.PNG".replace(".PNG", ".png"),
-        "a-3.png",
+        "%2E%2E/a.png",
         "etc/a.png",
     ]
 
@@ -283,3 +283,23 @@ def test_davis_and_mots_maps_have_track_ids(tmp_path):
 def test_track_formats_need_tracks(tmp_path, kind, keys):
     with pytest.raises(ConfigError, match="needs tracks"), kind(tmp_path, CLASSES, **keys) as sink:
         sink.write(make_result())
+
+
+def test_a_part_of_a_split_that_stays_empty_is_named_and_the_seed_fills_it():
+    from grounded_sam.sinks.splits import Splits
+    from grounded_sam.structures.frame import Frame
+
+    frames = [Frame(pixels=np.zeros((4, 4, 3), np.uint8), name=f"{i}.png") for i in range(6)]
+    ratios = {"train": 0.9, "val": 0.1, "unused": 0.0}
+
+    def split(seed, images=frames):
+        splits = Splits(ratios, seed)
+        return {splits(frame) for frame in images}, splits.skipped()
+
+    seed = next(seed for seed in range(100) if split(seed)[0] == {"train"})
+    ((skipped,), used) = (split(seed)[1], split(seed)[0])
+    assert used == {"train"} and skipped.file == "split val"
+    better = int(skipped.reason.rpartition("seed=")[2].split()[0])
+    assert split(better) == ({"train", "val"}, [])
+    assert "too few images" in split(0, frames[:1])[1][0].reason
+    assert split(0, [])[1] == []

@@ -55,7 +55,7 @@ OBJECTS = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(OBJECTS, st.integers(150, 260), st.sampled_from([0.2, 0.35, 0.5]), st.booleans())
 def test_every_object_is_detected_whole_and_once(rows, size, overlap, whole):
     """This includes objects that no tile contains whole."""

@@ -226,7 +226,7 @@ def test_ids_that_a_click_has_used_are_not_given_to_others():
 boxes = st.tuples(st.integers(0, 45), st.integers(0, 25), st.floats(0, 1, width=32), st.integers(0, 1))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.lists(boxes, max_size=5), max_size=6), st.booleans(), st.data())
 def test_an_id_is_one_object_and_is_never_reused(keyframes, class_agnostic, data):
     tracks = TrackManager(TrackSettings(class_agnostic=class_agnostic, max_lost_frames=1, max_objects=4))

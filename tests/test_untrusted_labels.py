@@ -53,26 +53,25 @@ def uses(content: dict) -> int:
 
 
 @given(st.sampled_from(sorted({*coco()["images"][0], *coco()["annotations"][0], "score", "track_id", "area"})), values)
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_value_in_a_coco_file_is_used_or_named(key, value):
     uses(coco(**{key: value}))
 
 
 @given(st.lists(st.lists(numbers, max_size=12), max_size=3), st.lists(numbers, max_size=5))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_polygon_and_box_is_used_or_named(polygons, box):
     uses(coco(segmentation=polygons, bbox=box))
 
 
 @given(st.one_of(values, st.lists(values, max_size=2)), st.one_of(values, st.text("0123o?PO1", max_size=12)))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_rle_is_used_or_named(size, counts):
     uses(coco(segmentation={"size": size, "counts": counts}))
     uses(coco(segmentation={"size": [30, 40], "counts": counts}))
 
 
 @given(st.lists(st.tuples(st.integers(-400, 400), st.integers(-400, 400)), min_size=3, max_size=8))
-@settings(deadline=None)
 def test_cutting_a_polygon_keeps_its_mask(points):
     polygons = [[float(value) for point in points for value in point]]
     cut = cut_polygons(polygons, (30, 40))
@@ -154,13 +153,13 @@ def decodes(path: Path, content: dict) -> None:
 
 
 @given(st.sampled_from(["width", "height", "file_names", "id", "track_id", "video_id", "segmentations"]), values)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_value_in_a_youtube_vis_file_is_used_or_named(tmp_path_factory, key, value):
     decodes(tmp_path_factory.getbasetemp() / "y.json", youtube_vis(**{key: value}))
 
 
 @given(st.sampled_from(["size", "counts", "masklet_id", "video_frame_count", "video_id"]), values)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_value_in_an_sa_v_file_is_used_or_named(tmp_path_factory, key, value):
     rle = {"size": [30, 40], "counts": "T3b01O10O1O01000000O0100000O1N00i0"}
     content = {"masklet": [[rle]], "masklet_id": [1], "video_frame_count": 1}

@@ -6,6 +6,7 @@ import functools
 import http.server
 import itertools
 import threading
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -15,6 +16,7 @@ from PIL import Image
 from grounded_sam import ConfigError, ImageError
 from grounded_sam.media.mp4 import Mp4Writer
 from grounded_sam.media.prefetch import prefetch
+from grounded_sam.media.video_pixels import VideoLook, read_look
 from grounded_sam.pipeline.runner import Runner
 from grounded_sam.sources.auto import AutoSource
 from grounded_sam.sources.video import VideoSource
@@ -133,8 +135,9 @@ def test_times_of_a_variable_frame_rate_are_kept(data):
 
 def test_frames_of_another_size_and_damaged_ones_are_left_out(data):
     video = VideoSource(data / "malformed" / "frames_mixed")
-    assert [frame.name for frame in video] == ["1.jpg", "2.jpg", "10.jpg", "13.JPG", "frame_12.jpg"]
-    reasons = {skipped.file: skipped.reason for skipped in video.skipped}
+    names = ["1.jpg", "2.jpg", "10.jpg", "13.JPG", "frame_12.jpg"]
+    assert [frame.name for frame in video] == [f"frames_mixed/{name}" for name in names]
+    reasons = {skipped.file.removeprefix("frames_mixed/"): skipped.reason for skipped in video.skipped}
     assert "120x67" in reasons["11.jpg"] and "damaged" in reasons["14.jpg"]
 
 
@@ -142,7 +145,7 @@ def test_a_glob_of_frames_is_read_in_natural_order(tmp_path):
     for i in (10, 2, 1):
         Image.fromarray(np.full((20, 20, 3), i, np.uint8)).save(tmp_path / f"f{i}.png")
     frames = list(VideoSource(f"{tmp_path}/f*.png", fps=2))
-    assert [frame.name for frame in frames] == ["f1.png", "f2.png", "f10.png"]
+    assert [frame.name for frame in frames] == [f"{tmp_path.name}/{name}" for name in ("f1.png", "f2.png", "f10.png")]
     assert [frame.time_s for frame in frames] == [0, 0.5, 1.0]
 
 
@@ -282,3 +285,178 @@ def test_an_annotated_video_has_the_length_and_sound_of_its_source(loud, tmp_pat
 def test_a_missing_camera_gives_an_error_with_its_index():
     with pytest.raises(ImageError, match="camera 97 cannot be opened"):
         next(iter(VideoSource(97)))
+
+
+def moving(count=30, size_wh=(64, 48)):
+    """Return frames with a red square in the upper left quarter, which moves to the right."""
+    frames = np.full((count, size_wh[1], size_wh[0], 3), 128, np.uint8)
+    for i, frame in enumerate(frames):
+        frame[4:16, 4 + i % 16 : 16 + i % 16] = (220, 40, 40)
+    return frames
+
+
+def write_clip(path, codec="libx264", frames=None, pix_fmt="yuv420p", sound=None, metadata=(), **settings):
+    """Write a video at 25 frames per second; `settings` are those of the codec context."""
+    with av.open(str(path), "w") as out:
+        stream = out.add_stream(codec, rate=25)
+        frames = moving() if frames is None else frames
+        stream.height, stream.width, stream.pix_fmt = frames[0].shape[0], frames[0].shape[1], pix_fmt
+        stream.metadata.update(metadata)
+        for key, value in settings.items():
+            setattr(stream.codec_context, key, value)
+        audio = None if sound is None else out.add_stream(sound, rate=8000, layout="mono")
+        for image in frames:
+            layout = "rgba" if image.shape[2] == 4 else "rgb24"
+            out.mux(stream.encode(av.VideoFrame.from_ndarray(image, format=layout)))
+        out.mux(stream.encode())
+        if audio is not None:
+            tone = (np.sin(np.arange(8000 * len(frames) // 25) / 3) * 9000).astype(np.int16)
+            samples = av.AudioFrame.from_ndarray(tone[None], format="s16", layout="mono")
+            samples.rate, samples.pts = 8000, 0
+            resampler = av.AudioResampler(audio.codec_context.format, "mono", 8000, audio.codec_context.frame_size or 0)
+            for part in [*resampler.resample(samples), *resampler.resample(None), None]:
+                out.mux(audio.encode(part))
+    return path
+
+
+CONTAINERS = [
+    ("mts", "libx264"), ("m2ts", "libx264"), ("ts", "libx264"), ("3gp", "libx264"), ("flv", "libx264"),
+    ("wmv", "wmv2"), ("vob", "mpeg2video"), ("mxf", "mpeg2video"), ("mkv", "libx264"), ("webm", "libvpx-vp9"),
+    ("avi", "libx264"), ("mov", "libx264"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("suffix", "codec"), CONTAINERS)
+def test_videos_of_all_suffixes_are_found_whole_with_times_that_rise(tmp_path, suffix, codec):
+    clip = write_clip(tmp_path / f"a.{suffix}", codec)
+    source = AutoSource(tmp_path)
+    frames = list(source)
+    assert [frame.name for frame in frames] == [f"a.{suffix}/{i:06d}" for i in range(30)]
+    assert [frame.time_s for frame in frames] == pytest.approx([i / 25 for i in range(30)], abs=0.002)
+    assert source.skipped == [], clip
+
+
+@pytest.mark.parametrize(("suffix", "codec"), [c for c in CONTAINERS if c[0] in {"mkv", "webm", "ts", "m2ts", "wmv"}])
+@pytest.mark.parametrize("percent", [40, 70, 93])
+def test_files_cut_short_are_named(tmp_path, suffix, codec, percent):
+    path = write_clip(tmp_path / f"a.{suffix}", codec)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * percent // 100])
+    source = AutoSource(path)
+    try:
+        list(source)
+    except ImageError:  # not a single frame is left
+        return
+    assert [(s.file, "truncated or damaged" in s.reason) for s in source.skipped] == [(f"a.{suffix}", True)]
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "pix_fmt", "metadata"),
+    [
+        ("a.mov", "prores_ks", "yuva444p10le", {}),
+        ("a.mov", "qtrle", "argb", {}),
+        ("a.mkv", "ffv1", "bgra", {}),
+        ("a.webm", "libvpx-vp9", "yuva420p", {"alpha_mode": "1"}),
+    ],
+)
+def test_transparent_videos_are_composited_over_white(tmp_path, name, codec, pix_fmt, metadata):
+    rgba = np.dstack([moving(1)[0], np.full((48, 64), 255, np.uint8)])
+    rgba[:, 40:, 3] = 0
+    write_clip(tmp_path / name, codec, [rgba] * 3, pix_fmt, metadata=metadata)
+    image = next(iter(VideoSource(tmp_path / name))).image.astype(int)
+    assert np.abs(image[:, 46:] - 255).max() < 6
+    assert np.abs(image[24:, :34] - 128).max() < 6
+
+
+def test_the_display_matrix_turns_and_mirrors_as_ffmpeg_does():
+    from grounded_sam.media.video_pixels import turn_upright
+
+    image = np.arange(6, dtype=np.uint8).reshape(2, 3, 1)
+    for quarter in range(4):  # counter-clockwise
+        angle = np.deg2rad(90 * quarter)
+        turn = np.round([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]]).astype(int)
+        assert np.array_equal(turn_upright(image, turn), np.rot90(image, quarter))
+        mirrored = np.array([[-1, 0], [0, 1]]) @ turn
+        assert np.array_equal(turn_upright(image, mirrored), np.rot90(image, quarter)[:, ::-1])
+
+
+def annotate(path, output):
+    """Annotate a video with nothing on it; return its stream and the summary of the run."""
+    from fakes import Halves
+
+    from grounded_sam import Pipeline, Vocabulary
+    from grounded_sam.sinks.overlay import OverlaySink
+
+    vocabulary = Vocabulary.parse(["a", "b"])
+    sink = OverlaySink(output, vocabulary, masks=False, boxes=False, labels=False, sound_from="input", crf=5)
+    summary = Runner(Pipeline(Halves(), vocabulary=vocabulary), AutoSource(path), [sink], output).run()
+    return sorted((output / "overlay").rglob("*.mp4")), summary
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        VideoLook(None, matrix=1, primaries=1, transfer=1),
+        VideoLook(Fraction(64, 45), matrix=6, primaries=6, transfer=6),
+        VideoLook(None, matrix=9, primaries=9, transfer=1, is_full_range=True),
+        VideoLook(None, matrix=2, primaries=2, transfer=2),
+    ],
+)
+def test_annotated_videos_look_as_their_source(tmp_path, look):
+    source, copy = tmp_path / "a.mp4", tmp_path / "copy.mp4"
+    settings = {
+        "colorspace": look.matrix, "color_primaries": look.primaries, "color_trc": look.transfer,
+        "color_range": 2 if look.is_full_range else 1,
+    }  # fmt: skip
+    if look.pixel_aspect:
+        settings["sample_aspect_ratio"] = look.pixel_aspect
+    write_clip(source, frames=moving(5), pix_fmt="yuv444p", **settings)
+    assert read_look(source) == look
+    video = Mp4Writer(copy, look=look, crf=5)
+    frames = [frame.image.astype(int) for frame in VideoSource(source)]
+    for i, frame in enumerate(frames):
+        video.write(frame.astype(np.uint8), i / 25)
+    video.close()
+    assert read_look(copy) == look
+    written = next(iter(VideoSource(copy))).image.astype(int)
+    assert np.abs(written - frames[0])[20:].max() <= 4  # below the square, where chroma is constant
+
+
+@pytest.mark.parametrize(
+    ("name", "sound"),
+    [("a.avi", "pcm_alaw"), ("a.mov", "pcm_s16le"), ("a.mkv", "libopus"), ("a.mkv", "aac"), ("a.mkv", "flac")],
+)
+def test_sound_of_all_codecs_is_in_the_annotated_video(tmp_path, name, sound):
+    clip = write_clip(tmp_path / "in" / name if (tmp_path / "in").mkdir() is None else None, sound=sound)
+    (tmp_path / "list.txt").write_text(f"in/{name}\n")
+    for i, given in enumerate([clip, clip.parent, f"{clip.parent}/*", tmp_path / "list.txt"]):
+        (video,), summary = annotate(given, tmp_path / f"out{i}")
+        with av.open(str(video)) as container:
+            seconds = sum(frame.samples / frame.sample_rate for frame in container.decode(audio=0))
+        assert seconds == pytest.approx(1.2, abs=0.15)
+        assert summary.skipped == []
+
+
+def test_sound_that_is_missing_is_named(tmp_path):
+    from grounded_sam import Vocabulary
+    from grounded_sam.sinks.overlay import OverlaySink
+
+    vocabulary = Vocabulary.parse(["a"])
+    with pytest.raises(ConfigError, match="no such file or folder; input takes"):
+        OverlaySink(tmp_path, vocabulary, sound_from=str(tmp_path / "nothing"))
+    (tmp_path / "sounds").mkdir()
+    reasons = []
+    video = Mp4Writer(tmp_path / "x.mp4", sound_from=str(tmp_path / "bad.mp4"), report=reasons.append)
+    assert not reasons  # there is no such file
+    video.close()
+    (tmp_path / "bad.mp4").write_bytes(b"nothing")
+    Mp4Writer(tmp_path / "x.mp4", sound_from=str(tmp_path / "bad.mp4"), report=reasons.append).close()
+    assert len(reasons) == 1 and "sink.overlay.sound_from=FILE" in reasons[0]
+
+
+def test_a_text_that_is_not_utf8_and_a_codec_without_decoder_end_no_run(tmp_path):
+    path = write_clip(tmp_path / "a.mkv", frames=moving(3), metadata={"title": "TITLE"})
+    path.write_bytes(path.read_bytes().replace(b"TITLE", b"\xff\xfe\xff\xfe\xff"))
+    assert len(list(VideoSource(path))) == 3
+    path.write_bytes(path.read_bytes().replace(b"V_MPEG4/ISO/AVC", b"V_MPEG4/ISO/XXX"))
+    with pytest.raises(ImageError, match="no decoder for its codec"):
+        list(VideoSource(path))

@@ -154,7 +154,7 @@ def draw_square(square):
     return mask
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(SQUARES, SQUARES)
 def test_trackeval_computes_the_same_j_and_f(ground_truth, tracks):
     trackeval = pytest.importorskip("trackeval.metrics")

@@ -15,7 +15,7 @@ class ModelOptions:
     """Where and how a model runs.
 
     Attributes:
-        device: `auto`, `cpu`, `cuda`, `cuda:1`...
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`...
         precision: `exact` with patches that do not change results; `balanced` and `fast` with more bfloat16.
         compile: Compile the image encoder with `torch.compile`; pays off with many images.
         backend: What runs the image backbone on a CPU: `torch`, `openvino` or `onnxruntime` (extras).

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import json
 import os
-import resource
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import chdir, nullcontext
+from dataclasses import replace
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grounded_sam.cli.next_step import next_step
 from grounded_sam.config.compose import explain
 from grounded_sam.config.hydra import conf_dir
+from grounded_sam.config.saved import save_config, unresolved
+from grounded_sam.config.secrets import hide_in_overrides
 from grounded_sam.config.words import read_words
-from grounded_sam.errors import GroundedSamError, count_of, describe_error
-from grounded_sam.files import atomic_write
+from grounded_sam.errors import GroundedSamError, count_of, describe_error, redact
+from grounded_sam.files import atomic_write_text
 from grounded_sam.hydra_state import in_sweep
+from grounded_sam.output.claim import check_output, claim
+from grounded_sam.output.sweep import Sweep
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -35,6 +42,8 @@ _reusable_stages: dict[str, tuple[Any, Any]] = {}
 def run(cfg: DictConfig) -> float | None:
     """Run one job: build the stages, process the input, and print a summary.
 
+    Paths are relative to the folder in which the command was started, also with `hydra.job.chdir=true`.
+
     Returns:
         The metric that a sweep maximizes, if a sink measures one. A job of a sweep that fails prints its error, writes
         it to its `run.json` and returns None, so that the other jobs go on.
@@ -42,39 +51,59 @@ def run(cfg: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
 
     hydra_cfg = HydraConfig.get()
-    output = Path(hydra_cfg.runtime.output_dir)
-    sweep = Path(hydra_cfg.sweep.dir) if in_sweep() else None
-    record: dict[str, Any] = {"overrides": list(hydra_cfg.overrides.task)}
+    overrides = unresolved(hydra_cfg.overrides.task)
+    with chdir(hydra_cfg.runtime.cwd) if hydra_cfg.job.chdir else nullcontext():
+        output, sweep, entry = output_folder(cfg, hydra_cfg), None, None
+        try:
+            if in_sweep():
+                sweep = Sweep.last(Path(hydra_cfg.sweep.dir)) or Sweep.start(Path(hydra_cfg.sweep.dir))
+                entry = sweep.entry(hydra_cfg.job.num, output, overrides)
+                sweep.register(entry)
+            with claim(output):
+                check_output(output / "run.json")
+                save_config(cfg, hydra_cfg, output / ".hydra")
+                return _run_job(cfg, output, sweep, overrides)
+        except (GroundedSamError, OSError) as error:  # the output cannot be used
+            if DEBUG:
+                raise
+            if sweep is None or entry is None:
+                sys.exit(f"grounded-sam: {redact(str(error))}")  # not raised, since Hydra would print a line of its own
+            sweep.write(replace(entry, error=redact(str(error))))
+            print(f"grounded-sam: job {entry.folder}: {redact(str(error))}", file=sys.stderr)
+            return None
+
+
+def _run_job(cfg: DictConfig, output: Path, sweep: Sweep | None, overrides: list[str]) -> float | None:
+    """Run a job in its claimed output; see `run`."""
+    from hydra.core.hydra_config import HydraConfig
+
+    runtime = HydraConfig.get().runtime
+    base = Path(runtime.output_dir)  # which has the store of shards
+    record: dict[str, Any] = {"overrides": overrides, "sweep": None if sweep is None else sweep.id}
     value: float | None = None
     summary: Summary | None = None
     sinks: Sequence[Sink] = ()
     try:
         summary, sinks = _process(cfg, output, sweep, record)
         record["value"] = value = measured_value(sinks)  # last, since the metric may not exist
-    except (GroundedSamError, OSError) as error:
-        if DEBUG:
+    except Exception as error:
+        reason = _reason(error, overrides)
+        if DEBUG or (sweep is None and reason is None):
             raise
         if sweep is None:
             if summary is not None:
                 print_summary(summary, output)
-            sys.exit(f"grounded-sam: {error}")  # not raised, since Hydra would print a line of its own
-        record["error"] = str(error)
-        print(f"grounded-sam: job {hydra_cfg.job.num}: {error}", file=sys.stderr)
-    except Exception as error:  # one job of a sweep does not end the others
-        if DEBUG or sweep is None:
-            raise
-        record["error"] = describe_error(error)
-        print(
-            f"grounded-sam: job {hydra_cfg.job.num}: {describe_error(error)}; GROUNDED_SAM_DEBUG=1 shows the traceback",
-            file=sys.stderr,
-        )
-    record["peak_mib"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    with atomic_write(output / "run.json") as path:
-        path.write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
+            sys.exit(f"grounded-sam: {reason}")  # not raised, since Hydra would print a line of its own
+        hint = "" if reason else "; GROUNDED_SAM_DEBUG=1 shows the traceback"
+        record["error"] = reason or describe_error(error)
+        name = sweep.entry(0, output, ()).folder  # as in the report
+        print(f"grounded-sam: job {name}: {record['error']}{hint}", file=sys.stderr)
+    record["peak_mib"] = peak_mib()
+    atomic_write_text(output / "run.json", json.dumps(record, ensure_ascii=False, indent=1))
     if summary is not None:
         print_summary(summary, output)
-        sources = {source.provider: source.path for source in hydra_cfg.runtime.config_sources}
-        line = next_step(record["overrides"], summary, sinks, output, sources.get("command-line"))
+        sources = {source.provider: source.path for source in runtime.config_sources}
+        line = next_step(overrides, summary, sinks, base, sources.get("command-line"))
         if sweep is None and line is not None:
             print(line)
         if summary.interrupted:
@@ -82,24 +111,56 @@ def run(cfg: DictConfig) -> float | None:
     return value
 
 
+def peak_mib() -> float | None:
+    """Return the peak memory of this process in MiB; None where the system does not tell, as on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes, Linux KiB
+
+
+def output_folder(cfg: DictConfig, hydra_cfg: DictConfig) -> Path:
+    """Return the folder of a job; shards that are started by hand with the same output each have one in it."""
+    from omegaconf import OmegaConf
+
+    output = Path(hydra_cfg.runtime.output_dir)
+    if (OmegaConf.select(cfg, "source.num_shards") or 1) > 1 and not in_sweep():
+        return output / str(cfg.source.shard)
+    return output
+
+
+def _reason(error: Exception, overrides: list[str]) -> str | None:
+    """Return the message of an error that a user can fix; None for any other."""
+    from omegaconf.errors import OmegaConfBaseException
+
+    if isinstance(error, OmegaConfBaseException):
+        return redact(explain(error, overrides))
+    return redact(str(error)) if isinstance(error, GroundedSamError | OSError) else None
+
+
 def _process(
-    cfg: DictConfig, output: Path, sweep: Path | None, record: dict[str, Any]
+    cfg: DictConfig, output: Path, sweep: Sweep | None, record: dict[str, Any]
 ) -> tuple[Summary, Sequence[Sink]]:
     """Build everything and run it; add costs to `record`."""
     from grounded_sam.config.build import build, build_sinks, build_source, share_predictions
+    from grounded_sam.formats.output_classes import OutputClasses
     from grounded_sam.pipeline.prediction_cache import CachedStages
     from grounded_sam.pipeline.runner import Runner
-    from grounded_sam.structures.protocols import HasVocabulary
+    from grounded_sam.structures.protocols import HasVocabulary, Measures
 
     source = build_source(cfg)
     pipeline = build(cfg, None if sweep is None else _reusable_stages)
     if pipeline.vocabulary is None and isinstance(source, HasVocabulary):
         pipeline.vocabulary = source.vocabulary
     request = pipeline.request()
-    sinks = build_sinks(cfg, output, request.classes)
+    classes = OutputClasses(output, request.classes)
+    sinks = build_sinks(cfg, output, request.classes, classes)
     if sweep is not None:
-        share_predictions(cfg, pipeline, request.classes, sweep)
-    summary = Runner(pipeline, source, sinks, output, request).run()
+        share_predictions(cfg, pipeline, request.classes, sweep.predictions)
+    summary = Runner(pipeline, source, sinks, output, request, classes).run()
+    record["measured"] = any(isinstance(sink, Measures) for sink in sinks)
     stages = pipeline.stages
     results, boxes = (stages.results, stages.boxes) if isinstance(stages, CachedStages) else (None, None)
     record |= {"images": summary.images, "seconds": dict(pipeline.seconds)}
@@ -122,9 +183,17 @@ def print_summary(summary: Summary, output: Path) -> None:
     console.print(summary_line(summary), markup=False)
     for line in summary.outputs:
         console.print(f"  {line}", markup=False)
+    if summary.removed:
+        files = count_of(summary.removed, "file")
+        console.print(f"  removed {files} of an earlier run that this one did not write again: {output}", markup=False)
+    if summary.kept:
+        files = count_of(len(summary.kept), "file")
+        console.print(
+            f"  kept {files} of an earlier run, changed since or copies of images, such as {summary.kept[0]}",
+            markup=False,
+        )
     if summary.skipped:
-        files = count_of(len(summary.skipped), "file")
-        console.print(f"Skipped {files} (also listed in {output / 'skipped.json'}):", markup=False)
+        console.print(f"Skipped, in whole or in part (also listed in {output / 'skipped.json'}):", markup=False)
         for skipped in summary.skipped:
             console.print(f"  {skipped.file}: {skipped.reason}", markup=False)
 
@@ -148,6 +217,8 @@ def summary_line(summary: Summary) -> str:
 
 def main() -> None:
     """Run the command: Hydra composes the config, and a user's mistake ends with one line and exit code 1."""
+    if isinstance(sys.stdout, TextIOWrapper):  # a console of Windows may lack letters of names
+        sys.stdout.reconfigure(errors="backslashreplace")
     if sys.argv[1:] in (["--help"], ["-h"]):  # composing the same text takes Hydra longer than everything else
         print((Path(__file__).parent / "help.txt").read_text(encoding="utf-8"), end="")
         return
@@ -165,15 +236,16 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that errors reach this function instead of being printed by Hydra
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))  # for user-defined stages; last, so that they shadow no package
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does: what was written stays usable
     GlobalHydra.instance().clear()  # `import sam2` may have initialized it
     try:
-        sys.argv[1:] = read_words(sys.argv[1:])
+        sys.argv[1:] = hide_in_overrides(read_words(sys.argv[1:]))
         hydra.main(config_path=str(conf_dir()), config_name="config", version_base="1.3")(run)()
     except (GroundedSamError, HydraException, OmegaConfBaseException, OSError, ValueError) as error:
         composing = isinstance(error, HydraException | OmegaConfBaseException) or "Config group" in str(error)
         if DEBUG or (isinstance(error, ValueError) and not composing and not isinstance(error, GroundedSamError)):
             raise
-        sys.exit(f"grounded-sam: {explain(error, sys.argv[1:]) if composing else error}")
+        sys.exit(f"grounded-sam: {redact(explain(error, sys.argv[1:]) if composing else str(error))}")
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from grounded_sam.config.secrets import VARIABLE
+
 if TYPE_CHECKING:
     from grounded_sam.pipeline.runner import Summary
     from grounded_sam.structures.protocols import Sink
@@ -29,6 +31,8 @@ def next_step(
     """
     from grounded_sam.structures.protocols import Measures, ResultStore
 
+    if any(VARIABLE in override for override in overrides):  # the command would lack a secret
+        return None
     flags = [] if config_dir is None else ["--config-dir", config_dir]
     given = dict(override.split("=", 1) for override in overrides if "=" in override)
     if summary.interrupted or ({"source", "detector"} & set(given) and not summary.images):

@@ -10,11 +10,12 @@ import csv
 import html
 import io
 import json
+import os
 import re
 import shlex
-import shutil
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,12 @@ from typing import Any
 from hydra.experimental.callback import Callback
 
 from grounded_sam.config.compose import GROUPS
+from grounded_sam.config.saved import unresolved
+from grounded_sam.config.secrets import VARIABLE
 from grounded_sam.errors import ConfigError
 from grounded_sam.files import atomic_write
+from grounded_sam.output.claim import acquire, acquired, claim, release
+from grounded_sam.output.sweep import JobEntry, Sweep
 
 #: First parts of columns that are measured, as opposed to settings.
 MEASURED = ("bbox", "segm", "davis_all_frames", "sav")
@@ -31,6 +36,10 @@ MEASURED = ("bbox", "segm", "davis_all_frames", "sav")
 INCIDENTAL = ("output", "hydra")
 #: Groups of settings that do not change what the models cost.
 FREE = ("select", "sink", "truth", "metric")
+#: Files of a report, in the folder of the sweep.
+REPORT_FILES = ("sweep.csv", "sweep.md", "sweep.png", "sweep.html", "preset/best.yaml")
+#: File that Hydra writes into the folder of a sweep.
+HYDRA_FILE = "multirun.yaml"
 
 Row = dict[str, Any]
 
@@ -64,14 +73,23 @@ class Job:
     error: str | None = None
 
     @classmethod
-    def read(cls, folder: Path) -> Job:
-        """Read the `run.json` and, if there is one, the `metrics.json` of a job."""
-        record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-        metrics = folder / "metrics.json"
+    def read(cls, folder: Path, entry: JobEntry, sweep_id: str | None) -> Job:
+        """Read the `run.json` and, if it measured something, the `metrics.json` of a job.
+
+        Args:
+            folder: Folder of the sweep.
+            entry: Where the job is.
+            sweep_id: Id of its sweep; None for sweeps of earlier versions.
+        """
+        record_file, metrics = folder / entry.folder / "run.json", folder / entry.folder / "metrics.json"
+        record = json.loads(record_file.read_text(encoding="utf-8")) if record_file.is_file() else {}
+        if entry.error is not None or not record or record.get("sweep") != sweep_id:
+            record = {"overrides": entry.overrides, "error": entry.error or "ended without a result", "measured": False}
+        has_metrics = record.get("measured", True) and metrics.is_file()
         return cls(
-            name=folder.name,
+            name=entry.folder,
             settings=dict(override.lstrip("+").split("=", 1) for override in record["overrides"] if "=" in override),
-            metrics=json.loads(metrics.read_text(encoding="utf-8")) if metrics.is_file() else {},
+            metrics=json.loads(metrics.read_text(encoding="utf-8")) if has_metrics else {},
             value=record.get("value"),
             images=record.get("images", 0),
             seconds=record.get("seconds", {}),
@@ -119,15 +137,14 @@ def read_jobs(folder: Path) -> list[Job]:
     Raises:
         ConfigError: If it contains no job.
     """
-    folders = [path for path in folder.iterdir() if (path / "run.json").is_file()] if folder.is_dir() else []
-    if not folders:
-        raise ConfigError(f"no job of a sweep in {folder}: expected folders with a run.json")
-
-    def order(path: Path) -> tuple[bool, int, str]:
-        is_number = path.name.isdecimal()
-        return not is_number, int(path.name) if is_number else 0, path.name
-
-    return [Job.read(path) for path in sorted(folders, key=order)]
+    if (sweep := Sweep.last(folder)) is not None:
+        entries = sweep.jobs()
+    else:  # of an earlier version, which numbered the folders and registered nothing
+        names = [path.parent.name for path in folder.glob("*/run.json") if path.parent.name.isdecimal()]
+        entries = [JobEntry(int(name), name, []) for name in sorted(names, key=int)]
+    if not entries:
+        raise ConfigError(f"no job of a sweep in {folder}: expected the output of a sweep (--multirun)")
+    return [Job.read(folder, entry, None if sweep is None else sweep.id) for entry in entries]
 
 
 def make_table(jobs: Sequence[Job]) -> SweepTable:
@@ -228,10 +245,14 @@ def write_report(folder: Path) -> str:
         folder: Folder of the sweep.
 
     Raises:
-        ConfigError: If it contains no job.
+        ConfigError: If it contains no job, or files of these names were not written by an earlier report.
     """
     jobs = read_jobs(folder)
-    table = make_table(jobs)
+    with claim(folder):
+        return _write_table(folder, jobs, make_table(jobs))
+
+
+def _write_table(folder: Path, jobs: Sequence[Job], table: SweepTable) -> str:
     _write_csv(folder / "sweep.csv", table)
     _write_markdown(folder / "sweep.md", table)
     files = ["sweep.csv", "sweep.md"]
@@ -373,21 +394,39 @@ class SweepReport(Callback):
     """Hydra callback of sweeps: prepares the shared predictions before the jobs, and reports after them."""
 
     def on_multirun_start(self, config: Any, **_: Any) -> None:
-        """Remove the records of an earlier sweep, and write what the jobs of this one may select."""
-        from grounded_sam.pipeline.prediction_cache import FOLDER, LoosestSelection
+        """Claim the folder of the sweep until its end, remove an earlier report, write what the jobs may select."""
+        from grounded_sam.pipeline.prediction_cache import LoosestSelection
 
-        sweep = Path(config.hydra.sweep.dir)
-        shutil.rmtree(sweep / FOLDER, ignore_errors=True)
-        for folder in sweep.glob("[0-9]*"):
-            for name in ("run.json", "metrics.json"):
-                (folder / name).unlink(missing_ok=True)
-        space = config.hydra.sweeper.get("params") or {}
-        overrides = [*config.hydra.overrides.task, *(f"{key}={value}" for key, value in space.items())]
-        LoosestSelection.from_overrides(overrides).write(sweep)
+        try:
+            claimed = acquire(Path(config.hydra.sweep.dir))
+            for name in (*REPORT_FILES, HYDRA_FILE):
+                claimed.check(claimed.folder / name)
+            for name in REPORT_FILES:  # of an earlier sweep
+                (claimed.folder / name).unlink(missing_ok=True)
+            claimed.record(claimed.folder / HYDRA_FILE, None)
+            sweep = Sweep.start(claimed.folder)
+        except (ConfigError, OSError) as error:  # Hydra would only warn, and start the jobs
+            sys.exit(f"grounded-sam: {error}")
+        _hide_in_config(config)
+        space = unresolved(config.hydra.sweeper).get("params") or {}
+        overrides = [*unresolved(config.hydra.overrides.task), *(f"{key}={value}" for key, value in space.items())]
+        LoosestSelection.from_overrides(overrides).write(sweep.predictions)
 
     def on_multirun_end(self, config: Any, **_: Any) -> None:
         """Write and print the report, if there is something to report; exit with an error if jobs failed."""
         folder = Path(config.hydra.sweep.dir)
+        with suppress(OSError):  # Hydra has written it
+            hydra_file = Path(os.path.abspath(folder / HYDRA_FILE))
+            acquired(folder).record(hydra_file, hydra_file)
+        try:
+            if (sweep := Sweep.last(folder)) is not None:
+                sweep.remove_predictions()
+            self._report(config, folder)
+        finally:
+            release(acquired(folder))
+
+    def _report(self, config: Any, folder: Path) -> None:
+        """Write and print the report, if there is something to report."""
         try:
             jobs = read_jobs(folder)
         except ConfigError:
@@ -395,17 +434,30 @@ class SweepReport(Callback):
         failed = [job for job in jobs if job.error is not None]
         if failed or any(job.metrics for job in jobs):
             print(write_report(folder))
-            if (folder / "preset" / "best.yaml").is_file():
-                print(f"To use the best settings: {shlex.join(_best_command(config, folder))}")
+            command = _best_command(config, folder)
+            if any(job.value is not None for job in jobs) and not any(VARIABLE in word for word in command):
+                print(f"To use the best settings: {shlex.join(command)}")
         if failed:
             sys.exit(
                 f"grounded-sam: {len(failed)} of {len(jobs)} jobs failed; see the errors in {folder / 'sweep.csv'}"
             )
 
 
+def _hide_in_config(config: Any) -> None:
+    """Hide the secrets in the URLs of the config of a sweep, which Hydra saves."""
+    from omegaconf import flag_override
+
+    with flag_override(config, ["readonly", "struct"], [False, False]):
+        for key, value in unresolved(config).items():
+            if key != "hydra":
+                config[key] = value
+            elif value["sweeper"].get("params"):
+                config.hydra.sweeper.params = value["sweeper"]["params"]
+
+
 def _best_command(config: Any, folder: Path) -> list[str]:
     """Return the command that uses the best settings of a sweep, for the same input."""
-    inputs = [item for item in config.hydra.overrides.task if item.startswith("input=")]
+    inputs = [item for item in unresolved(config.hydra.overrides.task) if item.startswith("input=")]
     return ["grounded-sam", "--config-dir", str(folder), "preset=best", *inputs]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import pydoc
 import re
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from grounded_sam.checks import check_choice
 from grounded_sam.config.compose import GROUPS, check_renamed, compose, renamed_key, to_override
 from grounded_sam.errors import CheckpointError, ConfigError, GroundedSamError, MissingWeightsError
+from grounded_sam.formats.output_classes import OutputClasses
 from grounded_sam.media.images import MAX_PIXELS
 from grounded_sam.media.progress import ProgressBar
 from grounded_sam.structures.protocols import (
@@ -21,6 +23,7 @@ from grounded_sam.structures.protocols import (
     DeclaresTraits,
     DetectorTraits,
     NeedsMasks,
+    NumbersClasses,
     ResultStore,
     Sink,
     Source,
@@ -34,6 +37,10 @@ if TYPE_CHECKING:
 
     from grounded_sam.pipeline.pipeline import Pipeline
     from grounded_sam.pipeline.select import Select
+
+
+#: Held while a stage is built: transformers and TorchScript cannot load models in several threads at once.
+_BUILDING = threading.RLock()
 
 
 def build_node(cfg: DictConfig, key: str, **extra: Any) -> Any:
@@ -56,8 +63,9 @@ def build_node(cfg: DictConfig, key: str, **extra: Any) -> Any:
     if target is None:
         raise ConfigError(f"{key} has no _target_, so nothing can be built from it; it is {node}")
     try:
-        # Partial, because Hydra would convert `extra` to configs.
-        return instantiate(node, _convert_="all", _partial_=True)(**extra)
+        with _BUILDING:
+            # Partial, because Hydra would convert `extra` to configs.
+            return instantiate(node, _convert_="all", _partial_=True)(**extra)
     except MissingWeightsError as error:
         raise CheckpointError(f"{error}; {_local_copy_advice(cfg, key, error.repo)}") from error
     except GroundedSamError:
@@ -268,14 +276,14 @@ def _build_or_reuse(cfg: DictConfig, key: str, reuse: dict[str, tuple[Any, Any]]
     return reuse[key][1]
 
 
-def share_predictions(cfg: DictConfig, pipeline: Pipeline, vocabulary: Vocabulary, sweep: Path) -> None:
+def share_predictions(cfg: DictConfig, pipeline: Pipeline, vocabulary: Vocabulary, folder: Path) -> None:
     """Share the predictions of a pipeline with the jobs of a sweep that run the same models with the same settings.
 
     Args:
         cfg: Config of the job.
         pipeline: Its pipeline, which is changed.
         vocabulary: Classes of the run.
-        sweep: Folder of the sweep.
+        folder: Folder of the predictions of the sweep.
     """
     from grounded_sam.detectors.stored import StoredDetector
     from grounded_sam.pipeline.images import DetectThenSegment
@@ -288,15 +296,15 @@ def share_predictions(cfg: DictConfig, pipeline: Pipeline, vocabulary: Vocabular
         return
     if stages.tiles.size is not None or stages.refine.changes:  # what is selected depends on more than thresholds
         return
-    loosest, plain = LoosestSelection.read(sweep), to_plain(cfg)
+    loosest, plain = LoosestSelection.read(folder), to_plain(cfg)
     settings = {"detector": plain["detector"], "max_side": plain["source"].get("max_side")}
     max_pixels = plain["source"].get("max_pixels", MAX_PIXELS)
     boxes = results = None
     if loosest.boxes and pipeline.segmenter is not None:
-        boxes = PredictionCache(sweep, vocabulary, {**settings, "segmenter": None}, pipeline.select, max_pixels)
+        boxes = PredictionCache(folder, vocabulary, {**settings, "segmenter": None}, pipeline.select, max_pixels)
     if loosest.results:
         settings["segmenter"] = plain["segmenter"]
-        results = PredictionCache(sweep, vocabulary, settings, pipeline.select, max_pixels)
+        results = PredictionCache(folder, vocabulary, settings, pipeline.select, max_pixels)
     if boxes is not None or results is not None:
         pipeline.stages = CachedStages(stages, results, boxes)
 
@@ -317,13 +325,17 @@ def _is_store(node: Any, name: str) -> bool:
     return isinstance(cls, type) and issubclass(cls, ResultStore)
 
 
-def build_sinks(cfg: DictConfig, output: Path, vocabulary: Vocabulary) -> list[Sink]:
+def build_sinks(
+    cfg: DictConfig, output: Path, vocabulary: Vocabulary, classes: OutputClasses | None = None
+) -> list[Sink]:
     """Build the sinks that a config describes, in its order, the store first.
 
     Args:
         cfg: The config.
         output: Folder of the run. All shards share one store, in the `output` of the sweep.
         vocabulary: Classes of the run.
+        classes: Classes of the output, to which those of the run are appended, and which the runner needs too; None to
+            number the classes as in `vocabulary`, for an output of one run.
     """
     from omegaconf import OmegaConf
 
@@ -334,11 +346,14 @@ def build_sinks(cfg: DictConfig, output: Path, vocabulary: Vocabulary) -> list[S
         folder = output
         if num_shards > 1 and stores[name]:
             folder = Path(cfg.output)
-        elif num_shards > 1 and output == Path(cfg.output):  # shards that are started by hand
-            folder = output / str(cfg.source.shard)
-        sink = build_node(cfg, f"sink.{name}", output=folder, vocabulary=vocabulary)
+        cls = _class_of(cfg.sink[name], f"sink.{name}")
+        numbers = isinstance(cls, type) and issubclass(cls, NumbersClasses)
+        words = classes.vocabulary if numbers and classes is not None else vocabulary
+        sink = build_node(cfg, f"sink.{name}", output=folder, vocabulary=words)
         if isinstance(sink, ResultStore):  # with resume=extend it may have classes that this run did not request
             vocabulary = sink.output_classes()
+            if classes is not None:
+                classes.append(vocabulary)
         sinks.append(sink)
     return sinks
 

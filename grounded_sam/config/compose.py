@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from grounded_sam.config.hydra import conf_dir
+from grounded_sam.config.secrets import VARIABLE
 from grounded_sam.config.words import SYNONYMS, check_overrides, escape_key, quoted
 from grounded_sam.errors import ConfigError
 from grounded_sam.formats.store_migrations import GROUP_KEYS, STAGE_KEYS
@@ -102,6 +103,11 @@ def explain(error: BaseException, overrides: Sequence[str] = ()) -> str:
         if (new := renamed_key(key)) is not None:
             return f"{key} was renamed to {new}"
         return f"unknown key {key!r}; {_suggest(key, overrides)}"
+    if (variable := re.search(rf"Environment variable '({VARIABLE}\d+)' not found", text)) is not None:
+        return (
+            f"this config was saved without the secret of a URL; put it into the environment variable {variable[1]}, "
+            "or give the URL again, such as input=URL"
+        )
     if "Config group override must be" in text:
         return "a stage cannot be null; to run without it set segmenter=none, tracker=none or sink=none"
     return " ".join(text.split())

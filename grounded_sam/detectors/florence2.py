@@ -34,7 +34,7 @@ class Florence2:
 
     Args:
         checkpoint: Hub id or local folder of a `Florence2ForConditionalGeneration`.
-        device: `auto`, `cpu`, `cuda`, `cuda:1`...
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`...
         dtype: Type of weights and activations: `float32`, `bfloat16` or `float16`.
         task: `detection` (open-vocabulary detection) or `grounding` (phrase grounding, with the phrase as a caption).
         beams: Beams of the search; 1 for greedy decoding.

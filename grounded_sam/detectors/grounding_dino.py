@@ -54,6 +54,27 @@ class SpecialTokens:
     stop: int
 
 
+def check_words(vocabulary: Vocabulary, tokenize: Callable[[str], list[int]], unknown: int | None) -> None:
+    """Check that the tokenizer knows every word; it would replace all others by the same token.
+
+    Args:
+        vocabulary: Classes to look for.
+        tokenize: Function from text to token ids, without special tokens.
+        unknown: Id of the token for unknown words; None if there is none.
+
+    Raises:
+        VocabularyError: If it does not know some words; the message names them.
+    """
+    phrases = [phrase for phrases in (*vocabulary.phrases, vocabulary.negatives) for phrase in phrases]
+    words = dict.fromkeys(word for phrase in phrases for word in re.findall(r"[^\W_]+", phrase))
+    strange = [word for word in words if unknown is not None and unknown in tokenize(word)]
+    if strange:
+        raise VocabularyError(
+            f"the detector's tokenizer does not know {', '.join(map(repr, strange))}; use English words, or a file "
+            f"text=classes.yaml with lines such as '{strange[0]}: english words', which keeps the name of the class"
+        )
+
+
 def write_prompts(
     vocabulary: Vocabulary, tokenize: Callable[[str], list[int]], special: SpecialTokens, limit: int
 ) -> list[Prompt]:
@@ -189,7 +210,7 @@ class GroundingDino:
 
     Args:
         checkpoint: Hub id (LLMDet's load too), local folder, or `builtin:NAME`.
-        device: `auto`, `cpu`, `cuda`, `cuda:1`...
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`...
         dtype: Type of weights and activations: `float32`, `bfloat16` or `float16`.
         phrase_score: How token probabilities become the score of a phrase: `mean`, as in the evaluation of Grounding
             DINO and MMDetection, where every word has to fit; or `max`, as in transformers' post-processing, where one
@@ -248,6 +269,7 @@ class GroundingDino:
             def tokenize(phrase: str) -> list[int]:
                 return tokenizer(phrase.lower(), add_special_tokens=False)["input_ids"]
 
+            check_words(vocabulary, tokenize, tokenizer.unk_token_id)
             limit = self.model.config.max_text_len
             self._prompts[vocabulary] = write_prompts(vocabulary, tokenize, special, limit)
         return self._prompts[vocabulary]

@@ -28,7 +28,7 @@ class OmdetTurbo:
 
     Args:
         checkpoint: Hub id or local folder.
-        device: `auto`, `cpu`, `cuda`, `cuda:1`...
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`...
         dtype: Type of weights and activations: `float32`, `bfloat16` or `float16`.
         batch_size: Images per forward pass.
 

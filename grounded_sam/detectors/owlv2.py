@@ -35,7 +35,7 @@ class Owlv2:
 
     Args:
         checkpoint: Hub id or local folder.
-        device: `auto`, `cpu`, `cuda`, `cuda:1`...
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`...
         dtype: Type of weights and activations: `float32`, `bfloat16` or `float16`.
         examples: Image examples by class, with or without text: an image, or a box in one, such as
             `{cup: [cup.jpg, {image: table.jpg, box: [40, 60, 90, 300]}]}`.

@@ -48,7 +48,7 @@ class Sam3:
 
     Args:
         checkpoint: Hub id or local folder of a `Sam3Model`.
-        device: `auto`, `cpu`, `cuda`, `cuda:1`...
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`...
         dtype: Type of weights and activations: `float32`, `bfloat16` or `float16`.
         own_masks: Return SAM 3's masks; False returns boxes, for a segmenter.
         min_score: Detections below this confidence are dropped, since each has a mask of the size of the image.

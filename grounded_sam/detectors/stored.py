@@ -12,14 +12,14 @@ from grounded_sam.errors import ConfigError
 from grounded_sam.structures.detections import empty_detections, select_rows
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.protocols import DetectorTraits
-from grounded_sam.structures.vocabulary import Vocabulary
+from grounded_sam.structures.vocabulary import Vocabulary, name_key
 
 
 class StoredDetector:
     """Return the annotations of each frame, as `source=stored`, `source=coco` and `source=tracks` provide them.
 
-    Classes are matched by name. A class that is a phrase of a requested class becomes that class, and one that is not
-    requested is dropped.
+    Classes are matched by name; where none has the same, without case and spacing. A class that is a phrase of a
+    requested class becomes that class, and one that is not requested is dropped.
 
     Args:
         masks: Whether to keep stored masks; False returns boxes, for a segmenter.
@@ -46,11 +46,13 @@ class StoredDetector:
             raise ConfigError("detector=stored needs existing detections: source=stored, source=coco or source=tracks")
         class_ids = {phrase: i for i, phrases in enumerate(vocabulary.phrases) for phrase in phrases}
         class_ids |= {name: i for i, name in enumerate(vocabulary.classes)}
+        by_key = {name_key(name): i for name, i in class_ids.items()}
         names = [str(name) for name in frame.annotations.data.get("class_name", [])]
-        detections = select_rows(frame.annotations, np.array([name in class_ids for name in names], bool))
+        found = [class_ids.get(name, by_key.get(name_key(name), -1)) for name in names]
+        detections = select_rows(frame.annotations, np.array([i >= 0 for i in found], bool))
         if not len(detections):
             return empty_detections(vocabulary)
-        ids = np.array([class_ids[name] for name in names if name in class_ids], np.int64)
+        ids = np.array([i for i in found if i >= 0], np.int64)
         data = {**detections.data, "class_name": np.array(vocabulary.classes, dtype=str)[ids]}
         if not self.masks:
             data.pop("mask_score", None)

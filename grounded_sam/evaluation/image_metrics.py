@@ -19,6 +19,7 @@ from grounded_sam.evaluation.values import check_classes, metric_value, precisio
 from grounded_sam.files import atomic_write
 from grounded_sam.formats.coco import CocoFile
 from grounded_sam.media.files import path_ends
+from grounded_sam.output.claim import check_output
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.results import FrameResult
 from grounded_sam.structures.vocabulary import Vocabulary
@@ -77,6 +78,8 @@ class ImageMetrics:
         self._worst = WorstImages(errors)
 
     def __enter__(self) -> ImageMetrics:
+        for name in ("metrics.json", "classes.yaml"):
+            check_output(self.output / name)
         return self
 
     def write(self, result: FrameResult) -> None:
@@ -103,6 +106,10 @@ class ImageMetrics:
         self._coco.add(image, detections)
         missed, false = self._matcher.add(frame.name, detections, self.ground_truth.packed_labels(image))
         self._worst.offer(result, missed, false)
+
+    def own_folder(self) -> Path:
+        """Return the folder of the images with mistakes."""
+        return self.output / "errors"
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -26,6 +26,7 @@ from grounded_sam.evaluation.values import (
 from grounded_sam.evaluation.video_scores import VideoScores, has_trackeval, mean_scores, trackeval_metrics
 from grounded_sam.files import atomic_write
 from grounded_sam.formats.video_masks import FrameKey, LabelledVideo, LabelledVideos, Mask
+from grounded_sam.output.claim import check_output
 from grounded_sam.structures.detections import select_rows
 from grounded_sam.structures.masks import masks_to_xyxy
 from grounded_sam.structures.results import FrameResult
@@ -86,6 +87,7 @@ class VideoMetrics:
         self._worst = WorstImages(errors)
 
     def __enter__(self) -> VideoMetrics:
+        check_output(self.output / "metrics.json")
         return self
 
     def write(self, result: FrameResult) -> None:
@@ -167,6 +169,10 @@ class VideoMetrics:
             data={"class_name": np.array([names[i] for i in missed], dtype=str)},
         )
         self._worst.offer(result, missed_labels, select_rows(result.detections, [rows[i] for i in false]))
+
+    def own_folder(self) -> Path:
+        """Return the folder of the images with mistakes."""
+        return self.output / "errors"
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

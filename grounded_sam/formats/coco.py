@@ -26,10 +26,16 @@ from grounded_sam.media.images import MAX_PIXELS
 from grounded_sam.structures.detections import empty_detections, make_detections
 from grounded_sam.structures.documents import is_text, read_json
 from grounded_sam.structures.masks import encode_rle, masks_to_xyxy, unpack_masks
-from grounded_sam.structures.ontology import MAX_ID_DIGITS
+from grounded_sam.structures.ontology import MAX_ID_DIGITS, without_root
 from grounded_sam.structures.results import Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
 
+#: Keys of an image and of an annotation that frames and detections have; the others are their `record`.
+_IMAGE_KEYS = {"file_name", "width", "height", "video", "frame", "time_s"}
+_ANNOTATION_KEYS = {
+    *("image_id", "category_id", "bbox", "segmentation", "area", "iscrowd"),
+    *("score", "mask_score", "track_id"),
+}
 #: Numbers that an annotation may have, with their ranges.
 _NUMBERS = {
     "score": (0, 1),
@@ -87,13 +93,19 @@ class CocoFile:
     ) -> None:
         self.path = path
         content = _check_content(read_json(path) if content is None else content, path, dataset)
-        self.vocabulary = Vocabulary.from_categories(content["categories"], str(path))
+        categories = without_root(content["categories"], content["annotations"])
+        self.vocabulary = Vocabulary.from_categories(categories, str(path))
         self.images: list[dict[str, Any]] = []
         self.notes: list[Skipped] = []
         self._class_ids = {number: i for i, number in enumerate(self.vocabulary.category_ids)}
         self._annotations: dict[Any, list[dict[str, Any]]] = {}  # by image id
         self._packed: dict[Any, sv.Detections] = {}  # by image id
         self._bad_images: set[Any] = set()  # ids
+        self._licenses = {
+            item["id"]: item
+            for item in content.get("licenses") or ()
+            if isinstance(item, Mapping) and isinstance(item.get("id"), int | str)
+        }
         self._add_images(content["images"], max_pixels)
         self.has_masks = self._check_masks(content["annotations"], allow_mixed)
         self._add_annotations(content["annotations"])
@@ -195,6 +207,14 @@ class CocoFile:
             return _Problem("the segmentation is empty; only the box is used", usable=True)
         return None
 
+    def image_record(self, image: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the file says about one of `images` besides name and size; see `Frame.record`."""
+        record = {key: value for key, value in image.items() if key not in _IMAGE_KEYS}
+        number = record.get("license")
+        if isinstance(number, int | str) and number in self._licenses:
+            record["license"] = self._licenses[number]
+        return record
+
     def annotations(self, image_id: Any) -> list[dict[str, Any]]:
         """Return the annotations of an image that can be used, as the file has them."""
         return self._annotations[image_id]
@@ -207,7 +227,8 @@ class CocoFile:
 
         Returns:
             Detections with confidence 1 where there is no `score`, `tracker_id` if all annotations of a video frame
-            have a `track_id`, and in `data` the columns `iscrowd` and `ignore` (also true for crowds), both bool.
+            have a `track_id`, and in `data` the columns `iscrowd` and `ignore` (also true for crowds), both bool, and
+            `record`, a dict with the other keys of each annotation, such as `id` and `attributes`.
         """
         return unpack_masks(self._to_detections(image), (image["height"], image["width"]))
 
@@ -224,7 +245,8 @@ class CocoFile:
             return empty_detections(self.vocabulary)
         crowd = np.array([bool(a.get("iscrowd", 0)) for a in annotations])
         ignore = crowd | np.array([bool(a.get("ignore", 0)) for a in annotations])
-        data: dict[str, Any] = {"iscrowd": crowd, "ignore": ignore}
+        data: dict[str, Any] = {"iscrowd": crowd, "ignore": ignore, "record": np.empty(len(annotations), object)}
+        data["record"][:] = [{k: v for k, v in a.items() if k not in _ANNOTATION_KEYS} for a in annotations]
         if all(a.get("mask_score") is not None for a in annotations):
             data["mask_score"] = np.array([a["mask_score"] for a in annotations], np.float32)
         if self.has_masks:
@@ -250,7 +272,7 @@ def _check_content(content: Any, path: Path, dataset: Path | None) -> Mapping[st
     """Check that a file has images, annotations and categories; take those of results from their dataset."""
     if isinstance(content, list) and dataset is not None:
         labels = read_json(dataset)
-        content = {"images": labels.get("images"), "categories": labels.get("categories"), "annotations": content}
+        content = {**labels, "annotations": content}
     if not isinstance(content, Mapping):
         raise ConfigError(
             f"{path}: expected an object with images, annotations and categories, got a list; for a list of results "

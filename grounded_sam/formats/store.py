@@ -12,7 +12,7 @@ columns are filled:
 | column | type | |
 |---|---|---|
 | `kind` | string | `image` (processed), `object` (in the image row above), `skipped` (unusable), `video` (completed) |
-| `file` | string | name relative to the input, with `/`; of frames `clip.mp4/000012` |
+| `file` | string | name relative to the input, with `/`; of frames `clip.mp4/000012` or `folder/000012.jpg` |
 | `path` | string | absolute path of the file; null for cameras and streams |
 | `digest` | string | SHA-256 of the file; of a folder of frames, that of their digests |
 | `bytes` | int64 | size of the file; of a folder of frames, that of the first one |
@@ -34,15 +34,19 @@ columns are filled:
 | `area` | int64 | pixels of the mask |
 | `counts` | string | mask as compressed COCO RLE, of the image's height and width |
 | `tracker_id` | int64 | in a video, one per object |
+| `record` | string | JSON: what a COCO file says besides, such as ids, licenses, attributes and `iscrowd` |
 
 Any Parquet reader opens the folder: `pandas.read_parquet("store")`, DuckDB, `pyarrow.dataset`.
 """
 
 from __future__ import annotations
 
+import json
+import os
+import sys
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -58,7 +62,7 @@ from grounded_sam.formats.segmentations import all_counts_problem
 from grounded_sam.formats.store_checks import CHECKED_COLUMNS, table_problem
 from grounded_sam.formats.store_manifest import Manifest, sequence_of
 from grounded_sam.formats.store_pixels import StoredPixels, StoredVideo
-from grounded_sam.formats.store_runs import VERSION, file_digest, read_runs, store_vocabulary
+from grounded_sam.formats.store_runs import VERSION, StoreRun, file_digest, runs_by_fingerprint, store_vocabulary
 from grounded_sam.media.files import common_folder, is_video_file, natural_key
 from grounded_sam.media.images import MAX_PIXELS
 from grounded_sam.structures.detections import empty_detections
@@ -85,6 +89,7 @@ SCHEMA = pa.schema(
         ("area", pa.int64()),
         ("counts", pa.string()),
         ("tracker_id", pa.int64()),
+        ("record", pa.string()),
         ("bytes", pa.int64()),
         ("mtime_ns", pa.int64()),
     ],
@@ -122,11 +127,12 @@ class _RowIndex:
 
 @dataclass(frozen=True)
 class _StoredImage:
-    """An image: where its row is, the digest of its file, and its name."""
+    """An image: where its row is, the digest of its file, its name, and the fingerprint of its run."""
 
     index: _RowIndex
     digest: str | None
     name: str
+    fingerprint: str
 
 
 @dataclass
@@ -134,6 +140,7 @@ class _VideoPass:
     """One pass through a video, a `take` in the part files; complete once it has a `video` row."""
 
     digest: str | None = None
+    fingerprint: str = ""
     complete: bool = False
     frames: dict[int, _RowIndex] = field(default_factory=dict)
 
@@ -165,13 +172,15 @@ class StoreReader:
         classes: Iterable[str] = (),
     ) -> None:
         self.folder, self.max_pixels, self.root = folder, max_pixels, root
-        self._classes = {name for run in read_runs(folder) for name in run.vocabulary.classes} | set(classes)
+        self._runs = runs_by_fingerprint(folder)  # checks the version
+        self._classes = {name for run in self._runs.values() for name in run.vocabulary.classes} | set(classes)
         self._manifest = Manifest(folder)
         self.missing_parts = self._manifest.missing
         self.parts = sorted(folder.glob("part-*.parquet"), key=lambda part: (sequence_of(part), part.name))
         self._tables: OrderedDict[int, pa.Table] = OrderedDict()
         self._images: dict[str, _StoredImage] = {}  # by path, or by name where there is none
         self._video_names: dict[str, str] = {}  # by video key
+        self._first_names: dict[str, str] = {}  # by path or video key: the name that it was first stored with
         self._skipped: dict[str, tuple[Skipped, str | None]] = {}  # by name: record and digest
         passes: dict[str, dict[str, _VideoPass]] = {}  # by video key and id of the pass, the latest last
         for number, part in enumerate(self.parts):
@@ -185,29 +194,32 @@ class StoreReader:
             self._keys_by_name.setdefault(image.name, []).append(key)
         for key, name in self._video_names.items():
             self._keys_by_name.setdefault(name, []).append(key)
+        self._names = _UniqueNames(self._first_names)
         for name, (_, digest) in list(self._skipped.items()):
             self._reconcile_skipped(name, digest)
 
     def _index_part(self, number: int, part: Path, passes: dict[str, dict[str, _VideoPass]]) -> None:
         """Add the images, videos and skipped files of a part to the index."""
-        columns = ["kind", "file", "path", "digest", "video", "take", "frame", "reason"]
+        columns = ["kind", "file", "path", "digest", "video", "take", "frame", "reason", "fingerprint"]
         table = self._read_part(part, sorted({*columns, *CHECKED_COLUMNS}))
         if (reason := table_problem(table, self._classes, self.max_pixels)) is not None:
             raise self._damaged(part, reason)
         rows = np.flatnonzero(np.asarray(table["kind"]) != "object")
         values = table.take(rows).to_pydict()
-        for row, kind, file, path, digest, video, pass_id, frame, reason in zip(
+        for row, kind, file, path, digest, video, pass_id, frame, reason, run in zip(
             rows.tolist(), *(values[name] for name in columns), strict=True
         ):
             if kind == "skipped":
                 self._skipped[file] = (Skipped(file, reason), digest)
             elif kind == "image" and video is None:
                 self._skipped.pop(file, None)
-                self._images[path or file] = _StoredImage(_RowIndex(number, row), digest, file)
+                self._first_names.setdefault(path or file, file)
+                self._images[path or file] = _StoredImage(_RowIndex(number, row), digest, file, sys.intern(run or ""))
             else:
                 key = _video_key(path, video)
                 self._video_names[key] = video
-                video_pass = passes.setdefault(key, {}).setdefault(pass_id, _VideoPass(digest))
+                self._first_names.setdefault(key, video)
+                video_pass = passes.setdefault(key, {}).setdefault(pass_id, _VideoPass(digest, run or ""))
                 if kind == "video":
                     video_pass.complete = True
                 else:
@@ -252,23 +264,25 @@ class StoreReader:
         """Files that could not be used, or not completely, when they were last tried; by name."""
         return {name: skipped for name, (skipped, _) in self._skipped.items()}
 
-    def lookup(
-        self, name: str, files: Sequence[Path], digest: str, vocabulary: Vocabulary
-    ) -> Iterator[FrameResult] | None:
-        """Return the results of an image or of a complete video; None if it is not stored with this content.
+    def find(self, name: str, digest: str, path: str | None = None) -> str | None:
+        """Return the key, for `read`, of an image or of a complete video; None if it is not stored with this content.
 
         Args:
             name: Name of the image or video.
-            files: Its files now, from which pixels are read.
-            digest: Their digest, see `store_runs.file_digest`.
-            vocabulary: Classes that `class_id` refers to; objects of other classes are left out.
+            digest: Digest of its files, see `store_runs.file_digest`.
+            path: Path of the image, as stored, which an input of another folder names differently.
         """
-        for key in self._keys_by_name.get(name, ()):
+        for key in (*self._keys_by_name.get(name, ()), path):
             if key in self._images and self._images[key].digest == digest:
-                return self.read(key, vocabulary, files)
+                return key
             if key in self._videos and self._videos[key].complete and self._videos[key].digest == digest:
-                return self.read(key, vocabulary, files)
+                return key
         return None
+
+    def run_of(self, key: str) -> StoreRun | None:
+        """Return the run that computed an image or video; None if its `_run-*.json` is gone."""
+        stored = self._images[key] if key in self._images else self._videos[key]
+        return self._runs.get(stored.fingerprint[:16])
 
     def keys(self) -> Iterator[str]:
         """Yield the keys for `read`: images in natural order of their names, then videos."""
@@ -302,11 +316,11 @@ class StoreReader:
             files: Files of the image or video now, if they are known.
         """
         if key in self._images:
-            yield self._result(self._images[key].index, vocabulary, files, None)
+            yield self._result(key, self._images[key].index, vocabulary, files, None)
             return
         frames, video = self._videos[key].frames, StoredVideo(self.max_pixels)
         for number in sorted(frames):
-            yield self._result(frames[number], vocabulary, files, video)
+            yield self._result(key, frames[number], vocabulary, files, video)
 
     def file_problem(self, key: str) -> str | None:
         """Return why the file of an image or video is not the one that was processed; None if it is, or was a camera.
@@ -343,7 +357,7 @@ class StoreReader:
         return self._tables[part]
 
     def _result(
-        self, index: _RowIndex, vocabulary: Vocabulary, files: Sequence[Path], video: StoredVideo | None
+        self, key: str, index: _RowIndex, vocabulary: Vocabulary, files: Sequence[Path], video: StoredVideo | None
     ) -> FrameResult:
         """Make the result of an image from its row and the object rows below it."""
         table = self._table(index.part)
@@ -353,16 +367,19 @@ class StoreReader:
         counts = [row["counts"] for row in objects if row["counts"] is not None]
         if (reason := all_counts_problem(counts, size_hw[0] * size_hw[1])) is not None:
             raise self._damaged(self.parts[index.part], f"{image['file']}: {reason}")
-        objects = [row for row in objects if row["class"] in vocabulary.classes]
+        known = ((row, vocabulary.index(row["class"])) for row in objects)
+        objects = [{**row, "class_id": i, "class": vocabulary.classes[i]} for row, i in known if i is not None]
         path = self._path(image, files)
+        name = self._names(key, image["video"] or image["file"])
         frame = Frame(
             pixels=StoredPixels(image["file"], path, image["frame"], size_hw, self.max_pixels, video),
             index=image["frame"] if image["frame"] is not None else 0,
-            name=image["file"],
+            name=name if image["video"] is None else f"{name}/{_in_video(image)}",
             time_s=image["time_s"],
-            video=image["video"],
+            video=None if image["video"] is None else name,
             file=None if path is None else Path(path),
             size=size_hw,
+            record=_read_record(image),
         )
         detections = _to_detections(objects, size_hw, vocabulary, tracked=image["video"] is not None)
         return FrameResult(frame=frame, detections=detections, stored=True)
@@ -373,15 +390,75 @@ class StoreReader:
         if len(files) == 1:
             return str(files[0])
         if files:
-            return str(common_folder(list(files)) / row["file"])
+            return str(common_folder(list(files)) / _in_video(row))
         if path is not None and self.root is not None:
-            return str(home_path(self.root) / (row["video"] if is_video_file(path) else row["file"]))
+            root = home_path(self.root)
+            moved = root / (row["video"] if is_video_file(path) else row["file"])
+            in_root = root / _in_video(row)  # the folder of the frames itself
+            return str(in_root if row["video"] is not None and not moved.exists() and in_root.exists() else moved)
         return path
+
+    def named(self, frame: Frame, path: str | None) -> Frame:
+        """Return a frame under a name that no other file of the store has.
+
+        A file keeps the name that it got first. A file of another folder with the same name gets a number.
+
+        Args:
+            frame: A frame that is not stored yet.
+            path: Path of its file, as stored.
+        """
+        if frame.video is None:
+            name = self._names(path or frame.name, frame.name)
+            return frame if name == frame.name else replace(frame, name=name)
+        video = self._names(_video_key(path, frame.video), frame.video)
+        if video == frame.video:
+            return frame
+        return replace(frame, name=f"{video}/{frame.name.removeprefix(f'{frame.video}/')}", video=video)
 
 
 def _video_key(path: str | None, name: str) -> str:
     """Return a key that tells videos of the same name apart: by their file, or the folder of their frames."""
     return f"{path if path is None or is_video_file(path) else Path(path).parent}\n{name}"
+
+
+def _in_video(row: Mapping[str, Any]) -> str:
+    """Return the name of a row without that of its video, which stores of earlier versions leave out."""
+    return str(row["file"]) if row["video"] is None else str(row["file"]).removeprefix(f"{row['video']}/")
+
+
+class _UniqueNames:
+    """Names of images and videos, no two the same: the first one of a name keeps it, later ones get a number.
+
+    Args:
+        named: Name of each image and video by its key, in the order in which they were stored.
+    """
+
+    def __init__(self, named: Mapping[str, str]) -> None:
+        self._names: dict[str, str] = {}
+        self._taken: set[str] = set()
+        for key, name in named.items():
+            self(key, name)
+
+    def __call__(self, key: str, name: str) -> str:
+        """Return the name for a key; `name` itself unless another key has it."""
+        if key not in self._names:
+            stem, ending = os.path.splitext(name)
+            unique, count = name, 1
+            while unique in self._taken:
+                count += 1
+                unique = f"{stem}-{count}{ending}"
+            self._names[key] = unique
+            self._taken.add(unique)
+        return self._names[key]
+
+
+def _read_record(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Read the `record` of a row; empty if there is none, or it is no JSON object."""
+    try:
+        record = json.loads(row["record"] or "{}")
+    except ValueError:
+        return {}
+    return record if isinstance(record, dict) else {}
 
 
 def _to_detections(
@@ -394,12 +471,18 @@ def _to_detections(
         return empty
     ids = [row["tracker_id"] for row in rows]
     data: dict[str, Any] = {"class_name": np.array([row["class"] for row in rows], dtype=str)}
+    if any(row["record"] is not None for row in rows):
+        records = [_read_record(row) for row in rows]
+        data["iscrowd"] = np.array([bool(record.pop("iscrowd", False)) for record in records])
+        data["ignore"] = data["iscrowd"] | np.array([bool(record.get("ignore")) for record in records])
+        data["record"] = np.empty(len(rows), object)
+        data["record"][:] = records
     if all(row["mask_score"] is not None for row in rows):
         data["mask_score"] = np.array([row["mask_score"] for row in rows], np.float32)
     detections = sv.Detections(
         xyxy=np.array([[row[k] for k in ("x1", "y1", "x2", "y2")] for row in rows], np.float32),
         confidence=np.array([row["score"] for row in rows], np.float32),
-        class_id=np.array([vocabulary.classes.index(row["class"]) for row in rows], np.int64),
+        class_id=np.array([row["class_id"] for row in rows], np.int64),
         tracker_id=None if None in ids else np.array(ids, np.int64),
         data=data,
     )

@@ -16,10 +16,10 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
-from grounded_sam.errors import ConfigError, VocabularyError, shorten
+from grounded_sam.errors import ConfigError, VocabularyError, redact, shorten
 from grounded_sam.files import atomic_write, home_path, require_regular
 from grounded_sam.formats.store_migrations import class_name, migrate_settings, migrate_vocabulary
-from grounded_sam.structures.vocabulary import Vocabulary
+from grounded_sam.structures.vocabulary import Vocabulary, name_key
 
 #: Version of the format. Readers refuse stores of later versions.
 VERSION = 1
@@ -80,6 +80,12 @@ class StoreRun:
         columns["phrases"] = tuple(map(tuple, columns["phrases"]))
         columns["colors"] = columns.pop("colours", ())
         return Vocabulary(**columns, queried=False)
+
+    def lacks(self, vocabulary: Vocabulary) -> list[str]:
+        """Return the classes of a vocabulary of which this run did not look for every phrase."""
+        searched = {name_key(phrase) for phrases in self.vocabulary.phrases for phrase in phrases}
+        named = zip(vocabulary.classes, vocabulary.phrases, strict=True)
+        return [name for name, phrases in named if not searched.issuperset(map(name_key, phrases))]
 
     def changes(self, current: StoreRun) -> list[str]:
         """Describe how the settings and classes of another run differ from these, one line per key."""
@@ -148,6 +154,7 @@ def essential_settings(settings: Any) -> Any:
     if isinstance(settings, list | tuple):
         return [essential_settings(value) for value in settings]
     if isinstance(settings, str) and settings:
+        settings = redact(settings)
         files = _files_at(settings)
         return {"name": home_path(settings).name, "sha256": file_digest(files)} if files else settings
     return settings
@@ -192,7 +199,17 @@ def read_runs(folder: Path) -> list[StoreRun]:
     Raises:
         ConfigError: If a run file is damaged, or the store is of a later version.
     """
-    runs = []
+    runs = runs_by_fingerprint(folder).values()
+    return sorted(runs, key=lambda run: (run.number, run.created, run.fingerprint))
+
+
+def runs_by_fingerprint(folder: Path) -> dict[str, StoreRun]:
+    """Read the runs that wrote into a store, by the first 16 digits of the fingerprint that their rows have.
+
+    Raises:
+        ConfigError: As `read_runs`.
+    """
+    runs = {}
     for path in folder.glob("_run-*.json"):
         try:
             require_regular(path)
@@ -218,8 +235,8 @@ def read_runs(folder: Path) -> list[StoreRun]:
             raise ConfigError(
                 f"{path} cannot be read ({reason}); delete it, and run again with its settings"
             ) from error
-        runs.append(run)
-    return sorted(runs, key=lambda run: (run.number, run.created, run.fingerprint))
+        runs[path.stem.removeprefix("_run-")] = run
+    return runs
 
 
 def store_vocabulary(folder: Path) -> Vocabulary:

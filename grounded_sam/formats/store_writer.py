@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import time
 import uuid
@@ -14,12 +15,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import supervision as sv
 
-from grounded_sam.errors import ConfigError
+from grounded_sam.errors import ConfigError, count_of
 from grounded_sam.files import atomic_write
 from grounded_sam.formats.store import SCHEMA, StoreReader
 from grounded_sam.formats.store_manifest import PartList, part_name, sequence_of
 from grounded_sam.formats.store_runs import StoreRun, file_digest, read_runs
 from grounded_sam.media.images import MAX_PIXELS
+from grounded_sam.structures.detections import is_crowd
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.masks import mask_area
 from grounded_sam.structures.results import FrameResult, Skipped
@@ -46,7 +48,7 @@ class StoreWriter:
         objects: Number of detections written so far.
 
     Raises:
-        ConfigError: If the store was made with other settings, or is damaged.
+        ConfigError: If the store was made with other settings, is damaged, or its folder is a link.
     """
 
     def __init__(
@@ -60,6 +62,11 @@ class StoreWriter:
         resume: Literal["same", "extend"] = "same",
         max_pixels: int = MAX_PIXELS,
     ) -> None:
+        if folder.is_symlink():
+            raise ConfigError(
+                f"{folder} is a link to {os.readlink(folder)}, and nothing is written through links inside an output; "
+                "remove the link, or choose another output"
+            )
         self.folder, self.vocabulary = folder, vocabulary
         self.part_images, self.part_seconds = part_images, part_seconds
         self.images = self.objects = 0
@@ -74,6 +81,8 @@ class StoreWriter:
         self._sequence = max(map(sequence_of, self._reader.parts), default=0)
         self._rows: list[dict[str, Any]] = []
         self._part_images, self._part_start = 0, time.monotonic()
+        self._lacking: dict[str, list[str]] = {}  # classes that a run did not look for, by its fingerprint
+        self._unsearched: dict[str, list[str]] = {}  # names of stored files, by class
         self._video_row: dict[str, Any] | None = None  # of the video that is being written
         self._failed = False
 
@@ -106,10 +115,37 @@ class StoreWriter:
             digest = file_digest(files)
         except OSError:  # reported when the file is decoded
             return None
-        results = self._reader.lookup(name, files, digest, self._classes)
-        if results is None:
+        key = self._reader.find(name, digest, _stored_path(files[0]) if len(files) == 1 else None)
+        if key is None:
             self._contents[name] = {"digest": digest, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
-        return results
+            return None
+        self._note_unsearched(key, name)
+        return self._reader.read(key, self._classes, files)
+
+    def _note_unsearched(self, key: str, name: str) -> None:
+        """Note the classes of this run that the run which stored an image or video did not look for."""
+        run = self._reader.run_of(key)
+        if run is None or run.fingerprint == self._run.fingerprint:
+            return
+        if run.fingerprint not in self._lacking:
+            self._lacking[run.fingerprint] = run.lacks(self.vocabulary)
+        for class_name in self._lacking[run.fingerprint]:
+            self._unsearched.setdefault(class_name, []).append(name)
+
+    def not_searched(self) -> list[Skipped]:
+        """Return, by class of this run, the stored files in which it was not looked for."""
+        notes = []
+        for class_name, names in self._unsearched.items():
+            more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+            notes.append(
+                Skipped(
+                    "store",
+                    f"{class_name!r} was not looked for in {count_of(len(names), 'stored file')} "
+                    f"({', '.join(names[:3])}{more}), whose results are of an earlier run with other classes; to look "
+                    "for it in all of them, run with another output",
+                )
+            )
+        return notes
 
     def lost_parts(self) -> list[Skipped]:
         """Return a note for each part of the store that is missing; images in it are processed again."""
@@ -119,6 +155,10 @@ class StoreWriter:
     def note(self, name: str) -> Skipped | None:
         """Return the problem that an earlier run recorded for a file, such as a truncated video; None without one."""
         return self._reader.skipped.get(name)
+
+    def named(self, frame: Frame) -> Frame:
+        """Return a frame under a name that no other file of the store has; see `StoreReader.named`."""
+        return self._reader.named(frame, None if frame.file is None else _stored_path(frame.file))
 
     def write(self, result: FrameResult) -> None:
         """Write one result.
@@ -130,7 +170,8 @@ class StoreWriter:
         if self._video_row is not None and self._video_row["video"] != frame.video:
             self._end_video()
         columns = self._frame_columns(frame)
-        self._rows.append({"kind": "image", **columns, "objects": len(detections)})
+        record = json.dumps(dict(frame.record)) if frame.record else None
+        self._rows.append({"kind": "image", **columns, "objects": len(detections), "record": record})
         self._rows += [{"kind": "object", **columns, **_object_columns(detections, i)} for i in range(len(detections))]
         self.images += 1
         self.objects += len(detections)
@@ -141,7 +182,7 @@ class StoreWriter:
     def _frame_columns(self, frame: Frame) -> dict[str, Any]:
         """Return the columns that an image row and its object rows have in common."""
         height, width = frame.size_hw
-        path = None if frame.file is None else os.fsencode(frame.file.absolute()).decode("utf-8", "backslashreplace")
+        path = None if frame.file is None else _stored_path(frame.file)
         columns: dict[str, Any] = {"file": frame.name, "path": path, "fingerprint": self._run.fingerprint}
         columns |= {"width": width, "height": height, "time_s": frame.time_s}
         if frame.video is None:
@@ -219,6 +260,11 @@ class StoreWriter:
         self._rows, self._part_images, self._part_start = [], 0, time.monotonic()
 
 
+def _stored_path(file: Path) -> str:
+    """Return the absolute path of a file, as it is stored."""
+    return os.fsencode(file.absolute()).decode("utf-8", "backslashreplace")
+
+
 def _object_columns(detections: sv.Detections, i: int) -> dict[str, Any]:
     """Return the columns of one detection, with masks as RLE."""
     assert detections.class_id is not None and detections.confidence is not None
@@ -233,6 +279,8 @@ def _object_columns(detections: sv.Detections, i: int) -> dict[str, Any]:
         columns |= {"area": mask_area(detections, i), "counts": counts}
     if "mask_score" in detections.data:
         columns["mask_score"] = float(detections.data["mask_score"][i])
+    if "record" in detections.data:
+        columns["record"] = json.dumps({**detections.data["record"][i], "iscrowd": int(is_crowd(detections, i))})
     if detections.tracker_id is not None:
         columns["tracker_id"] = int(detections.tracker_id[i])
     return columns

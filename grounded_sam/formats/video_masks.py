@@ -39,7 +39,7 @@ def split_frame_name(name: str) -> tuple[str, str]:
     (('', '000012'), ('left_', '3'))
     """
     stem = PurePosixPath(name).stem
-    beginning = re.sub(r"[0-9]{1,18}$", "", stem)
+    beginning = re.sub(r"(?<![0-9])[0-9]{1,18}$", "", stem)  # more digits are a name, which fits no 64 bit number
     return beginning, stem[len(beginning) :]
 
 

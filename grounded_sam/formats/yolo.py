@@ -52,12 +52,19 @@ def read_yolo(data_yaml: Path, max_pixels: int = MAX_PIXELS) -> dict[str, Any]:
             # The name includes the last folder, since images of different splits may have the same name.
             name = file.relative_to(root.parent).as_posix()
             images.append({"id": image_id, "file_name": name, "width": width, "height": height})
-            label_root = Path(*("labels" if part == "images" else part for part in root.parts))
-            label_file = (label_root / file.relative_to(root)).with_suffix(".txt")
+            label_file = _label_file(file)
             for label in _read_labels(label_file, width, height):
                 annotations.append({"id": len(annotations) + 1, "image_id": image_id, **label})
     categories = [{"id": number + 1, "name": name} for number, name in class_names.items()]
     return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def _label_file(image: Path) -> Path:
+    """Return the label file of an image, as YOLO trainers find it: the last folder `images` becomes `labels`."""
+    parts = list(image.parts)
+    if "images" in parts[:-1]:
+        parts[len(parts) - 2 - parts[-2::-1].index("images")] = "labels"
+    return Path(*parts).with_suffix(".txt")
 
 
 def _split_folder(name: str, base: Path, data_yaml: Path) -> Path:

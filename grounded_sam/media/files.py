@@ -6,16 +6,26 @@ import glob
 import os
 import re
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
-from grounded_sam.errors import ConfigError, ImageError
+from grounded_sam.errors import ConfigError, ImageError, count_of
 from grounded_sam.files import home_path
 from grounded_sam.media.images import open_image, safe_formats
+from grounded_sam.media.unread import unread_reason
+from grounded_sam.output.claim import STATE, read_listing
 
-#: Suffixes of video files.
-VIDEO_SUFFIXES = {".mp4", ".mov", ".avi", ".mkv", ".webm", ".m4v", ".mpg", ".mpeg", ".ts"}
+# fmt: off
+#: Suffixes of video files, all of which PyAV reads.
+VIDEO_SUFFIXES = {
+    ".264", ".265", ".3g2", ".3gp", ".amv", ".asf", ".avi", ".dav", ".divx", ".dv", ".f4v", ".flv", ".gxf",
+    ".h264", ".h265", ".hevc", ".ivf", ".lrv", ".m1v", ".m2t", ".m2ts", ".m2v", ".m4v", ".mjpeg", ".mjpg",
+    ".mk3d", ".mkv", ".mod", ".mov", ".mp4", ".mpe", ".mpeg", ".mpg", ".mts", ".mxf", ".nut", ".obu", ".ogm",
+    ".ogv", ".qt", ".rm", ".rmvb", ".tod", ".trp", ".ts", ".vob", ".webm", ".wmv", ".wtv", ".y4m",
+}
+# fmt: on
 _EXAMPLES = Path(__file__).parents[1] / "shapes" / "examples"
 
 
@@ -28,12 +38,49 @@ class InputFiles:
         videos: Video files.
         root: Folder that names in the output are relative to.
         is_file: Whether the input is itself the file, rather than a folder, glob or list.
+        unread: Pictures and videos of formats that are not read, and folders that cannot be opened, with the reason.
+        outputs: Folders with results of earlier runs, whose files were passed over.
     """
 
     images: list[Path]
     videos: list[Path]
     root: Path
     is_file: bool = False
+    unread: Mapping[Path, str] = field(default_factory=dict)
+    outputs: tuple[Path, ...] = ()
+
+    def nothing_found(self, given: object, kind: str) -> str:
+        """Return the message for an input without usable files, with what was passed over and is not read.
+
+        Args:
+            given: The input.
+            kind: What was looked for, such as `image`.
+        """
+        message = f"no {kind} in {given}"
+        if self.outputs:
+            message += (
+                f" apart from results of earlier runs in {self.outputs[0]}, which are passed over; to use some as "
+                "input, name their own folder or list them in a .txt file"
+            )
+        if self.unread:
+            path, reason = next(iter(self.unread.items()))
+            count = count_of(len(self.unread), "file is", "files are")
+            message += f"; {count} not read: {relative_name(path, self.root)}: {reason}"
+        return message
+
+
+class FoundFiles(NamedTuple):
+    """The files in a folder, or that match a glob, of whatever kind.
+
+    Attributes:
+        files: The files, in natural order.
+        unread: Folders that were not searched, with the reason.
+        outputs: Folders with results of earlier runs, whose files were passed over.
+    """
+
+    files: list[Path]
+    unread: dict[Path, str]
+    outputs: list[Path]
 
 
 def natural_key(text: str) -> list[tuple[int, int | str]]:
@@ -119,8 +166,9 @@ def find_files(given: str) -> InputFiles:
     """Find the images and videos that an input names.
 
     Args:
-        given: A file, a folder (searched recursively, without hidden files and outputs of earlier runs), a glob, a
-            `.txt` file with one path per line, or `builtin:NAME`.
+        given: A file, a folder (searched recursively, without hidden files), a glob, a `.txt` file with one path per
+            line (`#` alone or followed by a space begins a comment), or `builtin:NAME`. What earlier runs wrote below
+            a folder, or below the part of a glob without wildcards, is passed over.
 
     Raises:
         ConfigError: If the input does not exist, a glob matches nothing, or a list has no paths.
@@ -139,44 +187,116 @@ def find_files(given: str) -> InputFiles:
         return _select_media(_walk(path), path)
     if path.is_file() and path.suffix.lower() == ".txt":
         files = _read_listing(path)
-        videos = [file for file in files if is_video_file(file)]
-        return InputFiles([file for file in files if file not in videos], videos, common_folder(files))
+        images: list[Path] = []
+        videos: list[Path] = []
+        for file in files:  # all are named by the user, so that one of another kind is an unusable image
+            (videos if is_video_file(file) else images).append(file)
+        return InputFiles(images, videos, common_folder(files))
     if path.is_file():
-        images, videos = ([], [path]) if is_video_file(path) else ([path], [])
-        return InputFiles(images, videos, path.parent, is_file=True)
+        is_video = is_video_file(path)
+        return InputFiles([] if is_video else [path], [path] if is_video else [], path.parent, is_file=True)
     if glob.has_magic(given):
-        matches = (Path(match) for match in glob.glob(os.path.expanduser(given), recursive=True))
-        files = sorted((match for match in matches if match.is_file()), key=lambda file: natural_key(str(file)))
-        if not files:
+        found = match_files(given)
+        if not found.files and not found.outputs:
             raise ConfigError(f"no file matches {given}")
-        return _select_media(files, common_folder(files))
+        return _select_media(found, common_folder([*found.files, *found.unread] or found.outputs))
     raise ConfigError(f"no such file or folder: {given}")
 
 
-def _walk(folder: Path) -> list[Path]:
-    """Return all files below a folder in natural order, without hidden files and outputs of earlier runs."""
-    files = []
+def match_files(pattern: str) -> FoundFiles:
+    """Return the files that match a glob, without what earlier runs wrote below its part without wildcards.
+
+    Args:
+        pattern: The glob.
+    """
+    pattern = os.path.expanduser(pattern)
+    fixed = Path(pattern)
+    while glob.has_magic(str(fixed)):
+        fixed = fixed.parent
+    earlier = _EarlierOutputs()
+    matches = [Path(match) for match in glob.glob(pattern, recursive=True)]
+    files = [match for match in matches if match.is_file() and not earlier.wrote(match, fixed)]
+    folders = [match for match in matches if "**" not in pattern and match.is_dir()]
+    unread = dict.fromkeys(folders, "a folder, which this pattern does not search; ** in it does")
+    return FoundFiles(sorted(files, key=lambda file: natural_key(str(file))), unread, earlier.found)
+
+
+class _EarlierOutputs:
+    """The outputs of earlier runs among folders.
+
+    Attributes:
+        found: Folders of outputs with files that were passed over.
+    """
+
+    def __init__(self) -> None:
+        self._written: dict[Path, set[str] | None] = {}  # by folder, what was written there; None for all of it
+        self.found: list[Path] = []
+
+    def wrote(self, path: Path, top: Path) -> bool:
+        """Return whether an earlier run wrote a file.
+
+        Args:
+            path: The file.
+            top: Folder above it; outputs that it is in do not count.
+        """
+        for folder in path.parents:
+            written = self._written_in(folder)
+            if written is None or (written and path.relative_to(folder).as_posix() in written):
+                if folder not in self.found:
+                    self.found.append(folder)
+                return True
+            if folder == top:
+                break
+        return False
+
+    def _written_in(self, folder: Path) -> set[str] | None:
+        if folder not in self._written:
+            if (folder / STATE).is_dir():
+                self._written[folder] = set(read_listing(folder))
+            else:  # of an earlier version, or of another program with Hydra
+                self._written[folder] = None if (folder / ".hydra").is_dir() else set()
+        return self._written[folder]
+
+
+def _walk(folder: Path) -> FoundFiles:
+    """Return the files below a folder, without hidden ones and what earlier runs wrote."""
+    files: list[Path] = []
+    closed: dict[Path, str] = {}
     visited = set()
-    for current, folders, names in os.walk(folder, followlinks=True):
+    earlier = _EarlierOutputs()
+
+    def note(error: OSError) -> None:
+        closed[Path(error.filename)] = f"a folder that cannot be opened ({error.strerror})"
+
+    for current, folders, names in os.walk(folder, followlinks=True, onerror=note):
         real = os.path.realpath(current)
-        if real in visited or ".hydra" in folders:  # a loop of links, or the output of an earlier run
+        if real in visited:  # a loop of links
             folders.clear()
             continue
         visited.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(current) / name for name in names if not name.startswith(".")]
-    return sorted(files, key=lambda path: natural_key(path.as_posix()))
+        paths = [Path(current) / name for name in names if not name.startswith(".")]
+        files += [path for path in paths if not earlier.wrote(path, folder)]
+    return FoundFiles(sorted(files, key=lambda path: natural_key(path.as_posix())), closed, earlier.found)
 
 
-def _select_media(files: list[Path], root: Path) -> InputFiles:
-    """Select the images and videos among files."""
-    return InputFiles(image_files(files), [path for path in files if is_video_file(path)], root)
+def _select_media(found: FoundFiles, root: Path) -> InputFiles:
+    """Select the images and videos among files, and those of formats that are not read."""
+    videos = [path for path in found.files if is_video_file(path)]
+    unread = {**found.unread, **unread_files(found.files)}
+    return InputFiles(image_files(found.files), videos, root, unread=unread, outputs=tuple(found.outputs))
+
+
+def unread_files(files: Iterable[Path]) -> dict[Path, str]:
+    """Return the pictures and videos of formats that are not read, with the reason and the way out."""
+    formats = safe_formats()
+    return {path: reason for path in files if (reason := unread_reason(path, formats)) is not None}
 
 
 def _read_listing(listing: Path) -> list[Path]:
     """Read the paths of a text file; relative ones are relative to it."""
     try:
-        lines = [line.strip() for line in listing.read_text(encoding="utf-8-sig").splitlines()]
+        lines = [line.strip() for line in listing.read_text(encoding="utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
         raise ConfigError(f"{listing} is not a list of paths: {error}") from error
     paths = [line for line in lines if line and not re.match(r"#(\s|$)", line)]  # `#1.png` is no comment

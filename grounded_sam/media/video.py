@@ -6,37 +6,32 @@ import errno
 import glob
 import os
 import time
-from collections.abc import Callable, Generator
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, count, islice, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 import numpy as np
 from numpy.typing import NDArray
 
 from grounded_sam.errors import ConfigError, ImageError
-from grounded_sam.files import home_path, require_regular
-from grounded_sam.media.files import common_folder, image_files, natural_key, relative_name
-from grounded_sam.media.images import MAX_PIXELS, read_image
+from grounded_sam.files import home_path
+from grounded_sam.media.completeness import missing_end
+from grounded_sam.media.containers import open_url, open_video_file, redirect_target, video_stream
+from grounded_sam.media.files import common_folder, image_files, match_files, natural_key, relative_name, unread_files
+from grounded_sam.media.images import MAX_PIXELS, guarded, is_deep, read_image, safe_formats, to_rgb
+from grounded_sam.media.video_pixels import frame_to_rgb
 
 #: Schemes that a URL may have. FFmpeg knows more protocols, some of which read local files.
 SCHEMES = {"http", "https", "rtsp", "rtsps", "rtmp", "rtmps", "srt", "udp"}
-#: Containers that are read, by FFmpeg's names. Those that open other files (concat, hls, dash, sdp, image2) are absent.
-CONTAINERS = (
-    "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,m4v,h264,hevc,vvc,av1,obu,ivf,flv,live_flv,f4v,"
-    "asf,mxf,ogg,nut,dv,gxf,wtv,nsv,rm,nuv,yuv4mpegpipe,gif,apng,mjpeg,mjpeg_2000,mpjpeg,avs2,avs3,cavsvideo,dirac,vc1,"
-    "h261,h263,swf,amv,roq,smk,bink,flic"
-)
-#: What FFmpeg may open on the way from a file, and from a URL.
-FILE_PROTOCOLS, URL_PROTOCOLS = "file", "http,https,tcp,tls,udp,rtp,rtsp,rtsps,rtmp,rtmps,rtmpt,srt,httpproxy,crypto"
-#: Formats of streams, and of playlists, which name the addresses that are opened next.
-STREAM_FORMATS, PLAYLISTS = "rtsp,rtp,sdp,mpegtsraw", {".m3u8": "hls", ".mpd": "dash"}
-#: Seconds that a server may take to answer.
-URL_TIMEOUT = 20.0
+#: Packets that are looked at before the first frame is decoded.
+LOOK_AHEAD = 64
+#: Steps back in time that are longer begin a new count, as in recordings joined to one file.
+MAX_STEP_BACK_S = 1.0
 #: Decoding errors after which a file is given up.
 MAX_DECODING_ERRORS = 1000
 #: Frame rate where a video has none.
@@ -228,6 +223,8 @@ def _find_reader(input: str, fps: float, name: str | None) -> _Reader:
     path = home_path(input)
     if path.is_dir() or (glob.has_magic(input) and not path.exists()):
         return _ImageSequence(input, name, fps)
+    if path.is_file() and image_files([path]):
+        return _PageSequence(path, name or path.name, fps)
     if path.is_file():
         return _Container(str(path), name or path.name, fps, path)
     raise ConfigError(f"no such video, folder or camera: {input}")
@@ -239,7 +236,6 @@ class _Container:
     def __init__(self, input: str, name: str, fps: float, file: Path | None = None) -> None:
         self.input, self.name, self.fps, self.file = input, name, fps, file
         self.files = [] if file is None else [file]
-        self._url = input if file is None else f"file:{file}"  # or FFmpeg takes `12:30.mp4` for a protocol
 
     def count(self) -> int | None:
         import av
@@ -248,7 +244,7 @@ class _Container:
             return None
         try:
             with self._open() as container:
-                stream = _video_stream(container)
+                stream = video_stream(container)
                 if stream is None:
                     return None
                 if stream.frames:
@@ -266,61 +262,49 @@ class _Container:
             ImageError: If it cannot be opened.
         """
         try:
-            return self._open_input(self.input)
+            return open_url(self.input) if self.file is None else open_video_file(self.file)
         except Exception as error:  # besides FFmpeg's errors, of damaged headers
             target = None if self.file is not None else redirect_target(self.input)
             if target is not None:
-                return self._open_input(target)
+                return open_url(target)
             refused = isinstance(error, OSError) and error.errno == errno.EINVAL  # by the list of formats
             reason = "a playlist, which is not followed, or no known format" if refused else _reason(error)
             raise ImageError(f"{self.input}: cannot be opened as a video ({reason})") from error
 
-    def _open_input(self, input: str) -> Any:
-        import av
-
-        if self.file is not None:
-            return open_video_file(self.file)
-        playlist = PLAYLISTS.get(Path(urlsplit(input).path).suffix.lower())
-        formats = ",".join(filter(None, [CONTAINERS, STREAM_FORMATS, playlist]))
-        options = {"protocol_whitelist": URL_PROTOCOLS, "format_whitelist": formats}
-        if input.startswith("rtsp"):
-            options["rtsp_transport"] = "tcp"
-        if input.startswith("http"):
-            options["max_redirects"] = "0"
-        return av.open(input, options=options, timeout=URL_TIMEOUT, metadata_errors="replace")
-
     def frames(self, decoder: VideoDecoder) -> Generator[_Undecoded]:
         with self._open() as container:
-            stream = _video_stream(container)
+            stream = video_stream(container)
             if stream is None:
                 kinds = ", ".join(sorted({stream.type or "unknown" for stream in container.streams})) or "nothing"
                 raise ImageError(f"{self.input}: no video stream, only {kinds}")
-            try:
-                stream.thread_type = "AUTO"
-                size = decoder.scaled_size(stream.width, stream.height) if stream.width and stream.height else None
-                rate = stream.average_rate or stream.guessed_rate
-            except AttributeError as error:  # PyAV has no codec for it
-                raise ImageError(
-                    f"{self.input}: its video has a format that cannot be decoded, or is damaged"
-                ) from error
-            fps = float(rate) if rate else self.fps
+            if stream.codec_context is None:
+                raise ImageError(f"{self.input}: no decoder for its codec; convert it to H.264")
+            stream.thread_type = "AUTO"
+            size = decoder.scaled_size(stream.width, stream.height) if stream.width and stream.height else None
+            rate = stream.average_rate or stream.guessed_rate
             errors: list[str] = []
-            first, index = None, 0
-            for av_frame in self._decode(container, stream, errors):
+            index, clock = 0, _Clock(float(rate) if rate else self.fps)
+            for av_frame in self._decode(container, stream, clock, errors):
                 size = size or decoder.scaled_size(av_frame.width, av_frame.height)
-                time_s = float(av_frame.time) if av_frame.time is not None else index / fps
-                first = time_s if first is None else first
-                decode = partial(_to_rgb, av_frame, size)
-                yield _Undecoded(index, time_s - first, decode, f"{self.name}/{index:06d}", self.file)
+                decode = partial(frame_to_rgb, av_frame, size)
+                yield _Undecoded(index, clock.time_s(av_frame), decode, f"{self.name}/{index:06d}", self.file)
                 index += 1
+            if self.file is not None and not errors and (reason := missing_end(self.file, container, clock.end_s)):
+                errors.append(reason)
             self._report(decoder, index, int(stream.frames or 0), errors)
 
-    def _decode(self, container: Any, stream: Any, errors: list[str]) -> Generator[Any]:
+    def _decode(self, container: Any, stream: Any, clock: _Clock, errors: list[str]) -> Generator[Any]:
         """Yield PyAV's frames; add the reason of each one that is damaged to `errors`."""
         packets = container.demux(stream)
+        if self.file is not None and stream.codec_context.has_b_frames:
+            packets = clock.look_ahead(packets)
+        decoder = _transparent_decoder(stream)
         while True:
             try:
-                decoded = next(packets).decode()
+                packet = next(packets)
+                if packet.is_corrupt:
+                    errors.append("damaged packet")
+                decoded = packet.decode() if decoder is None else decoder.decode(packet if packet.size else None)
             except StopIteration:
                 return
             except Exception as error:  # damaged data raises more than FFmpeg's errors
@@ -345,6 +329,71 @@ class _Container:
             decoder.report(self.name, f"truncated or damaged{detail}; {count}{expected} frames could be read")
 
 
+class _Clock:
+    """Give frames times that rise.
+
+    Args:
+        fps: Frame rate, for frames without a time.
+
+    Attributes:
+        end_s: Time in the file at which the last frame ends; None before the first one.
+    """
+
+    def __init__(self, fps: float) -> None:
+        self.step_s = 1 / fps
+        self.end_s: float | None = None
+        self._first_s: float | None = None
+        self._last_s = 0.0
+        self._shift_s = 0.0  # where the times of a file begin anew
+        self._by_dts = False
+
+    def look_ahead(self, packets: Iterator[Any]) -> Iterator[Any]:
+        """Return the same packets, after looking at the first ones.
+
+        Containers such as AVI have decoding times alone, in whose order FFmpeg then numbers the frames. The times of
+        packets with B-frames do not rise in the others.
+        """
+
+        head: list[Any] = []
+        with suppress(Exception):  # see `_Container._decode`
+            head += islice(packets, LOOK_AHEAD)
+        times = [packet.pts for packet in head if packet.size]
+        known = [time for time in times if time is not None]
+        self._by_dts = all(a < b for a, b in pairwise(known))
+        return chain(head, packets)
+
+    def time_s(self, frame: Any) -> float:
+        """Return the time of the next frame, in seconds from the first one."""
+        ticks = frame.dts if self._by_dts else frame.pts
+        if ticks is None or frame.time_base is None:
+            time_s = self._last_s + self.step_s if self.end_s is not None else 0.0
+        else:
+            time_s = float(ticks * frame.time_base) + self._shift_s
+        if self._first_s is None:
+            self._first_s = time_s
+        elif time_s <= self._last_s:
+            if time_s < self._last_s - MAX_STEP_BACK_S and ticks is not None:
+                self._shift_s += self._last_s + self.step_s - time_s
+            time_s = self._last_s + self.step_s
+        self._last_s = time_s
+        self.end_s = time_s - self._shift_s + self.step_s
+        return time_s - self._first_s
+
+
+def _transparent_decoder(stream: Any) -> Any:
+    """Return a decoder for the transparency of VP8 and VP9, which FFmpeg's own decoders drop; None for other videos."""
+    import av
+
+    name = {"vp8": "libvpx", "vp9": "libvpx-vp9"}.get(stream.codec_context.name)
+    modes = [value for key, value in stream.metadata.items() if key.lower() == "alpha_mode"]
+    if name is None or modes != ["1"]:
+        return None
+    try:
+        return av.CodecContext.create(name, "r")
+    except (av.FFmpegError, ValueError):  # a build of FFmpeg without it
+        return None
+
+
 class _ImageSequence:
     """A folder or glob of frames."""
 
@@ -353,37 +402,108 @@ class _ImageSequence:
         if path.is_dir():
             candidates = [p for p in path.iterdir() if p.is_file() and not p.name.startswith(".")]
         else:
-            candidates = [Path(match) for match in glob.glob(os.path.expanduser(input), recursive=True)]
+            candidates = match_files(input).files
         self.files = sorted(image_files(candidates), key=lambda file: natural_key(file.as_posix()))
         if not self.files:
             raise ConfigError(f"no frame in {input}")
+        self.unread = unread_files(candidates)
         self.input, self.fps = input, fps
-        self.name = name or (path if path.is_dir() else common_folder(self.files)).name
-        self._size_wh: tuple[int, int] | None = None  # of the first frame that could be read
+        folder = Path(os.path.abspath(path if path.is_dir() else common_folder(self.files)))
+        self.name = name or relative_name(folder, folder.parent) or "frames"
 
     def count(self) -> int | None:
         return len(self.files)
 
     def frames(self, decoder: VideoDecoder) -> Generator[_Undecoded]:
         root = common_folder(self.files)
-        self._size_wh = None
+        for path, reason in self.unread.items():
+            decoder.report(path.name, reason)
+        fit = _OneSize(decoder)
         for index, path in enumerate(self.files):
-            name = relative_name(path, root)
-            yield _Undecoded(index, index / self.fps, partial(self._decode, path, name, decoder), name, path)
+            name = f"{self.name}/{relative_name(path, root)}"
+            yield _Undecoded(index, index / self.fps, partial(self._decode, path, name, decoder, fit), name, path)
 
-    def _decode(self, path: Path, name: str, decoder: VideoDecoder) -> NDArray[np.uint8] | None:
+    def _decode(self, path: Path, name: str, decoder: VideoDecoder, fit: _OneSize) -> NDArray[np.uint8] | None:
         try:
             image = read_image(path, decoder.max_pixels)
         except ImageError as error:
             decoder.report(name, str(error).removeprefix(f"{path}: "))
             return None
+        return fit(image, name)
+
+
+class _OneSize:
+    """Scale frames as a decoder says, and leave out those of another size than the first.
+
+    Args:
+        decoder: The decoder, to which frames that are left out are reported.
+    """
+
+    def __init__(self, decoder: VideoDecoder) -> None:
+        self.decoder = decoder
+        self._size_wh: tuple[int, int] | None = None  # of the first frame that could be read
+
+    def __call__(self, image: NDArray[np.uint8], name: str) -> NDArray[np.uint8] | None:
+        """Return a frame, scaled; None if it has another size."""
         width, height = size_wh = image.shape[1], image.shape[0]
         self._size_wh = self._size_wh or size_wh
         if size_wh != self._size_wh:
             first = f"{self._size_wh[0]}x{self._size_wh[1]} px"
-            decoder.report(name, f"a frame of {width}x{height} px, but the first one has {first}")
+            self.decoder.report(name, f"a frame of {width}x{height} px, but the first one has {first}")
             return None
-        return downscale(image, decoder.scaled_size(width, height))
+        return downscale(image, self.decoder.scaled_size(width, height))
+
+
+class _PageSequence:
+    """The images of one file: pages of a TIFF, or frames of an animation, with their durations."""
+
+    def __init__(self, file: Path, name: str, fps: float) -> None:
+        self.input, self.name, self.fps, self.files = str(file), name, fps, [file]
+
+    def _open(self) -> Any:
+        from PIL import Image
+
+        with guarded(self.files[0]) as file:  # `frames` checks the size of each page
+            return Image.open(file, formats=safe_formats())
+
+    def count(self) -> int | None:
+        try:
+            with self._open() as image:
+                return int(getattr(image, "n_frames", 1))
+        except Exception:  # Pillow's plugins raise many kinds of error; `frames` reports it
+            return None
+
+    def frames(self, decoder: VideoDecoder) -> Generator[_Undecoded]:
+        if self.count() in (None, 1):  # a single image, or one that only `read_image` knows
+            decode = partial(read_image, self.files[0], decoder.max_pixels)
+            yield _Undecoded(0, 0.0, decode, f"{self.name}/000000", self.files[0])
+            return
+        fit, time_s = _OneSize(decoder), 0.0
+        with self._open() as pages:
+            for index in count():
+                name = f"{self.name}/{index:06d}"
+                try:
+                    pages.seek(index)
+                except EOFError:
+                    return
+                except Exception as error:  # see above
+                    decoder.report(name, f"damaged page ({_reason(error)}); it and those after it are not read")
+                    return
+                yield _Undecoded(index, time_s, partial(self._decode, pages, name, decoder, fit), name, self.files[0])
+                time_s += float(pages.info.get("duration") or 1000 / self.fps) / 1000
+
+    def _decode(self, pages: Any, name: str, decoder: VideoDecoder, fit: _OneSize) -> NDArray[np.uint8] | None:
+        decoder.scaled_size(*pages.size)  # checks the size
+        if is_deep(pages):
+            decoder.report(name, "a page of more than 8 bits per color; save it as a file of its own")
+            return None
+        try:
+            from PIL import ImageOps
+
+            return fit(to_rgb(ImageOps.exif_transpose(pages)), name)
+        except Exception as error:  # see above
+            decoder.report(name, f"damaged page ({_reason(error)})")
+            return None
 
 
 class _Camera:
@@ -426,19 +546,6 @@ def is_stream(input: Any) -> bool:
     return str(input).isdecimal() or "://" in str(input)
 
 
-def rotate_upright(image: NDArray[np.uint8], degrees: int) -> NDArray[np.uint8]:
-    """Rotate a frame counter-clockwise, as the display matrix of its video says.
-
-    Args:
-        image: RGB, `(H, W, 3) uint8`.
-        degrees: Angle as PyAV gives it, rounded to a multiple of 90.
-
-    >>> rotate_upright(np.zeros((2, 4, 3), np.uint8), -90).shape
-    (4, 2, 3)
-    """
-    return np.ascontiguousarray(np.rot90(image, round(degrees / 90) % 4)) if degrees else image
-
-
 def downscale(image: NDArray[np.uint8], size_wh: tuple[int, int]) -> NDArray[np.uint8]:
     """Resize an image to a smaller size by area averaging.
 
@@ -454,66 +561,6 @@ def downscale(image: NDArray[np.uint8], size_wh: tuple[int, int]) -> NDArray[np.
     if (image.shape[1], image.shape[0]) == size_wh:
         return image
     return np.asarray(cv2.resize(image, size_wh, interpolation=cv2.INTER_AREA), np.uint8)
-
-
-def open_video_file(path: Path) -> Any:
-    """Open a video file with PyAV, but no playlist, whatever its suffix.
-
-    Args:
-        path: The file.
-
-    Raises:
-        OSError: If it cannot be opened, or is no file.
-    """
-    import av
-
-    require_regular(path)
-    options = {"protocol_whitelist": FILE_PROTOCOLS, "format_whitelist": CONTAINERS}
-    return av.open(str(path), options=options, metadata_errors="replace")
-
-
-class _SameHost(HTTPRedirectHandler):
-    """Follows redirects that stay on the host."""
-
-    def redirect_request(self, req: Request, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Request | None:
-        old, new = urlsplit(req.full_url), urlsplit(newurl)
-        moved_to_https = (old.scheme, new.scheme) == ("http", "https") and old.port == new.port is None
-        if old.hostname != new.hostname or not (moved_to_https or (old.scheme, old.port) == (new.scheme, new.port)):
-            raise ImageError(
-                f"{req.full_url}: redirects to another host, {new.scheme}://{new.netloc}, which is not followed; if "
-                "you trust it, give the new address as input"
-            )
-        return super().redirect_request(req, fp, code, msg, headers, newurl)
-
-
-def redirect_target(url: str) -> str | None:
-    """Return where a URL redirects to, on the same host; None if it does not.
-
-    Raises:
-        ImageError: If it redirects to another host.
-    """
-    if urlsplit(url).scheme not in ("http", "https"):
-        return None
-    try:
-        with build_opener(_SameHost).open(url, timeout=URL_TIMEOUT) as response:
-            target = str(response.url)
-            return None if target == url else target
-    except (OSError, ValueError):
-        return None
-
-
-def _to_rgb(av_frame: Any, size_wh: tuple[int, int]) -> NDArray[np.uint8]:
-    """Convert PyAV's frame to upright RGB, scaled to a width and height before it is rotated."""
-    from av.video.reformatter import Interpolation
-
-    rgb = av_frame.reformat(*size_wh, format="rgb24", interpolation=Interpolation.AREA)
-    return rotate_upright(rgb.to_ndarray(), av_frame.rotation)
-
-
-def _video_stream(container: Any) -> Any:
-    """Return the first video stream that is not a cover image."""
-    cover = 0x400  # AV_DISPOSITION_ATTACHED_PIC
-    return next((stream for stream in container.streams.video if not int(stream.disposition) & cover), None)
 
 
 def _reason(error: BaseException) -> str:

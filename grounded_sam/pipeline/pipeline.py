@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import closing
 from typing import Any, Unpack, overload
@@ -236,6 +237,9 @@ class Pipeline:
         Raises:
             ConfigError: If there is no tracker.
             ImageError: If the video cannot be read.
+
+        Warns:
+            UserWarning: At the end, for every click that no frame took.
         """
         from grounded_sam.sources.video import VideoSource
 
@@ -247,14 +251,16 @@ class Pipeline:
         if not isinstance(video, Iterable):
             raise ImageError(f"expected a video or its frames, got {type(video).__name__}")
         frames = (to_frame(image, i) for i, image in enumerate(video))
-        return self._with_images(self.track_frames(frames, request), request.classes)
+        return self._with_images(self.track_frames(frames, request), request)
 
-    def _with_images(self, results: Generator[FrameResult], classes: Vocabulary) -> Generator[FrameResult]:
-        """Yield results whose detections can draw themselves."""
+    def _with_images(self, results: Generator[FrameResult], request: Request) -> Generator[FrameResult]:
+        """Yield results whose detections can draw themselves; warn of unused clicks at the end."""
         with closing(results):
             for result in results:
-                detections = ImageDetections.of(result.detections, result.frame, classes)
+                detections = ImageDetections.of(result.detections, result.frame, request.classes)
                 yield FrameResult(frame=result.frame, detections=detections)
+        for name, reason in request.clicks.unused() if request.clicks is not None else ():
+            warnings.warn(f"{name}: {reason}", stacklevel=2)
 
     def track_frames(self, frames: Iterator[Frame], request: Request) -> Generator[FrameResult]:
         """Track objects through the frames of one video; see `track`."""

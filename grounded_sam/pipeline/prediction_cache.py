@@ -31,8 +31,6 @@ from grounded_sam.structures.vocabulary import Vocabulary
 #: Number of images whose predictions are also held in memory, for each of the last two caches; a few KB per image.
 MAX_IN_MEMORY = 20_000
 _in_memory: dict[str, dict[Any, Any]] = {}
-#: Folder of the caches, inside the folder of a sweep.
-FOLDER = ".predictions"
 
 
 @dataclass(frozen=True)
@@ -84,14 +82,14 @@ class LoosestSelection:
         return cls(results, boxes, min(scores, default=None), nms, by_class)
 
     @classmethod
-    def read(cls, sweep: Path) -> LoosestSelection:
-        """Read what `write` wrote into the folder of a sweep; nothing is shared if it did not."""
-        path = sweep / FOLDER / "loosest_selection.json"
+    def read(cls, folder: Path) -> LoosestSelection:
+        """Read what `write` wrote into the folder of the predictions; nothing is shared if it did not."""
+        path = folder / "loosest_selection.json"
         return cls(**json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else cls()
 
-    def write(self, sweep: Path) -> None:
-        """Write to the folder of a sweep, before its first job starts."""
-        with atomic_write(sweep / FOLDER / "loosest_selection.json") as path:
+    def write(self, folder: Path) -> None:
+        """Write to the folder of the predictions of a sweep, before its first job starts."""
+        with atomic_write(folder / "loosest_selection.json") as path:
             path.write_text(json.dumps(asdict(self)), encoding="utf-8")
 
     def selections(self, settings: Select, vocabulary: Vocabulary) -> list[Select]:
@@ -133,7 +131,7 @@ class PredictionCache:
     """Detections of images, shared by the jobs of a sweep that have the same fingerprint.
 
     Args:
-        sweep: Folder of the sweep.
+        folder: Folder of the predictions of the sweep.
         vocabulary: Classes of the run.
         settings: All settings that decide what the models find, without `select`.
         select: Selection of the run.
@@ -145,16 +143,16 @@ class PredictionCache:
 
     def __init__(
         self,
-        sweep: Path,
+        folder: Path,
         vocabulary: Vocabulary,
         settings: dict[str, Any],
         select: Select,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        self.selections = LoosestSelection.read(sweep).selections(select, vocabulary)
+        self.selections = LoosestSelection.read(folder).selections(select, vocabulary)
         settings = {**settings, "select": [asdict(selection) for selection in self.selections]}
         key = fingerprint(settings, vocabulary)
-        self._store = StoreWriter(sweep / FOLDER / key[:16] / "store", vocabulary, settings, max_pixels=max_pixels)
+        self._store = StoreWriter(folder / key[:16] / "store", vocabulary, settings, max_pixels=max_pixels)
         self.replayed = 0
         self._memory = _in_memory.pop(key, {})
         _in_memory[key] = self._memory

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterator, Sequence
@@ -15,12 +16,25 @@ from typing import Any
 
 from grounded_sam.errors import ImageError, count_of
 from grounded_sam.files import atomic_write
+from grounded_sam.formats.output_classes import OutputClasses
 from grounded_sam.media.progress import ProgressBar
+from grounded_sam.output.claim import ClaimedFolder, check_output, claim
 from grounded_sam.pipeline.images import convert_errors, process_images
 from grounded_sam.pipeline.pipeline import Pipeline
 from grounded_sam.pipeline.prediction_cache import CachedStages
 from grounded_sam.structures.frame import Frame
-from grounded_sam.structures.protocols import Lookup, RecordsSkipped, ResultStore, Resumable, Sharded, Sink, Source
+from grounded_sam.structures.protocols import (
+    ListsSkipped,
+    Lookup,
+    NumbersClasses,
+    OwnsFolder,
+    RecordsSkipped,
+    ResultStore,
+    Resumable,
+    Sharded,
+    Sink,
+    Source,
+)
 from grounded_sam.structures.request import Request
 from grounded_sam.structures.results import FrameResult, Skipped
 
@@ -38,8 +52,10 @@ class Summary:
         stored: How many of them an earlier run had processed.
         empty: How many of them have no detections.
         objects: Number of detections by class name; in videos, of tracks.
-        skipped: Files that could not be used.
+        skipped: What could not be used or done, in whole or in part: files, clicks, sound, parts of a split.
         outputs: One line per sink: what it wrote, and where.
+        removed: Number of files of earlier runs that were removed from the folders of the sinks.
+        kept: Files there that only an earlier run wrote, but that were changed since, or are copies of images.
         interrupted: Whether the run was stopped early, by Ctrl-C.
     """
 
@@ -50,6 +66,8 @@ class Summary:
     objects: Counter[str] = field(default_factory=Counter)
     skipped: list[Skipped] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
+    removed: int = 0
+    kept: list[Path] = field(default_factory=list)
     interrupted: bool = False
 
     @property
@@ -64,7 +82,9 @@ class Runner:
     """Take every frame of a source through a pipeline to the sinks.
 
     Sinks write on a thread of their own, so that models and files do not wait for each other. With a sink that stores
-    results, or with a prediction cache, files that have not changed are read back instead of processed again.
+    results, or with a prediction cache, files that have not changed are read back instead of processed again. The
+    output is claimed during the run; see `output.claim`. At its end, files that an earlier run wrote into the folders
+    that sinks own (see `OwnsFolder`), and this run did not write again, are removed.
 
     Args:
         pipeline: Detects, segments and tracks.
@@ -72,6 +92,7 @@ class Runner:
         sinks: Where results go.
         output: Folder for `skipped.json`.
         request: What to look for; None for the pipeline's own text and clicks.
+        classes: Classes of the output, if the sinks were built with them; None where they have those of the request.
 
     >>> Runner(pipeline, source, sinks, Path("results")).run().images         # doctest: +SKIP
     9
@@ -84,9 +105,11 @@ class Runner:
         sinks: Sequence[Sink],
         output: Path,
         request: Request | None = None,
+        classes: OutputClasses | None = None,
     ) -> None:
         self.pipeline, self.source, self.sinks, self.output = pipeline, source, sinks, Path(output)
-        self.request = request or pipeline.request()
+        self.request, self.classes = request or pipeline.request(), classes
+        self._numbering = [sink for sink in sinks if isinstance(sink, NumbersClasses)]
         self.store = next((sink for sink in sinks if isinstance(sink, ResultStore)), None)
         self.cache = pipeline.stages if isinstance(pipeline.stages, CachedStages) else None
         self.summary = Summary()
@@ -102,8 +125,16 @@ class Runner:
         An interruption (Ctrl-C) ends the run early; what was written so far stays usable.
 
         Raises:
+            ConfigError: If another run is writing to the output, or files in it are not of an earlier run.
             ImageError: If not a single frame could be read.
         """
+        with claim(self.output) as claimed:
+            check_output(self.output / "skipped.json")
+            for folder in self._own_folders():
+                claimed.check_folder(folder)
+            return self._run(claimed)
+
+    def _run(self, claimed: ClaimedFolder) -> Summary:
         start = time.perf_counter()
         try:
             with ExitStack() as stack:
@@ -120,10 +151,21 @@ class Runner:
                 self.cache.close()
         self.pipeline.seconds["all"] = time.perf_counter() - start
         self.summary.objects.update(self._tracks.values())
-        self.summary.skipped = self._skipped()
+        self.summary.skipped = [*self._skipped(), *self._listed_by_sinks(), *self._unused_clicks()]
+        if self.store is not None:
+            self.summary.skipped += self.store.not_searched()
         self._write_skipped()
+        if not self.summary.interrupted:
+            for folder in self._own_folders():
+                removed, kept = claimed.remove_stale(folder)
+                self.summary.removed += len(removed)
+                self.summary.kept += kept
         self.summary.outputs = [sink.summary() for sink in self.sinks]
         return self.summary
+
+    def _own_folders(self) -> list[Path]:
+        """Return the folders that only one sink of the run writes to."""
+        return [Path(os.path.abspath(sink.own_folder())) for sink in self.sinks if isinstance(sink, OwnsFolder)]
 
     def _process(self, results: Iterator[FrameResult], writer: ThreadPoolExecutor, progress: ProgressBar) -> None:
         """Hand results to the sinks, a few at a time, and count them."""
@@ -198,10 +240,19 @@ class Runner:
     def _write(self, result: FrameResult) -> None:
         """Write a result to every sink."""
         self._leave_incomplete(except_for=result.frame.video)
+        original = result
+        if self.store is not None and not result.stored:
+            frame = self.store.named(result.frame)
+            if frame is not result.frame:
+                result = FrameResult(frame=frame, detections=result.raw)
+        renumbered = result
+        if self.classes is not None and self._numbering:
+            self.classes.save()  # before the first file with a number
+            renumbered = self.classes.renumber(result)
         for position, sink in enumerate(self.sinks):
             try:
                 with convert_errors(sink, passing=(OSError,)):  # such as that of a full disk, which ends the run
-                    sink.write(result)
+                    sink.write(original if sink is self.store else renumbered if sink in self._numbering else result)
             except ImageError as error:  # such as that of a stored result whose file is gone
                 self._unwritten[position] += 1
                 skipped = Skipped(result.frame.name, str(error))
@@ -233,6 +284,22 @@ class Runner:
         """Return everything that could not be used so far."""
         return [*self.source.skipped, *self._unusable, *(self.store.notes() if self.store is not None else ())]
 
+    def _is_shard(self) -> bool:
+        """Return whether the source has only a part of the input."""
+        return isinstance(self.source, Sharded) and self.source.num_shards > 1
+
+    def _listed_by_sinks(self) -> list[Skipped]:
+        """Return what the sinks left out of what they wrote, each once."""
+        parts = (sink.skipped for sink in self.sinks if isinstance(sink, ListsSkipped))
+        return list(dict.fromkeys(skipped for part in parts for skipped in part))
+
+    def _unused_clicks(self) -> list[Skipped]:
+        """Return the clicks that no frame took; none where other runs or shards may have had their frames."""
+        resumed = self.summary.stored or (self.store is not None and self.store.files_resumed())
+        if self.request.clicks is None or self.summary.interrupted or resumed or self._is_shard():
+            return []
+        return [Skipped(name, reason) for name, reason in self.request.clicks.unused()]
+
     def _report_skipped(self) -> None:
         """Report newly skipped files to the sinks that record them; the store knows its own notes already."""
         notes = self.store.notes() if self.store is not None else []
@@ -254,9 +321,8 @@ class Runner:
             part.write_text(json.dumps(entries, ensure_ascii=False, indent=1), encoding="utf-8")
         resumed = self.store.files_resumed() if self.store is not None else 0
         # A shard may happen to consist of bad files.
-        is_shard = isinstance(self.source, Sharded) and self.source.num_shards > 1
         written = summary.images - max(self._unwritten.values(), default=0)  # by the sink that lost most
-        if summary.skipped and not (written or resumed or is_shard or summary.interrupted):
+        if summary.skipped and not (written or resumed or self._is_shard() or summary.interrupted):
             first = summary.skipped[0]
             raise ImageError(
                 f"no usable images, {len(summary.skipped)} skipped; the first: {first.file}: {first.reason} "

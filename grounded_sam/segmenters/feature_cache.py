@@ -96,8 +96,20 @@ class FeatureCache:
         for is_newest, _, size, path in sorted(files, key=lambda file: file[:2]):
             if total <= self.max_bytes or is_newest:
                 break
-            path.unlink(missing_ok=True)
-            total -= size
+            if _has_features(path):  # else it is a file of somebody else, such as weights
+                path.unlink(missing_ok=True)
+                total -= size
+
+
+def _has_features(path: Path) -> bool:
+    """Return whether a file was written by the cache."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            return "tree" in (file.metadata() or {})
+    except Exception:  # damaged files make safetensors raise many kinds of error
+        return False
 
 
 def _flatten(node: Any, tensors: dict[str, Tensor]) -> Any:

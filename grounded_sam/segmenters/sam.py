@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from grounded_sam.acceleration.sam2 import speed_up_encoder
 from grounded_sam.checks import check_choice
+from grounded_sam.errors import ConfigError
 from grounded_sam.segmenters.base import DecodedMasks, PromptedSegmenter, Prompts, masks_to_logits
 from grounded_sam.segmenters.options import SegmenterOptions
 from grounded_sam.weights.hub import HubFile
 from grounded_sam.weights.loading import BUILTIN_DIR, find_file, load_into
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: File of each size in the hub repository, and its SHA-256.
 FILES = {
@@ -105,10 +109,10 @@ class Sam(PromptedSegmenter):
         device, size = predictor.device, predictor.original_size
         points = labels = boxes = masks = None
         if prompts.points is not None and prompts.labels is not None:
-            points = torch.as_tensor(predictor.transform.apply_coords(prompts.points, size), device=device).float()
+            points = _to_tensor(predictor.transform.apply_coords(prompts.points, size), device)
             labels = torch.as_tensor(prompts.labels, device=device)
         if prompts.boxes is not None:
-            boxes = torch.as_tensor(predictor.transform.apply_boxes(prompts.boxes, size), device=device).float()
+            boxes = _to_tensor(predictor.transform.apply_boxes(prompts.boxes, size), device)
         if prompts.masks is not None:
             side = self.model.prompt_encoder.mask_input_size[0]
             padded = self.model.image_encoder.img_size
@@ -119,7 +123,22 @@ class Sam(PromptedSegmenter):
         return DecodedMasks(decoded.cpu().numpy(), scores.float().cpu().numpy(), logits.float().cpu().numpy())
 
     def mask_generator(self, **settings: Any) -> Any:
-        """Return a `SamAutomaticMaskGenerator` of `segment_anything` with this model; settings are its arguments."""
+        """Return a `SamAutomaticMaskGenerator` of `segment_anything` with this model; settings are its arguments.
+
+        Raises:
+            ConfigError: On an Apple GPU, which lacks the float64 that it computes with.
+        """
         from segment_anything import SamAutomaticMaskGenerator
 
+        if self.predictor.device.type == "mps":
+            raise ConfigError(
+                "segmenter=sam cannot segment everything on device=mps; use segmenter.device=cpu, or segmenter=sam2"
+            )
         return SamAutomaticMaskGenerator(self.model, **settings)
+
+
+def _to_tensor(coordinates: NDArray[Any], device: Any) -> Tensor:
+    """Convert coordinates to float32 before they are moved: Apple GPUs have no float64."""
+    import torch
+
+    return torch.from_numpy(np.asarray(coordinates, np.float32)).to(device)

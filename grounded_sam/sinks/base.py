@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Self
 
+from grounded_sam.checks import check_number
 from grounded_sam.errors import count_of
+from grounded_sam.output.claim import check_output
 from grounded_sam.sinks.dataset_images import DatasetImages, ImageMode
 from grounded_sam.sinks.splits import Splits
-from grounded_sam.structures.results import FrameResult
+from grounded_sam.structures.results import FrameResult, Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
 
 
@@ -28,6 +30,7 @@ class DatasetSink(ABC):
 
     Attributes:
         name: Name of the format: its key in the config and, of most formats, its folder in `output`.
+        reserved_folders: Names of folders that its readers do not find images in, and that are encoded.
         folder: That folder.
         num_images: Images written so far.
         num_objects: Objects written so far.
@@ -37,22 +40,35 @@ class DatasetSink(ABC):
     """
 
     name: ClassVar[str]
+    reserved_folders: ClassVar[frozenset[str]] = frozenset()
 
     output: Path
     vocabulary: Vocabulary
     split: Mapping[str, float] | None = None
     seed: int = 0
     images: ImageMode = field(default="none", init=False)  # formats with image files declare it again, as a setting
+    tolerance: float = field(default=0.0, init=False)  # formats with polygons declare it again
 
     def __post_init__(self) -> None:
         self.folder = Path(self.output) / self.name
         self.num_images = self.num_objects = 0
         self._splits = Splits(self.split, self.seed)
-        self._image_files = DatasetImages(self.images, f"sink.{self.name}.images")
+        self._image_files = DatasetImages(self.images, f"sink.{self.name}.images", self.reserved_folders)
+        check_number(f"sink.{self.name}.tolerance", self.tolerance, 0)
         self._is_open = False
 
     def __enter__(self) -> Self:
+        for path in self._last_files():
+            check_output(path)
         return self
+
+    def numbered_classes(self) -> Sequence[str]:
+        """Return the classes in the order of their numbers."""
+        return self.vocabulary.classes
+
+    def _last_files(self) -> Sequence[Path]:
+        """Return the files that are written at the end of a run, to check at its start that they may be."""
+        return ()
 
     def write(self, result: FrameResult) -> None:
         """Write an image and its labels.
@@ -63,6 +79,7 @@ class DatasetSink(ABC):
         """
         if not self._is_open:
             self._open()
+            self._image_files.read_names(self.folder)
             self._is_open = True
         self.num_objects += self._write(result)
         self.num_images += 1
@@ -71,11 +88,17 @@ class DatasetSink(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._is_open:
+            self._image_files.write_names(self.folder)
             self._close()
 
     def _open(self) -> None:
         """Prepare the output, before the first image."""
         self._splits.claim(self.folder)
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        """Parts of the split that got no image."""
+        return self._splits.skipped()
 
     @abstractmethod
     def _write(self, result: FrameResult) -> int:

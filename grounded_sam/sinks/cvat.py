@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -12,7 +13,7 @@ import supervision as sv
 from numpy.typing import NDArray
 
 from grounded_sam.checks import check_choice
-from grounded_sam.files import PendingFile
+from grounded_sam.files import PendingFile, encode_controls
 from grounded_sam.sinks.base import DatasetSink
 from grounded_sam.structures.masks import join_loops, mask_outlines, masks_to_xyxy
 from grounded_sam.structures.results import FrameResult
@@ -23,7 +24,8 @@ class CvatSink(DatasetSink):
     """Write `cvat.xml`, for "Upload annotations" as CVAT 1.1 in a task with the same images.
 
     Objects have the attributes `score` and, in videos, `track_id`. Masks are exact; polygons run along the edges of
-    pixels, and zero-width bridges connect separate parts and holes. Without masks, objects are boxes.
+    pixels, and zero-width bridges connect separate parts and holes. Without masks, objects are boxes. Control
+    characters of names, which XML cannot have, are encoded, see `files.percent_encode`.
 
     Args:
         output: Output folder of the run.
@@ -31,6 +33,7 @@ class CvatSink(DatasetSink):
         split: Share of each split, see `splits.Splits`; written as `subset` of an image.
         seed: Seed of the split.
         shape: `mask` or `polygon`.
+        tolerance: Largest distance in pixels of simplified polygons from the outline; 0 for exact ones.
 
     Raises:
         ConfigError: If `shape` is neither.
@@ -39,6 +42,7 @@ class CvatSink(DatasetSink):
     name: ClassVar[str] = "cvat"
 
     shape: Literal["mask", "polygon"] = "mask"
+    tolerance: float = 0.0
 
     def __post_init__(self) -> None:
         check_choice("sink.cvat.shape", self.shape, ("mask", "polygon"))
@@ -55,7 +59,7 @@ class CvatSink(DatasetSink):
             self._start(tag)
         for name, color in zip(self.vocabulary.classes, self.vocabulary.palette(), strict=True):
             self._start("label")
-            self._element("name", name)
+            self._element("name", encode_controls(name))
             self._element("color", color)
             self._start("attributes")
             for attribute in ("score", "track_id"):
@@ -70,8 +74,7 @@ class CvatSink(DatasetSink):
 
     def _start(self, tag: str, **attributes: Any) -> None:
         """Write a start tag, with the attributes that are not None."""
-        # File names can have control characters, which XML cannot.
-        texts = {key: "".join(c for c in str(v) if ord(c) >= 32) for key, v in attributes.items() if v is not None}
+        texts = {key: str(value) for key, value in attributes.items() if value is not None}
         self._xml.startElement(tag, texts)  # type: ignore[arg-type]
 
     def _end(self, tag: str) -> None:
@@ -87,7 +90,9 @@ class CvatSink(DatasetSink):
     def _write(self, result: FrameResult) -> int:
         frame, detections = result.frame, result.detections
         (height, width), split = frame.size_hw, self._splits(frame)
-        self._start("image", id=self.num_images, name=frame.name, subset=split, width=width, height=height)
+        # Otherwise as it is, since CVAT compares it with the names of its images.
+        name = frame.name if frame.name.isprintable() else encode_controls(frame.name)
+        self._start("image", id=self.num_images, name=name, subset=split, width=width, height=height)
         for i in range(len(detections)):
             self._write_object(detections, i)
         self._end("image")
@@ -103,8 +108,9 @@ class CvatSink(DatasetSink):
             mask = np.asarray(detections.mask[i], bool)
             if not mask.any():
                 return
-            tag, geometry = self.shape, _mask_geometry(mask) if self.shape == "mask" else _polygon_geometry(mask)
-        label = detections.data["class_name"][i]
+            tag = self.shape
+            geometry = _mask_geometry(mask) if tag == "mask" else _polygon_geometry(mask, self.tolerance)
+        label = encode_controls(str(detections.data["class_name"][i]))
         self._start(tag, label=label, source="auto", occluded=0, z_order=0, **geometry)
         self._element("attribute", f"{float(detections.confidence[i]):.4f}", name="score")
         if detections.tracker_id is not None:
@@ -115,6 +121,9 @@ class CvatSink(DatasetSink):
         self._end("annotations")
         self._xml.endDocument()
         self._file.commit()
+
+    def _last_files(self) -> Sequence[Path]:
+        return (self.path,)
 
     def summary(self) -> str:
         """Return the counts and the path of the file."""
@@ -131,7 +140,7 @@ def _mask_geometry(mask: NDArray[np.bool_]) -> dict[str, Any]:
     return {"rle": rle, "left": x1, "top": y1, "width": x2 - x1, "height": y2 - y1}
 
 
-def _polygon_geometry(mask: NDArray[np.bool_]) -> dict[str, Any]:
+def _polygon_geometry(mask: NDArray[np.bool_], tolerance: float) -> dict[str, Any]:
     """Return the attributes of a polygon."""
-    polygon = join_loops(mask_outlines(mask, "edges"))
+    polygon = join_loops(mask_outlines(mask, "edges", tolerance))
     return {"points": ";".join(f"{x:.2f},{y:.2f}" for x, y in polygon)}

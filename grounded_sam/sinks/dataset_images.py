@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from typing import Literal
 
 from grounded_sam.checks import check_choice
-from grounded_sam.files import UniqueNames, atomic_write
+from grounded_sam.errors import ConfigError
+from grounded_sam.files import UniqueNames, atomic_write, atomic_write_text, keep_output
+from grounded_sam.formats.coco import read_json
 from grounded_sam.media.files import is_video_file
 from grounded_sam.media.images import open_image
 from grounded_sam.structures.frame import Frame
@@ -30,21 +34,42 @@ class DatasetImages:
     Args:
         mode: `link` (symbolic links, or copies where the file system has none), `copy`, or `none` for no image files.
         key: Name of the setting, for messages.
+        reserved: Names that no folder may have.
 
     Raises:
         ConfigError: If `mode` is none of these.
     """
 
-    def __init__(self, mode: ImageMode, key: str) -> None:
+    def __init__(self, mode: ImageMode, key: str, reserved: Collection[str] = ()) -> None:
         check_choice(key, mode, ("link", "copy", "none"))
         self.mode = mode
-        self._names = UniqueNames()
+        self._names = UniqueNames(reserved)
+
+    def read_names(self, folder: Path) -> None:
+        """Read which image has which path from `.names` in the folder of a dataset, so that they keep them.
+
+        Raises:
+            ConfigError: If the file is damaged.
+        """
+        path = folder / ".names"
+        if not path.is_file():
+            return
+        names = read_json(path)
+        if not isinstance(names, dict) or not all(isinstance(v, str) and _is_inside(k) for k, v in names.items()):
+            raise ConfigError(f"{path} must hold the names of images by their paths; delete {folder}, and run again")
+        self._names = UniqueNames(self._names.reserved, names)
+
+    def write_names(self, folder: Path) -> None:
+        """Write the name of each image by its path, without suffix, to `.names` in the folder of a dataset."""
+        if self._names.names:
+            # In ASCII, since a name may have what UTF-8 cannot encode.
+            atomic_write_text(folder / ".names", json.dumps(self._names.names, indent=0))
 
     def unique_stem(self, frame: Frame) -> str:
         """Return a relative path without suffix for a frame, with `/`, safe and never given twice."""
-        path = Path(frame.name.replace("\\", "/"))
-        has_suffix = frame.video is None or not path.suffix[1:].isdecimal()
-        return self._names((path.with_suffix("") if has_suffix else path).as_posix(), "").as_posix()
+        stem, ending = os.path.splitext(frame.name)
+        has_suffix = frame.video is None or not ending[1:].isdecimal()
+        return self._names(stem if has_suffix else frame.name, "", frame.name).as_posix()
 
     def save(self, frame: Frame, folder: Path, stem: str) -> str:
         """Link, copy or write the image of a frame.
@@ -66,8 +91,9 @@ class DatasetImages:
             return name
         path = folder / name
         if frame.file is not None and path.exists() and frame.file.exists() and path.samefile(frame.file):
+            keep_output(path)
             return name  # the input itself, or a link to it
-        with atomic_write(path) as part:
+        with atomic_write(path, is_copy=True) as part:
             if suffix is None:
                 _encode(frame, part, "JPEG" if name.endswith(".jpg") else "PNG")
             else:
@@ -83,6 +109,11 @@ class DatasetImages:
             except OSError:  # a file system without links
                 pass
         shutil.copyfile(file, path)
+
+
+def _is_inside(path: str) -> bool:
+    """Whether a recorded path stays in its folder."""
+    return "\\" not in path and all(part not in ("", ".", "..") for part in path.split("/"))
 
 
 def _is_image_file(frame: Frame) -> bool:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pyarrow as pa
@@ -128,6 +130,13 @@ class ImageFolderSink(DatasetSink):
             metadata.close()
         categories = json.dumps(self.vocabulary.classes, ensure_ascii=False, indent=1)
         atomic_write_text(self.folder / "categories.json", categories)
+
+    def _last_files(self) -> Sequence[Path]:
+        return (self.folder / "categories.json",)
+
+    def own_folder(self) -> Path:
+        """Return the folder of the dataset, whose one list of labels has the images of the last run only."""
+        return self.folder
 
     def summary(self) -> str:
         """Return the counts and the folder."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
@@ -10,6 +12,7 @@ from typing import IO, Any
 import supervision as sv
 
 from grounded_sam.errors import count_of
+from grounded_sam.files import growing_text
 from grounded_sam.structures.masks import coco_segmentation
 from grounded_sam.structures.results import FrameResult
 from grounded_sam.structures.vocabulary import Vocabulary
@@ -29,18 +32,22 @@ class JsonLinesSink:
     """
 
     def __init__(self, output: Path, vocabulary: Vocabulary, masks: bool = True) -> None:
-        self.path, self.masks = Path(output) / "results.jsonl", masks
+        self.path, self.vocabulary, self.masks = Path(output) / "results.jsonl", vocabulary, masks
         self._num_lines = 0
         self._file: IO[str] | None = None
+        self._stack = ExitStack()
 
     def __enter__(self) -> JsonLinesSink:
         return self
 
+    def numbered_classes(self) -> Sequence[str]:
+        """Return the classes in the order of their numbers."""
+        return self.vocabulary.classes
+
     def write(self, result: FrameResult) -> None:
         """Append the line of a frame."""
         if self._file is None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self.path.open("w", encoding="utf-8")
+            self._file = self._stack.enter_context(growing_text(self.path))
         frame, detections = result.frame, result.packed
         height, width = frame.size_hw
         line: dict[str, Any] = {"file": frame.name, "frame": frame.index, "width": width, "height": height}
@@ -72,8 +79,7 @@ class JsonLinesSink:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is not None:
-            self._file.close()
+        self._stack.close()
 
     def summary(self) -> str:
         """Return the number of lines and the path of the file."""

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 from urllib.parse import quote
 from xml.sax.saxutils import quoteattr
@@ -14,13 +17,15 @@ from numpy.typing import NDArray
 
 from grounded_sam.checks import check_choice
 from grounded_sam.errors import ConfigError
-from grounded_sam.files import PendingFile, atomic_write_text
+from grounded_sam.files import PendingFile, atomic_write_text, encode_controls
 from grounded_sam.formats.store_runs import package_version
 from grounded_sam.sinks.base import DatasetSink
 from grounded_sam.sinks.dataset_images import ImageMode
 from grounded_sam.structures.masks import join_loops, mask_outlines
 from grounded_sam.structures.results import FrameResult
 
+#: URL of an image in a storage of local files.
+LOCAL_URL = "/data/local-files/?d=images/{name}"
 #: Bits of the four run lengths in Label Studio's RLE.
 RUN_BITS = (3, 4, 8, 16)
 
@@ -63,8 +68,9 @@ def encode_brush(mask: NDArray[np.bool_]) -> list[int]:
 class LabelStudioSink(DatasetSink):
     """Write `tasks.json` to import, `config.xml` for the project, and `images/` under `label_studio/`.
 
-    To serve the images from disk, start Label Studio with `LOCAL_FILES_SERVING_ENABLED=true` and
-    `LOCAL_FILES_DOCUMENT_ROOT` set to `label_studio/images`; otherwise set `url`. Regions have the score of their
+    Label Studio serves images from disk only below its document root, and only if the project has a storage of local
+    files there: `README.txt` in the folder has the command that starts it, and the path of the storage. For images on
+    a server, set `url`. Regions have the score of their
     detection, predictions the mean of their regions and `model_version`. Polygons run along the edges of pixels;
     zero-width bridges connect separate parts and holes, so that there is one region per object.
 
@@ -76,6 +82,7 @@ class LabelStudioSink(DatasetSink):
         images: `link`, `copy` or `none`; see `dataset_images.DatasetImages`.
         regions: `polygon`, `brush` (exact, but Label Studio's own converter omits it from COCO and YOLO), or `both`.
             Without masks regions are rectangles.
+        tolerance: Largest distance in pixels of simplified polygons from the outline; 0 for exact ones.
         url: URL of an image, where `{name}` is its path under `images/`.
         model_version: Version that predictions are marked with; None for this package and its version.
 
@@ -87,7 +94,8 @@ class LabelStudioSink(DatasetSink):
 
     images: ImageMode = "copy"
     regions: Literal["polygon", "brush", "both"] = "polygon"
-    url: str = "/data/local-files/?d={name}"
+    tolerance: float = 0.0
+    url: str = LOCAL_URL
     model_version: str | None = None
     _control_kinds: set[str] = field(default_factory=set, init=False, repr=False)
 
@@ -118,7 +126,7 @@ class LabelStudioSink(DatasetSink):
         """Return the regions of one detection, in percent of width and height."""
         assert detections.confidence is not None
         height, width = size_hw
-        label, scale = str(detections.data["class_name"][i]), np.array([100 / width, 100 / height])
+        label, scale = encode_controls(str(detections.data["class_name"][i])), np.array([100 / width, 100 / height])
         values: dict[str, dict[str, Any]] = {}
         if detections.mask is None:
             (x1, y1), (x2, y2) = np.minimum(detections.xyxy[i].reshape(2, 2) * scale, 100).tolist()
@@ -126,7 +134,7 @@ class LabelStudioSink(DatasetSink):
         else:
             mask = np.asarray(detections.mask[i], bool)
             if self.regions != "brush" and mask.any():
-                points = np.minimum(join_loops(mask_outlines(mask, "edges")) * scale, 100).tolist()
+                points = np.minimum(join_loops(mask_outlines(mask, "edges", self.tolerance)) * scale, 100).tolist()
                 values["polygon"] = {"points": points, "closed": True}
             if self.regions != "polygon" and mask.any():
                 values["brush"] = {"format": "rle", "rle": encode_brush(mask)}
@@ -157,7 +165,7 @@ class LabelStudioSink(DatasetSink):
             tag = f"{kind.capitalize()}Labels"
             lines.append(f'  <{tag} name="{kind}" toName="image">')
             for name, color in zip(self.vocabulary.classes, self.vocabulary.palette(), strict=True):
-                lines.append(f"    <Label value={quoteattr(name)} background={quoteattr(color)}/>")
+                lines.append(f"    <Label value={quoteattr(encode_controls(name))} background={quoteattr(color)}/>")
             lines.append(f"  </{tag}>")
         return "\n".join([*lines, "</View>"]) + "\n"
 
@@ -165,7 +173,30 @@ class LabelStudioSink(DatasetSink):
         self._tasks.text.write("\n]\n")
         self._tasks.commit()
         atomic_write_text(self.folder / "config.xml", self._labeling_config())
+        if self.url == LOCAL_URL:
+            atomic_write_text(self.folder / "README.txt", self._instructions())
+
+    def _instructions(self) -> str:
+        """Return how to open the tasks in Label Studio."""
+        folder = self.folder.resolve()
+        root = shlex.quote(str(folder))
+        return (
+            "1. Start Label Studio so that it may serve this folder:\n\n"
+            f"   LOCAL_FILES_SERVING_ENABLED=true LOCAL_FILES_DOCUMENT_ROOT={root} label-studio start\n\n"
+            "2. In the project: Settings, Labeling Interface, Code: paste config.xml.\n"
+            "3. Settings, Cloud Storage, Add Source Storage, Local Files, with this absolute local path; save it\n"
+            f"   without synchronizing, which would add every image a second time:\n\n   {folder / 'images'}\n\n"
+            "4. Import tasks.json.\n"
+        )
+
+    def _last_files(self) -> Sequence[Path]:
+        return (self.folder / "tasks.json", self.folder / "config.xml")
+
+    def own_folder(self) -> Path:
+        """Return the folder of the dataset, whose one list of labels has the images of the last run only."""
+        return self.folder
 
     def summary(self) -> str:
         """Return the counts and the path of `tasks.json`."""
-        return f"{self._counts()} for Label Studio: {self.folder / 'tasks.json'}"
+        storage = f"; it needs a Local Files storage, see {self.folder / 'README.txt'}" if self.url == LOCAL_URL else ""
+        return f"{self._counts()} for Label Studio: {self.folder / 'tasks.json'}{storage}"

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
 
 from grounded_sam.checks import check_bool, check_choice, check_int, check_number
-from grounded_sam.errors import count_of
+from grounded_sam.errors import ConfigError, count_of
 from grounded_sam.files import UniqueNames, atomic_write, home_path
 from grounded_sam.media.draw import draw_detections
+from grounded_sam.media.files import is_video_file
 from grounded_sam.media.mp4 import Mp4Writer
-from grounded_sam.structures.results import FrameResult
+from grounded_sam.media.video_pixels import read_look
+from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.results import FrameResult, Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
 
 #: Longest side that a JPEG can have, in pixels.
@@ -32,11 +36,15 @@ class OverlaySink:
         opacity: Opacity of masks, 0 to 1.
         colour_by: One color per `class` or per `object`; None for `object` if there are tracks and not all classes have
             a color of their own, else `class`.
-        sound_from: Video file, or a folder of them, whose audio the annotated videos get; None for no audio.
+        sound_from: Whose audio the annotated videos get: `input` for that of each video itself, a video file, or a
+            folder with a file of the name of each video; None for no audio.
         crf: Constant rate factor of videos, 0 (lossless) to 51.
 
+    Attributes:
+        skipped: Videos whose sound is missing.
+
     Raises:
-        ConfigError: If a setting is not one of its choices, or out of range.
+        ConfigError: If a setting is not one of its choices, or out of range, or `sound_from` does not exist.
     """
 
     def __init__(
@@ -49,7 +57,7 @@ class OverlaySink:
         labels: bool = True,
         opacity: float = 0.3,
         colour_by: Literal["class", "object"] | None = None,
-        sound_from: str | int | None = None,
+        sound_from: str | None = None,
         crf: int = 20,
     ) -> None:
         check_choice("sink.overlay.format", format, ("jpg", "png"))
@@ -63,6 +71,11 @@ class OverlaySink:
         self.opacity, self.palette = opacity, vocabulary.palette()
         self.color_by = colour_by or ("class" if vocabulary.has_own_colors else None)
         self.sound_from = None if sound_from is None else str(home_path(str(sound_from)))
+        if self.sound_from not in (None, "input") and not os.path.exists(str(self.sound_from)):
+            raise ConfigError(
+                f"sink.overlay.sound_from={sound_from}: no such file or folder; input takes the sound of each video"
+            )
+        self.skipped: list[Skipped] = []
         self._names = UniqueNames()
         self._num_images = self._num_videos = 0
         self._current: tuple[str, Mp4Writer] | None = None  # name and writer of the video that is being written
@@ -86,27 +99,45 @@ class OverlaySink:
             palette=self.palette,
         )
         if frame.video is not None:
-            self._writer(frame.video).write(drawn, frame.time_s or 0.0)
+            self._writer(frame, frame.video).write(drawn, frame.time_s or 0.0)
             return
         suffix = "png" if max(drawn.shape) > MAX_JPEG_SIDE else self.format
         with atomic_write(self.folder / self._names(frame.name, f".{suffix}")) as part:
             Image.fromarray(drawn).save(part, format="JPEG" if suffix == "jpg" else "PNG", quality=92)
         self._num_images += 1
 
-    def _writer(self, video: str) -> Mp4Writer:
+    def _writer(self, frame: Frame, video: str) -> Mp4Writer:
         """Return the writer of a video; the one before is closed, since an encoder holds frames in memory."""
         if self._current is None or self._current[0] != video:
             self._close()
             path = self.folder / self._names(video, ".mp4")
-            self._current = video, Mp4Writer(path, self._sound_file(video), self.crf)
+            is_file = frame.file is not None and frame.file.is_file()
+            look = read_look(frame.file) if is_file and frame.file is not None else None
+            report = partial(self._report, video)
+            self._current = video, Mp4Writer(path, self._sound_file(frame, video), self.crf, look, report)
             self._num_videos += 1
         return self._current[1]
 
-    def _sound_file(self, video: str) -> str | None:
-        """Return the file of a video: `sound_from` itself, or the file of that name in it."""
+    def _report(self, video: str, reason: str) -> None:
+        """List a video whose sound is missing."""
+        self.skipped.append(Skipped(video, reason))
+
+    def _sound_file(self, frame: Frame, video: str) -> str | None:
+        """Return the file whose sound a video gets: its own, `sound_from` itself, or that of its name in the folder."""
+        if self.sound_from == "input":
+            return None if frame.file is None else str(frame.file)
         if self.sound_from is None or not os.path.isdir(self.sound_from):
             return self.sound_from
-        return os.path.join(self.sound_from, video)
+        if frame.file is not None and is_video_file(frame.file) and frame.file.is_relative_to(self.sound_from):
+            return str(frame.file)  # its name may have got a number in a store
+        path = os.path.join(self.sound_from, video)
+        if not os.path.isfile(path):
+            self._report(video, f"no sound, since {path} does not exist; name the files in sound_from as the videos")
+        return path
+
+    def own_folder(self) -> Path:
+        """Return the folder of the annotated images and videos."""
+        return self.folder
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -18,6 +18,7 @@ from typing import Any
 from grounded_sam.checks import check_bool, check_int
 from grounded_sam.errors import ImageError, count_of
 from grounded_sam.files import PendingFile, atomic_write_text
+from grounded_sam.output.claim import check_output
 from grounded_sam.sinks.near_duplicates import NearDuplicates
 from grounded_sam.sinks.report_page import ClassStatistics, ReportContent, Thumbnail, make_thumbnail, render_page
 from grounded_sam.sinks.samples import Highest, RandomSample
@@ -71,13 +72,19 @@ class _CrowdedImage:
     thumbnail: Thumbnail
 
 
+def _cell(value: Any) -> Any:
+    """Return a value of `review.csv` that no spreadsheet takes for a formula."""
+    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r\n'") else value
+
+
 class ReportSink:
     """Write `report.html`, a page in a single file, and `review.csv`.
 
     The page has counts, a histogram of scores and a contact sheet per class (a random sample of its objects), the least
     certain objects, the most crowded images, images without objects, near-duplicate images, and files that were
-    skipped. `review.csv` lists the same by file and reason, including all empty, skipped and near-duplicate ones. Masks
-    are not kept in memory.
+    skipped. `review.csv` lists the same by file and reason, including all empty, skipped and near-duplicate ones. A
+    text there that a spreadsheet would take for a formula, or that begins with an apostrophe, gets an apostrophe in
+    front. Masks are not kept in memory.
 
     Args:
         output: Output folder of the run.
@@ -111,6 +118,8 @@ class ReportSink:
         self._review: PendingFile | None = None
 
     def __enter__(self) -> ReportSink:
+        for name in ("report.html", "review.csv"):
+            check_output(self.folder / name)
         return self
 
     def write(self, result: FrameResult) -> None:
@@ -175,7 +184,7 @@ class ReportSink:
     def _write_row(self, file: str, reason: str, **columns: Any) -> None:
         """Write a row of `review.csv`; before the first one the header."""
         self._open_review()
-        self._rows.writerow({"file": file, "reason": reason, **columns})
+        self._rows.writerow({key: _cell(value) for key, value in {"file": file, "reason": reason, **columns}.items()})
 
     def _open_review(self) -> PendingFile:
         """Open `review.csv`, unless it is open."""

@@ -11,6 +11,10 @@ from grounded_sam.checks import check_number
 from grounded_sam.errors import ConfigError
 from grounded_sam.files import atomic_write_text
 from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.results import Skipped
+
+#: Seeds that are tried for a split without an empty part.
+MAX_SEEDS = 1000
 
 
 class Splits:
@@ -35,6 +39,8 @@ class Splits:
 
     def __init__(self, ratios: Mapping[str, float] | None, seed: int = 0) -> None:
         self.ratios, self.seed = dict(ratios or {}), seed
+        self._used: set[str] = set()
+        self._keys: set[str] = set()  # of the images so far, while a part is empty
         for name, share in self.ratios.items():
             check_number(f"split.{name}", share, 0, 1)
             if not str(name).replace("_", "").replace("-", "").isalnum():
@@ -65,11 +71,34 @@ class Splits:
         """Return the name of a frame's split; None if there are no splits."""
         if not self.ratios:
             return None
-        key = f"{self.seed}:{frame.video or frame.name}"
-        digest = hashlib.sha256(key.encode("utf-8", "backslashreplace")).digest()
+        key = frame.video or frame.name
+        split = self._split_of(key, self.seed)
+        self._used.add(split)
+        if self._empty and len(self._keys) < MAX_SEEDS:
+            self._keys.add(key)
+        return split
+
+    def _split_of(self, key: str, seed: int) -> str:
+        """Return the split of an image or video."""
+        digest = hashlib.sha256(f"{seed}:{key}".encode("utf-8", "backslashreplace")).digest()
         remaining = int.from_bytes(digest[:8], "big") / 2**64  # uniform from 0 to 1
         for name, share in self.ratios.items():
             remaining -= share
             if remaining < 0:
                 return str(name)
         return str(list(self.ratios)[-1])
+
+    @property
+    def _empty(self) -> list[str]:
+        """Names of the splits that should have images and have none so far."""
+        return [str(name) for name, share in self.ratios.items() if share > 0 and str(name) not in self._used]
+
+    def skipped(self) -> list[Skipped]:
+        """Return the splits that got no image, with a seed that gives each one some, if there is one."""
+        if not self._used or not self._empty:
+            return []
+        wanted = {str(name) for name, share in self.ratios.items() if share > 0}
+        seeds = (seed for seed in range(MAX_SEEDS) if {self._split_of(key, seed) for key in self._keys} == wanted)
+        seed = next(seeds, None) if len(self._keys) >= len(wanted) else None
+        way_out = "there are too few images or videos" if seed is None else f"seed={seed} gives each part some"
+        return [Skipped(f"split {name}", f"no image fell into this part; {way_out}") for name in self._empty]

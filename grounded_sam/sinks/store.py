@@ -11,6 +11,7 @@ from grounded_sam.checks import check_choice, check_int, check_number
 from grounded_sam.errors import count_of
 from grounded_sam.formats.store_writer import StoreWriter
 from grounded_sam.media.images import MAX_PIXELS
+from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.results import FrameResult, Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
 
@@ -71,6 +72,10 @@ class StoreSink:
         """Return the classes of the run, followed by those stored before."""
         return self._writer.output_classes()
 
+    def named(self, frame: Frame) -> Frame:
+        """Return a frame under a name that no other file of the store has."""
+        return self._writer.named(frame)
+
     def files_resumed(self) -> int:
         """Return how many files `lookup` has found so far."""
         return self._files_resumed
@@ -78,6 +83,10 @@ class StoreSink:
     def notes(self) -> list[Skipped]:
         """Return the problems recorded for files that `lookup` has found, such as truncated videos."""
         return list(self._notes)
+
+    def not_searched(self) -> list[Skipped]:
+        """Return which classes of the run were not looked for in the files that `lookup` has found."""
+        return self._writer.not_searched()
 
     def write(self, result: FrameResult) -> None:
         """Write a result, unless it comes from the store."""

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import math
-import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 from xml.etree import ElementTree
 
 import numpy as np
 import supervision as sv
 
-from grounded_sam.files import PendingFile, atomic_write, atomic_write_text
+from grounded_sam.files import PendingFile, atomic_write, atomic_write_text, encode_controls, encode_lines
 from grounded_sam.media.draw import davis_palette, paint_masks, save_label_map
 from grounded_sam.sinks.base import DatasetSink
 from grounded_sam.sinks.dataset_images import ImageMode
+from grounded_sam.structures.detections import is_crowd
 from grounded_sam.structures.results import FrameResult
 
 #: Folders of the label maps.
@@ -29,7 +31,9 @@ class VocSink(DatasetSink):
     counted from 1, both ends included. In `SegmentationObject` the pixel value k is the k-th `object` of the XML; in
     `SegmentationClass` it is the class id plus 1 (`classes.txt` has the names in that order). Where two masks overlap,
     the smaller is on top. With more than 254 values, PNGs are 16-bit gray, which VOC does not define. `score` is an
-    additional element of an object. Supervision's writer instead has polygons without holes, one object per part.
+    additional element of an object; a crowd is `difficult`, which VOC's evaluation does not count either. Control
+    characters of class names are encoded, see `files.percent_encode`. Supervision's writer instead has polygons without
+    holes, one object per part.
 
     Args:
         output: Output folder of the run.
@@ -43,6 +47,7 @@ class VocSink(DatasetSink):
 
     images: ImageMode = "link"
     _image_sets: dict[str, PendingFile] = field(default_factory=dict, init=False, repr=False)
+    _stems: set[str] = field(default_factory=set, init=False, repr=False)
     _has_masks: bool = field(default=False, init=False, repr=False)
     _empty_images: list[tuple[str, tuple[int, int]]] = field(default_factory=list, init=False, repr=False)
 
@@ -51,6 +56,7 @@ class VocSink(DatasetSink):
         split, stem = self._splits(frame) or "train", self._image_files.unique_stem(frame)
         image_name = self._image_files.save(frame, self.folder / "JPEGImages", stem)
         self._image_set(split).text.write(f"{stem}\n")
+        self._stems.add(stem)
         tree = _annotation(result, image_name)
         ElementTree.indent(tree)
         with atomic_write(self.folder / "Annotations" / f"{stem}.xml") as part:
@@ -79,17 +85,29 @@ class VocSink(DatasetSink):
             save_label_map(self.folder / folder / f"{stem}.png", label_map, davis_palette() if has_colors else None)
 
     def _close(self) -> None:
-        for split in self._splits.names or ["train"]:
-            self._image_set(split).text.flush()  # also those without images
-        for image_set in self._image_sets.values():
-            image_set.commit()
-            if self._has_masks:
-                with atomic_write(self.folder / "ImageSets" / "Segmentation" / image_set.path.name) as part:
-                    shutil.copyfile(image_set.path, part)
         if self._has_masks:
             for stem, size_hw in self._empty_images:
                 self._write_label_maps(sv.Detections.empty(), size_hw, stem)
-        atomic_write_text(self.folder / "classes.txt", "".join(f"{name}\n" for name in self.vocabulary.classes))
+        for split in self._splits.names or ["train"]:
+            self._image_set(split)  # also those without images
+        for image_set in self._image_sets.values():
+            image_set.text.writelines(f"{stem}\n" for stem in self._earlier_stems(image_set.path))
+            image_set.commit()
+            stems = image_set.path.read_text(encoding="utf-8").splitlines()
+            stems = [stem for stem in stems if (self.folder / LABEL_MAPS[0] / f"{stem}.png").is_file()]
+            if stems or self._has_masks:
+                path = self.folder / "ImageSets" / "Segmentation" / image_set.path.name
+                atomic_write_text(path, "".join(f"{stem}\n" for stem in stems))
+        atomic_write_text(self.folder / "classes.txt", encode_lines(self.vocabulary.classes))
+
+    def _earlier_stems(self, path: Path) -> list[str]:
+        """Return the images that earlier runs listed in an image set, as far as their labels are still there."""
+        stems = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        annotations = self.folder / "Annotations"
+        return [stem for stem in stems if stem not in self._stems and (annotations / f"{stem}.xml").is_file()]
+
+    def _last_files(self) -> Sequence[Path]:
+        return (self.folder / "classes.txt",)
 
     def summary(self) -> str:
         """Return the counts and the folder."""
@@ -113,10 +131,10 @@ def _annotation(result: FrameResult, image_name: str) -> ElementTree.Element:
         element = ElementTree.SubElement(root, "object")
         x1, y1, x2, y2 = detections.xyxy[i].tolist()
         is_truncated = x1 <= 0 or y1 <= 0 or x2 >= width or y2 >= height
-        _add(element, "name", detections.data["class_name"][i])
+        _add(element, "name", encode_controls(str(detections.data["class_name"][i])))
         _add(element, "pose", "Unspecified")
         _add(element, "truncated", int(is_truncated))
-        _add(element, "difficult", 0)
+        _add(element, "difficult", int(is_crowd(detections, i)))
         _add(element, "score", round(float(detections.confidence[i]), 6))
         box = ElementTree.SubElement(element, "bndbox")
         corners = (math.floor(x1) + 1, math.floor(y1) + 1, math.ceil(x2), math.ceil(y2))
@@ -127,6 +145,4 @@ def _annotation(result: FrameResult, image_name: str) -> ElementTree.Element:
 
 def _add(parent: ElementTree.Element, key: str, value: Any) -> None:
     """Append an element with a text."""
-    # File names can have control characters, which XML cannot.
-    text = "".join(c for c in str(value) if c in "\t\n\r" or ord(c) >= 32)
-    ElementTree.SubElement(parent, key).text = text
+    ElementTree.SubElement(parent, key).text = str(value)

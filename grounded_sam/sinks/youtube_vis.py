@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -12,6 +12,7 @@ from typing import IO, Any
 
 from grounded_sam.errors import ConfigError, count_of
 from grounded_sam.files import atomic_write
+from grounded_sam.output.claim import check_output
 from grounded_sam.sinks.coco import json_header
 from grounded_sam.structures.masks import coco_segmentation, mask_area
 from grounded_sam.structures.results import FrameResult
@@ -63,7 +64,12 @@ class YoutubeVisSink:
         self._lines: IO[bytes] | None = None
 
     def __enter__(self) -> YoutubeVisSink:
+        check_output(self.path)
         return self
+
+    def numbered_classes(self) -> Sequence[str]:
+        """Return the classes in the order of their numbers."""
+        return self.vocabulary.classes
 
     def write(self, result: FrameResult) -> None:
         """Write the objects of a frame.

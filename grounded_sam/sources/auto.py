@@ -67,7 +67,7 @@ class AutoSource:
         self.num_shards = num_shards
         self.images: ImageSource | None = None
         self.videos: list[VideoSource] = []
-        self._failed: list[Skipped] = []  # videos that cannot be opened
+        self._failed: list[Skipped] = []  # videos that cannot be opened, and files of formats that are not read
         open_video = partial(
             VideoSource, start=start, stop=stop, stride=stride, max_side=max_side, max_pixels=max_pixels
         )
@@ -76,10 +76,12 @@ class AutoSource:
             return
         files = find_files(path_or_url)
         if not files.images and not files.videos:
-            raise ConfigError(f"no image and no video in {input}")
+            raise ConfigError(files.nothing_found(path_or_url, "image and no video"))
         self.is_single = len(files.images) + len(files.videos) == 1
         if files.images:
-            self.images = ImageSource(replace(files, videos=[]), max_pixels, shard, num_shards)
+            self.images = ImageSource(replace(files, videos=[], unread={}), max_pixels, shard, num_shards)
+        for path, reason in shard_of(list(files.unread.items()), shard, num_shards):
+            self._failed.append(Skipped(relative_name(path, files.root), reason))
         for path in shard_of(files.videos, shard, num_shards):
             name = relative_name(path, files.root)
             try:

@@ -87,6 +87,7 @@ class CocoSource:
                 file=path,
                 size=size_hw,
                 annotations=self.file.detections(image),
+                record=self.file.image_record(image),
             )
 
     def _find(self, name: str) -> Path:

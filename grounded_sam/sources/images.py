@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Iterator
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 from grounded_sam.checks import check_int
@@ -27,7 +28,7 @@ class ImageSource:
 
     A folder is searched recursively, also through links, for files with an image suffix and for images without a
     suffix; hidden files and the outputs of earlier runs are left out. Videos are listed in `skipped`, as are files that
-    cannot be read.
+    cannot be read or of which only a part is, and pictures of formats that are not read.
 
     Args:
         input: An image, a folder, a glob (`photos/**/*.jpg`), a `.txt` file with one path per line (relative ones are
@@ -37,7 +38,7 @@ class ImageSource:
         num_shards: Number of parts.
 
     Attributes:
-        skipped: Files that could not be used.
+        skipped: Files that could not be used, or not in whole.
 
     Raises:
         ConfigError: If the input is missing, or has no image.
@@ -61,9 +62,12 @@ class ImageSource:
         files = input if isinstance(input, InputFiles) else find_files(path)
         if not files.images:
             hint = ", only videos; use source=auto or source=video" if files.videos else ""
-            raise ConfigError(f"no image in {input}{hint}")
+            raise ConfigError(files.nothing_found(path, "image") + hint)
         self.root, self.is_single = files.root, files.is_file
-        self.skipped = [Skipped(self.name(path), "a video; source=images reads images") for path in files.videos]
+        reasons = dict.fromkeys(files.videos, "a video; source=auto reads both") | dict(files.unread)
+        self.skipped = [
+            Skipped(self.name(path), reason) for path, reason in shard_of(list(reasons.items()), shard, num_shards)
+        ]
         self.files = shard_of(files.images, shard, num_shards)
 
     def __len__(self) -> int:
@@ -85,7 +89,7 @@ class ImageSource:
                 yield from results
                 continue
             try:
-                image = read_image(path, self.max_pixels)
+                image = read_image(path, self.max_pixels, partial(self._report, name))
             except ImageError as error:
                 if self.is_single:
                     raise
@@ -93,6 +97,10 @@ class ImageSource:
                 continue
             yield Frame(pixels=image, index=index, name=name, file=path)
             index += 1
+
+    def _report(self, name: str, reason: str) -> None:
+        """List an image of which only a part is read."""
+        self.skipped.append(Skipped(name, reason))
 
     def name(self, path: Path) -> str:
         """Return the name of an image in the output: its path relative to the input, with `/`."""

@@ -52,6 +52,15 @@ class Click:
         """Return whether the prompts are for this image, or for every image."""
         return self.image is None or f"/{frame.name}".endswith(f"/{self.image}")
 
+    def is_for(self, index: int, position: int) -> bool:
+        """Return whether the prompts are for a frame of a video that they match.
+
+        Args:
+            index: Number of the frame.
+            position: Its position among the frames that are processed, from 0.
+        """
+        return position == 0 if self.frame is None and self.image is None else self.frame in (None, index)
+
 
 def read_click(entry: Any, where: str, folder: Path) -> Click:
     """Read one entry; see `Clicks` for its keys.
@@ -182,10 +191,16 @@ class Clicks:
             folder, entries = path.parent, read_json_entries(path, key)
         self.clicks = [read_click(entry, f"{key}[{i}]", folder) for i, entry in enumerate(entries)]
         self.vocabulary = Vocabulary.parse([click.class_name for click in self.clicks])
+        self.key = key
+        self._taken: set[int] = set()  # positions of the entries that a frame took
+        self._named: set[int] = set()  # of those whose name fits a frame
+        self._last_frame: int | None = None  # largest number of a frame of a video
 
     def for_image(self, frame: Frame) -> list[Click]:
         """Select the entries that apply to an image; those of one object become one."""
-        return merge_clicks(click for click in self.clicks if click.matches(frame))
+        chosen = [i for i, click in enumerate(self.clicks) if click.matches(frame)]
+        self._taken.update(chosen)
+        return merge_clicks(self.clicks[i] for i in chosen)
 
     def for_video_frame(self, frame: Frame, position: int) -> list[Click]:
         """Select the entries that apply to a frame of a video; those of one object become one.
@@ -194,12 +209,30 @@ class Clicks:
             frame: The frame.
             position: Its position among the frames that are processed, from 0.
         """
-        return merge_clicks(
-            click
-            for click in self.clicks
-            if click.matches(frame)
-            and (position == 0 if click.frame is None and click.image is None else click.frame in (None, frame.index))
-        )
+        named = [i for i, click in enumerate(self.clicks) if click.matches(frame)]
+        chosen = [i for i in named if self.clicks[i].is_for(frame.index, position)]
+        self._named.update(named)
+        self._taken.update(chosen)
+        self._last_frame = max(frame.index, self._last_frame or 0)
+        return merge_clicks(self.clicks[i] for i in chosen)
+
+    def unused(self) -> list[tuple[str, str]]:
+        """Return the entries that no image and no frame took so far: the name of each, why, and the way out."""
+        return [
+            (f"{self.key}[{i}]", self._why_unused(i, click))
+            for i, click in enumerate(self.clicks)
+            if i not in self._taken
+        ]
+
+    def _why_unused(self, i: int, click: Click) -> str:
+        """Return why no frame took an entry, and the way out."""
+        if self._last_frame is None and self.key == "track.clicks":
+            return "a click that no frame took, since no video was tracked; for images use detector=clicks"
+        if click.image is not None and i not in self._named:
+            return f"a click that no image or frame took: none is named {click.image!r}; names are those in the output"
+        if click.frame is not None and self._last_frame is not None and click.frame > self._last_frame:
+            return f"a click that no frame took: frame {click.frame} is after the last one, {self._last_frame}"
+        return f"a click that no frame took: frame {click.frame} was not processed; see source.start and source.stride"
 
     def to_detections(self, clicks: Sequence[Click], frame: Frame, vocabulary: Vocabulary) -> sv.Detections:
         """Convert entries to detections of a frame, as prompts for a segmenter or tracker.

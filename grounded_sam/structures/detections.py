@@ -178,8 +178,13 @@ def merge_detections(parts: Sequence[sv.Detections], vocabulary: Vocabulary) -> 
     return sv.Detections.merge(filled) if filled else empty_detections(vocabulary)
 
 
+def is_crowd(detections: sv.Detections, i: int) -> bool:
+    """Return whether a detection is a label of a crowd, a region of objects that were not told apart."""
+    return "iscrowd" in detections.data and bool(detections.data["iscrowd"][i])
+
+
 def coco_annotation(detections: sv.Detections, i: int, category_ids: Sequence[int]) -> dict[str, Any]:
-    """Return a detection as an annotation of a COCO file, without its ids.
+    """Return a detection as an annotation of a COCO file, with its id if it comes from one.
 
     Args:
         detections: Detections with packed masks (see `structures.masks.pack_masks`), or without masks.
@@ -187,16 +192,17 @@ def coco_annotation(detections: sv.Detections, i: int, category_ids: Sequence[in
         category_ids: Category id of each class.
 
     Returns:
-        `category_id`, `bbox` (xywh in pixels), `area`, `iscrowd`, `score`, and where there are any `segmentation`
-        (RLE), `track_id` and `mask_score`.
+        `category_id`, `bbox` (xywh in pixels), `area`, `iscrowd`, `score`, where there are any `segmentation` (RLE),
+        `track_id` and `mask_score`, and the other keys that a label came with.
     """
     assert detections.class_id is not None and detections.confidence is not None
     x1, y1, x2, y2 = (round(float(value), 3) for value in detections.xyxy[i])
     entry: dict[str, Any] = {
+        **(detections.data["record"][i] if "record" in detections.data else {}),
         "category_id": category_ids[int(detections.class_id[i])],
         "bbox": [x1, y1, round(x2 - x1, 3), round(y2 - y1, 3)],
         "area": round((x2 - x1) * (y2 - y1), 3),
-        "iscrowd": int(detections.data["iscrowd"][i]) if "iscrowd" in detections.data else 0,
+        "iscrowd": int(is_crowd(detections, i)),
         "score": round(float(detections.confidence[i]), 6),
     }
     if "rle" in detections.data:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,8 @@ class Frame:
         file: Image or video file that the frame comes from, if any.
         size: Height and width in pixels, needed where `pixels` is a function.
         annotations: Detections that the source brings along, for `detector=stored`.
+        record: What a COCO file says about the image besides name and size (`id`, `license`, `coco_url`...), for
+            exports; in `license`, the entry of the license itself.
 
     >>> Frame(pixels=np.zeros((4, 6, 3), np.uint8)).size_hw
     (4, 6)
@@ -46,6 +48,7 @@ class Frame:
     file: Path | None = None
     size: tuple[int, int] | None = None
     annotations: sv.Detections | None = None
+    record: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def image(self) -> NDArray[np.uint8]:

@@ -199,6 +199,6 @@ class ImageDetections(sv.Detections):
         ids = self.vocabulary.category_ids
         return {
             "images": [{"id": 1, "file_name": self.frame.name, "width": width, "height": height}],
-            "annotations": [{"id": i + 1, "image_id": 1, **coco_annotation(packed, i, ids)} for i in range(len(self))],
+            "annotations": [{**coco_annotation(packed, i, ids), "id": i + 1, "image_id": 1} for i in range(len(self))],
             "categories": self.vocabulary.categories(),
         }

@@ -188,8 +188,10 @@ def mask_area(detections: sv.Detections, i: int) -> int:
 # Polygons
 
 
-def mask_outlines(mask: NDArray[np.bool_], along: Literal["edges", "pixels"]) -> list[list[Loop]]:
-    """Trace the outlines of a mask, so that filling them gives exactly the mask again.
+def mask_outlines(
+    mask: NDArray[np.bool_], along: Literal["edges", "pixels"], tolerance: float = 0.0
+) -> list[list[Loop]]:
+    """Trace the outlines of a mask; without a tolerance, filling them gives exactly the mask again.
 
     There are two conventions. pycocotools (COCO, CVAT) takes coordinates as lines between pixels: its outlines run
     along the `edges` of pixels. OpenCV and Pillow (YOLO and LabelMe tools) fill from the center of one pixel to the
@@ -198,6 +200,7 @@ def mask_outlines(mask: NDArray[np.bool_], along: Literal["edges", "pixels"]) ->
     Args:
         mask: `(H, W) bool`.
         along: Convention of the program that will fill the outlines.
+        tolerance: Largest distance in pixels of a simplified outline from the exact one.
 
     Returns:
         For each connected part its outer loop, followed by those of its holes; empty for an empty mask.
@@ -218,6 +221,8 @@ def mask_outlines(mask: NDArray[np.bool_], along: Literal["edges", "pixels"]) ->
     if along == "edges":
         # In an image twice as large, left and upper borders lie on even numbers, right and lower ones on odd numbers.
         loops = [_simplify(np.ceil(loop / 2)) for loop in loops]
+    if tolerance > 0:
+        loops = [_approximate(loop, tolerance) for loop in loops]
     loops = [loop + (x1, y1) for loop in loops]
     parents = [node[3] for node in hierarchy[0]]  # -1 for outer loops
     parts = [
@@ -252,6 +257,14 @@ def join_loops(parts: Sequence[Sequence[Loop]]) -> Loop:
     return polygon
 
 
+def _approximate(loop: Loop, tolerance: float) -> Loop:
+    """Simplify a loop with the algorithm of Douglas and Peucker, unless fewer than three points would be left."""
+    import cv2
+
+    simplified = cv2.approxPolyDP(loop.astype(np.float32), tolerance, closed=True)[:, 0].astype(np.float64)
+    return simplified if len(simplified) >= 3 else loop
+
+
 def _simplify(loop: Loop) -> Loop:
     """Remove vertices that repeat the one before, or lie on the line between their neighbors."""
     loop = loop[(loop != np.roll(loop, 1, 0)).any(1)]
@@ -260,11 +273,12 @@ def _simplify(loop: Loop) -> Loop:
     return loop[is_corner] if is_corner.sum() >= 3 else loop
 
 
-def encode_polygons(mask: NDArray[np.bool_]) -> list[list[float]]:
+def encode_polygons(mask: NDArray[np.bool_], tolerance: float = 0.0) -> list[list[float]]:
     """Convert a mask to COCO polygons along the edges of its pixels, from which pycocotools makes the same mask.
 
     Args:
         mask: `(H, W) bool`.
+        tolerance: Largest distance in pixels of simplified polygons from the exact ones.
 
     Returns:
         One polygon per connected part, `[x1, y1, x2, y2, ...]`; bridges connect holes to the outline, see `join_loops`.
@@ -272,4 +286,4 @@ def encode_polygons(mask: NDArray[np.bool_]) -> list[list[float]]:
     >>> encode_polygons(np.ones((2, 3), bool))
     [[0.0, 0.0, 0.0, 2.0, 3.0, 2.0, 3.0, 0.0]]
     """
-    return [join_loops([part]).reshape(-1).tolist() for part in mask_outlines(mask, "edges")]
+    return [join_loops([part]).reshape(-1).tolist() for part in mask_outlines(mask, "edges", tolerance)]

@@ -302,11 +302,30 @@ class Sink(AbstractContextManager[Any], Protocol):
 
 
 @runtime_checkable
+class NumbersClasses(Protocol):
+    """A sink whose files have numbers of classes or list all classes.
+
+    Its `vocabulary` also has the classes of earlier runs into the same output, first, and results that are written to
+    it have their numbers: see `formats.output_classes.OutputClasses`.
+    """
+
+    def numbered_classes(self) -> Sequence[str]:
+        """Return the classes in the order of their numbers."""
+
+
+@runtime_checkable
 class RecordsSkipped(Protocol):
     """A sink that records files that could not be used."""
 
     def skip(self, skipped: Skipped) -> None:
         """Record one file."""
+
+
+@runtime_checkable
+class ListsSkipped(Protocol):
+    """A sink that lists what it was asked for and could not write, such as sound or a part of a split."""
+
+    skipped: list[Skipped]
 
 
 @runtime_checkable
@@ -322,6 +341,9 @@ class ResultStore(Protocol):
             replay: Whether the results are wanted; False returns an empty iterable for what is stored.
         """
 
+    def named(self, frame: Frame) -> Frame:
+        """Return a frame under a name that no other file of the store has."""
+
     def output_classes(self) -> Vocabulary:
         """Return the classes of the run, followed by those stored before."""
 
@@ -333,6 +355,17 @@ class ResultStore(Protocol):
 
     def notes(self) -> list[Skipped]:
         """Return the problems that were recorded for files that `lookup` has found."""
+
+    def not_searched(self) -> list[Skipped]:
+        """Return which classes of the run were not looked for in the files that `lookup` has found."""
+
+
+@runtime_checkable
+class OwnsFolder(Protocol):
+    """A sink with a folder of its own, from which files that only an earlier run wrote are removed."""
+
+    def own_folder(self) -> Path:
+        """Return the folder, which no other sink writes to."""
 
 
 @runtime_checkable

@@ -64,10 +64,10 @@ class FrameResult:
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file that was skipped, since it could not be used.
+    """A file that was skipped in whole or in part, or anything else that was asked for and not done.
 
     Attributes:
-        file: Name relative to the input, with `/`.
+        file: Name relative to the input, with `/`; or that of a click or of a part of the split.
         reason: What was wrong with it, in one line.
     """
 

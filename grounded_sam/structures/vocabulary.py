@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,6 +20,7 @@ from grounded_sam.structures.ontology import (
     parse_phrases,
     parse_text,
     read_ontology,
+    without_root,
 )
 
 T = TypeVar("T")
@@ -113,6 +116,15 @@ class Vocabulary:
         """Lowest confidence by class name, of the classes that have their own."""
         return {name: score for name, score in zip(self.classes, self.scores, strict=False) if score is not None}
 
+    def index(self, name: str) -> int | None:
+        """Return the index of a class; of one that differs only in case and spacing if none has just this name."""
+        return self._indices.get(name, self._indices.get(name_key(name)))
+
+    @cached_property
+    def _indices(self) -> dict[str, int]:
+        exact = {name: i for i, name in enumerate(self.classes)}
+        return {name_key(name): i for name, i in exact.items()} | exact
+
     def categories(self) -> list[dict[str, Any]]:
         """Return the classes as `categories` of a COCO file.
 
@@ -161,13 +173,13 @@ class Vocabulary:
     def merged_with(self, other: Vocabulary) -> Vocabulary:
         """Append the classes of another vocabulary, for naming results.
 
-        Properties of a class that both have are taken from `self`. Ids are kept; where only one of the two has ids, or
-        one id stands for two classes, the other class gets a free one.
+        Properties of a class that both have, if only with other case and spacing, are taken from `self`. Ids are kept;
+        where only one of the two has ids, or one id stands for two classes, the other class gets a free one.
 
         >>> Vocabulary.parse(["car"]).merged_with(Vocabulary.parse(["wheel", "car"])).classes
         ('car', 'wheel')
         """
-        new = [i for i, name in enumerate(other.classes) if name not in self.classes]
+        new = _new_classes(self, other)
         if not new:
             return self
         ids = list(self.ids or (self.category_ids if other.ids else ()))
@@ -287,7 +299,7 @@ def _read_classes(text: Any, negative: Any, where: str) -> Vocabulary:
         where: Name of the file or setting, for messages.
     """
     if isinstance(text, Mapping) and isinstance(text.get("categories"), Sequence) and "classes" not in text:
-        text = coco_categories(text["categories"], where)
+        text = coco_categories(without_root(text["categories"], text.get("annotations")), where)
     if isinstance(text, list) and text and all(isinstance(item, Mapping) and "name" in item for item in text):
         text = coco_categories(text, where) if all("id" in item for item in text) else {"classes": text}
     if isinstance(text, Mapping) and "classes" not in text:
@@ -318,6 +330,28 @@ def _read_classes(text: Any, negative: Any, where: str) -> Vocabulary:
 def _column(values: Sequence[T | None]) -> tuple[T | None, ...]:
     """Return values of all classes, or an empty tuple if no class has one."""
     return tuple(values) if any(value is not None for value in values) else ()
+
+
+def _new_classes(words: Vocabulary, other: Vocabulary) -> list[int]:
+    """Return the indices of the classes in `other` that `words` lacks.
+
+    Classes that `other` tells apart by case or spacing alone are compared exactly.
+    """
+    keys = Counter(map(name_key, other.classes))
+    return [
+        i
+        for i, name in enumerate(other.classes)
+        if name not in words.classes and (words.index(name) is None or keys[name_key(name)] > 1)
+    ]
+
+
+def name_key(name: str) -> str:
+    """Return a class name without differences of case and spacing.
+
+    >>> name_key(" Stop  sign")
+    'stop sign'
+    """
+    return " ".join(name.casefold().split())
 
 
 def _normalized(phrase: str) -> str:

@@ -41,7 +41,7 @@ class Sam3VideoTracker:
     Args:
         segmenter: Segmenter of the pipeline; not used.
         checkpoint: Hub id or local folder of a `Sam3VideoModel`.
-        device: `auto`, `cpu`, `cuda`, `cuda:1`...
+        device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`...
         dtype: Type of weights and activations: `float32`, `bfloat16` or `float16`.
         max_lost_frames: Number of frames without a mask after which an object is dropped; transformers never drops one.
         max_prompts: Number of frames remembered per object in which the detector confirmed it: the first one and the

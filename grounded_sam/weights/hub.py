@@ -141,7 +141,7 @@ def snapshot_folder(repo: str) -> Path | None:
 
     folder = home_path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo, repo_type="model")
     try:
-        commit = (folder / "refs" / "main").read_text().strip()
+        commit = (folder / "refs" / "main").read_text(encoding="utf-8").strip()
     except OSError:
         return None
     snapshot = folder / "snapshots" / commit

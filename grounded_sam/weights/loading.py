@@ -253,7 +253,7 @@ def load_into(model: Any, path: Path, name: str) -> None:
 
 
 def pick_device(device: str) -> str:
-    """Resolve `auto` to `cuda` where there is a CUDA device, else to `cpu`; check any other device.
+    """Resolve `auto` to `cuda` or `mps` (Apple) where there is such a device, else to `cpu`; check any other device.
 
     Raises:
         ConfigError: If torch has no such device.
@@ -264,16 +264,20 @@ def pick_device(device: str) -> str:
     import torch
 
     if device == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         chosen = torch.device(f"cuda:{device}" if isinstance(device, int) else device)
     except RuntimeError as error:
-        raise ConfigError(f"device={device} is unknown to torch; use auto, cpu, cuda or cuda:1") from error
+        raise ConfigError(f"device={device} is unknown to torch; use auto, cpu, cuda, cuda:1 or mps") from error
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         count = torch.cuda.device_count()
         raise ConfigError(
             f"device={device}, but torch sees {count or 'no'} CUDA devices; use device=cpu or device=auto"
         )
+    if chosen.type == "mps" and not torch.backends.mps.is_available():
+        raise ConfigError("device=mps, but torch sees no Apple GPU; use device=cpu or device=auto")
     return str(chosen)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import http.server
 import itertools
+import shutil
 import threading
+from collections import Counter
 from fractions import Fraction
 
 import av
@@ -19,7 +21,7 @@ from grounded_sam.media.prefetch import prefetch
 from grounded_sam.media.video_pixels import VideoLook, read_look
 from grounded_sam.pipeline.runner import Runner
 from grounded_sam.sources.auto import AutoSource
-from grounded_sam.sources.video import VideoSource
+from grounded_sam.sources.video import VideoSource, open_videos
 
 
 @pytest.fixture(scope="session")
@@ -147,6 +149,62 @@ def test_a_glob_of_frames_is_read_in_natural_order(tmp_path):
     frames = list(VideoSource(f"{tmp_path}/f*.png", fps=2))
     assert [frame.name for frame in frames] == [f"{tmp_path.name}/{name}" for name in ("f1.png", "f2.png", "f10.png")]
     assert [frame.time_s for frame in frames] == [0, 0.5, 1.0]
+
+
+@pytest.fixture
+def clips(tmp_path, clip):
+    """Write two folders of frames, an empty one, and a video file beside them."""
+    for name, values in (("b2", (3, 4)), ("b10", (7, 8, 9)), ("x/c", (5,))):
+        (tmp_path / "clips" / name).mkdir(parents=True)
+        for i, value in enumerate(values):
+            image = Image.new("RGB", (20, 20), (value,) * 3)
+            image.save(tmp_path / "clips" / name / f"{i:03d}.png")
+    (tmp_path / "clips" / "empty").mkdir()
+    shutil.copy(clip, tmp_path / "clips" / "a.mp4")
+    return tmp_path / "clips"
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("", {"a.mp4": 20, "b2": 2, "b10": 3, "x/c": 1}),
+        ("b*", {"b2": 2, "b10": 3}),
+        ("*", {"a.mp4": 20, "b2": 2, "b10": 3}),
+        ("b*/*1.png", {"b2": 1, "b10": 1}),
+        ("**/*.png", {"b2": 2, "b10": 3, "x/c": 1}),
+        ("x/*", {"c": 1}),
+        ("x", {"c": 1}),
+        ("b2", {"b2": 2}),
+        ("b2/*.png", {"b2": 2}),
+    ],
+)
+def test_folders_of_frames_are_a_video_each(clips, given, expected):
+    source = open_videos(f"{clips}/{given}".rstrip("/"))
+    frames = list(source)
+    assert Counter(frame.video for frame in frames) == expected
+    assert list(dict.fromkeys(frame.video for frame in frames)) == list(expected)
+    assert all(frame.name.startswith(f"{frame.video}/") for frame in frames) and len(source) == len(frames)
+    assert [frame.index for frame in frames if frame.video == "b10"] == list(range(expected.get("b10", 0)))
+
+
+def test_one_bad_folder_of_frames_does_not_stop_the_others(clips):
+    (clips / "b2" / "000.png").write_bytes(b"bad")
+    (clips / "b2" / "001.png").write_bytes(b"bad")
+    source = open_videos(clips)
+    assert {frame.video for frame in source} == {"a.mp4", "b10", "x/c"}
+    assert {skipped.file for skipped in source.skipped} == {"b2/000.png", "b2/001.png"}
+
+
+def test_folders_beside_frames_are_named(clips):
+    Image.new("RGB", (20, 20)).save(clips / "0.png")
+    source = open_videos(clips)
+    assert [frame.name for frame in source] == ["clips/0.png"]
+    assert "b10" in {skipped.file for skipped in source.skipped}
+    (clips / "0.png").unlink()
+    with pytest.raises(ConfigError, match="no frame in .*clips itself, but in .*b2; give one such folder"):
+        VideoSource(clips)
+    with pytest.raises(ConfigError, match="no frame and no video in"):
+        open_videos(clips / "empty")
 
 
 def test_a_video_is_read_from_a_url(clip):

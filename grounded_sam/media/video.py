@@ -6,7 +6,7 @@ import errno
 import glob
 import os
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -22,7 +22,16 @@ from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.files import home_path
 from grounded_sam.media.completeness import missing_end
 from grounded_sam.media.containers import open_url, open_video_file, redirect_target, video_stream
-from grounded_sam.media.files import common_folder, image_files, match_files, natural_key, relative_name, unread_files
+from grounded_sam.media.files import (
+    common_folder,
+    find_files,
+    image_files,
+    is_video_file,
+    match_files,
+    natural_key,
+    relative_name,
+    unread_files,
+)
 from grounded_sam.media.images import MAX_PIXELS, guarded, is_deep, read_image, safe_formats, to_rgb
 from grounded_sam.media.video_pixels import frame_to_rgb
 
@@ -200,6 +209,55 @@ class VideoDecoder:
             )
         scale = 1.0 if self.max_side is None else min(1.0, self.max_side / max(width, height))
         return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def find_clips(input: str) -> dict[str, str]:
+    """Find the videos of a folder or glob with several: video files, and folders with the frames of a video each.
+
+    Args:
+        input: A folder without frames of its own, or a glob whose files are in several folders or that matches folders.
+
+    Returns:
+        File, folder or glob of each video by its name, in natural order; empty for an input that is one video.
+
+    Raises:
+        ConfigError: If a folder has neither images nor videos.
+    """
+    path = home_path(input)
+    if input.isdecimal() or "://" in input or not (path.is_dir() or (glob.has_magic(input) and not path.exists())):
+        return {}
+    if path.is_dir():
+        if _frame_files(path):
+            return {}
+        files = find_files(input)
+        if not files.images and not files.videos:
+            raise ConfigError(files.nothing_found(input, "frame and no video"))
+        clips = {folder: str(folder) for folder in _folders_of(files.images)} | {
+            file: str(file) for file in files.videos
+        }
+    else:
+        found = match_files(input)
+        pattern = os.path.basename(input).replace("**", "*")
+        clips = {folder: str(folder) for folder in found.unread if _frame_files(folder)}
+        folders = _folders_of(image_files(found.files))
+        clips |= {folder: os.path.join(glob.escape(str(folder)), pattern) for folder in folders}
+        clips |= {file: str(file) for file in found.files if is_video_file(file)}
+        if list(clips) == folders and len(folders) < 2:
+            return {}
+    root = path if path.is_dir() else common_folder(list(clips))
+    names = {relative_name(clip, root) if clip != root else clip.name: source for clip, source in clips.items()}
+    return dict(sorted(names.items(), key=lambda item: natural_key(item[0])))
+
+
+def _frame_files(folder: Path) -> list[Path]:
+    """Return the images that are directly in a folder, in natural order."""
+    files = [path for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")]
+    return sorted(image_files(files), key=lambda file: natural_key(file.name))
+
+
+def _folders_of(files: Iterable[Path]) -> list[Path]:
+    """Return the folders that files are in, each once."""
+    return list(dict.fromkeys(file.parent for file in files))
 
 
 def _find_reader(input: str, fps: float, name: str | None) -> _Reader:
@@ -404,9 +462,13 @@ class _ImageSequence:
         else:
             candidates = match_files(input).files
         self.files = sorted(image_files(candidates), key=lambda file: natural_key(file.as_posix()))
+        folders = _folders_of(find_files(str(path)).images) if path.is_dir() else []
+        inner = [folder for folder in folders if folder != path]
         if not self.files:
-            raise ConfigError(f"no frame in {input}")
+            folders_inside = f" itself, but in {inner[0]}; give one such folder at a time" if inner else ""
+            raise ConfigError(f"no frame in {input}{folders_inside}")
         self.unread = unread_files(candidates)
+        self.unread |= dict.fromkeys(inner, "a folder in a folder of frames, which is not read; name it as input")
         self.input, self.fps = input, fps
         folder = Path(os.path.abspath(path if path.is_dir() else common_folder(self.files)))
         self.name = name or relative_name(folder, folder.parent) or "frames"

@@ -1,16 +1,17 @@
-"""Frames of a video, decoded ahead on a thread."""
+"""Frames of one or several videos, decoded ahead on a thread."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 
 from grounded_sam.checks import check_int, check_number
 from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.media.images import MAX_PIXELS
 from grounded_sam.media.prefetch import prefetch
-from grounded_sam.media.video import DEFAULT_FPS, VideoDecoder
+from grounded_sam.media.video import DEFAULT_FPS, VideoDecoder, find_clips
 from grounded_sam.sources.inputs import check_input
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.protocols import Lookup
@@ -112,3 +113,86 @@ class VideoSource:
             return f"no frame at or after index {self.decoder.start}"
         first = self.decoder.problems[0]
         return first.reason if first.name == self.name else f"{first.name}: {first.reason}"
+
+
+class VideoList:
+    """Several videos, one after the other. One that cannot be read does not end the others.
+
+    Args:
+        videos: The videos.
+        failed: Videos that could not be opened.
+
+    Attributes:
+        videos: As above.
+        skipped: Videos that could not be read, or not to the end, and frames that could not be used.
+    """
+
+    def __init__(self, videos: Sequence[VideoSource], failed: Sequence[Skipped] = ()) -> None:
+        self.videos, self._failed = videos, list(failed)
+
+    @property
+    def skipped(self) -> list[Skipped]:
+        """What could not be read so far."""
+        return [*(skipped for video in self.videos for skipped in video.skipped), *self._failed]
+
+    def __len__(self) -> int:
+        return sum(len(video) for video in self.videos)
+
+    def __iter__(self) -> Iterator[Frame | FrameResult]:
+        return self.resume(lambda name, files: None)
+
+    def resume(self, lookup: Lookup) -> Iterator[Frame | FrameResult]:
+        """Yield the stored results of each video that has some, else its frames."""
+        for video in self.videos:
+            try:
+                yield from video.resume(lookup)
+            except ImageError as error:
+                if not video.skipped:  # otherwise it already gives this reason
+                    self._failed.append(Skipped(video.name, str(error).removeprefix(f"{video.decoder.input}: ")))
+
+
+def open_videos(
+    input: str | int | os.PathLike[str] | None,
+    start: int = 0,
+    stop: int | None = None,
+    stride: int = 1,
+    max_side: int | None = None,
+    fps: float = DEFAULT_FPS,
+    ahead: int = 4,
+    max_pixels: int = MAX_PIXELS,
+) -> VideoSource | VideoList:
+    """Open an input as one video, or as several: video files, and folders with the frames of a video each.
+
+    Args:
+        input: What `VideoSource` takes, a folder without frames of its own, or a glob whose files are in several
+            folders or that matches folders. In these, each folder with images is a video, and each video file.
+        start: Index of the first frame of each video.
+        stop: Index of the frame to stop before; None for the end.
+        stride: Keep every `stride`-th frame.
+        max_side: Scale frames down to this longer side, in pixels; None for no limit.
+        fps: Frame rate of folders of frames.
+        ahead: Number of frames to decode ahead.
+        max_pixels: Larger frames are refused before they are decoded.
+
+    Raises:
+        ConfigError: As `VideoSource`.
+
+    >>> from grounded_sam.media.files import find_files
+    >>> open_videos(find_files("builtin:demo").videos[0], stop=5).name
+    'clip.mp4'
+    """
+    open_video = partial(
+        VideoSource,
+        start=start,
+        stop=stop,
+        stride=stride,
+        max_side=max_side,
+        fps=fps,
+        ahead=ahead,
+        max_pixels=max_pixels,
+    )
+    clips = {} if input is None else find_clips(str(input))
+    if not clips:
+        return open_video(input)
+    videos = [open_video(clip, name=name) for name, clip in clips.items()]
+    return videos[0] if len(videos) == 1 else VideoList(videos)

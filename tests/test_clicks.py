@@ -108,6 +108,47 @@ def test_a_click_on_a_shape_gives_its_mask(scenes):
     assert (detections.mask[0] & truth).sum() / (detections.mask[0] | truth).sum() > 0.5
 
 
+def test_a_click_with_an_empty_mask_is_named(tmp_path):
+    from fakes import ByLevel, Levels
+
+    from grounded_sam.pipeline.runner import Runner
+
+    class Blind(ByLevel):
+        """Finds nothing on black."""
+
+        class Session(ByLevel.Session):
+            def _segment(self, ids):
+                detections = super()._segment(ids)
+                detections.mask &= self.image[..., 0] > 0
+                return detections
+
+    class Source(list):
+        skipped = ()
+
+    class Fill:
+        """Masks are the boxes, but for black objects."""
+
+        def segment(self, image, detections):
+            masks = np.zeros((len(detections), *image.shape[:2]), bool)
+            for mask, (x1, y1, x2, y2) in zip(masks, detections.xyxy.astype(int), strict=True):
+                mask[y1:y2, x1:x2] = image[y1:y2, x1:x2, 0] > 0
+            detections.mask = masks
+            return detections
+
+    image = np.zeros((20, 20, 3), np.uint8)
+    image[:10] = 90
+    entries = [{"class": "a", "points": [[3, y]]} for y in (4, 15)]
+    video = Source(Frame(pixels=image, index=i, name=f"v.mp4/{i}", video="v.mp4", time_s=i) for i in range(2))
+    pipeline = Pipeline(Levels(), tracker=Blind())
+    (note,) = Runner(pipeline, video, [], tmp_path / "video", pipeline.request(clicks=entries)).run().skipped
+    assert note.file == "track.clicks[1]" and "the mask of the click is empty in v.mp4/0" in note.reason
+    images = Source([Frame(pixels=image, name="a.png")])
+    (note,) = Runner(Pipeline(ClickDetector(entries), Fill()), images, [], tmp_path / "images").run().skipped
+    assert note.file == "a.png" and note.reason.startswith("1 click of 2 gave no object: the mask is empty")
+    good = ClickDetector(entries[:1])
+    assert not Runner(Pipeline(good, Fill()), images, [], tmp_path / "good").run().skipped
+
+
 def test_clicks_that_no_frame_takes_are_named_with_the_reason(tmp_path):
     from fakes import ByLevel, Levels
 

@@ -274,6 +274,8 @@ class Runner:
         self.summary.frames += result.frame.video is not None
         names = [str(name) for name in result.raw.data.get("class_name", [])]
         self.summary.empty += not names
+        if self.request.clicks is not None and result.frame.video is None:
+            self.request.clicks.note_objects(result.frame, len(names))
         if result.raw.tracker_id is None:
             self.summary.objects.update(names)
         else:

@@ -230,6 +230,10 @@ class KeyframeTracking:
         for tracker_id, class_id in zip(ids, prompts.class_id.tolist(), strict=True):
             self.tracks.start_or_confirm(tracker_id, class_id, 1.0)
         drawn = session.prompt(prompts)
+        assert drawn.tracker_id is not None and drawn.mask is not None
+        found = {i for i, mask in zip(drawn.tracker_id.tolist(), drawn.mask, strict=True) if np.any(mask)}
+        empty = [click for i, click in zip(ids, clicked, strict=True) if i not in found]
+        self.request.clicks.note_empty(empty, frame)
         named = {i for i, click in zip(ids, clicked, strict=True) if click.object is not None}
         doubles = self._find_doubles(drawn, visible)
         # An object goes on under the id that the user chose; where there is none, it keeps the one that it has.

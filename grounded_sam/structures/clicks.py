@@ -12,7 +12,7 @@ import supervision as sv
 from numpy.typing import NDArray
 
 from grounded_sam.checks import check_int
-from grounded_sam.errors import ConfigError, ImageError
+from grounded_sam.errors import ConfigError, ImageError, count_of
 from grounded_sam.files import home_path, require_regular
 from grounded_sam.media.images import read_image
 from grounded_sam.structures.detections import empty_detections, make_detections
@@ -37,6 +37,7 @@ class Click:
         image: Name of the image, or the end of it; None for every image.
         frame: Frame number in a video; None for the first frame.
         object: `tracker_id` of the object in a video; None for a new one.
+        entries: Positions of its entries in the list.
     """
 
     class_name: str
@@ -47,6 +48,7 @@ class Click:
     image: str | None = None
     frame: int | None = None
     object: int | None = None
+    entries: tuple[int, ...] = ()
 
     def matches(self, frame: Frame) -> bool:
         """Return whether the prompts are for this image, or for every image."""
@@ -189,12 +191,15 @@ class Clicks:
         if isinstance(entries, str):
             path = home_path(entries)
             folder, entries = path.parent, read_json_entries(path, key)
-        self.clicks = [read_click(entry, f"{key}[{i}]", folder) for i, entry in enumerate(entries)]
+        clicks = [read_click(entry, f"{key}[{i}]", folder) for i, entry in enumerate(entries)]
+        self.clicks = [replace(click, entries=(i,)) for i, click in enumerate(clicks)]
         self.vocabulary = Vocabulary.parse([click.class_name for click in self.clicks])
         self.key = key
         self._taken: set[int] = set()  # positions of the entries that a frame took
         self._named: set[int] = set()  # of those whose name fits a frame
         self._last_frame: int | None = None  # largest number of a frame of a video
+        self._empty: dict[int, str] = {}  # names of the frames in which an entry gave an empty mask, by position
+        self._fewer: dict[str, str] = {}  # what happened to the entries of an image with fewer objects, by its name
 
     def for_image(self, frame: Frame) -> list[Click]:
         """Select the entries that apply to an image; those of one object become one."""
@@ -216,16 +221,33 @@ class Clicks:
         self._last_frame = max(frame.index, self._last_frame or 0)
         return merge_clicks(self.clicks[i] for i in chosen)
 
+    def note_empty(self, clicks: Iterable[Click], frame: Frame) -> None:
+        """Note that the masks of some entries are empty in a frame of a video."""
+        self._empty |= {i: frame.name for click in clicks for i in click.entries}
+
+    def note_objects(self, frame: Frame, count: int) -> None:
+        """Note how many objects the entries gave that an image took."""
+        taken = (click for i, click in enumerate(self.clicks) if i in self._taken and click.matches(frame))
+        asked = len(merge_clicks(taken))
+        if count < asked:
+            self._fewer[frame.name] = (
+                f"{count_of(asked - count, 'click')} of {asked} gave no object: the mask is empty, or the object is "
+                "that of another click; move the click, add points, or draw a box"
+            )
+
     def unused(self) -> list[tuple[str, str]]:
-        """Return the entries that no image and no frame took so far: the name of each, why, and the way out."""
-        return [
+        """Return the entries without effect so far, or the images of such: the name of each, why, and the way out."""
+        unused = [
             (f"{self.key}[{i}]", self._why_unused(i, click))
             for i, click in enumerate(self.clicks)
-            if i not in self._taken
+            if i not in self._taken or i in self._empty
         ]
+        return unused + list(self._fewer.items())
 
     def _why_unused(self, i: int, click: Click) -> str:
-        """Return why no frame took an entry, and the way out."""
+        """Return why an entry had no effect, and the way out."""
+        if i in self._empty:
+            return f"the mask of the click is empty in {self._empty[i]}; move it, add points, or draw a box"
         if self._last_frame is None and self.key == "track.clicks":
             return "a click that no frame took, since no video was tracked; for images use detector=clicks"
         if click.image is not None and i not in self._named:
@@ -313,6 +335,7 @@ def _merge(first: Click, second: Click) -> Click:
     labels = [click.labels for click in (first, second) if click.labels is not None]
     return replace(
         first,
+        entries=first.entries + second.entries,
         points=np.concatenate(points) if points else None,
         labels=np.concatenate(labels) if labels else None,
         box=second.box if first.box is None else first.box,

@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test lint help docs pictures clean
+.PHONY: demo test cases fuzz lint help docs pictures clean
 
 # sam2 is built from source, which needs torch. Installing torch first and building without isolation avoids downloading
 # it twice. The CUDA extension of sam2 is not needed.
@@ -28,7 +28,17 @@ test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# Checks and inputs that are kept outside of the repository; they take a quarter of an hour. See the README there.
+CASES ?= ../shared/cases
+cases: $(VENV)/installed-dev
+	cd $(CASES)/images && $(abspath $(BIN))/python run_cases.py $(abspath $(BIN))/grounded-sam
+	cd $(CASES)/video && GROUNDED_SAM=$(abspath $(BIN))/grounded-sam $(abspath $(BIN))/python repro.py
+
+# Damaged and hostile files for every reader, odd names for every writer: FUZZ_MINUTES minutes, 10 by default.
+fuzz: $(VENV)/installed-dev
+	PYTHONPATH=tests $(BIN)/python -m pytest -s tests/fuzz/fuzz_inputs.py
 
 lint: $(VENV)/installed-dev
 	$(BIN)/pre-commit run --all-files

@@ -10,18 +10,18 @@ import traceback
 
 _SHORT = reprlib.Repr()
 _SHORT.maxlevel, _SHORT.maxlist, _SHORT.maxdict, _SHORT.maxstring, _SHORT.maxlong = 3, 8, 6, 80, 40
-#: A URL, up to the next space.
-URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?P<rest>\S+)")
+#: A URL, up to the next space, without quotes and punctuation after it.
+URL = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*://)(?P<rest>\S+?)(?=['\"),:;.\]}]*(?:\s|$))")
 
 
 class GroundedSamError(Exception):
     """Base class of the errors of this package; the message says what was expected and what was given.
 
-    User names, passwords and queries of URLs are left out of the message.
+    The message is one line, and without user names, passwords and queries of URLs.
     """
 
     def __init__(self, *args: object) -> None:
-        super().__init__(*(redact(value) if isinstance(value, str) else value for value in args))
+        super().__init__(*(one_line(redact(value)) if isinstance(value, str) else value for value in args))
 
 
 class ConfigError(GroundedSamError):
@@ -42,6 +42,16 @@ class StageError(ImageError):
 
 class CheckpointError(GroundedSamError):
     """Raised for weights that are missing, damaged or those of another model."""
+
+
+def one_line(text: str) -> str:
+    """Return a text for the terminal: line ends become spaces, and other characters that are not printable are escaped.
+
+    >>> one_line("a\\nb\\x1b[1m")
+    'a b\\\\x1b[1m'
+    """
+    text = " ".join(text.splitlines())
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def describe_error(error: BaseException) -> str:

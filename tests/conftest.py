@@ -10,6 +10,10 @@ import pytest
 from hypothesis import settings
 from PIL import Image
 
+# With pytest-xdist, the cores are shared with the other workers, also by the commands that tests run.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 settings.register_profile("grounded_sam", deadline=None)  # a busy machine is no failure
 settings.load_profile("grounded_sam")
 

@@ -117,10 +117,12 @@ class SweepTable:
     Attributes:
         columns: Names of the columns that have values.
         rows: Values by column; the best job first, failed jobs last.
+        metric: Name of the metric that the sweep maximizes.
     """
 
     columns: list[str]
     rows: list[Row]
+    metric: str = "metric"
 
     @property
     def texts(self) -> list[list[str]]:
@@ -166,7 +168,8 @@ def make_table(jobs: Sequence[Job]) -> SweepTable:
     rows.sort(key=lambda row: (row["metric"] is None, -(row["metric"] or 0.0)))
     columns = dict.fromkeys(column for row in rows for column in row)
     filled = [c for c in columns if c == "job" or any(row.get(c) not in (None, "") for row in rows)]
-    return SweepTable(filled, rows)
+    names = {job.metrics["metric"] for job in jobs if "metric" in job.metrics}
+    return SweepTable(filled, rows, names.pop() if len(names) == 1 else "metric")
 
 
 def _make_row(job: Job, swept: Sequence[str], costs: _Costs) -> Row:
@@ -351,7 +354,7 @@ def _plot(table: SweepTable) -> bytes:
         if has_rates:
             recall, precision = ([row[key] for _, row in points] for key in ("recall", "precision"))
             axes[1].plot(recall, precision, marker="o", label=label or None)
-    for axis, (x_label, y_label) in zip(axes, ((x_key, "metric"), ("recall", "precision")), strict=False):
+    for axis, (x_label, y_label) in zip(axes, ((x_key, table.metric), ("recall", "precision")), strict=False):
         axis.set_xlabel(x_label)
         axis.set_ylabel(y_label)
         axis.grid(alpha=0.3)

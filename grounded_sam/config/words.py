@@ -74,6 +74,8 @@ def read_words(words: Sequence[str]) -> list[str]:
         else:
             is_value = False
             overrides.append(i)
+    for i in overrides:
+        words[i] = _with_quoted_url(words[i])
     is_sweep = bool({"-m", "--multirun"} & set(words))
     check_overrides([words[i] for i in overrides], is_sweep)
     for i in overrides:
@@ -299,6 +301,12 @@ def quote_word(word: str) -> str:
 def _shown(word: str) -> str:
     """Return a word in quotes, for a message."""
     return f'"{word}"' if "'" in word else f"'{word}'"
+
+
+def _with_quoted_url(word: str) -> str:
+    """Quote a URL that Hydra cannot read as it is, such as one with a query."""
+    match = re.fullmatch(r"([\w.]+)=([A-Za-z][A-Za-z0-9+.-]*://[^\s'\"]+)", word)
+    return word if match is None or _parse(word) is not None else f"{match[1]}={quoted(match[2])}"
 
 
 def _with_home(word: str) -> str:

@@ -149,6 +149,7 @@ class ImageMetrics:
             "without_labels": self._without_labels,
             "labels_left_out": [asdict(note) for note in self.ground_truth.notes],
         }
+        self.values["metric"] = self._metric_path()
         with atomic_write(self.output / "metrics.json") as part:
             part.write_text(json.dumps(self.values, ensure_ascii=False, indent=1), encoding="utf-8")
         goal = "the highest F1" if self.precision is None else f"a precision of at least {self.precision:g}"
@@ -160,16 +161,18 @@ class ImageMetrics:
         """Return the classes of the labels that the run did not request."""
         return [name for name in self.ground_truth.vocabulary.classes if name not in self.vocabulary.classes]
 
+    def _metric_path(self) -> str:
+        return self.metric or ("segm.AP" if "segm" in self.values else "bbox.AP")
+
     def value(self) -> float:
         """Return the metric that a sweep maximizes.
 
         Raises:
             ConfigError: If the chosen metric does not exist, or a lower one is better.
         """
-        path = self.metric or ("segm.AP" if "segm" in self.values else "bbox.AP")
         choices = [f"{kind}.{key}" for kind in ("bbox", "segm") if kind in self.values for key in self.values[kind]]
         choices += [f"at_threshold.{key}" for key in ("precision", "recall", "f1")]
-        return metric_value(self.values, path, f"{', '.join(choices)}, and classes.NAME.*")
+        return metric_value(self.values, self._metric_path(), f"{', '.join(choices)}, and classes.NAME.*")
 
     def summary(self) -> str:
         """Return a table of the metrics by class, what was left out, and the files."""

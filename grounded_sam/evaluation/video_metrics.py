@@ -190,6 +190,7 @@ class VideoMetrics:
         if self.objects == "ids":
             self._check_ids(measured)
         self.values = self._collect_values(measured)
+        self.values["metric"] = self._metric_path()
         with atomic_write(self.output / "metrics.json") as part:
             part.write_text(json.dumps(self.values, ensure_ascii=False, indent=1), encoding="utf-8")
         self._worst.write(self.output / "errors")
@@ -240,6 +241,9 @@ class VideoMetrics:
                 "tracks by overlap, or one to measure all masks of a frame together"
             )
 
+    def _metric_path(self) -> str:
+        return self.metric or "davis_all_frames.JF"
+
     def value(self) -> float:
         """Return the metric that a sweep maximizes.
 
@@ -249,8 +253,7 @@ class VideoMetrics:
         choices = [f"{rule}.JF" for rule in RULES]
         choices += [f"tracking.{key}" for key in self.values.get("tracking", {}) if key not in LOWER_IS_BETTER]
         choices.append("at_threshold.f1")
-        path = self.metric or "davis_all_frames.JF"
-        return metric_value(self.values, path, f"{', '.join(choices)}, and by_video.NAME.*")
+        return metric_value(self.values, self._metric_path(), f"{', '.join(choices)}, and by_video.NAME.*")
 
     def summary(self) -> str:
         """Return a table of the metrics by video, what was left out, and the file."""

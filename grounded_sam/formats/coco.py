@@ -101,9 +101,10 @@ class CocoFile:
         self._annotations: dict[Any, list[dict[str, Any]]] = {}  # by image id
         self._packed: dict[Any, sv.Detections] = {}  # by image id
         self._bad_images: set[Any] = set()  # ids
+        licenses = content.get("licenses")
         self._licenses = {
             item["id"]: item
-            for item in content.get("licenses") or ()
+            for item in (licenses if isinstance(licenses, list) else ())
             if isinstance(item, Mapping) and isinstance(item.get("id"), int | str)
         }
         self._add_images(content["images"], max_pixels)

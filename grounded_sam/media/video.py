@@ -319,15 +319,24 @@ class _Container:
         Raises:
             ImageError: If it cannot be opened.
         """
-        try:
-            return open_url(self.input) if self.file is None else open_video_file(self.file)
-        except Exception as error:  # besides FFmpeg's errors, of damaged headers
-            target = None if self.file is not None else redirect_target(self.input)
-            if target is not None:
-                return open_url(target)
-            refused = isinstance(error, OSError) and error.errno == errno.EINVAL  # by the list of formats
-            reason = "a playlist, which is not followed, or no known format" if refused else _reason(error)
-            raise ImageError(f"{self.input}: cannot be opened as a video ({reason})") from error
+        reason = ""
+        for address in self._addresses():
+            try:
+                return open_url(address) if isinstance(address, str) else open_video_file(address)
+            except Exception as error:  # besides FFmpeg's errors, of damaged headers
+                refused = getattr(error, "errno", None) == errno.EINVAL  # by the list of formats
+                reason = "a playlist, which is not followed, or no known format" if refused else _reason(error)
+        # Not raised from PyAV's error, which may name the URL with its password.
+        raise ImageError(f"{self.input}: cannot be opened as a video ({reason})")
+
+    def _addresses(self) -> Iterator[str | Path]:
+        """Yield the file, or the URL and, if that cannot be opened, where it redirects to."""
+        if self.file is not None:
+            yield self.file
+            return
+        yield self.input
+        if (target := redirect_target(self.input)) is not None:
+            yield target
 
     def frames(self, decoder: VideoDecoder) -> Generator[_Undecoded]:
         with self._open() as container:

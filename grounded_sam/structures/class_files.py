@@ -42,8 +42,6 @@ def read_class_file(path: Path) -> Any:
         )
     try:
         content = read_text(path)
-    except UnicodeDecodeError as error:
-        raise VocabularyError(f"cannot read the classes in {path}: save the file as UTF-8 ({error})") from error
     except ConfigError as error:
         raise VocabularyError(f"cannot read the classes in {error}") from error
     if suffix in (".yaml", ".yml", ".json"):

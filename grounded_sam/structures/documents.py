@@ -26,10 +26,7 @@ def read_json(path: Path, *, unique_keys: bool = False) -> Any:
     Raises:
         ConfigError: If it cannot be read, is not JSON, or is nested too deeply for the parser.
     """
-    try:
-        return parse_json(read_text(path), str(path), unique_keys=unique_keys)
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not valid JSON: {_reason(error)}") from error
+    return parse_json(read_text(path), str(path), unique_keys=unique_keys)
 
 
 def parse_json(text: str, where: str, *, unique_keys: bool = False) -> Any:
@@ -85,14 +82,15 @@ def read_text(path: Path) -> str:
     """Read a UTF-8 file, with or without a byte order mark.
 
     Raises:
-        ConfigError: If it cannot be read, or is not a file.
-        UnicodeDecodeError: If it is not UTF-8.
+        ConfigError: If it cannot be read, is not a file, or not UTF-8.
     """
     try:
         require_regular(path)
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text ({_reason(error)}); save the file as UTF-8") from error
 
 
 def check_depth(value: Any, where: str) -> None:

@@ -87,6 +87,9 @@ class Vocabulary:
         for name, number in zip(self.classes, self.ids, strict=False):
             if class_of_id.setdefault(number, name) != name:
                 raise VocabularyError(f"classes {class_of_id[number]!r} and {name!r} have the same id {number}")
+        for text in (*self.classes, *(phrase for phrases in self.phrases for phrase in phrases), *self.negatives):
+            if any("\ud800" <= char <= "\udfff" for char in text):  # bytes of a command line, or an escape in JSON
+                raise VocabularyError(f"{text!r} has bytes that are not UTF-8; write it as text in UTF-8")
         self._check_phrases()
 
     def _check_phrases(self) -> None:

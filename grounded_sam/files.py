@@ -26,7 +26,10 @@ def home_path(path: str | os.PathLike[str]) -> Path:
     >>> home_path("~nobody by this name/a.png").as_posix()
     '~nobody by this name/a.png'
     """
-    return Path(os.path.expanduser(path))
+    try:
+        return Path(os.path.expanduser(path))
+    except ValueError:  # a user's name with a NUL character
+        return Path(path)
 
 
 def require_regular(path: str | os.PathLike[str]) -> os.stat_result:

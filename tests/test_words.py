@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from PIL import Image
 
-from grounded_sam import CheckpointError, ConfigError, GroundedSamError, read_image
+from grounded_sam import CheckpointError, ConfigError, GroundedSamError, Vocabulary, read_image
 from grounded_sam.config.build import load
 from grounded_sam.config.compose import compose
 from grounded_sam.config.words import FLAGS, SYNONYMS, quote_word, read_words
@@ -84,6 +84,10 @@ def test_the_advice_for_a_word_that_cannot_be_read_works(words, key, value):
     written = obey(words)
     assert written[0].partition("=")[0] == key
     assert value_of(written) == value
+
+
+def test_a_home_folder_that_cannot_be():
+    assert Vocabulary.parse("~\0 a").classes == ("~\0 a",)
 
 
 @pytest.mark.parametrize("url", ["http://x.y/z?a=1&b=$2", "rtsp://a:b=c@host/live", "https://x.y/z?t=a,b"])

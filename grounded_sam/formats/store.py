@@ -325,7 +325,8 @@ class StoreReader:
     def file_problem(self, key: str) -> str | None:
         """Return why the file of an image or video is not the one that was processed; None if it is, or was a camera.
 
-        The file is read only if its size or time of change are other ones. Folders of frames are not compared.
+        The file is read only if its size or time of change are other ones. Folders of frames are not compared, nor are
+        files that were not there when their labels were stored.
 
         Args:
             key: One of `keys()`.
@@ -334,6 +335,8 @@ class StoreReader:
         row = self._table(index.part).slice(index.row, 1).to_pylist()[0]
         path = self._path(row, ())
         if path is None or (row["video"] is not None and not is_video_file(path)):
+            return None
+        if row["digest"] is None and row["bytes"] is None:
             return None
         try:
             status = require_regular(path)

@@ -209,7 +209,7 @@ def match_files(pattern: str) -> FoundFiles:
     Args:
         pattern: The glob.
     """
-    pattern = os.path.expanduser(pattern)
+    pattern = str(home_path(pattern))
     fixed = Path(pattern)
     while glob.has_magic(str(fixed)):
         fixed = fixed.parent

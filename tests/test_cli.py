@@ -384,7 +384,7 @@ def test_a_folder_of_frames_is_written_as_a_video_in_every_format(tmp_path, data
         cwd=tmp_path,
     )
     coco = COCO(tmp_path / "out" / "annotations.json")
-    assert [image["file_name"] for image in coco.imgs.values()] == [f"{i:05d}.jpg" for i in range(12)]
+    assert [image["file_name"] for image in coco.imgs.values()] == [f"blackswan/{i:05d}.jpg" for i in range(12)]
     assert {image["video"] for image in coco.imgs.values()} == {"blackswan"}
     lines = [json.loads(line) for line in (tmp_path / "out" / "results.jsonl").read_text().splitlines()]
     assert [line["frame"] for line in lines] == list(range(12))
@@ -393,7 +393,7 @@ def test_a_folder_of_frames_is_written_as_a_video_in_every_format(tmp_path, data
     assert coco.anns and {a["track_id"] for a in coco.anns.values()} == {a["track_id"] for a in vis["annotations"]}
     for i, image in coco.imgs.items():
         annotations = coco.loadAnns(coco.getAnnIds(imgIds=i))
-        id_map = Image.open(tmp_path / "out" / "masks" / f"{i - 1:05d}.png")
+        id_map = Image.open(tmp_path / "out" / "masks" / "blackswan" / f"{i - 1:05d}.png")
         assert id_map.mode == "P" and id_map.size == (image["width"], image["height"]) == (320, 180)
         values = np.asarray(id_map)
         assert set(np.unique(values)) - {0} <= {a["track_id"] for a in annotations}

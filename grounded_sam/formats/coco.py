@@ -23,10 +23,11 @@ from grounded_sam.formats.segmentations import (
     size_problem,
 )
 from grounded_sam.media.images import MAX_PIXELS
+from grounded_sam.structures.class_files import without_root
 from grounded_sam.structures.detections import empty_detections, make_detections
 from grounded_sam.structures.documents import is_text, read_json
 from grounded_sam.structures.masks import encode_rle, masks_to_xyxy, unpack_masks
-from grounded_sam.structures.ontology import MAX_ID_DIGITS, without_root
+from grounded_sam.structures.ontology import MAX_ID_DIGITS
 from grounded_sam.structures.results import Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
 

@@ -57,12 +57,12 @@ import pyarrow.parquet as pq
 import supervision as sv
 
 from grounded_sam.errors import ConfigError
-from grounded_sam.files import home_path, require_regular
+from grounded_sam.files import home_path
 from grounded_sam.formats.segmentations import all_counts_problem
-from grounded_sam.formats.store_checks import CHECKED_COLUMNS, table_problem
+from grounded_sam.formats.store_checks import CHECKED_COLUMNS, changed_file, table_problem
 from grounded_sam.formats.store_manifest import Manifest, sequence_of
 from grounded_sam.formats.store_pixels import StoredPixels, StoredVideo
-from grounded_sam.formats.store_runs import VERSION, StoreRun, file_digest, runs_by_fingerprint, store_vocabulary
+from grounded_sam.formats.store_runs import VERSION, StoreRun, runs_by_fingerprint, store_vocabulary
 from grounded_sam.media.files import common_folder, is_video_file, natural_key
 from grounded_sam.media.images import MAX_PIXELS
 from grounded_sam.structures.detections import empty_detections
@@ -333,22 +333,10 @@ class StoreReader:
         """
         index = self._images[key].index if key in self._images else min(self._videos[key].frames.items())[1]
         row = self._table(index.part).slice(index.row, 1).to_pylist()[0]
-        path = self._path(row, ())
+        path = _row_file(row, (), self.root)
         if path is None or (row["video"] is not None and not is_video_file(path)):
             return None
-        if row["digest"] is None and row["bytes"] is None:
-            return None
-        try:
-            status = require_regular(path)
-            if (status.st_size, status.st_mtime_ns) == (row["bytes"], row["mtime_ns"]):
-                return None
-            if row["digest"] is None or file_digest([Path(path)]) == row["digest"]:
-                return None
-            return f"{path} has changed since it was processed; run the command that made the store again"
-        except FileNotFoundError:
-            return f"no such file: {path}; set source.root to the folder of the images now"
-        except (OSError, ValueError) as error:
-            return f"{path}: {getattr(error, 'strerror', None) or error}"
+        return changed_file(row, path)
 
     def _table(self, part: int) -> pa.Table:
         """Return the rows of a part, read anew if they are not among those last used."""
@@ -372,7 +360,7 @@ class StoreReader:
             raise self._damaged(self.parts[index.part], f"{image['file']}: {reason}")
         known = ((row, vocabulary.index(row["class"])) for row in objects)
         objects = [{**row, "class_id": i, "class": vocabulary.classes[i]} for row, i in known if i is not None]
-        path = self._path(image, files)
+        path = _row_file(image, files, self.root)
         name = self._names(key, image["video"] or image["file"])
         frame = Frame(
             pixels=StoredPixels(image["file"], path, image["frame"], size_hw, self.max_pixels, video),
@@ -386,20 +374,6 @@ class StoreReader:
         )
         detections = _to_detections(objects, size_hw, vocabulary, tracked=image["video"] is not None)
         return FrameResult(frame=frame, detections=detections, stored=True)
-
-    def _path(self, row: Mapping[str, Any], files: Sequence[Path]) -> str | None:
-        """Return the file of an image row: among `files`, else under `root`, else where it was."""
-        path: str | None = row["path"]
-        if len(files) == 1:
-            return str(files[0])
-        if files:
-            return str(common_folder(list(files)) / _in_video(row))
-        if path is not None and self.root is not None:
-            root = home_path(self.root)
-            moved = root / (row["video"] if is_video_file(path) else row["file"])
-            in_root = root / _in_video(row)  # the folder of the frames itself
-            return str(in_root if row["video"] is not None and not moved.exists() and in_root.exists() else moved)
-        return path
 
     def named(self, frame: Frame, path: str | None) -> Frame:
         """Return a frame under a name that no other file of the store has.
@@ -422,6 +396,20 @@ class StoreReader:
 def _video_key(path: str | None, name: str) -> str:
     """Return a key that tells videos of the same name apart: by their file, or the folder of their frames."""
     return f"{path if path is None or is_video_file(path) else Path(path).parent}\n{name}"
+
+
+def _row_file(row: Mapping[str, Any], files: Sequence[Path], root: str | None) -> str | None:
+    """Return the file of an image row: among `files`, else under `root`, else where it was."""
+    path: str | None = row["path"]
+    if len(files) == 1:
+        return str(files[0])
+    if files:
+        return str(common_folder(list(files)) / _in_video(row))
+    if path is None or root is None:
+        return path
+    moved = home_path(root) / (row["video"] if is_video_file(path) else row["file"])
+    in_root = home_path(root) / _in_video(row)  # the folder of the frames itself
+    return str(in_root if row["video"] is not None and not moved.exists() and in_root.exists() else moved)
 
 
 def _in_video(row: Mapping[str, Any]) -> str:

@@ -83,6 +83,7 @@ class StoreWriter:
         self._part_images, self._part_start = 0, time.monotonic()
         self._lacking: dict[str, list[str]] = {}  # classes that a run did not look for, by its fingerprint
         self._unsearched: dict[str, list[str]] = {}  # names of stored files, by class
+        self._noted: dict[str, dict[str, Any]] = {}  # rows of skipped files of this run, by name
         self._video_row: dict[str, Any] | None = None  # of the video that is being written
         self._failed = False
 
@@ -173,6 +174,8 @@ class StoreWriter:
         record = json.dumps(dict(frame.record)) if frame.record else None
         self._rows.append({"kind": "image", **columns, "objects": len(detections), "record": record})
         self._rows += [{"kind": "object", **columns, **_object_columns(detections, i)} for i in range(len(detections))]
+        if frame.name in self._noted:  # used in part; a note before the image would be taken for one of an earlier run
+            self._rows.append(self._noted[frame.name])
         self.images += 1
         self.objects += len(detections)
         self._part_images += 1
@@ -199,7 +202,8 @@ class StoreWriter:
         if self.note(skipped.file) == skipped:
             return
         row = {"kind": "skipped", "file": skipped.file, "reason": skipped.reason, "fingerprint": self._run.fingerprint}
-        self._rows.append({**row, **self._contents.get(skipped.file, {})})
+        self._noted[skipped.file] = {**row, **self._contents.get(skipped.file, {})}
+        self._rows.append(self._noted[skipped.file])
 
     def leave_incomplete(self, video: str) -> None:
         """Take back that a video, whose last frame is written, will be complete: a later run processes it again."""

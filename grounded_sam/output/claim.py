@@ -37,15 +37,18 @@ class ClaimedFolder:
         folder: Its absolute path.
 
     Raises:
-        ConfigError: If another run is writing into it, it holds the results of another program, or `.grounded_sam` is
-            a link.
+        ConfigError: If it cannot be created, another run is writing into it, it holds the results of another program,
+            or `.grounded_sam` is a link.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.thread, self.depth = folder, threading.get_ident(), 0
         state = folder / STATE
         _check_state(folder)
-        state.mkdir(parents=True, exist_ok=True)
+        try:
+            state.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"cannot write into {folder}: {error.strerror}; choose another output") from error
         self._file_lock = FileLock(state / "lock", timeout=0)
         try:
             self._file_lock.acquire()

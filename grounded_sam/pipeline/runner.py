@@ -130,7 +130,7 @@ class Runner:
         """
         with claim(self.output) as claimed:
             check_output(self.output / "skipped.json")
-            for folder in self._own_folders():
+            for folder in _own_folders(self.sinks):
                 claimed.check_folder(folder)
             return self._run(claimed)
 
@@ -156,16 +156,12 @@ class Runner:
             self.summary.skipped += self.store.not_searched()
         self._write_skipped()
         if not self.summary.interrupted:
-            for folder in self._own_folders():
+            for folder in _own_folders(self.sinks):
                 removed, kept = claimed.remove_stale(folder)
                 self.summary.removed += len(removed)
                 self.summary.kept += kept
         self.summary.outputs = [sink.summary() for sink in self.sinks]
         return self.summary
-
-    def _own_folders(self) -> list[Path]:
-        """Return the folders that only one sink of the run writes to."""
-        return [Path(os.path.abspath(sink.own_folder())) for sink in self.sinks if isinstance(sink, OwnsFolder)]
 
     def _process(self, results: Iterator[FrameResult], writer: ThreadPoolExecutor, progress: ProgressBar) -> None:
         """Hand results to the sinks, a few at a time, and count them."""
@@ -345,3 +341,8 @@ def _length(source: Source) -> int | None:
         return len(source)
     except TypeError:
         return None
+
+
+def _own_folders(sinks: Sequence[Sink]) -> list[Path]:
+    """Return the folders that only one sink writes to."""
+    return [Path(os.path.abspath(sink.own_folder())) for sink in sinks if isinstance(sink, OwnsFolder)]

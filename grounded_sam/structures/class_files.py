@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +56,38 @@ def _parse_document(content: str, where: str, suffix: str) -> Any:
     try:
         loaded = parse_json(content, where, unique_keys=True) if suffix == ".json" else parse_class_yaml(content, where)
         if isinstance(loaded, Mapping) and "categories" in loaded and "classes" not in loaded:  # a COCO file
-            loaded = {"categories": loaded["categories"]}
+            categories, labels = loaded["categories"], loaded.get("annotations")
+            is_list = isinstance(categories, list) and isinstance(labels, list | None)
+            loaded = {"categories": without_root(categories, labels) if is_list else categories}
         check_depth(loaded, where)
     except ConfigError as error:
         raise VocabularyError(str(error)) from error
     if not isinstance(loaded, list | Mapping):
         raise VocabularyError(f"{where} must hold a list of classes or a mapping from class to phrases")
     return loaded
+
+
+def without_root(categories: Sequence[Any], annotations: Any) -> list[Any]:
+    """Return the `categories` of a COCO file without the root of its taxonomy, which is no class.
+
+    Roboflow's exports have such a category: it has no annotation, and is the `supercategory` of all others.
+
+    Args:
+        categories: The categories.
+        annotations: The annotations of the file, or None.
+
+    >>> root = {"id": 0, "name": "things", "supercategory": "none"}
+    >>> without_root([root, {"id": 1, "name": "bolt", "supercategory": "things"}], [])
+    [{'id': 1, 'name': 'bolt', 'supercategory': 'things'}]
+    """
+    entries = [item for item in categories if isinstance(item, Mapping)]
+    used = [a.get("category_id") for a in annotations or () if isinstance(a, Mapping)]
+    for root in entries:
+        others = [item for item in entries if item is not root]
+        is_root = root.get("supercategory") in (None, "", "none", root.get("name"))
+        if others and is_root and all(item.get("supercategory") == root.get("name") for item in others):
+            return [item for item in categories if item is not root] if root.get("id") not in used else list(categories)
+    return list(categories)
 
 
 def parse_class_yaml(content: str, where: str) -> Any:

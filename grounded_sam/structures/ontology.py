@@ -196,29 +196,6 @@ def coco_categories(categories: Sequence[Any], where: str) -> dict[str, Any]:
     return {"classes": classes}
 
 
-def without_root(categories: Sequence[Any], annotations: Any) -> list[Any]:
-    """Return the `categories` of a COCO file without the root of its taxonomy, which is no class.
-
-    Roboflow's exports have such a category: it has no annotation, and is the `supercategory` of all others.
-
-    Args:
-        categories: The categories.
-        annotations: The annotations of the file, or None.
-
-    >>> root = {"id": 0, "name": "things", "supercategory": "none"}
-    >>> without_root([root, {"id": 1, "name": "bolt", "supercategory": "things"}], [])
-    [{'id': 1, 'name': 'bolt', 'supercategory': 'things'}]
-    """
-    entries = [item for item in categories if isinstance(item, Mapping)]
-    used = [a.get("category_id") for a in annotations or () if isinstance(a, Mapping)]
-    for root in entries:
-        others = [item for item in entries if item is not root]
-        is_root = root.get("supercategory") in (None, "", "none", root.get("name"))
-        if others and is_root and all(item.get("supercategory") == root.get("name") for item in others):
-            return [item for item in categories if item is not root] if root.get("id") not in used else list(categories)
-    return list(categories)
-
-
 def numbered_classes(content: Mapping[str, Any], where: str) -> dict[str, Any] | None:
     """Convert classes with numbers, in a form of YOLO or transformers, to the form of an ontology.
 

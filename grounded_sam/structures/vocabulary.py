@@ -20,7 +20,6 @@ from grounded_sam.structures.ontology import (
     parse_phrases,
     parse_text,
     read_ontology,
-    without_root,
 )
 
 T = TypeVar("T")
@@ -302,7 +301,7 @@ def _read_classes(text: Any, negative: Any, where: str) -> Vocabulary:
         where: Name of the file or setting, for messages.
     """
     if isinstance(text, Mapping) and isinstance(text.get("categories"), Sequence) and "classes" not in text:
-        text = coco_categories(without_root(text["categories"], text.get("annotations")), where)
+        text = coco_categories(text["categories"], where)
     if isinstance(text, list) and text and all(isinstance(item, Mapping) and "name" in item for item in text):
         text = coco_categories(text, where) if all("id" in item for item in text) else {"classes": text}
     if isinstance(text, Mapping) and "classes" not in text:

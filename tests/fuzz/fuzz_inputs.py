@@ -323,20 +323,18 @@ def targets(folder: Path) -> dict[str, tuple[st.SearchStrategy[Any], Callable[[A
     }
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["images", "videos", "coco", "youtube_vis", "sa_v", "json", "truth", "classes", "text", "words", "clicks"]
-    + ["store", "names"],
-)
+TARGETS = ("images", "videos", "coco", "youtube_vis", "sa_v", "json", "truth", "classes", "text", "words", "clicks")
+TARGETS += ("store", "names")
+
+
+@pytest.mark.parametrize("name", TARGETS)
 def test_hostile_input(name, tmp_path):
-    every = targets(tmp_path)
-    drawn, use = every[name]
-    end, count = time.monotonic() + MINUTES * 60 / len(every), 0
+    drawn, use = targets(tmp_path)[name]
+    end, count = time.monotonic() + MINUTES * 60 / len(TARGETS), 0
 
     @settings(
         max_examples=100,
         database=None,
-        deadline=None,
         suppress_health_check=list(HealthCheck),
         phases=[Phase.generate, Phase.shrink],
     )

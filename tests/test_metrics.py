@@ -351,6 +351,27 @@ def test_images_of_the_same_name_are_told_apart_by_their_folders(tmp_path):
         sink.write(make_result("0.png", size_hw=(40, 40)))  # it could be of either split
 
 
+@pytest.mark.parametrize("start", ["./", "", "absolute", "../lists/../images/"])
+def test_splits_of_yolo_may_be_lists_of_images(tmp_path, start):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "lists").mkdir()
+    for name in ("a", "b", "c"):
+        Image.new("RGB", (40, 40)).save(tmp_path / "images" / f"{name}.png")
+        (tmp_path / "labels" / f"{name}.txt").write_text("0 0.5 0.5 0.5 0.5\n")
+    prefix = {"absolute": f"{tmp_path}/images/", "./": "./images/", "": "images/"}.get(start, start)
+    listing = "lists/train.txt" if start.startswith("..") else "train.txt"
+    (tmp_path / listing).write_text(f"{prefix}a.png\n{prefix}b.png\n")
+    (tmp_path / "val.txt").write_text("images/b.png\n")
+    (tmp_path / "data.yaml").write_text(f"path: .\ntrain: {listing}\nval: val.txt\nnames: [a, b, c]\n")
+    truth = read_ground_truth(tmp_path / "data.yaml")
+    assert [image["file_name"] for image in truth.images] == ["images/a.png", "images/b.png"]
+    assert all(len(truth.annotations(image["id"])) == 1 for image in truth.images)
+    (tmp_path / "val.txt").unlink()
+    with pytest.raises(ConfigError, match=r"there is no file .*val.txt; correct or remove val.txt there"):
+        read_ground_truth(tmp_path / "data.yaml")
+
+
 def test_two_images_cannot_have_the_same_labels(ground_truth, tmp_path):
     sink = metrics_sink(tmp_path, CLASSES, ground_truth)
     sink.write(make_result("a/x.png"))

@@ -11,7 +11,7 @@ import numpy as np
 from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.formats.coco import annotation_from_mask
 from grounded_sam.formats.segmentations import cut_polygons, is_number
-from grounded_sam.media.files import image_files, natural_key, path_ends
+from grounded_sam.media.files import common_folder, image_files, natural_key, path_ends, read_path_list
 from grounded_sam.media.images import MAX_PIXELS, displayed_size
 from grounded_sam.structures.documents import is_text, read_yaml
 
@@ -20,7 +20,7 @@ def read_yolo(data_yaml: Path, max_pixels: int = MAX_PIXELS) -> dict[str, Any]:
     """Read a YOLO dataset of boxes or polygons.
 
     Polygons are filled by OpenCV, which is how YOLO trainers see them. The images of all splits in `data.yaml` are
-    read, also where a split is a list of folders.
+    read, also where a split is a list of folders, or a `.txt` file with the path of an image per line.
 
     Args:
         data_yaml: The `data.yaml` of the dataset.
@@ -44,9 +44,13 @@ def read_yolo(data_yaml: Path, max_pixels: int = MAX_PIXELS) -> dict[str, Any]:
         raise ConfigError(f"{data_yaml}: expected names and train, val or test, as in YOLO's data.yaml") from error
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for root in dict.fromkeys(_split_folder(folder, base, data_yaml) for folder in folders):
-        files = image_files(path for path in root.rglob("*") if path.is_file())
-        for file in sorted(files, key=lambda path: natural_key(path.as_posix())):
+    seen: set[Path] = set()
+    for path in dict.fromkeys(_split_path(folder, base, data_yaml) for folder in folders):
+        root, files = _split_images(path, base)
+        for file in files:
+            if file in seen:  # listed in two splits
+                continue
+            seen.add(file)
             height, width = _displayed_size(file, max_pixels)
             image_id = len(images)
             # The name includes the last folder, since images of different splits may have the same name.
@@ -67,18 +71,29 @@ def _label_file(image: Path) -> Path:
     return Path(*parts).with_suffix(".txt")
 
 
-def _split_folder(name: str, base: Path, data_yaml: Path) -> Path:
-    """Return the folder of a split.
+def _split_images(path: Path, base: Path) -> tuple[Path, list[Path]]:
+    """Return the images of a split, a folder or a list, and the folder that has all of them."""
+    if path.is_dir():
+        files = image_files(file for file in path.rglob("*") if file.is_file())
+        return path, sorted(files, key=lambda file: natural_key(file.as_posix()))
+    files = [file.resolve() for file in read_path_list(path, base)]
+    return common_folder(files), files
+
+
+def _split_path(name: str, base: Path, data_yaml: Path) -> Path:
+    """Return the folder of a split, or the file that lists its images.
 
     Exports name it in many ways: relative to `path`, which may be on another machine, or with a `../` too many.
 
     Raises:
-        ConfigError: If there is no such folder.
+        ConfigError: If there is no such folder or file.
     """
     candidates = [folder / end for end in (name, *path_ends(name)[:1]) for folder in (base, data_yaml.parent)]
-    found = next((path for path in candidates if path.is_dir()), None)
+    is_list = name.lower().endswith(".txt")
+    found = next((path for path in candidates if (path.is_file() if is_list else path.is_dir())), None)
     if found is None:
-        raise ConfigError(f"{data_yaml}: there is no folder {candidates[0]}; correct or remove {name} there")
+        kind = "file" if is_list else "folder"
+        raise ConfigError(f"{data_yaml}: there is no {kind} {candidates[0]}; correct or remove {name} there")
     return found.resolve()
 
 

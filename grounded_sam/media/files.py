@@ -6,7 +6,7 @@ import glob
 import os
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -186,7 +186,7 @@ def find_files(given: str) -> InputFiles:
     if path.is_dir():
         return _select_media(_walk(path), path)
     if path.is_file() and path.suffix.lower() == ".txt":
-        files = _read_listing(path)
+        files = read_path_list(path)
         images: list[Path] = []
         videos: list[Path] = []
         for file in files:  # all are named by the user, so that one of another kind is an unusable image
@@ -293,24 +293,34 @@ def unread_files(files: Iterable[Path]) -> dict[Path, str]:
     return {path: reason for path in files if (reason := unread_reason(path, formats)) is not None}
 
 
-def _read_listing(listing: Path) -> list[Path]:
-    """Read the paths of a text file; relative ones are relative to it."""
+def read_path_list(listing: Path, base: Path | None = None) -> list[Path]:
+    """Read the paths of a text file; relative ones are relative to it.
+
+    Args:
+        listing: The file.
+        base: Another folder that relative paths may be relative to.
+
+    Raises:
+        ConfigError: If it is no text, or lists no path.
+    """
     try:
         lines = [line.strip() for line in listing.read_text(encoding="utf-8-sig").split("\n")]
     except UnicodeDecodeError as error:
         raise ConfigError(f"{listing} is not a list of paths: {error}") from error
     paths = [line for line in lines if line and not re.match(r"#(\s|$)", line)]  # `#1.png` is no comment
-    files = [_listed_file(listing.parent, path) for path in paths]
+    folders = [listing.parent] if base is None else [listing.parent, base]
+    files = [_listed_file(folders, path) for path in paths]
     files = [Path(os.path.abspath(path)) for path in dict.fromkeys(files)]
     if not files:
         raise ConfigError(f"{listing} lists no path")
     return files
 
 
-def _listed_file(folder: Path, path: str) -> Path:
+def _listed_file(folders: Sequence[Path], path: str) -> Path:
     """Return the file that a line of a list names, also in quotes or with the `\\` of Windows."""
     unquoted = path[1:-1] if len(path) > 2 and path[0] == path[-1] and path[0] in "'\"" else path
-    candidates = [folder / home_path(name) for name in (path, unquoted, unquoted.replace("\\", "/"))]
+    names = (path, unquoted, unquoted.replace("\\", "/"))
+    candidates = [folder / home_path(name) for folder in folders for name in names]
     return next((file for file in candidates if os.path.isfile(file)), candidates[0])
 
 

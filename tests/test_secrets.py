@@ -70,6 +70,13 @@ def server(tmp_path):
         httpd.shutdown()
 
 
+@pytest.fixture(autouse=True)
+def _no_other_secrets(monkeypatch):
+    """Begin without the secrets of other tests, which processes that a test starts would inherit."""
+    for name in [name for name in os.environ if name.startswith(VARIABLE)]:
+        monkeypatch.delenv(name)
+
+
 @pytest.mark.parametrize("where", ["argument", "file", "variable"])
 def test_a_stream_that_is_read(server, tmp_path, scenes, where):
     from grounded_sam.media.mp4 import Mp4Writer

@@ -100,7 +100,7 @@ def test_urls_are_read_as_they_are(url):
 @example("{a: b")
 @example("'a' b")
 def test_any_path_can_be_written(path):
-    """A path is read as it is, or refused with a word that gives it; quotes around it are not part of it."""
+    """A path is read as it is, without quotes around it and escapes, or refused with a word that gives it."""
     word = f"input={path}"
     try:
         read_words([word])
@@ -108,7 +108,9 @@ def test_any_path_can_be_written(path):
     except ConfigError:
         value = value_of(obey([word]))
     if isinstance(value, str):  # rather than a number, null, a list or a mapping
-        assert value in (path.strip(), path.strip().strip("'\"")) or path.strip()[:1] in ("'", '"', "[", "{")
+        unescaped = re.sub(r"\\([^\w'\"])", r"\1", path)
+        as_given = (path.strip(), path.strip().strip("'\""), unescaped.strip(), unescaped)
+        assert value in as_given or path.strip()[:1] in ("'", '"', "[", "{")
 
 
 @given(st.text(min_size=1).filter(lambda text: "\0" not in text))

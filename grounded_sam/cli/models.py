@@ -216,7 +216,9 @@ def run_fetch(overrides: Sequence[str]) -> None:
             verified += "; the others cannot be verified: without symlinks the cache keeps no digests"
         print(f"{names}: {repo}, {decimal(status.cached_bytes)}, {verified}, in {status.path(file)}")
     if failures:
-        raise CheckpointError("\ngrounded-sam-models: ".join(failures))
+        for failure in failures[:-1]:
+            print(f"grounded-sam-models: {failure}", file=sys.stderr)
+        raise CheckpointError(failures[-1])
 
 
 def _report_damaged(paths: list[Path]) -> None:

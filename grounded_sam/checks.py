@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from grounded_sam.errors import ConfigError
+from grounded_sam.errors import ConfigError, shorten
 
 
 def check_bool(key: str, value: object) -> None:
@@ -21,7 +21,7 @@ def check_bool(key: str, value: object) -> None:
     >>> check_bool("refine.boxes", True)
     """
     if not isinstance(value, bool):
-        raise ConfigError(f"{key} must be true or false, got {value!r}")
+        raise ConfigError(f"{key} must be true or false, got {shorten(value)}")
 
 
 def check_int(key: str, value: object, minimum: int, maximum: int | None = None, *, optional: bool = False) -> None:
@@ -44,7 +44,7 @@ def check_int(key: str, value: object, minimum: int, maximum: int | None = None,
     limit = math.inf if maximum is None else maximum
     if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= limit:
         bounds = f">= {minimum}" if maximum is None else f"from {minimum} to {maximum}"
-        raise ConfigError(f"{key} must be {'null or ' if optional else ''}an integer {bounds}, got {value!r}")
+        raise ConfigError(f"{key} must be {'null or ' if optional else ''}an integer {bounds}, got {shorten(value)}")
 
 
 def check_number(
@@ -80,7 +80,7 @@ def check_number(
     bounds = f"a number {low}" if maximum is None else f"a number from {minimum:g} to {maximum:g}"
     if maximum is not None and above:
         bounds = f"a number {low} and <= {maximum:g}"
-    raise ConfigError(f"{key} must be {'null or ' if optional else ''}{bounds}, got {value!r}")
+    raise ConfigError(f"{key} must be {'null or ' if optional else ''}{bounds}, got {shorten(value)}")
 
 
 def check_choice(key: str, value: object, choices: Sequence[str], *, optional: bool = False) -> None:
@@ -101,4 +101,4 @@ def check_choice(key: str, value: object, choices: Sequence[str], *, optional: b
         return
     names = [*choices, *(["null"] if optional else [])]
     listed = f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else names[0]
-    raise ConfigError(f"{key} must be {listed}, got {value!r}")
+    raise ConfigError(f"{key} must be {listed}, got {shorten(value)}")

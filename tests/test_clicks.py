@@ -52,6 +52,8 @@ def test_entries_of_a_file_apply_to_the_images_they_name(tmp_path):
         ({"class": "a", "point": [[1, 2]]}, "unknown key 'point'; the keys are box, class"),
         ({"class": "a", "points": [[1, 2, 3]]}, r"points must be \[\[x, y\], ...\]"),
         ({"class": "a", "points": "here"}, "points must be numbers"),
+        ({"class": "a", "points": [[10**400, 1]]}, "points must be numbers"),
+        ({"class": "a", "points": [[1, 2]], "object": 2**60}, "object must be null or an integer from 1 to"),
         ({"class": "a", "points": [[1, 2]], "labels": [1, 0]}, "labels must have one value per point"),
         ({"class": "a", "points": [[1, 2]], "labels": [3]}, "labels must have one value per point"),
         ({"class": "a", "box": [9, 9, 1, 1]}, "x1 < x2"),

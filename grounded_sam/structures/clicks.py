@@ -12,7 +12,7 @@ import supervision as sv
 from numpy.typing import NDArray
 
 from grounded_sam.checks import check_int
-from grounded_sam.errors import ConfigError, ImageError, count_of
+from grounded_sam.errors import ConfigError, ImageError, count_of, shorten
 from grounded_sam.files import home_path, require_regular
 from grounded_sam.media.images import read_image
 from grounded_sam.structures.detections import empty_detections, make_detections
@@ -21,6 +21,8 @@ from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.masks import masks_to_xyxy
 from grounded_sam.structures.vocabulary import Vocabulary
 
+#: Largest number of a frame or an object, which every reader of JSON has room for.
+MAX_NUMBER = 2**53
 _KEYS = {"class", "points", "labels", "box", "mask", "image", "frame", "object"}
 
 
@@ -79,8 +81,8 @@ def read_click(entry: Any, where: str, folder: Path) -> Click:
     [[320.0, 200.0]]
     """
     if not isinstance(entry, Mapping):
-        raise ConfigError(f"{where}: expected a mapping with class and points, box or mask, got {entry!r}")
-    unknown = sorted(set(entry) - _KEYS)
+        raise ConfigError(f"{where}: expected a mapping with class and points, box or mask, got {shorten(entry)}")
+    unknown = sorted(str(key) for key in entry if key not in _KEYS)
     if unknown:
         raise ConfigError(
             f"{where}: unknown key {', '.join(map(repr, unknown))}; the keys are {', '.join(sorted(_KEYS))}"
@@ -91,10 +93,10 @@ def read_click(entry: Any, where: str, folder: Path) -> Click:
         raise ConfigError(f"{where}: expected points, a box or a mask")
     box = _numbers(entry, "box", (4,), where)
     if box is not None and not (box[0] < box[2] and box[1] < box[3]):
-        raise ConfigError(f"{where}: box must have x1 < x2 and y1 < y2, got {entry['box']!r}")
+        raise ConfigError(f"{where}: box must have x1 < x2 and y1 < y2, got {shorten(entry['box'])}")
     points, labels = _points(entry, where)
-    check_int(f"{where}: frame", entry.get("frame"), 0, optional=True)
-    check_int(f"{where}: object", entry.get("object"), 1, optional=True)
+    check_int(f"{where}: frame", entry.get("frame"), 0, MAX_NUMBER, optional=True)
+    check_int(f"{where}: object", entry.get("object"), 1, MAX_NUMBER, optional=True)
     return Click(
         class_name=str(entry["class"]).strip(),
         points=points,
@@ -113,14 +115,14 @@ def _numbers(entry: Mapping[str, Any], key: str, shape: tuple[int, ...], where: 
         return None
     try:
         values = np.array(entry[key], np.float32)
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: {key} must be numbers, got {entry[key]!r}") from error
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ConfigError(f"{where}: {key} must be numbers, got {shorten(entry[key])}") from error
     if key == "points" and values.shape == (2,):
         values = values[None]
     fits = values.ndim == len(shape) and all(want in (-1, got) for want, got in zip(shape, values.shape, strict=True))
     if not fits or not values.size or not np.isfinite(values).all():
         form = {"points": "[[x, y], ...]", "box": "[x1, y1, x2, y2]", "labels": "[1, 0, ...]"}[key]
-        raise ConfigError(f"{where}: {key} must be {form}, got {entry[key]!r}")
+        raise ConfigError(f"{where}: {key} must be {form}, got {shorten(entry[key])}")
     return values
 
 
@@ -135,7 +137,7 @@ def _points(entry: Mapping[str, Any], where: str) -> tuple[NDArray[np.float32] |
     if len(labels) != len(points) or not set(labels.tolist()) <= {0, 1}:
         raise ConfigError(
             f"{where}: labels must have one value per point, 1 (on the object) or 0 (background), "
-            f"got {entry.get('labels')!r}"
+            f"got {shorten(entry.get('labels'))}"
         )
     return points, labels.astype(np.int64)
 

@@ -70,9 +70,9 @@ class LabelStudioSink(DatasetSink):
 
     Label Studio serves images from disk only below its document root, and only if the project has a storage of local
     files there: `README.txt` in the folder has the command that starts it, and the path of the storage. For images on
-    a server, set `url`. Regions have the score of their
-    detection, predictions the mean of their regions and `model_version`. Polygons run along the edges of pixels;
-    zero-width bridges connect separate parts and holes, so that there is one region per object.
+    a server, set `url`. Regions have the score of their detection, predictions the mean of their regions and
+    `model_version`. Polygons run along the edges of pixels; zero-width bridges connect separate parts and holes, so
+    that there is one region per object.
 
     Args:
         output: Output folder of the run.

@@ -189,8 +189,8 @@ def test_clicks_from_a_file_start_and_correct_a_track(tmp_path):
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ({"class": "a", "points": [[1, 1]], "frame": -1}, "frame must be null or an integer >= 0"),
-        ({"class": "a", "points": [[1, 1]], "object": 0}, "object must be null or an integer >= 1"),
+        ({"class": "a", "points": [[1, 1]], "frame": -1}, "frame must be null or an integer from 0 to"),
+        ({"class": "a", "points": [[1, 1]], "object": 0}, "object must be null or an integer from 1 to"),
         ({"class": "a", "mask": np.zeros((3, 3))}, "mask must be an array"),
     ],
 )

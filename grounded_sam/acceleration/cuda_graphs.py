@@ -57,6 +57,7 @@ class GraphedFunction:
         self._graphs: OrderedDict[Hashable, _Graph] = OrderedDict()
         self._calls: Counter[Hashable] = Counter()
         self._pool: Any = None
+        self._done: Any = None  # event after the last replay, whose memory the next one overwrites
         self._failed = False
         self._lock = Lock()
 
@@ -88,10 +89,15 @@ class GraphedFunction:
                     torch.cuda.current_stream().synchronize()  # it may still be running
                     self._graphs.popitem(last=False)
             self._graphs.move_to_end(key)
+            stream = torch.cuda.current_stream()
+            if self._done is not None:
+                stream.wait_event(self._done)  # the last call may have been on another stream
             for static, value in zip(graph.inputs, inputs, strict=True):
                 static.copy_(value, non_blocking=True)
             graph.graph.replay()
-            return map_tensors(graph.outputs, lambda x: x.clone())
+            outputs = map_tensors(graph.outputs, lambda x: x.clone())
+            self._done = stream.record_event()
+            return outputs
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> _Graph | None:
         """Capture the function for the shapes of some inputs; None if that fails."""

@@ -40,6 +40,10 @@ class StageError(ImageError):
     """Raised where a stage fails on an image; `__cause__` is the error of the stage, if it raised one."""
 
 
+class OutOfMemoryError(StageError):
+    """Raised where a batch of images does not fit into the memory of the device; a smaller one may."""
+
+
 class CheckpointError(GroundedSamError):
     """Raised for weights that are missing, damaged or those of another model."""
 

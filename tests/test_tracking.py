@@ -139,10 +139,10 @@ def test_results_are_lazy_and_closing_frees_everything():
     tracker = ByLevel()
     results = Pipeline(Levels(), tracker=tracker).track(frames(), TEXT)
     assert next(results).detections.tracker_id.tolist() == [1]
-    assert decoded == [0]
+    assert len(decoded) <= 5  # a few frames ahead
     next(results)
     results.close()
-    assert decoded == [0, 1] and tracker.sessions[0].closed
+    assert len(decoded) <= 6 and tracker.sessions[0].closed
 
 
 def test_closing_a_video_leaves_no_thread_behind(tmp_path):

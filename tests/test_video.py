@@ -17,7 +17,7 @@ from PIL import Image
 
 from grounded_sam import ConfigError, ImageError
 from grounded_sam.media.mp4 import Mp4Writer
-from grounded_sam.media.prefetch import prefetch
+from grounded_sam.media.prefetch import Prefetch
 from grounded_sam.media.video_pixels import VideoLook, read_look
 from grounded_sam.pipeline.runner import Runner
 from grounded_sam.sources.auto import AutoSource
@@ -237,7 +237,7 @@ def test_prefetching_is_bounded_and_stops_when_closed():
         finally:
             closed.append(True)
 
-    items = prefetch(produce(), 3)
+    items = Prefetch(produce(), 3)
     assert [next(items) for _ in range(5)] == list(range(5))
     items.close()
     assert closed == [True]
@@ -250,7 +250,7 @@ def test_an_error_of_the_decoding_thread_is_raised():
         yield 1
         raise ImageError("broken")
 
-    items = prefetch(produce(), 2)
+    items = Prefetch(produce(), 2)
     assert next(items) == 1
     with pytest.raises(ImageError, match="broken"):
         next(items)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.media.files import is_video_file
 from grounded_sam.media.images import read_image
-from grounded_sam.media.prefetch import prefetch
+from grounded_sam.media.prefetch import Prefetch
 from grounded_sam.media.video import VideoDecoder, downscale
 
 #: Number of frames that are decoded ahead.
@@ -49,7 +49,7 @@ class StoredVideo:
                 decoder = VideoDecoder(Path(path).absolute(), start=index, max_pixels=self.max_pixels)
             except ConfigError as error:
                 raise ImageError(f"{path}: no such file") from error
-            self._frames = prefetch(iter(decoder), AHEAD)
+            self._frames = Prefetch(iter(decoder), AHEAD)
         for frame in self._frames:
             if frame.index == index:
                 self._last_index = index

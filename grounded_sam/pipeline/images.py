@@ -4,21 +4,36 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Hashable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
-from itertools import islice
 from typing import Protocol
 
 import supervision as sv
 
-from grounded_sam.errors import GroundedSamError, ImageError, StageError, describe_error, print_traceback
+from grounded_sam.errors import (
+    GroundedSamError,
+    ImageError,
+    OutOfMemoryError,
+    StageError,
+    describe_error,
+    print_traceback,
+)
+from grounded_sam.media.prefetch import Prefetch
+from grounded_sam.pipeline.batches import Batch, BatchedStage, collect_batches, in_order
 from grounded_sam.pipeline.refine import Refine
 from grounded_sam.pipeline.select import Select, select_detections
 from grounded_sam.pipeline.tiles import Tiles
 from grounded_sam.structures.detections import validate_detections
 from grounded_sam.structures.frame import Frame
-from grounded_sam.structures.protocols import BatchDetector, Detector, Segmenter
+from grounded_sam.structures.protocols import (
+    BatchDetector,
+    BatchSegmenter,
+    Detector,
+    GroupsBySize,
+    RunsModel,
+    Segmenter,
+)
 from grounded_sam.structures.results import FrameResult, Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
 
@@ -49,11 +64,13 @@ def convert_errors(stage: object, passing: tuple[type[Exception], ...] = ()) -> 
     except Exception as error:
         import torch
 
+        kind = StageError
         if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()  # so that the next, smaller image may fit
+            torch.cuda.empty_cache()  # so that a smaller batch may fit
+            kind = OutOfMemoryError
         print_traceback()
         reason = f"{type(stage).__name__} failed ({describe_error(error)}); GROUNDED_SAM_DEBUG=1 shows the traceback"
-        raise StageError(reason) from error
+        raise kind(reason) from error
 
 
 class StageTimer:
@@ -80,7 +97,7 @@ class StageTimer:
 
 
 class ImageStages(Protocol):
-    """Detect and segment single frames; see `DetectThenSegment`."""
+    """Detect and segment frames; see `DetectThenSegment`."""
 
     @property
     def segmenter(self) -> Segmenter | None:
@@ -90,12 +107,22 @@ class ImageStages(Protocol):
     def batch_size(self) -> int:
         """Number of frames per detector call."""
 
+    def can_overlap(self, stage: object) -> bool:
+        """Return whether the detector may run on a thread of its own beside another stage."""
+
+    def batch_key(self, frame: Frame) -> Hashable:
+        """Return what is equal for frames that the detector should get together."""
+
     def detect(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
         """Return the boxes of each frame, before selection."""
 
     def segment(
-        self, frame: Frame, boxes: sv.Detections, vocabulary: Vocabulary, segmenter: Segmenter | None
-    ) -> sv.Detections:
+        self,
+        frames: Sequence[Frame],
+        boxes: Sequence[sv.Detections],
+        vocabulary: Vocabulary,
+        segmenter: Segmenter | None,
+    ) -> list[sv.Detections]:
         """Select boxes, add masks, and select again."""
 
     def with_select(self, select: Select) -> ImageStages:
@@ -131,6 +158,15 @@ class DetectThenSegment:
         """Number of frames per detector call."""
         return self.detector.batch_size if isinstance(self.detector, BatchDetector) else 1
 
+    def can_overlap(self, stage: object) -> bool:
+        """Return whether the detector may run beside another stage: not if both need all cores of the CPU."""
+        return stage is not None and not (_runs_on_cpu(self.detector) and _runs_on_cpu(stage))
+
+    def batch_key(self, frame: Frame) -> Hashable:
+        """Return what is equal for frames that the detector should get together."""
+        is_whole = self.tiles.size is None
+        return self.detector.batch_key(frame.size_hw) if is_whole and isinstance(self.detector, GroupsBySize) else None
+
     def with_select(self, select: Select) -> DetectThenSegment:
         """Return the same stages with another selection."""
         return DetectThenSegment(self.detector, self.segmenter, select, self.tiles, self.refine, self.timer)
@@ -161,41 +197,68 @@ class DetectThenSegment:
         return validate_detections(detections, vocabulary, frame.size_hw, type(self.detector).__name__)
 
     def segment(
-        self, frame: Frame, boxes: sv.Detections, vocabulary: Vocabulary, segmenter: Segmenter | None
-    ) -> sv.Detections:
+        self,
+        frames: Sequence[Frame],
+        boxes: Sequence[sv.Detections],
+        vocabulary: Vocabulary,
+        segmenter: Segmenter | None,
+    ) -> list[sv.Detections]:
         """Select boxes, add masks, and select again.
 
         Args:
-            frame: The frame.
-            boxes: Detections of the frame, as the detector returned them.
+            frames: The frames.
+            boxes: Detections of each frame, as the detector returned them.
             vocabulary: Classes that `class_id` refers to.
             segmenter: Segmenter to use; None for boxes alone.
 
         Raises:
-            ImageError: If the pixels of the frame cannot be read.
+            ImageError: If the pixels of a frame cannot be read.
         """
-        detections = self._validate(boxes, vocabulary, frame)
-        if segmenter is not None and detections.mask is None:
+        detections = [self._validate(part, vocabulary, frame) for part, frame in zip(boxes, frames, strict=True)]
+        if segmenter is not None:
             before = self.select.before_masks()
             if self.refine.changes:  # NMS and top_k have to wait for the new boxes and scores
                 before = replace(before, nms=None, max_ios=None, top_k=None)
-            detections = self.add_masks(frame, select_detections(detections, before, vocabulary), vocabulary, segmenter)
-        return select_detections(detections, self.select, vocabulary)
+            selected = [
+                part if part.mask is not None else select_detections(part, before, vocabulary) for part in detections
+            ]
+            detections = self.add_masks(frames, selected, vocabulary, segmenter)
+        return [select_detections(part, self.select, vocabulary) for part in detections]
 
     def add_masks(
-        self, frame: Frame, boxes: sv.Detections, vocabulary: Vocabulary, segmenter: Segmenter | None
-    ) -> sv.Detections:
+        self,
+        frames: Sequence[Frame],
+        boxes: Sequence[sv.Detections],
+        vocabulary: Vocabulary,
+        segmenter: Segmenter | None,
+    ) -> list[sv.Detections]:
         """Segment detections that have no masks yet and refine them, without selecting.
 
         This is where a box becomes a mask, in images and at the keyframes of videos; a tracker that is prompted with
         boxes makes masks of its own in `TrackSession.prompt`.
         """
-        if segmenter is None or boxes.mask is not None:
-            return boxes
-        image = frame.image
+        detections = list(boxes)
+        rows = [i for i, part in enumerate(boxes) if part.mask is None]
+        if segmenter is None or not rows:
+            return detections
+        images = [frames[i].image for i in rows]
         with self.timer("segment"), convert_errors(segmenter):
-            detections = segmenter.segment(image, boxes)
-        return validate_detections(self.refine(detections), vocabulary, frame.size_hw, type(segmenter).__name__)
+            if isinstance(segmenter, BatchSegmenter):
+                segmented = segmenter.segment_batch(images, [boxes[i] for i in rows])
+            else:
+                segmented = [segmenter.segment(image, boxes[i]) for image, i in zip(images, rows, strict=True)]
+        name = type(segmenter).__name__
+        for i, part in zip(rows, segmented, strict=True):
+            detections[i] = validate_detections(self.refine(part), vocabulary, frames[i].size_hw, name)
+        return detections
+
+
+def _runs_on_cpu(stage: object) -> bool:
+    """Return whether a stage runs a network on the CPU."""
+    if not isinstance(stage, RunsModel):
+        return False
+    weight = next(stage.model.parameters(), None)
+    return weight is not None and weight.device.type == "cpu"
 
 
 def process_images(
@@ -204,45 +267,63 @@ def process_images(
     stages: ImageStages,
     masks: bool = True,
     on_skipped: Callable[[Skipped], None] | None = None,
-) -> Iterator[FrameResult]:
+) -> Generator[FrameResult]:
     """Process images in batches, lazily and in order.
+
+    Where the stages can overlap, batches are collected on one thread, the detector runs on another and the segmenter on
+    the caller's, so that the slowest of them sets the pace.
 
     Args:
         frames: The images.
         vocabulary: Classes to look for.
         stages: Detector and segmenter.
         masks: Whether to segment.
-        on_skipped: Called with every image that is refused with an `ImageError`; None to raise it.
+        on_skipped: Called, on any of these threads, with every image that is refused with an `ImageError`; None to
+            raise it.
     """
     segmenter = stages.segmenter if masks else None
-    while batch := list(islice(frames, stages.batch_size)):
-        for frame, boxes in _detect_batch(batch, vocabulary, stages, on_skipped):
-            try:
-                detections = stages.segment(frame, boxes, vocabulary, segmenter)
-            except ImageError as error:  # pixels that are decoded only now
-                if on_skipped is None:
-                    raise
-                on_skipped(Skipped(frame.name, str(error)))
-                continue
-            yield FrameResult(frame=frame, detections=detections)
+    overlap = stages.can_overlap(segmenter)
+    batches: Iterator[Batch] = collect_batches(frames, stages.batch_size, stages.batch_key)
+    if overlap:
+        batches = Prefetch(batches, 1, "collect")
+    detected: Iterator[tuple[Batch, list[sv.Detections | None]]] = _detect(batches, vocabulary, stages, on_skipped)
+    if overlap:
+        detected = Prefetch(detected, 1, "detect")
+    with closing(_segment(detected, vocabulary, stages, segmenter, on_skipped)) as segmented:
+        yield from in_order(segmented)
 
 
-def _detect_batch(
-    batch: list[Frame],
+def _detect(
+    batches: Iterator[Batch],
     vocabulary: Vocabulary,
     stages: ImageStages,
     on_skipped: Callable[[Skipped], None] | None,
-) -> Iterator[tuple[Frame, sv.Detections]]:
-    """Yield frames with their boxes; a batch that is refused is retried frame by frame, to find the culprit."""
-    try:
-        detected = stages.detect(batch, vocabulary)
-    except ImageError as error:
-        if on_skipped is None:
-            raise
-        if len(batch) == 1:
-            on_skipped(Skipped(batch[0].name, str(error)))
-            return
-        for frame in batch:
-            yield from _detect_batch([frame], vocabulary, stages, on_skipped)
-        return
-    yield from zip(batch, detected, strict=True)
+) -> Generator[tuple[Batch, list[sv.Detections | None]]]:
+    """Yield each batch with its boxes; None for images that are skipped."""
+    detect = BatchedStage(lambda frames: stages.detect(frames, vocabulary), "the detector", on_skipped)
+    with closing(batches):  # type: ignore[type-var]
+        for batch in batches:
+            yield batch, detect([frame for _, frame in batch])
+
+
+def _segment(
+    detected: Iterator[tuple[Batch, list[sv.Detections | None]]],
+    vocabulary: Vocabulary,
+    stages: ImageStages,
+    segmenter: Segmenter | None,
+    on_skipped: Callable[[Skipped], None] | None,
+) -> Generator[tuple[int, FrameResult | None]]:
+    """Yield positions and results of images; None for images that are skipped."""
+    segment = BatchedStage(
+        lambda frames, boxes: stages.segment(frames, boxes, vocabulary, segmenter), "the segmenter", on_skipped
+    )
+    size = segmenter.batch_size if isinstance(segmenter, BatchSegmenter) else 1
+    with closing(detected):  # type: ignore[type-var]
+        for batch, boxes in detected:
+            items = [(position, frame, part) for (position, frame), part in zip(batch, boxes, strict=True)]
+            yield from ((position, None) for position, _, part in items if part is None)
+            items = [item for item in items if item[2] is not None]
+            for start in range(0, len(items), size):
+                positions, images, parts = zip(*items[start : start + size], strict=True)
+                for position, frame, detections in zip(positions, images, segment(images, parts), strict=True):
+                    yield position, None if detections is None else FrameResult(frame=frame, detections=detections)

@@ -8,7 +8,7 @@ that differ in the segmenter share the boxes of the detector in the same way.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -232,6 +232,14 @@ class CachedStages:
         """Number of frames per detector call."""
         return self.stages.batch_size
 
+    def can_overlap(self, stage: object) -> bool:
+        """Return False: detector and segmenter use the same caches."""
+        return False
+
+    def batch_key(self, frame: Frame) -> Hashable:
+        """Return the batch key of the wrapped stages."""
+        return self.stages.batch_key(frame)
+
     def with_select(self, select: Select) -> DetectThenSegment:
         """Return the wrapped stages with another selection, without the caches."""
         return self.stages.with_select(select)
@@ -244,22 +252,31 @@ class CachedStages:
         return [next(detected) if boxes is None else boxes for boxes in known]
 
     def segment(
-        self, frame: Frame, boxes: sv.Detections, vocabulary: Vocabulary, segmenter: Segmenter | None
-    ) -> sv.Detections:
+        self,
+        frames: Sequence[Frame],
+        boxes: Sequence[sv.Detections],
+        vocabulary: Vocabulary,
+        segmenter: Segmenter | None,
+    ) -> list[sv.Detections]:
         """Store what any job may select, and return what this job selects; see `DetectThenSegment.segment`."""
-        if frame.video is not None:
-            return self.stages.segment(frame, boxes, vocabulary, segmenter)
+        if any(frame.video is not None for frame in frames):
+            return self.stages.segment(frames, boxes, vocabulary, segmenter)
         name = type(self.stages.detector).__name__
-        detections = validate_detections(boxes, vocabulary, frame.size_hw, name)
-        for cache in (self.boxes, self.results):
-            detections = detections if cache is None else cache.keep_selectable(detections, vocabulary)
-        if self.boxes is not None and set(detections.data) <= {"class_name"}:  # the store has no other columns
-            self.boxes.write(FrameResult(frame=frame, detections=detections))
+        selectable = []
+        for frame, part in zip(frames, boxes, strict=True):
+            detections = validate_detections(part, vocabulary, frame.size_hw, name)
+            for cache in (self.boxes, self.results):
+                detections = detections if cache is None else cache.keep_selectable(detections, vocabulary)
+            selectable.append(detections)
         if self.results is None:
-            return self.stages.segment(frame, detections, vocabulary, segmenter)
-        detections = self.stages.add_masks(frame, detections, vocabulary, segmenter)
-        self.results.write(FrameResult(frame=frame, detections=detections))
-        return self.select(detections, vocabulary)
+            selected = self.stages.segment(frames, selectable, vocabulary, segmenter)
+        else:
+            segmented = self.stages.add_masks(frames, selectable, vocabulary, segmenter)
+            selected = [self.select(detections, vocabulary) for detections in segmented]
+            _write(self.results, frames, segmented)
+        if self.boxes is not None and all(set(part.data) <= {"class_name"} for part in selectable):
+            _write(self.boxes, frames, selectable)  # the store has no other columns
+        return selected
 
     def select(self, detections: sv.Detections, vocabulary: Vocabulary) -> sv.Detections:
         """Select from cached detections exactly what the job would have selected alone."""
@@ -279,3 +296,9 @@ class CachedStages:
         for cache in (self.results, self.boxes):
             if cache is not None:
                 cache.close()
+
+
+def _write(cache: PredictionCache, frames: Sequence[Frame], detections: Sequence[sv.Detections]) -> None:
+    """Store what was found in images."""
+    for frame, part in zip(frames, detections, strict=True):
+        cache.write(FrameResult(frame=frame, detections=part))

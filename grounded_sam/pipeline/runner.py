@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 from grounded_sam.errors import ImageError, count_of
 from grounded_sam.files import atomic_write
 from grounded_sam.formats.output_classes import OutputClasses
+from grounded_sam.media.prefetch import WORKERS
 from grounded_sam.media.progress import ProgressBar
 from grounded_sam.output.claim import ClaimedFolder, check_output, claim
 from grounded_sam.pipeline.images import convert_errors, process_images
@@ -28,6 +30,7 @@ from grounded_sam.structures.protocols import (
     Lookup,
     NumbersClasses,
     OwnsFolder,
+    PreparesResults,
     RecordsSkipped,
     ResultStore,
     Resumable,
@@ -38,8 +41,8 @@ from grounded_sam.structures.protocols import (
 from grounded_sam.structures.request import Request
 from grounded_sam.structures.results import FrameResult, Skipped
 
-#: Number of results that may wait for the sinks, each with its masks.
-MAX_PENDING_WRITES = 4
+#: Results that may wait for the sinks: their number if they are large, and if their masks have few bytes in all.
+PENDING_LARGE, PENDING_SMALL, SMALL_BYTES = 4, 16, 256 * 2**20
 
 
 @dataclass
@@ -142,8 +145,9 @@ class Runner:
                     stack.enter_context(sink)
                 stack.callback(self._report_skipped)
                 writer = stack.enter_context(ThreadPoolExecutor(1, "write"))
+                workers = stack.enter_context(ThreadPoolExecutor(WORKERS, "prepare"))
                 progress = stack.enter_context(ProgressBar("images", _length(self.source)))
-                self._process(stack.enter_context(closing(self._results())), writer, progress)
+                self._process(stack.enter_context(closing(self._results())), writer, workers, progress)
         except KeyboardInterrupt:
             self.summary.interrupted = True
         finally:
@@ -163,23 +167,36 @@ class Runner:
         self.summary.outputs = [sink.summary() for sink in self.sinks]
         return self.summary
 
-    def _process(self, results: Iterator[FrameResult], writer: ThreadPoolExecutor, progress: ProgressBar) -> None:
+    def _process(
+        self,
+        results: Iterator[FrameResult],
+        writer: ThreadPoolExecutor,
+        workers: ThreadPoolExecutor,
+        progress: ProgressBar,
+    ) -> None:
         """Hand results to the sinks, a few at a time, and count them."""
-        pending: deque[Future[None]] = deque()
+        pending: deque[tuple[Future[None], int]] = deque()  # with the bytes of their masks
+        preparing = {i: sink for i, sink in enumerate(self.sinks) if isinstance(sink, PreparesResults) and WORKERS > 1}
         skipped_before = len(self.source.skipped)  # files that `len(source)` does not count
         for result in results:
-            if result.stored and not pending:  # no model to overlap with
-                self._write(result)
+            if result.stored and not pending and not preparing:  # no model to overlap with
+                self._write(result, {})
             else:
-                pending.append(writer.submit(self._write, result))
-            while len(pending) > MAX_PENDING_WRITES:
-                pending.popleft().result()
+                prepared = {i: workers.submit(sink.prepare, result) for i, sink in preparing.items()}
+                size = 0 if result.raw.mask is None else len(result.raw) * math.prod(result.frame.size_hw)
+                pending.append((writer.submit(self._write, result, prepared), size))
+            while len(pending) > PENDING_LARGE and (
+                len(pending) > PENDING_SMALL or sum(size for _, size in pending) > SMALL_BYTES
+            ):
+                pending.popleft()[0].result()
+            while pending and pending[0][0].done():
+                pending.popleft()[0].result()
             self._count(result)
             done = self.summary.images + len(self.source.skipped) + len(self._unusable) - skipped_before
             if self.store is not None and not self._replays():
                 done += self.store.files_resumed()  # their results are not yielded
             progress.update(done, self.summary.unit)
-        for write in pending:
+        for write, _ in pending:
             write.result()
         self._leave_incomplete()
 
@@ -200,7 +217,8 @@ class Runner:
                     yield from self._track(video, group)
         finally:
             if isinstance(frames, Generator):
-                frames.close()
+                with suppress(ValueError):  # a thread that is stuck in it, such as in a stream without data
+                    frames.close()
 
     def _track(self, video: str, frames: Iterator[Any]) -> Generator[FrameResult]:
         """Yield the results of a video; where a frame cannot be processed, only its video stops."""
@@ -233,8 +251,13 @@ class Runner:
             selects = self.store is None and self.cache is not None and self.cache.results is not None
             yield self.cache.select_stored(result, self.request.classes) if selects else result  # type: ignore[union-attr]
 
-    def _write(self, result: FrameResult) -> None:
-        """Write a result to every sink."""
+    def _write(self, result: FrameResult, prepared: Mapping[int, Future[Any]]) -> None:
+        """Write a result to every sink.
+
+        Args:
+            result: The result.
+            prepared: What sinks have prepared for it, by position of the sink.
+        """
         self._leave_incomplete(except_for=result.frame.video)
         original = result
         if self.store is not None and not result.stored:
@@ -248,6 +271,9 @@ class Runner:
         for position, sink in enumerate(self.sinks):
             try:
                 with convert_errors(sink, passing=(OSError,)):  # such as that of a full disk, which ends the run
+                    if isinstance(sink, PreparesResults) and position in prepared:
+                        sink.write_prepared(result, prepared[position].result())
+                        continue
                     sink.write(original if sink is self.store else renumbered if sink in self._numbering else result)
             except ImageError as error:  # such as that of a stored result whose file is gone
                 self._unwritten[position] += 1

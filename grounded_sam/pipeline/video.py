@@ -10,6 +10,7 @@ import numpy as np
 import supervision as sv
 
 from grounded_sam.errors import ConfigError
+from grounded_sam.media.prefetch import Prefetch
 from grounded_sam.pipeline.backward import track_both_ways
 from grounded_sam.pipeline.images import ImageStages, StageTimer, convert_errors
 from grounded_sam.pipeline.select import Select, select_detections
@@ -20,6 +21,7 @@ from grounded_sam.structures.detections import replace_tracks, select_rows, vali
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.masks import mask_iou
 from grounded_sam.structures.protocols import (
+    EncodesAhead,
     EndToEndTracker,
     PredictsLost,
     ResetsMemory,
@@ -30,7 +32,6 @@ from grounded_sam.structures.protocols import (
 )
 from grounded_sam.structures.request import Request
 from grounded_sam.structures.results import FrameResult
-from grounded_sam.structures.vocabulary import Vocabulary
 
 T = TypeVar("T")
 
@@ -93,7 +94,7 @@ def _track_end_to_end(
         raise ConfigError(f"track.direction={settings.direction} needs a tracker with memory, and {name} has none")
 
     def detect(frame: Frame) -> sv.Detections:
-        return stages.segment(frame, stages.detect([frame], vocabulary)[0], vocabulary, stages.segmenter)
+        return stages.segment([frame], stages.detect([frame], vocabulary), vocabulary, stages.segmenter)[0]
 
     if isinstance(tracker, TextTracker):
         tracked = tracker.track_text(frames, vocabulary)
@@ -149,14 +150,21 @@ class KeyframeTracking:
     def steps(self, frames: Iterator[Frame]) -> Generator[tuple[FrameResult, sv.Detections]]:
         """Yield a result per frame, and with it the detections of the tracks that start there."""
         session: TrackSession | None = None
+        items: Iterator[tuple[Frame, sv.Detections | None]] = self._detect_keyframes(frames)
+        if self.stages.can_overlap(self.tracker):
+            items = Prefetch(items, 2, "detect")
         try:
-            for position, frame in enumerate(frames):
+            for position, (frame, boxes) in enumerate(items):
                 with convert_errors(self.tracker):
                     if session is None:
                         session = self.tracker.open(frame.size_hw)
+                    if isinstance(items, Prefetch) and isinstance(session, EncodesAhead):
+                        following = items.peek()
+                        if following is not None:
+                            session.encode_ahead(following[0].image)
                     with self.timer("track"):
                         detections = session.step(frame.image)
-                    visible, started = self._step(session, frame, position, detections)
+                    visible, started = self._step(session, frame, position, boxes, detections)
                 self.tracks.remember(visible)
                 labeled = self.tracks.label(visible, self.request.classes)
                 yield (
@@ -164,20 +172,36 @@ class KeyframeTracking:
                     self.tracks.label(started, self.request.classes),
                 )
         finally:
+            if isinstance(items, Prefetch):
+                items.close()
             if session is not None:
                 session.close()
 
+    def _detect_keyframes(self, frames: Iterator[Frame]) -> Generator[tuple[Frame, sv.Detections | None]]:
+        """Yield frames, keyframes with their boxes."""
+        vocabulary, every = self.request.vocabulary, self.settings.redetect_every
+        for position, frame in enumerate(frames):
+            if vocabulary is not None and position % every == 0:
+                yield frame, self.stages.detect([frame], vocabulary)[0]
+            else:
+                yield frame, None
+
     def _step(
-        self, session: TrackSession, frame: Frame, position: int, detections: sv.Detections
+        self,
+        session: TrackSession,
+        frame: Frame,
+        position: int,
+        boxes: sv.Detections | None,
+        detections: sv.Detections,
     ) -> tuple[sv.Detections, sv.Detections]:
         """Update the tracks with one frame; return the visible tracks and those that start."""
         update = self.tracks.update(detections)
         for tracker_id in update.ended:
             session.remove(tracker_id)
         visible, started, now_hidden = update.visible, select_rows(update.visible, []), update.jumped
-        vocabulary, clicks = self.request.vocabulary, self.request.clicks
-        if vocabulary is not None and position % self.settings.redetect_every == 0:
-            visible, started, hidden = self._redetect(session, frame, vocabulary, visible, started)
+        clicks = self.request.clicks
+        if boxes is not None:
+            visible, started, hidden = self._redetect(session, frame, boxes, visible, started)
             now_hidden = now_hidden + hidden
         for tracker_id in set(now_hidden) - set(update.ended):
             if isinstance(session, ResetsMemory) and self.tracks.live[tracker_id].hidden:
@@ -190,7 +214,7 @@ class KeyframeTracking:
         self,
         session: TrackSession,
         frame: Frame,
-        vocabulary: Vocabulary,
+        boxes: sv.Detections,
         visible: sv.Detections,
         started: sv.Detections,
     ) -> tuple[sv.Detections, sv.Detections, list[int]]:
@@ -198,8 +222,8 @@ class KeyframeTracking:
         segmenter = self.stages.segmenter
         if isinstance(session, SharesFeatures) and session.segmenter is not None:
             segmenter = session.segmenter
-        boxes = self.stages.detect([frame], vocabulary)[0]
-        detections = self.stages.segment(frame, boxes, vocabulary, segmenter)
+        assert self.request.vocabulary is not None
+        detections = self.stages.segment([frame], [boxes], self.request.vocabulary, segmenter)[0]
         visible_ids = [] if visible.tracker_id is None else visible.tracker_id.tolist()
         lost = [i for i in self.tracks.live if i not in visible_ids]
         predicted = session.predict_lost(lost) if lost and isinstance(session, PredictsLost) else None

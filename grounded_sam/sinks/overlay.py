@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
 
 from grounded_sam.checks import check_bool, check_choice, check_int, check_number
 from grounded_sam.errors import ConfigError, count_of
@@ -84,12 +88,15 @@ class OverlaySink:
         return self
 
     def write(self, result: FrameResult) -> None:
-        """Draw a frame."""
+        """Draw a frame and write it."""
+        self.write_prepared(result, self.prepare(result))
+
+    def prepare(self, result: FrameResult) -> NDArray[np.uint8] | bytes:
+        """Draw a frame; an image is also encoded."""
         from PIL import Image
 
-        frame = result.frame
         drawn = draw_detections(
-            frame.image,
+            result.frame.image,
             result.detections,
             masks=self.masks,
             boxes=self.boxes,
@@ -98,13 +105,29 @@ class OverlaySink:
             color_by=self.color_by,
             palette=self.palette,
         )
+        if result.frame.video is not None:
+            return drawn
+        encoded = io.BytesIO()
+        Image.fromarray(drawn).save(
+            encoded, format="JPEG" if self._suffix(result.frame) == "jpg" else "PNG", quality=92
+        )
+        return encoded.getvalue()
+
+    def write_prepared(self, result: FrameResult, prepared: NDArray[np.uint8] | bytes) -> None:
+        """Write what `prepare` returned."""
+        frame = result.frame
         if frame.video is not None:
-            self._writer(frame, frame.video).write(drawn, frame.time_s or 0.0)
+            assert isinstance(prepared, np.ndarray)
+            self._writer(frame, frame.video).write(prepared, frame.time_s or 0.0)
             return
-        suffix = "png" if max(drawn.shape) > MAX_JPEG_SIDE else self.format
-        with atomic_write(self.folder / self._names(frame.name, f".{suffix}")) as part:
-            Image.fromarray(drawn).save(part, format="JPEG" if suffix == "jpg" else "PNG", quality=92)
+        assert isinstance(prepared, bytes)
+        with atomic_write(self.folder / self._names(frame.name, f".{self._suffix(frame)}")) as part:
+            part.write_bytes(prepared)
         self._num_images += 1
+
+    def _suffix(self, frame: Frame) -> str:
+        """Return the format of an image: PNG where JPEG has no room for it."""
+        return "png" if max(frame.size_hw) > MAX_JPEG_SIDE else self.format
 
     def _writer(self, frame: Frame, video: str) -> Mp4Writer:
         """Return the writer of a video; the one before is closed, since an encoder holds frames in memory."""

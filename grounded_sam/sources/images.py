@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
 
 from grounded_sam.checks import check_int
 from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.media.files import InputFiles, find_files, relative_name
 from grounded_sam.media.images import MAX_PIXELS, read_image
-from grounded_sam.media.prefetch import prefetch
+from grounded_sam.media.prefetch import WORKERS, Prefetch, map_ahead
 from grounded_sam.sources.inputs import check_input
 from grounded_sam.sources.shards import check_shard, shard_of
 from grounded_sam.structures.frame import Frame
@@ -20,7 +23,24 @@ from grounded_sam.structures.protocols import Lookup
 from grounded_sam.structures.results import FrameResult, Skipped
 
 #: Images that are decoded ahead.
-AHEAD = 2
+AHEAD = max(2, WORKERS)
+
+
+@dataclass(frozen=True, eq=False)
+class _DecodedFile:
+    """What was read from a file.
+
+    Attributes:
+        name: Name of the image.
+        file: The file.
+        pixels: RGB, `(H, W, 3) uint8`; None if it cannot be read.
+        problems: Why it cannot be read, or not in whole.
+    """
+
+    name: str
+    file: Path
+    pixels: NDArray[np.uint8] | None
+    problems: list[Skipped]
 
 
 class ImageSource:
@@ -78,29 +98,41 @@ class ImageSource:
 
     def resume(self, lookup: Lookup) -> Iterator[Frame | FrameResult]:
         """Yield the stored result of each image that has one, else the decoded image."""
-        with closing(prefetch(self._decode(lookup), AHEAD)) as frames:
+        with closing(Prefetch(self._decode(lookup), AHEAD)) as frames:
             yield from frames
 
     def _decode(self, lookup: Lookup) -> Generator[Frame | FrameResult]:
         index = 0
-        for path in self.files:
-            name = self.name(path)
-            if (results := lookup(name, [path])) is not None:
-                yield from results
-                continue
-            try:
-                image = read_image(path, self.max_pixels, partial(self._report, name))
-            except ImageError as error:
-                if self.is_single:
-                    raise
-                self.skipped.append(Skipped(name, str(error).removeprefix(f"{path}: ")))
-                continue
-            yield Frame(pixels=image, index=index, name=name, file=path)
-            index += 1
+        with closing(map_ahead(self._read, self._look_up(lookup), WORKERS)) as items:
+            for item in items:
+                if isinstance(item, Iterable):
+                    yield from item
+                    continue
+                self.skipped += item.problems
+                if item.pixels is not None:
+                    yield Frame(pixels=item.pixels, index=index, name=item.name, file=item.file)
+                    index += 1
 
-    def _report(self, name: str, reason: str) -> None:
-        """List an image of which only a part is read."""
-        self.skipped.append(Skipped(name, reason))
+    def _look_up(self, lookup: Lookup) -> Iterator[Path | Iterable[FrameResult]]:
+        """Yield the stored results of each file that has some, else the file."""
+        for path in self.files:
+            results = lookup(self.name(path), [path])
+            yield path if results is None else results
+
+    def _read(self, item: Path | Iterable[FrameResult]) -> _DecodedFile | Iterable[FrameResult]:
+        """Decode a file; stored results are returned as they are."""
+        if not isinstance(item, Path):
+            return item
+        name = self.name(item)
+        problems: list[str] = []
+        pixels = None
+        try:
+            pixels = read_image(item, self.max_pixels, problems.append)
+        except ImageError as error:
+            if self.is_single:
+                raise
+            problems.append(str(error).removeprefix(f"{item}: "))
+        return _DecodedFile(name, item, pixels, [Skipped(name, problem) for problem in problems])
 
     def name(self, path: Path) -> str:
         """Return the name of an image in the output: its path relative to the input, with `/`."""

@@ -10,7 +10,7 @@ from functools import partial
 from grounded_sam.checks import check_int, check_number
 from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.media.images import MAX_PIXELS
-from grounded_sam.media.prefetch import prefetch
+from grounded_sam.media.prefetch import Prefetch
 from grounded_sam.media.video import DEFAULT_FPS, VideoDecoder, find_clips
 from grounded_sam.sources.inputs import check_input
 from grounded_sam.structures.frame import Frame
@@ -93,7 +93,7 @@ class VideoSource:
 
     def __iter__(self) -> Generator[Frame]:
         is_empty = True
-        with closing(prefetch(iter(self.decoder), self.ahead)) as frames:
+        with closing(Prefetch(iter(self.decoder), self.ahead)) as frames:
             for frame in frames:
                 is_empty = False
                 yield Frame(

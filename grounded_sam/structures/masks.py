@@ -63,10 +63,24 @@ def mask_iou(a: NDArray[np.bool_], b: NDArray[np.bool_]) -> NDArray[np.float64]:
 
 
 def _encode(masks: NDArray[Any]) -> list[dict[str, Any]]:
-    """Encode masks `(n, H, W)` as RLE with `counts` as bytes."""
+    """Encode masks `(n, H, W)` as RLE with `counts` as bytes.
+
+    Equals `pycocotools.mask.encode`, but looks only at the columns that a mask covers.
+    """
     from pycocotools import mask as coco_mask
 
-    rles: list[dict[str, Any]] = coco_mask.encode(np.asfortranarray(masks.transpose(1, 2, 0), dtype=np.uint8))
+    height, width = masks.shape[1:]
+    rles = []
+    for mask in masks:
+        columns = np.flatnonzero(mask.any(0))
+        first, last = (int(columns[0]), int(columns[-1]) + 1) if len(columns) else (0, 0)
+        pixels = np.ascontiguousarray(mask[:, first:last].T, bool).ravel()  # runs go down the columns
+        is_edge = np.concatenate([pixels[:1], pixels[1:] != pixels[:-1], pixels[-1:]])
+        edges = np.flatnonzero(is_edge) + first * height
+        counts = np.diff(edges, prepend=0, append=height * width)
+        if counts[-1] == 0 and len(counts) > 1:
+            counts = counts[:-1]
+        rles.append(coco_mask.frPyObjects({"size": [height, width], "counts": counts.tolist()}, height, width))
     return rles
 
 

@@ -8,7 +8,7 @@ with `isinstance`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +92,14 @@ class BatchDetector(Protocol):
     batch_size: int
 
 
+@runtime_checkable
+class GroupsBySize(Protocol):
+    """A detector that runs frames of different sizes separately."""
+
+    def batch_key(self, size_hw: tuple[int, int]) -> Hashable:
+        """Return what is equal for frames that share a forward pass, from their height and width in pixels."""
+
+
 @dataclass(frozen=True)
 class DetectorTraits:
     """What a detector does besides boxes, known from its settings before weights are loaded.
@@ -164,6 +172,18 @@ class Segmenter(Protocol):
 
 
 @runtime_checkable
+class BatchSegmenter(Protocol):
+    """A segmenter that takes `batch_size` images per call; others get one."""
+
+    batch_size: int
+
+    def segment_batch(
+        self, images: Sequence[NDArray[np.uint8]], detections: Sequence[sv.Detections]
+    ) -> list[sv.Detections]:
+        """Segment the detections of each image, as `segment` does."""
+
+
+@runtime_checkable
 class PromptableSegmenter(Protocol):
     """A segmenter that encodes an image once for any number of prompts."""
 
@@ -225,6 +245,14 @@ class PredictsLost(Protocol):
 
     def predict_lost(self, ids: Sequence[int]) -> sv.Detections:
         """Return the masks of lost or hidden tracks on the current frame, as if their objects were present."""
+
+
+@runtime_checkable
+class EncodesAhead(Protocol):
+    """A session that can encode the next frame while the masks of the current one are on their way."""
+
+    def encode_ahead(self, image: NDArray[np.uint8]) -> None:
+        """Announce the frame after the next `step`."""
 
 
 @runtime_checkable
@@ -311,6 +339,17 @@ class NumbersClasses(Protocol):
 
     def numbered_classes(self) -> Sequence[str]:
         """Return the classes in the order of their numbers."""
+
+
+@runtime_checkable
+class PreparesResults(Protocol):
+    """A sink that draws or encodes each result without regard to others, so that several threads can do it."""
+
+    def prepare(self, result: FrameResult) -> Any:
+        """Do the work on a result that needs no order; called on any thread."""
+
+    def write_prepared(self, result: FrameResult, prepared: Any) -> None:
+        """Write what `prepare` returned; called in the order of the results, instead of `write`."""
 
 
 @runtime_checkable

@@ -8,7 +8,6 @@ from collections import Counter
 
 import numpy as np
 import pytest
-import supervision as sv
 import torch
 from fakes import CLASSES, Fill, Halves
 from hypothesis import given
@@ -20,6 +19,7 @@ from grounded_sam.pipeline.batches import WINDOW, collect_batches, in_order
 from grounded_sam.pipeline.images import process_images
 from grounded_sam.pipeline.pipeline import Pipeline
 from grounded_sam.pipeline.runner import Runner
+from grounded_sam.structures.detections import tracked_detections
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.results import FrameResult
 
@@ -252,13 +252,12 @@ class Announced:
     def step(self, image):
         self.log.append(("step", int(image[0, 0, 0])))
         time.sleep(0.005)
-        empty = sv.Detections.empty()
-        empty.tracker_id = np.empty(0, int)
-        empty.mask, empty.data["mask_score"] = np.zeros((0, 6, 8), bool), np.zeros(0)
-        return empty
+        return tracked_detections(np.empty(0, np.int64), np.zeros((0, 6, 8), bool), np.empty(0), np.empty(0))
 
     def prompt(self, detections):
-        return detections
+        masks = np.ones((len(detections), 6, 8), bool)
+        ones = np.ones(len(detections))
+        return tracked_detections(detections.tracker_id, masks, ones, ones)
 
     def remove(self, tracker_id):
         pass

@@ -25,7 +25,8 @@ class Frame:
     """An image, or one frame of a video.
 
     Attributes:
-        pixels: RGB, upright, `(H, W, 3) uint8`; or a function that returns them, called when `image` is first read.
+        pixels: RGB, upright, `(H, W, 3) uint8`, which must not be changed while the frame is in use; or a function that
+            returns them, called when `image` is first read.
         index: Position in the source, from 0; in a video, the frame number.
         name: Path relative to the input, with `/`; unique within a source.
         time_s: Seconds from the start of the video; None for an image.
@@ -50,6 +51,11 @@ class Frame:
     annotations: sv.Detections | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if isinstance(self.pixels, np.ndarray):
+            # Stages know images by identity, and the caller may use the same memory for the next frame.
+            object.__setattr__(self, "pixels", self.pixels.view())
+
     @property
     def image(self) -> NDArray[np.uint8]:
         """Pixels, RGB, upright, `(H, W, 3) uint8`; decoded once.
@@ -58,7 +64,7 @@ class Frame:
             ImageError: If they are decoded now and cannot be.
         """
         if callable(self.pixels):
-            object.__setattr__(self, "pixels", self.pixels())
+            object.__setattr__(self, "pixels", self.pixels().view())
         return self.pixels  # type: ignore[return-value]
 
     @property

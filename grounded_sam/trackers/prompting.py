@@ -8,15 +8,19 @@ import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
+from grounded_sam.acceleration.device_images import IMAGENET_MEAN, IMAGENET_STD, normalization_table, square_input
+from grounded_sam.acceleration.resizing import equals_pillow
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Mean and standard deviation of ImageNet, with which `load_video_frames` of sam2 normalizes.
-MEAN, STD = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
 
-
-def to_pixels(image: NDArray[np.uint8], side: int, device: Any = "cpu", mean: Any = MEAN, std: Any = STD) -> Tensor:
+def to_pixels(
+    image: NDArray[np.uint8], side: int, device: Any = "cpu", mean: Any = IMAGENET_MEAN, std: Any = IMAGENET_STD
+) -> Tensor:
     """Resize and normalize a frame, as `load_video_frames` of sam2 does (bicubic filter of Pillow).
+
+    On CUDA, the device resizes and normalizes, with the same result.
 
     Args:
         image: RGB, `(H, W, 3) uint8`.
@@ -31,11 +35,14 @@ def to_pixels(image: NDArray[np.uint8], side: int, device: Any = "cpu", mean: An
     >>> to_pixels(np.zeros((4, 6, 3), np.uint8), 8).shape
     torch.Size([1, 3, 8, 8])
     """
+    import cv2
     import torch
     from PIL import Image
 
-    square = np.array(Image.fromarray(image).resize((side, side)), np.float32) / 255
-    pixels = torch.from_numpy((square - mean) / std)
+    if torch.device(device).type == "cuda" and equals_pillow():
+        return square_input(image, side, device, mean, std)
+    square = np.asarray(Image.fromarray(image).resize((side, side)))
+    pixels = torch.from_numpy(cv2.LUT(square, normalization_table(mean, std)[None]))
     return pixels.permute(2, 0, 1)[None].to(device)
 
 

@@ -16,7 +16,9 @@ from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
 from grounded_sam import CheckpointError, Vocabulary, VocabularyError
 from grounded_sam.detectors.grounding_dino import GroundingDino, SpecialTokens, read_calibration, write_prompts
+from grounded_sam.shapes.scenes import make_scene
 from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.protocols import GroupsBySize
 
 IMAGE = np.random.default_rng(0).integers(0, 255, (120, 170, 3), dtype=np.uint8)
 AWKWARD_PHRASES = ["parking entrance sign", "U.S. flag", "T-shirt?", "car", "taxi"]
@@ -170,15 +172,55 @@ def test_a_long_vocabulary_equals_its_prompts_one_by_one(tmp_path):
     assert list(detections.data["class_name"]) == [name for part in parts for name in part.data["class_name"]]
 
 
-def test_a_batch_may_have_images_of_mixed_sizes(detector):
-    vocabulary = Vocabulary.parse(["car", "taxi"])
-    images = [IMAGE, np.ascontiguousarray(IMAGE.transpose(1, 0, 2)), IMAGE[:60, :60]]
-    frames = [Frame(pixels=image, index=i) for i, image in enumerate(images)]
-    results = detector.detect(frames, vocabulary)
-    assert [len(detections) > 0 for detections in results] == [True] * 3
-    for image, detections in zip(images, results, strict=True):
-        assert (detections.xyxy[:, 2] <= image.shape[1]).all()
-        assert (detections.xyxy[:, 3] <= image.shape[0]).all()
+def make_frames(sizes):
+    rng = np.random.default_rng(3)
+    return [Frame(pixels=rng.integers(0, 255, (*size, 3), dtype=np.uint8), index=i) for i, size in enumerate(sizes)]
+
+
+MIXED_SIZES = [(120, 170), (170, 120), (60, 60), (120, 170), (119, 170), (120, 171), (200, 90), (240, 340)]
+
+
+def assert_same_detections(actual, expected, size_hw):
+    assert np.array_equal(actual.class_id, expected.class_id)
+    np.testing.assert_allclose(actual.confidence, expected.confidence, atol=1e-5)
+    np.testing.assert_allclose(actual.xyxy, expected.xyxy, atol=1e-5 * max(size_hw))
+
+
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_each_frame_of_a_batch_has_the_result_that_it_has_alone(folder, batch_size):
+    detector = GroundingDino(str(folder), device="cpu", batch_size=batch_size)
+    vocabulary = Vocabulary.parse(["car", "parking entrance sign", "taxi"])
+    frames = make_frames(MIXED_SIZES)
+    assert len({detector.batch_key(size) for size in MIXED_SIZES}) < len(set(MIXED_SIZES))
+    batched = detector.detect(frames, vocabulary)
+    for frame, detections in zip(frames, batched, strict=True):
+        assert len(detections) > 0
+        assert_same_detections(detections, detector.detect([frame], vocabulary)[0], frame.size_hw)
+
+
+def test_frames_of_a_backbone_that_sees_padding_are_batched_by_their_exact_size():
+    """The detector of the package has a ResNet; it resizes to 160 px, at most 320."""
+    detector = GroundingDino("builtin:shapes", device="cpu", batch_size=4)
+    keys = [detector.batch_key(size) for size in ((120, 170), (120, 171), (1, 1))]
+    assert keys == [(160, 226), (160, 228), (160, 160)]
+    vocabulary = Vocabulary.parse(["red circle", "blue square"])
+    frames = [
+        Frame(pixels=make_scene(np.random.default_rng([7, i]), count=3, size_hw=size).image)
+        for i, size in enumerate([(120, 170), (180, 150), (120, 170), (121, 170)])
+    ]
+    batched = detector.detect(frames, vocabulary)
+    assert max(detections.confidence.max() for detections in batched) > 0.3
+    for frame, detections in zip(frames, batched, strict=True):
+        assert_same_detections(detections, detector.detect([frame], vocabulary)[0], frame.size_hw)
+
+
+@pytest.mark.parametrize("size_hw", [(1, 1), (30, 3000), (97, 131), (800, 1333), (333, 777), (5, 4)])
+def test_a_batch_key_is_the_size_of_the_resized_frame_in_whole_patches(detector, size_hw):
+    pixels = detector.prepare([Frame(pixels=np.zeros((*size_hw, 3), np.uint8))])
+    height, width = detector.batch_key(size_hw)
+    assert height % 4 == width % 4 == 0
+    assert 0 <= height - pixels.shape[2] < 4 and 0 <= width - pixels.shape[3] < 4
+    assert isinstance(detector, GroupsBySize)
 
 
 @pytest.mark.parametrize("size_hw", [(1, 1), (30, 3000), (12, 16)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -255,6 +256,9 @@ class GroundingDino:
         self.model = model.to(self.device)
         speed_up(self.model, precision, compile, backend_settings)
         self.image_processor, self.tokenizer = processor.image_processor, processor.tokenizer
+        backbone = model.config.backbone_config
+        # Swin pads images to whole patches itself; other backbones would take the padding for a part of the image.
+        self._size_step = backbone.patch_size if backbone.model_type == "swin" else 1
         self.calibration = read_calibration(getattr(model.config, "phrase_calibration", None), checkpoint)
         self._prompts: dict[Vocabulary, list[Prompt]] = {}
 
@@ -274,19 +278,49 @@ class GroundingDino:
             self._prompts[vocabulary] = write_prompts(vocabulary, tokenize, special, limit)
         return self._prompts[vocabulary]
 
-    def forward(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> Iterator[tuple[Prompt, Any]]:
-        """Yield the output of the model for each prompt; the image backbone runs once for all."""
-        import torch
+    def batch_key(self, size_hw: tuple[int, int]) -> tuple[int, int]:
+        """Return the size of a frame as the model gets it, which frames of a forward pass have in common.
 
+        Args:
+            size_hw: Height and width of the frame in pixels.
+
+        Returns:
+            Height and width after resizing, rounded up to whole patches of a Swin backbone.
+        """
+        from transformers.image_transforms import get_size_with_aspect_ratio
+
+        size = dict(self.image_processor.size)
+        if not self.image_processor.do_resize or set(size) != {"shortest_edge", "longest_edge"}:
+            return size_hw
+        height, width = get_size_with_aspect_ratio(size_hw, size["shortest_edge"], size["longest_edge"])
+        step = self._size_step
+        return -(-height // step) * step, -(-width // step) * step
+
+    def prepare(self, frames: Sequence[Frame]) -> Tensor:
+        """Resize, normalize and pad frames with the same `batch_key`.
+
+        Returns:
+            `(b, 3, h, w)` on the device, in the dtype of the model.
+        """
         images = [frame.image for frame in frames]
         inputs = self.image_processor(images, input_data_format="channels_last", return_tensors="pt")
-        pixels, mask = (to_device(inputs[key], self.device) for key in ("pixel_values", "pixel_mask"))
+        return to_device(inputs["pixel_values"], self.device).to(self.dtype)
+
+    def forward(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> Iterator[tuple[Prompt, Any]]:
+        """Yield the output of the model for each prompt; the image backbone runs once for all.
+
+        Args:
+            frames: Frames with the same `batch_key`.
+            vocabulary: Classes to look for.
+        """
+        import torch
+
         with torch.inference_mode(), run_backbone_once(self.model):
+            pixels = self.prepare(frames)
             for prompt in self.prompts(vocabulary):
                 ids = torch.tensor([prompt.ids] * len(frames), device=self.device)
                 output = self.model(
-                    pixel_values=pixels.to(self.dtype),
-                    pixel_mask=mask,
+                    pixel_values=pixels,
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
                     token_type_ids=torch.zeros_like(ids),
@@ -294,7 +328,23 @@ class GroundingDino:
                 yield prompt, output
 
     def detect(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
-        """Return one detection per query and prompt, except those whose best phrase is a negative; no threshold."""
+        """Return one detection per query and prompt, except those whose best phrase is a negative; no threshold.
+
+        Frames of different sizes run in forward passes of their own, so that each has the result that it has alone.
+        """
+        groups = defaultdict(list)
+        for row, frame in enumerate(frames):
+            groups[self.batch_key(frame.size_hw)].append(row)
+        results: dict[int, sv.Detections] = {}
+        for rows in groups.values():
+            for start in range(0, len(rows), self.batch_size):
+                batch = rows[start : start + self.batch_size]
+                detected = self._detect_batch([frames[row] for row in batch], vocabulary)
+                results |= zip(batch, detected, strict=True)
+        return [results[row] for row in range(len(frames))]
+
+    def _detect_batch(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
+        """Return the detections of frames with the same `batch_key`."""
         parts: list[list[sv.Detections]] = [[] for _ in frames]
         for prompt, output in self.forward(frames, vocabulary):
             owners = [class_id for class_id, _, _ in prompt.spans]

@@ -8,7 +8,7 @@ with `isinstance`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,6 +90,14 @@ class BatchDetector(Protocol):
     """A detector that takes `batch_size` frames per call; others get one."""
 
     batch_size: int
+
+
+@runtime_checkable
+class GroupsBySize(Protocol):
+    """A detector that runs frames of different sizes separately."""
+
+    def batch_key(self, size_hw: tuple[int, int]) -> Hashable:
+        """Return what is equal for frames that share a forward pass, from their height and width in pixels."""
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,7 @@ def speed_up(model: Any, precision: Precision, compile_: bool, backend: BackendS
     fold_text_projections(model)
     use_fused_attention(model)
     if device.type == "cpu":
-        if model.dtype.itemsize == 4:  # indices of the table are computed in this dtype
-            use_embedding_bag(model)
+        use_embedding_bag(model)
         chunk_encoder_feed_forwards(model)
         if backend.backend == "torch":
             chunk_feed_forwards(model.model.backbone)
@@ -158,7 +157,8 @@ def use_embedding_bag(model: nn.Module) -> int:
     level and head with `grid_sample`, stacks all samples and sums them by attention weight. Here the sum of a query is
     one bag: the four corners around each sampling point are rows of a table of values, and bilinear weight times
     attention weight is the weight of a row, so only the sum is written. Offsets are kept in pixels, which upstream
-    divides by the size of a map and multiplies by it again. Equal up to rounding (1e-5), in float32 on the CPU.
+    divides by the size of a map and multiplies by it again. Equal up to rounding (1e-5), on the CPU. Models in 16 bits
+    are sampled in float32 too: PyTorch's own sampling on the CPU returns NaN in bfloat16.
 
     Returns:
         Number of layers that were patched.
@@ -219,15 +219,16 @@ def _embedding_bag_attention(
         hidden_states = hidden_states + position_embeddings
     b, q, _ = hidden_states.shape
     heads, levels, points = self.n_heads, self.n_levels, self.n_points
-    value = self.value_proj(encoder_hidden_states)
+    value = self.value_proj(encoder_hidden_states).float()
     if attention_mask is not None and not attention_mask.all():
         value = value.masked_fill(~attention_mask[..., None], 0.0)
-    weights = self.attention_weights(hidden_states).view(b, q, heads, levels * points).softmax(-1)
+    weights = self.attention_weights(hidden_states).float().view(b, q, heads, levels * points).softmax(-1)
+    reference_points = reference_points.float()
     # Reorder the projection, so that all x offsets come before all y offsets.
     weight, bias = (
         p.view(-1, 2, *p.shape[1:]).transpose(0, 1).flatten(0, 1) for p in self.sampling_offsets.parameters()
     )
-    offsets = list(linear(hidden_states, weight, bias).view(b, q, 2, heads, levels * points).unbind(2))
+    offsets = list(linear(hidden_states, weight, bias).float().view(b, q, 2, heads, levels * points).unbind(2))
     references = []
     for axis in range(2):
         side = torch.tensor([size[1 - axis] for size in spatial_shapes_list], dtype=value.dtype)
@@ -237,7 +238,7 @@ def _embedding_bag_attention(
         references.append((reference_points[..., axis] * side - 0.5).repeat_interleave(points, -1))
     value = value.view(b, -1, heads, self.d_model // heads)
     out = sample_with_embedding_bag(value, spatial_shapes_list, offsets, references, weights)
-    return self.output_proj(out), weights.view(b, q, heads, levels, points)
+    return self.output_proj(out.to(hidden_states.dtype)), weights.view(b, q, heads, levels, points)
 
 
 def sample_with_embedding_bag(

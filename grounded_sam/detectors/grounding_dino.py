@@ -252,9 +252,10 @@ class GroundingDino:
         self.device, self.dtype = pick_device(device), getattr(torch, dtype)
         self.phrase_score = phrase_score
         self.batch_size = batch_size or (4 if self.device.startswith("cuda") else 1)
-        processor, model = load_detector(checkpoint, ("grounding-dino", "mm-grounding-dino"), self.dtype)
+        processor, model = load_detector(checkpoint, ("grounding-dino", "mm-grounding-dino"), torch.float32)
         self.model = model.to(self.device)
-        speed_up(self.model, precision, compile, backend_settings)
+        speed_up(self.model, precision if dtype == "float32" else "exact", compile, backend_settings)
+        self.model.to(self.dtype)  # patches are verified in float32
         self.image_processor, self.tokenizer = processor.image_processor, processor.tokenizer
         backbone = model.config.backbone_config
         # Swin pads images to whole patches itself; other backbones would take the padding for a part of the image.

@@ -19,6 +19,7 @@ from grounded_sam import ConfigError, Vocabulary, load
 from grounded_sam.acceleration import allocator, patching
 from grounded_sam.acceleration import grounding_dino as dino_patches
 from grounded_sam.acceleration import sam2 as sam2_patches
+from grounded_sam.acceleration.swin import keep_window_masks
 from grounded_sam.detectors.grounding_dino import GroundingDino
 from grounded_sam.segmenters.base import Prompts
 from grounded_sam.segmenters.sam2 import Sam2
@@ -73,7 +74,14 @@ def output_errors(model, other, inputs):
 
 
 @pytest.mark.parametrize(
-    "patch", [dino_patches.fold_text_projections, dino_patches.use_embedding_bag, dino_patches.use_fused_attention]
+    "patch",
+    [
+        dino_patches.fold_text_projections,
+        dino_patches.use_embedding_bag,
+        dino_patches.use_fused_attention,
+        dino_patches.sample_without_transfers,
+        keep_window_masks,
+    ],
 )
 @pytest.mark.parametrize(
     ("size_hw", "tokens", "batch", "padded"),
@@ -294,7 +302,7 @@ def test_models_in_16_bits_detect_the_same_on_the_cpu(dtype):
     rng, found = np.random.default_rng(8), 0
     for _ in range(4):
         scene = make_scene(rng)
-        vocabulary = Vocabulary.parse(sorted({" ".join(pair) for pair in scene.pairs}))
+        vocabulary = Vocabulary.parse(sorted({"red circle", *(" ".join(pair) for pair in scene.pairs)}))
         a, b = (detector.detect([Frame(pixels=scene.image)], vocabulary)[0] for detector in (exact, rounded))
         a = a[a.confidence > 0.3]
         iou = sv.box_iou_batch(a.xyxy, b.xyxy)
@@ -382,7 +390,7 @@ def _is_patched(module):
 @pytest.mark.cuda
 @pytest.mark.parametrize("precision", ["exact", "balanced", "fast"])
 def test_detections_on_cuda_equal_those_on_the_cpu(precision):
-    """Except for `exact`, the detector runs under autocast on CUDA."""
+    """Except for `exact`, the detector has weights in bfloat16 on CUDA."""
     rng = np.random.default_rng(8)
     scenes = [make_scene(rng) for _ in range(5)]
     phrases = sorted({" ".join(pair) for scene in scenes for pair in scene.pairs})

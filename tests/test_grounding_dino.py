@@ -15,7 +15,14 @@ from PIL import Image
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
 from grounded_sam import CheckpointError, Vocabulary, VocabularyError
-from grounded_sam.detectors.grounding_dino import GroundingDino, SpecialTokens, read_calibration, write_prompts
+from grounded_sam.detectors.grounding_dino import (
+    MAX_VOCABULARIES,
+    GroundingDino,
+    PhraseScorer,
+    SpecialTokens,
+    read_calibration,
+    write_prompts,
+)
 from grounded_sam.shapes.scenes import make_scene
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.protocols import GroupsBySize
@@ -51,10 +58,10 @@ def test_boxes_and_logits_equal_those_of_transformers(folder, detector):
     phrases = ["car", "parking entrance sign", "taxi"]
     inputs, out, result = upstream(folder, IMAGE, phrases)
     vocabulary = Vocabulary.parse(phrases)
-    prompt, output = next(iter(detector.forward([Frame(pixels=IMAGE)], vocabulary)))
-    assert prompt.ids == inputs.input_ids[0].tolist()
-    length = len(prompt.ids)
-    assert torch.allclose(output.logits[..., :length], out.logits[..., :length], atol=1e-4)
+    encoded, output = next(iter(detector.forward([Frame(pixels=IMAGE)], vocabulary)))
+    assert encoded.prompt.ids == inputs.input_ids[0].tolist()
+    length = len(encoded.prompt.ids)
+    assert torch.allclose(output.logits, out.logits[..., :length], atol=1e-4)
     assert torch.allclose(output.pred_boxes, out.pred_boxes, atol=1e-4)
     detections = detector.detect([Frame(pixels=IMAGE)], vocabulary)[0]
     boxes = result["boxes"].numpy().clip(0, [170, 120, 170, 120])
@@ -146,7 +153,7 @@ def test_a_long_vocabulary_equals_its_prompts_one_by_one(tmp_path):
     prompts = detector.prompts(vocabulary)
     assert len(prompts) > 20
     calls = 0
-    backbone = detector.model.model.backbone
+    backbone = detector.model.model.backbone.conv_encoder.model
     original = type(backbone).forward
 
     def counting(self, *args, **kwargs):
@@ -221,6 +228,41 @@ def test_a_batch_key_is_the_size_of_the_resized_frame_in_whole_patches(detector,
     assert height % 4 == width % 4 == 0
     assert 0 <= height - pixels.shape[2] < 4 and 0 <= width - pixels.shape[3] < 4
     assert isinstance(detector, GroupsBySize)
+
+
+def test_an_image_with_fewer_positions_than_queries_has_as_many_detections_as_positions(folder):
+    detector = GroundingDino(str(folder), device="cpu")
+    detector.image_processor.size = {"shortest_edge": 96, "longest_edge": 80}
+    frames = make_frames([(10, 80), (10, 80)])
+    _, output = next(iter(detector.forward(frames, Vocabulary.parse(["car"]))))
+    positions = 10 + 5 + 3 + 2  # of strides 8 to 64
+    assert output.logits.shape[:2] == output.pred_boxes.shape[:2] == (2, positions)
+    assert positions < detector.model.config.num_queries
+    assert all(len(detections) > 0 for detections in detector.detect(frames, Vocabulary.parse(["car"])))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=12),
+    reduction=st.sampled_from(["mean", "max"]),
+    seed=st.integers(0, 99),
+)
+def test_phrase_scores_are_means_or_maxima_over_the_tokens_of_each_phrase(lengths, reduction, seed):
+    spans, start = [], 1
+    for length in lengths:
+        spans.append((len(spans), start, start + length))
+        start += length + 1
+    logits = 3 * torch.randn(2, 5, start + 1, generator=torch.Generator().manual_seed(seed))
+    probability = logits.sigmoid()
+    reduce = torch.mean if reduction == "mean" else torch.amax
+    expected = torch.stack([reduce(probability[..., a:b], -1) for _, a, b in spans], -1)
+    np.testing.assert_allclose(PhraseScorer(spans, reduction, [], "cpu")(logits), expected, atol=1e-6)
+
+
+def test_encoded_prompts_of_the_latest_vocabularies_are_kept(detector):
+    vocabularies = [Vocabulary.parse([f"car {i}"]) for i in range(MAX_VOCABULARIES + 1)]
+    encoded = [detector.encoded_prompts(vocabulary) for vocabulary in vocabularies]
+    assert detector.encoded_prompts(vocabularies[-1]) is encoded[-1]
+    assert detector.encoded_prompts(vocabularies[0]) is not encoded[0]
 
 
 @pytest.mark.parametrize("size_hw", [(1, 1), (30, 3000), (12, 16)])

@@ -299,17 +299,20 @@ def test_models_in_16_bits_detect_the_same_on_the_cpu(dtype):
     """PyTorch's own sampling on the CPU returns NaN in bfloat16."""
     exact, rounded = (GroundingDino("builtin:shapes", device="cpu", dtype=d) for d in ("float32", dtype))
     assert {p.dtype for p in rounded.model.model.encoder.parameters()} == {getattr(torch, dtype)}
-    rng, found = np.random.default_rng(8), 0
+    rng, overlaps, changes = np.random.default_rng(8), [], []
     for _ in range(4):
         scene = make_scene(rng)
         vocabulary = Vocabulary.parse(sorted({"red circle", *(" ".join(pair) for pair in scene.pairs)}))
         a, b = (detector.detect([Frame(pixels=scene.image)], vocabulary)[0] for detector in (exact, rounded))
-        a = a[a.confidence > 0.3]
-        iou = sv.box_iou_batch(a.xyxy, b.xyxy)
-        assert len(a) == 0 or iou.max(1).min() > 0.9
-        np.testing.assert_allclose(b.confidence[iou.argmax(1)], a.confidence, atol=0.03)
-        found += len(a)
-    assert found >= 4
+        a = a[a.confidence > 0.3].with_nms(0.5)  # the best of several queries on an object
+        if len(a):
+            iou = sv.box_iou_batch(a.xyxy, b.xyxy)
+            overlaps += iou.max(1).tolist()
+            is_same = (iou > 0.7) & (a.class_id[:, None] == b.class_id)
+            changes += abs(np.where(is_same, b.confidence, 0).max(1) - a.confidence).tolist()
+    assert len(overlaps) >= 4
+    assert np.mean(overlaps) > 0.96 and min(overlaps) > 0.8
+    assert np.mean(changes) < 0.03
 
 
 def test_without_fast_bfloat16_precision_falls_back_to_exact(monkeypatch, caplog):

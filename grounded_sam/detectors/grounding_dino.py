@@ -190,10 +190,11 @@ class PhraseScorer:
 
         self.reduction = reduction
         lengths = [stop - start for _, start, stop in spans]
-        tokens = [token for _, start, stop in spans for token in range(start, stop)]
-        self._tokens = torch.tensor(tokens, device=device)
-        self._lengths = torch.tensor(lengths, device=device)
-        self._phrases = torch.arange(len(spans), device=device).repeat_interleave(self._lengths)
+        longest = range(max(lengths))
+        # Shorter phrases repeat their last token, which does not change the maximum and has no weight in the mean.
+        tokens = [[min(start + i, stop - 1) for _, start, stop in spans] for i in longest]
+        weights = [[float(i < length) / length for length in lengths] for i in longest]
+        self._tokens, self._weights = torch.tensor(tokens, device=device), torch.tensor(weights, device=device)
         used = [calibration[min(length, len(calibration)) - 1] for length in lengths if calibration]
         self._calibration = torch.tensor(used, device=device).T if used else None
 
@@ -201,13 +202,11 @@ class PhraseScorer:
         """Return the scores `(..., phrases)` for the logits of tokens `(..., t)`."""
         import torch
 
-        probability = logits.sigmoid()[..., self._tokens]
-        scores = probability.new_zeros(*logits.shape[:-1], len(self._lengths))
-        if self.reduction == "mean":
-            members = torch.nn.functional.one_hot(self._phrases, len(self._lengths)) / self._lengths
-            scores = probability @ members
-        else:
-            scores = scores.index_reduce(-1, self._phrases, probability, "amax")
+        probability = logits.sigmoid()
+        scores = torch.zeros((), device=logits.device)
+        for tokens, weights in zip(self._tokens, self._weights, strict=True):  # the first of each phrase, the second...
+            part = probability[..., tokens]
+            scores = scores + part * weights if self.reduction == "mean" else torch.maximum(scores, part)
         if self._calibration is not None:
             scale, offset = self._calibration
             scores = (torch.logit(scores, eps=1e-6) * scale + offset).sigmoid()

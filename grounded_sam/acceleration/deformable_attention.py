@@ -97,26 +97,28 @@ def run_kernel(value: Tensor, shapes: Tensor, offsets: Tensor, logits: Tensor, r
     if references.stride(-1) != 1:
         references = references.contiguous()
     out = torch.empty(b, q, heads * width, device=value.device, dtype=value.dtype)
-    deformable_kernel()[triton.cdiv(q, QUERY_BLOCK), heads, b](
-        value,
-        shapes,
-        offsets,
-        logits,
-        references,
-        out,
-        q,
-        n,
-        *references.stride()[:3],
-        heads=heads,
-        levels=levels,
-        points=points,
-        sample_block=triton.next_power_of_2(levels * points),
-        channels=width,
-        channel_block=triton.next_power_of_2(width),
-        boxes=references.shape[-1] == 4,
-        block=QUERY_BLOCK,
-        num_warps=NUM_WARPS,
-    )
+    grid = (triton.cdiv(q, QUERY_BLOCK), heads, b)
+    with torch.cuda.device_of(value):  # Triton launches on the current device
+        deformable_kernel()[grid](
+            value,
+            shapes,
+            offsets,
+            logits,
+            references,
+            out,
+            q,
+            n,
+            *references.stride()[:3],
+            heads=heads,
+            levels=levels,
+            points=points,
+            sample_block=triton.next_power_of_2(levels * points),
+            channels=width,
+            channel_block=triton.next_power_of_2(width),
+            boxes=references.shape[-1] == 4,
+            block=QUERY_BLOCK,
+            num_warps=NUM_WARPS,
+        )
     return out
 
 

@@ -326,14 +326,18 @@ class GroundingDino:
         return -(-height // step) * step, -(-width // step) * step
 
     def prepare(self, frames: Sequence[Frame]) -> Tensor:
-        """Resize, normalize and pad frames with the same `batch_key`.
+        """Resize and normalize frames with the same `batch_key`, and pad them with zeros to whole patches.
 
         Returns:
             `(b, 3, h, w)` on the device, in the dtype of the model.
         """
+        from torch.nn.functional import pad
+
         images = [frame.image for frame in frames]
         inputs = self.image_processor(images, input_data_format="channels_last", return_tensors="pt")
-        return to_device(inputs["pixel_values"], self.device).to(self.dtype)
+        pixels = to_device(inputs["pixel_values"], self.device).to(self.dtype)
+        height, width = pixels.shape[2:]
+        return pad(pixels, (0, -width % self._size_step, 0, -height % self._size_step))
 
     def encoded_prompts(self, vocabulary: Vocabulary) -> list[EncodedPrompt]:
         """Return the prompts for a vocabulary on the device; those of the last `MAX_VOCABULARIES` are kept."""

@@ -15,8 +15,17 @@ from PIL import Image
 from transformers import AutoModelForZeroShotObjectDetection, AutoProcessor
 
 from grounded_sam import CheckpointError, Vocabulary, VocabularyError
-from grounded_sam.detectors.grounding_dino import GroundingDino, SpecialTokens, read_calibration, write_prompts
+from grounded_sam.detectors.grounding_dino import (
+    MAX_VOCABULARIES,
+    GroundingDino,
+    PhraseScorer,
+    SpecialTokens,
+    read_calibration,
+    write_prompts,
+)
+from grounded_sam.shapes.scenes import make_scene
 from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.protocols import GroupsBySize
 
 IMAGE = np.random.default_rng(0).integers(0, 255, (120, 170, 3), dtype=np.uint8)
 AWKWARD_PHRASES = ["parking entrance sign", "U.S. flag", "T-shirt?", "car", "taxi"]
@@ -49,10 +58,10 @@ def test_boxes_and_logits_equal_those_of_transformers(folder, detector):
     phrases = ["car", "parking entrance sign", "taxi"]
     inputs, out, result = upstream(folder, IMAGE, phrases)
     vocabulary = Vocabulary.parse(phrases)
-    prompt, output = next(iter(detector.forward([Frame(pixels=IMAGE)], vocabulary)))
-    assert prompt.ids == inputs.input_ids[0].tolist()
-    length = len(prompt.ids)
-    assert torch.allclose(output.logits[..., :length], out.logits[..., :length], atol=1e-4)
+    encoded, output = next(iter(detector.forward([Frame(pixels=IMAGE)], vocabulary)))
+    assert encoded.prompt.ids == inputs.input_ids[0].tolist()
+    length = len(encoded.prompt.ids)
+    assert torch.allclose(output.logits, out.logits[..., :length], atol=1e-4)
     assert torch.allclose(output.pred_boxes, out.pred_boxes, atol=1e-4)
     detections = detector.detect([Frame(pixels=IMAGE)], vocabulary)[0]
     boxes = result["boxes"].numpy().clip(0, [170, 120, 170, 120])
@@ -144,7 +153,7 @@ def test_a_long_vocabulary_equals_its_prompts_one_by_one(tmp_path):
     prompts = detector.prompts(vocabulary)
     assert len(prompts) > 20
     calls = 0
-    backbone = detector.model.model.backbone
+    backbone = detector.model.model.backbone.conv_encoder.model
     original = type(backbone).forward
 
     def counting(self, *args, **kwargs):
@@ -170,15 +179,90 @@ def test_a_long_vocabulary_equals_its_prompts_one_by_one(tmp_path):
     assert list(detections.data["class_name"]) == [name for part in parts for name in part.data["class_name"]]
 
 
-def test_a_batch_may_have_images_of_mixed_sizes(detector):
-    vocabulary = Vocabulary.parse(["car", "taxi"])
-    images = [IMAGE, np.ascontiguousarray(IMAGE.transpose(1, 0, 2)), IMAGE[:60, :60]]
-    frames = [Frame(pixels=image, index=i) for i, image in enumerate(images)]
-    results = detector.detect(frames, vocabulary)
-    assert [len(detections) > 0 for detections in results] == [True] * 3
-    for image, detections in zip(images, results, strict=True):
-        assert (detections.xyxy[:, 2] <= image.shape[1]).all()
-        assert (detections.xyxy[:, 3] <= image.shape[0]).all()
+def make_frames(sizes):
+    rng = np.random.default_rng(3)
+    return [Frame(pixels=rng.integers(0, 255, (*size, 3), dtype=np.uint8), index=i) for i, size in enumerate(sizes)]
+
+
+MIXED_SIZES = [(120, 170), (170, 120), (60, 60), (120, 170), (119, 170), (120, 171), (200, 90), (240, 340)]
+
+
+def assert_same_detections(actual, expected, size_hw):
+    assert np.array_equal(actual.class_id, expected.class_id)
+    np.testing.assert_allclose(actual.confidence, expected.confidence, atol=1e-5)
+    np.testing.assert_allclose(actual.xyxy, expected.xyxy, atol=1e-5 * max(size_hw))
+
+
+@pytest.mark.parametrize("batch_size", [2, 8])
+def test_each_frame_of_a_batch_has_the_result_that_it_has_alone(folder, batch_size):
+    detector = GroundingDino(str(folder), device="cpu", batch_size=batch_size)
+    vocabulary = Vocabulary.parse(["car", "parking entrance sign", "taxi"])
+    frames = make_frames(MIXED_SIZES)
+    assert len({detector.batch_key(size) for size in MIXED_SIZES}) < len(set(MIXED_SIZES))
+    batched = detector.detect(frames, vocabulary)
+    for frame, detections in zip(frames, batched, strict=True):
+        assert len(detections) > 0
+        assert_same_detections(detections, detector.detect([frame], vocabulary)[0], frame.size_hw)
+
+
+def test_frames_of_a_backbone_that_sees_padding_are_batched_by_their_exact_size():
+    """The detector of the package has a ResNet; it resizes to 160 px, at most 320."""
+    detector = GroundingDino("builtin:shapes", device="cpu", batch_size=4)
+    keys = [detector.batch_key(size) for size in ((120, 170), (120, 171), (1, 1))]
+    assert keys == [(160, 226), (160, 228), (160, 160)]
+    vocabulary = Vocabulary.parse(["red circle", "blue square"])
+    frames = [
+        Frame(pixels=make_scene(np.random.default_rng([7, i]), count=3, size_hw=size).image)
+        for i, size in enumerate([(120, 170), (180, 150), (120, 170), (121, 170)])
+    ]
+    batched = detector.detect(frames, vocabulary)
+    assert max(detections.confidence.max() for detections in batched) > 0.3
+    for frame, detections in zip(frames, batched, strict=True):
+        assert_same_detections(detections, detector.detect([frame], vocabulary)[0], frame.size_hw)
+
+
+@pytest.mark.parametrize("size_hw", [(1, 1), (30, 3000), (97, 131), (800, 1333), (333, 777), (5, 4)])
+def test_a_batch_key_is_the_size_of_the_resized_frame_in_whole_patches(detector, size_hw):
+    pixels = detector.prepare([Frame(pixels=np.zeros((*size_hw, 3), np.uint8))])
+    height, width = detector.batch_key(size_hw)
+    assert pixels.shape == (1, 3, height, width)
+    assert height % 4 == width % 4 == 0
+    assert isinstance(detector, GroupsBySize)
+
+
+def test_an_image_with_fewer_positions_than_queries_has_as_many_detections_as_positions(folder):
+    detector = GroundingDino(str(folder), device="cpu")
+    detector.image_processor.size = {"shortest_edge": 96, "longest_edge": 80}
+    frames = make_frames([(8, 80), (7, 80)])
+    _, output = next(iter(detector.forward(frames, Vocabulary.parse(["car"]))))
+    positions = 10 + 5 + 3 + 2  # of strides 8 to 64
+    assert output.logits.shape[:2] == output.pred_boxes.shape[:2] == (2, positions)
+    assert positions < detector.model.config.num_queries
+    assert all(len(detections) > 0 for detections in detector.detect(frames, Vocabulary.parse(["car"])))
+
+
+@given(
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=12),
+    reduction=st.sampled_from(["mean", "max"]),
+    seed=st.integers(0, 99),
+)
+def test_phrase_scores_are_means_or_maxima_over_the_tokens_of_each_phrase(lengths, reduction, seed):
+    spans, start = [], 1
+    for length in lengths:
+        spans.append((len(spans), start, start + length))
+        start += length + 1
+    logits = 3 * torch.randn(2, 5, start + 1, generator=torch.Generator().manual_seed(seed))
+    probability = logits.sigmoid()
+    reduce = torch.mean if reduction == "mean" else torch.amax
+    expected = torch.stack([reduce(probability[..., a:b], -1) for _, a, b in spans], -1)
+    np.testing.assert_allclose(PhraseScorer(spans, reduction, [], "cpu")(logits), expected, atol=1e-6)
+
+
+def test_encoded_prompts_of_the_latest_vocabularies_are_kept(detector):
+    vocabularies = [Vocabulary.parse([f"car {i}"]) for i in range(MAX_VOCABULARIES + 1)]
+    encoded = [detector.encoded_prompts(vocabulary) for vocabulary in vocabularies]
+    assert detector.encoded_prompts(vocabularies[-1]) is encoded[-1]
+    assert detector.encoded_prompts(vocabularies[0]) is not encoded[0]
 
 
 @pytest.mark.parametrize("size_hw", [(1, 1), (30, 3000), (12, 16)])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 from grounded_sam.acceleration.backends import BackendSettings, convert_backbone
+from grounded_sam.acceleration.deformable_attention import sample_maps
+from grounded_sam.acceleration.dino_network import DetectorNetwork, network_of
 from grounded_sam.acceleration.patching import (
     FeedForward,
     Precision,
@@ -21,7 +23,9 @@ from grounded_sam.acceleration.patching import (
     patch_forward,
     use_bfloat16_linears,
     use_bfloat16_matmul,
+    without_tf32,
 )
+from grounded_sam.acceleration.swin import keep_window_masks
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -32,40 +36,55 @@ log = logging.getLogger(__name__)
 QUERY_BLOCK = 256
 
 
-def speed_up(model: Any, precision: Precision, compile_: bool, backend: BackendSettings) -> None:
+def speed_up(
+    model: Any, precision: Precision, compile_: bool, backend: BackendSettings, dtype: str = "float32"
+) -> DetectorNetwork:
     """Apply the patches of a precision.
 
     Args:
-        model: A `GroundingDinoForObjectDetection` or `MMGroundingDinoForObjectDetection`.
+        model: A `GroundingDinoForObjectDetection` or `MMGroundingDinoForObjectDetection` in float32.
         precision: `exact`, `balanced` or `fast`.
         compile_: Whether to compile the layers of the encoder.
         backend: What runs the image backbone.
+        dtype: Type that weights and activations are converted to.
+
+    Returns:
+        The network to run instead of the model.
     """
-    if backend.backend != "torch":
-        convert_backbone(model.model.backbone.conv_encoder.model, backend, precision)
+    import torch
+
     device = model.device
     fold_text_projections(model)
     use_fused_attention(model)
     if device.type == "cpu":
-        if model.dtype.itemsize == 4:  # indices of the table are computed in this dtype
-            use_embedding_bag(model)
+        use_embedding_bag(model)
         chunk_encoder_feed_forwards(model)
         if backend.backend == "torch":
             chunk_feed_forwards(model.model.backbone)
-    if precision != "exact" and not has_bfloat16(device):
+    else:
+        sample_without_transfers(model)
+        keep_window_masks(model.model.backbone)
+    with without_tf32():
+        network = network_of(model)
+    if backend.backend != "torch":
+        convert_backbone(model.model.backbone.conv_encoder.model, backend, precision)
+    if dtype != "float32":
+        network.to_dtype(getattr(torch, dtype))
+    elif precision != "exact" and not has_bfloat16(device):
         log.warning("precision=%s runs as exact: %s has no fast bfloat16 matmul", precision, device)
-    elif precision != "exact" and model.dtype.itemsize == 4:
+    elif precision != "exact" and device.type == "cuda":
+        network.to_dtype(torch.bfloat16)
+    elif precision != "exact":
         _use_bfloat16(model, precision, backend)
     if compile_:
         for i, layer in enumerate(model.model.encoder.layers):
-            compile_forward(layer, f"layer {i} of the detector's encoder", dynamic=True)
+            compile_forward(layer.fusion_layer, f"fusion {i} of the detector's encoder", dynamic=True)
+            compile_forward(layer.deformable_layer, f"layer {i} of the detector's encoder", dynamic=True)
+    return network
 
 
 def _use_bfloat16(model: Any, precision: Precision, backend: BackendSettings) -> None:
-    """Apply the patches that compute in bfloat16."""
-    if model.device.type == "cuda":
-        use_autocast(model)
-        return
+    """Apply the patches that compute in bfloat16 on the CPU."""
     if backend.backend == "torch":
         use_bfloat16_linears(model.model.backbone)
         if precision == "fast":
@@ -158,20 +177,36 @@ def use_embedding_bag(model: nn.Module) -> int:
     level and head with `grid_sample`, stacks all samples and sums them by attention weight. Here the sum of a query is
     one bag: the four corners around each sampling point are rows of a table of values, and bilinear weight times
     attention weight is the weight of a row, so only the sum is written. Offsets are kept in pixels, which upstream
-    divides by the size of a map and multiplies by it again. Equal up to rounding (1e-5), in float32 on the CPU.
+    divides by the size of a map and multiplies by it again. Equal up to rounding (1e-5), on the CPU. Models in 16 bits
+    are sampled in float32 too: PyTorch's own sampling on the CPU returns NaN in bfloat16.
 
     Returns:
         Number of layers that were patched.
     """
+    return _patch_deformable_attention(model, _embedding_bag_attention, "use_embedding_bag")
+
+
+def sample_without_transfers(model: nn.Module) -> int:
+    """Sample deformable attention with `deformable_attention.sample_maps`, in one kernel on CUDA.
+
+    Replaces the same `forward` as `use_embedding_bag`, which also reads the shapes of the maps back from the device.
+    Attention weights, which the layers discard, are None. Equal up to rounding (1e-5 in float32).
+
+    Returns:
+        Number of layers that were patched.
+    """
+    return _patch_deformable_attention(model, _sampled_attention, "sample_without_transfers")
+
+
+def _patch_deformable_attention(model: nn.Module, forward: Callable[..., Any], patch_name: str) -> int:
+    """Patch the layers for which a new forward returns the same for points and for boxes as references."""
     count = 0
     names = ("GroundingDinoMultiscaleDeformableAttention", "MMGroundingDinoMultiscaleDeformableAttention")
     for module in modules_of_class(model, *names):
         is_equal = []
         for kwargs, queries in _deformable_trials(module):
             vars(module).pop("forward", None)
-            is_equal.append(
-                patch_forward(module, _embedding_bag_attention, (queries,), 1e-5, "use_embedding_bag", **kwargs)
-            )
+            is_equal.append(patch_forward(module, forward, (queries,), 1e-5, patch_name, **kwargs))
         if not all(is_equal):
             vars(module).pop("forward", None)
         count += all(is_equal)
@@ -186,16 +221,43 @@ def _deformable_trials(module: Any) -> Iterator[tuple[dict[str, Any], Tensor]]:
     sizes = [(5 - i % 4, 3 + i % 2) for i in range(module.n_levels)]
     n = sum(h * w for h, w in sizes)
     queries, features = trial.normal(2, 7, module.d_model), trial.normal(2, n, module.d_model)
+    is_image = torch.ones(2, n, dtype=torch.bool, device=trial.device)
+    is_image[1, n - 4 :] = False
     kwargs = {
-        "attention_mask": torch.arange(n)[None].expand(2, n) < torch.tensor([[n], [n - 4]]),
+        "attention_mask": is_image,
         "encoder_hidden_states": features,
         "position_embeddings": trial.normal(2, 7, module.d_model),
-        "spatial_shapes": torch.tensor(sizes),
+        "spatial_shapes": torch.tensor(sizes, device=trial.device),
         "spatial_shapes_list": sizes,
     }
     for coordinates in (2, 4):  # points in the encoder, boxes in the decoder
         reference_points = trial.uniform(2, 7, module.n_levels, coordinates) * 1.4 - 0.2  # some are outside the image
         yield {**kwargs, "reference_points": reference_points}, queries
+
+
+def _sampled_attention(
+    self: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    encoder_hidden_states: Any = None,
+    encoder_attention_mask: Any = None,
+    position_embeddings: Tensor | None = None,
+    reference_points: Any = None,
+    spatial_shapes: Any = None,
+    spatial_shapes_list: Any = None,
+    level_start_index: Any = None,
+    output_attentions: bool = False,
+) -> tuple[Tensor, None]:
+    """Replace `GroundingDinoMultiscaleDeformableAttention.forward`; see `sample_without_transfers`."""
+    if position_embeddings is not None:
+        hidden_states = hidden_states + position_embeddings
+    value = self.value_proj(encoder_hidden_states)
+    if attention_mask is not None:
+        value = value.masked_fill(~attention_mask[..., None], 0.0)
+    value = value.view(*value.shape[:2], self.n_heads, -1)
+    offsets, logits = self.sampling_offsets(hidden_states), self.attention_weights(hidden_states)
+    out = sample_maps(value, spatial_shapes_list, spatial_shapes, offsets, logits, reference_points)
+    return self.output_proj(out), None
 
 
 def _embedding_bag_attention(
@@ -219,15 +281,16 @@ def _embedding_bag_attention(
         hidden_states = hidden_states + position_embeddings
     b, q, _ = hidden_states.shape
     heads, levels, points = self.n_heads, self.n_levels, self.n_points
-    value = self.value_proj(encoder_hidden_states)
+    value = self.value_proj(encoder_hidden_states).float()
     if attention_mask is not None and not attention_mask.all():
         value = value.masked_fill(~attention_mask[..., None], 0.0)
-    weights = self.attention_weights(hidden_states).view(b, q, heads, levels * points).softmax(-1)
+    weights = self.attention_weights(hidden_states).float().view(b, q, heads, levels * points).softmax(-1)
+    reference_points = reference_points.float()
     # Reorder the projection, so that all x offsets come before all y offsets.
     weight, bias = (
         p.view(-1, 2, *p.shape[1:]).transpose(0, 1).flatten(0, 1) for p in self.sampling_offsets.parameters()
     )
-    offsets = list(linear(hidden_states, weight, bias).view(b, q, 2, heads, levels * points).unbind(2))
+    offsets = list(linear(hidden_states, weight, bias).float().view(b, q, 2, heads, levels * points).unbind(2))
     references = []
     for axis in range(2):
         side = torch.tensor([size[1 - axis] for size in spatial_shapes_list], dtype=value.dtype)
@@ -237,7 +300,7 @@ def _embedding_bag_attention(
         references.append((reference_points[..., axis] * side - 0.5).repeat_interleave(points, -1))
     value = value.view(b, -1, heads, self.d_model // heads)
     out = sample_with_embedding_bag(value, spatial_shapes_list, offsets, references, weights)
-    return self.output_proj(out), weights.view(b, q, heads, levels, points)
+    return self.output_proj(out.to(hidden_states.dtype)), weights.view(b, q, heads, levels, points)
 
 
 def sample_with_embedding_bag(
@@ -555,16 +618,3 @@ def use_bfloat16_projections(model: Any) -> None:
             use_bfloat16_matmul(linear)
     for layer in model.model.decoder.layers:  # only values are of the whole image; the rest is of a few queries
         use_bfloat16_matmul(layer.encoder_attn.value_proj)
-
-
-def use_autocast(model: Any) -> None:
-    """Run the whole model under bfloat16 autocast, on CUDA."""
-    import torch
-
-    original = model.forward
-
-    def forward(**kwargs: Any) -> Any:
-        with torch.autocast(model.device.type, torch.bfloat16):
-            return original(**kwargs)
-
-    model.forward = forward

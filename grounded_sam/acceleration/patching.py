@@ -6,6 +6,7 @@ import logging
 import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -47,7 +48,7 @@ def patch_forward(
 
     Args:
         module: Module to patch.
-        forward: New forward; called with the module and its inputs.
+        forward: New forward; called with the module and its inputs. It may return None for outputs that nobody reads.
         inputs: Trial inputs.
         tolerance: Largest difference allowed, relative to the largest absolute value of each output.
         patch_name: Name of the patch, for the log.
@@ -60,8 +61,9 @@ def patch_forward(
 
     with torch.no_grad():
         try:
-            expected, actual = module(*inputs, **kwargs), forward(module, *inputs, **kwargs)
-            error = max_relative_error(_tensors(expected), _tensors(actual))
+            expected, actual = _leaves(module(*inputs, **kwargs)), _leaves(forward(module, *inputs, **kwargs))
+            read = [(a, b) for a, b in zip(expected, actual, strict=True) if a is not None and b is not None]
+            error = max_relative_error(*zip(*read, strict=True))
         except Exception as failure:  # another version of the package may have changed the module in any way
             reason = " ".join(str(failure).split())[:200]
             log.warning("%s is not applied to %s: %s", patch_name, type(module).__name__, reason)
@@ -87,12 +89,12 @@ def modules_of_class(root: Any, *class_names: str) -> list[Any]:
     return [module for module in root.modules() if type(module).__name__ in class_names]
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
-    """Yield the tensors in nested tuples and lists; None is passed over."""
+def _leaves(output: Any) -> Iterator[Tensor | None]:
+    """Yield what is in nested tuples and lists: tensors, and None."""
     if isinstance(output, tuple | list):
         for part in output:
-            yield from _tensors(part)
-    elif output is not None:
+            yield from _leaves(part)
+    else:
         yield output
 
 
@@ -268,6 +270,22 @@ def use_bfloat16_feed_forwards(root: nn.Module) -> None:
         if "forward" in vars(module) and (network := feed_forward_of(module)) is not None:
             network.first.to(torch.bfloat16)
             network.second.to(torch.bfloat16)
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Let CUDA compute float32 products and convolutions in float32, not in TF32, whose mantissa has 10 bits."""
+    import torch
+
+    switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+    try:
+        for switch in switches:
+            switch.allow_tf32 = False
+        yield
+    finally:
+        for switch, allowed in zip(switches, before, strict=True):
+            switch.allow_tf32 = allowed
 
 
 def to_device(pixels: Tensor, device: Any) -> Tensor:

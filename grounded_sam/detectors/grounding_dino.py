@@ -4,32 +4,35 @@ from __future__ import annotations
 
 import math
 import re
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import supervision as sv
 
 from grounded_sam.acceleration.backends import Backend, BackendSettings
+from grounded_sam.acceleration.dino_network import Predictions
 from grounded_sam.acceleration.grounding_dino import speed_up
-from grounded_sam.acceleration.patching import Precision, check_precision, to_device
+from grounded_sam.acceleration.patching import Precision, check_precision, to_device, without_tf32
 from grounded_sam.checks import check_choice
 from grounded_sam.detectors.queries import (
     Dtype,
     check_model_settings,
     cxcywh_to_xyxy,
-    detections_from_queries,
     load_detector,
 )
 from grounded_sam.errors import CheckpointError, ConfigError, VocabularyError
-from grounded_sam.structures.detections import merge_detections
+from grounded_sam.structures.detections import make_detections
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.vocabulary import Vocabulary
 from grounded_sam.weights.loading import pick_device
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+#: Vocabularies whose encoded prompts are kept on the device.
+MAX_VOCABULARIES = 32
 
 
 @dataclass(frozen=True)
@@ -132,14 +135,6 @@ def write_prompts(
     return prompts
 
 
-def phrase_scores(probability: Tensor, spans: Sequence[tuple[int, int, int]], reduction: str) -> Tensor:
-    """Reduce token probabilities `(queries, tokens)` to phrase scores `(queries, phrases)`, each over its own span."""
-    import torch
-
-    reduce = torch.mean if reduction == "mean" else torch.amax
-    return torch.stack([reduce(probability[:, start:stop], 1) for _, start, stop in spans], 1)
-
-
 def read_calibration(value: Any, checkpoint: str) -> list[tuple[float, float]]:
     """Read `phrase_calibration` from the config of a checkpoint.
 
@@ -167,38 +162,72 @@ def read_calibration(value: Any, checkpoint: str) -> list[tuple[float, float]]:
     return pairs
 
 
-def calibrate_scores(
-    scores: Tensor, spans: Sequence[tuple[int, int, int]], calibration: Sequence[tuple[float, float]]
-) -> Tensor:
-    """Calibrate phrase scores `(queries, phrases)` with Platt scaling (Platt 1999), by the number of tokens.
+class PhraseScorer:
+    """Scores of the phrases of a prompt, in a few steps for all of them.
 
-    The logit of each score is multiplied by a scale and an offset is added, so that scores of phrases of different
-    lengths mean the same; see `read_calibration`.
+    Args:
+        spans: Phrases, as in `Prompt`.
+        reduction: `mean` or `max` of the probabilities of a phrase's tokens.
+        calibration: Scales and offsets by number of tokens, as `read_calibration` returns them. The logit of each score
+            is multiplied by a scale and an offset is added (Platt 1999), so that scores of phrases of different lengths
+            mean the same.
+        device: Where the logits are.
+
+    >>> import torch
+    >>> score = PhraseScorer([(0, 1, 3), (1, 4, 5)], "mean", [], "cpu")
+    >>> score(torch.tensor([[0.0, 3.0, 3.0, 0.0, 0.0, 0.0]])).tolist()
+    [[0.9525741338729858, 0.5]]
     """
-    import torch
 
-    used = [calibration[min(stop - start, len(calibration)) - 1] for _, start, stop in spans]
-    scale, offset = torch.tensor(used, device=scores.device, dtype=scores.dtype).T
-    return (torch.logit(scores, eps=1e-6) * scale + offset).sigmoid()
+    def __init__(
+        self,
+        spans: Sequence[tuple[int, int, int]],
+        reduction: str,
+        calibration: Sequence[tuple[float, float]],
+        device: Any,
+    ) -> None:
+        import torch
+
+        self.reduction = reduction
+        lengths = [stop - start for _, start, stop in spans]
+        longest = range(max(lengths))
+        # Shorter phrases repeat their last token, which does not change the maximum and has no weight in the mean.
+        tokens = [[min(start + i, stop - 1) for _, start, stop in spans] for i in longest]
+        weights = [[float(i < length) / length for length in lengths] for i in longest]
+        self._tokens, self._weights = torch.tensor(tokens, device=device), torch.tensor(weights, device=device)
+        used = [calibration[min(length, len(calibration)) - 1] for length in lengths if calibration]
+        self._calibration = torch.tensor(used, device=device).T if used else None
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """Return the scores `(..., phrases)` for the logits of tokens `(..., t)`."""
+        import torch
+
+        probability = logits.sigmoid()
+        scores = torch.zeros((), device=logits.device)
+        for tokens, weights in zip(self._tokens, self._weights, strict=True):  # the first of each phrase, the second...
+            part = probability[..., tokens]
+            scores = scores + part * weights if self.reduction == "mean" else torch.maximum(scores, part)
+        if self._calibration is not None:
+            scale, offset = self._calibration
+            scores = (torch.logit(scores, eps=1e-6) * scale + offset).sigmoid()
+        return scores
 
 
-@contextmanager
-def run_backbone_once(model: Any) -> Iterator[None]:
-    """Run the image backbone on the first call only, for several prompts on the same images."""
-    backbone = model.model.backbone
-    features: list[Any] = []
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt on the device.
 
-    def forward(pixel_values: Tensor, pixel_mask: Tensor) -> tuple[list[Any], list[Any]]:
-        if not features:
-            features.append(type(backbone).forward(backbone, pixel_values, pixel_mask))
-        maps, positions = features[0]
-        return list(maps), list(positions)  # copies, since the model appends to the second
+    Attributes:
+        prompt: The prompt.
+        text: What the network made of it.
+        score: Function from logits of tokens to scores of phrases.
+        owners: Class id of each phrase, -1 for a negative.
+    """
 
-    backbone.forward = forward
-    try:
-        yield
-    finally:
-        del backbone.forward
+    prompt: Prompt
+    text: Any
+    score: PhraseScorer
+    owners: Tensor
 
 
 class GroundingDino:
@@ -215,7 +244,7 @@ class GroundingDino:
         phrase_score: How token probabilities become the score of a phrase: `mean`, as in the evaluation of Grounding
             DINO and MMDetection, where every word has to fit; or `max`, as in transformers' post-processing, where one
             word is enough.
-        batch_size: Images per forward pass; None for 4 on CUDA and 1 elsewhere, since batches are no faster on a CPU.
+        batch_size: Images per forward pass; None for 8 on CUDA and 1 elsewhere, since batches are no faster on a CPU.
         precision: `exact` with patches that do not change results; `balanced` and `fast` with more bfloat16.
         compile: Compile the slowest layers with `torch.compile`; pays off with many images.
         backend: What runs the image backbone on a CPU: `torch`, `openvino` or `onnxruntime` (extras). The last two
@@ -250,13 +279,17 @@ class GroundingDino:
 
         self.device, self.dtype = pick_device(device), getattr(torch, dtype)
         self.phrase_score = phrase_score
-        self.batch_size = batch_size or (4 if self.device.startswith("cuda") else 1)
-        processor, model = load_detector(checkpoint, ("grounding-dino", "mm-grounding-dino"), self.dtype)
+        self.batch_size = batch_size or (8 if self.device.startswith("cuda") else 1)
+        processor, model = load_detector(checkpoint, ("grounding-dino", "mm-grounding-dino"), torch.float32)
         self.model = model.to(self.device)
-        speed_up(self.model, precision, compile, backend_settings)
+        self.network = speed_up(self.model, precision, compile, backend_settings, dtype)
         self.image_processor, self.tokenizer = processor.image_processor, processor.tokenizer
+        backbone = model.config.backbone_config
+        # Swin pads images to whole patches itself; other backbones would take the padding for a part of the image.
+        self._size_step = backbone.patch_size if backbone.model_type == "swin" else 1
         self.calibration = read_calibration(getattr(model.config, "phrase_calibration", None), checkpoint)
         self._prompts: dict[Vocabulary, list[Prompt]] = {}
+        self._encoded: OrderedDict[Vocabulary, list[EncodedPrompt]] = OrderedDict()
 
     def prompts(self, vocabulary: Vocabulary) -> list[Prompt]:
         """Return the prompts for a vocabulary; computed once."""
@@ -274,35 +307,103 @@ class GroundingDino:
             self._prompts[vocabulary] = write_prompts(vocabulary, tokenize, special, limit)
         return self._prompts[vocabulary]
 
-    def forward(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> Iterator[tuple[Prompt, Any]]:
-        """Yield the output of the model for each prompt; the image backbone runs once for all."""
-        import torch
+    def batch_key(self, size_hw: tuple[int, int]) -> tuple[int, int]:
+        """Return the size of a frame as the model gets it, which frames of a forward pass have in common.
+
+        Args:
+            size_hw: Height and width of the frame in pixels.
+
+        Returns:
+            Height and width after resizing, rounded up to whole patches of a Swin backbone.
+        """
+        from transformers.image_transforms import get_size_with_aspect_ratio
+
+        size = dict(self.image_processor.size)
+        if not self.image_processor.do_resize or set(size) != {"shortest_edge", "longest_edge"}:
+            return size_hw
+        height, width = get_size_with_aspect_ratio(size_hw, size["shortest_edge"], size["longest_edge"])
+        step = self._size_step
+        return -(-height // step) * step, -(-width // step) * step
+
+    def prepare(self, frames: Sequence[Frame]) -> Tensor:
+        """Resize and normalize frames with the same `batch_key`, and pad them with zeros to whole patches.
+
+        Returns:
+            `(b, 3, h, w)` on the device, in the dtype of the model.
+        """
+        from torch.nn.functional import pad
 
         images = [frame.image for frame in frames]
         inputs = self.image_processor(images, input_data_format="channels_last", return_tensors="pt")
-        pixels, mask = (to_device(inputs[key], self.device) for key in ("pixel_values", "pixel_mask"))
-        with torch.inference_mode(), run_backbone_once(self.model):
-            for prompt in self.prompts(vocabulary):
-                ids = torch.tensor([prompt.ids] * len(frames), device=self.device)
-                output = self.model(
-                    pixel_values=pixels.to(self.dtype),
-                    pixel_mask=mask,
-                    input_ids=ids,
-                    attention_mask=torch.ones_like(ids),
-                    token_type_ids=torch.zeros_like(ids),
+        pixels = to_device(inputs["pixel_values"], self.device).to(self.dtype)
+        height, width = pixels.shape[2:]
+        return pad(pixels, (0, -width % self._size_step, 0, -height % self._size_step))
+
+    def encoded_prompts(self, vocabulary: Vocabulary) -> list[EncodedPrompt]:
+        """Return the prompts for a vocabulary on the device; those of the last `MAX_VOCABULARIES` are kept."""
+        import torch
+
+        if vocabulary not in self._encoded:
+            self._encoded[vocabulary] = [
+                EncodedPrompt(
+                    prompt,
+                    self.network.encode_text(prompt.ids),
+                    PhraseScorer(prompt.spans, self.phrase_score, self.calibration, self.device),
+                    torch.tensor([class_id for class_id, _, _ in prompt.spans], device=self.device),
                 )
-                yield prompt, output
+                for prompt in self.prompts(vocabulary)
+            ]
+            if len(self._encoded) > MAX_VOCABULARIES:
+                self._encoded.popitem(last=False)
+        self._encoded.move_to_end(vocabulary)
+        return self._encoded[vocabulary]
+
+    def forward(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> Iterator[tuple[EncodedPrompt, Predictions]]:
+        """Yield the predictions for each prompt; the image backbone runs once for all.
+
+        Args:
+            frames: Frames with the same `batch_key`.
+            vocabulary: Classes to look for.
+        """
+        import torch
+
+        with torch.inference_mode(), without_tf32():
+            images = self.network.encode_images(self.prepare(frames))
+            for encoded in self.encoded_prompts(vocabulary):
+                yield encoded, self.network.predict(images, encoded.text)
 
     def detect(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
-        """Return one detection per query and prompt, except those whose best phrase is a negative; no threshold."""
-        parts: list[list[sv.Detections]] = [[] for _ in frames]
-        for prompt, output in self.forward(frames, vocabulary):
-            owners = [class_id for class_id, _, _ in prompt.spans]
-            for frame, logits, boxes, part in zip(frames, output.logits, output.pred_boxes, parts, strict=True):
-                scores = phrase_scores(logits.float().sigmoid(), prompt.spans, self.phrase_score)
-                if self.calibration:
-                    scores = calibrate_scores(scores, prompt.spans, self.calibration)
-                height, width = frame.size_hw
-                xyxy = cxcywh_to_xyxy(boxes, (width, height))
-                part.append(detections_from_queries(scores.cpu().numpy(), owners, xyxy, vocabulary, frame.size_hw))
-        return [merge_detections(part, vocabulary) for part in parts]
+        """Return one detection per query and prompt, except those whose best phrase is a negative; no threshold.
+
+        Frames of different sizes run in forward passes of their own, so that each has the result that it has alone.
+        """
+        groups = defaultdict(list)
+        for row, frame in enumerate(frames):
+            groups[self.batch_key(frame.size_hw)].append(row)
+        results: dict[int, sv.Detections] = {}
+        for rows in groups.values():
+            for start in range(0, len(rows), self.batch_size):
+                batch = rows[start : start + self.batch_size]
+                detected = self._detect_batch([frames[row] for row in batch], vocabulary)
+                results |= zip(batch, detected, strict=True)
+        return [results[row] for row in range(len(frames))]
+
+    def _detect_batch(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
+        """Return the detections of frames with the same `batch_key`."""
+        import torch
+
+        parts = []
+        for encoded, output in self.forward(frames, vocabulary):
+            confidence, phrase = encoded.score(output.logits).max(-1)
+            class_ids = encoded.owners[phrase]
+            parts.append(torch.cat((output.pred_boxes, confidence[..., None], class_ids[..., None]), -1))
+        found = torch.cat(parts, 1).cpu()  # one download for all frames and prompts
+        return [self._to_detections(rows, frame, vocabulary) for rows, frame in zip(found, frames, strict=True)]
+
+    def _to_detections(self, rows: Tensor, frame: Frame, vocabulary: Vocabulary) -> sv.Detections:
+        """Convert rows of box, confidence and class id, without those of negatives."""
+        height, width = frame.size_hw
+        rows = rows[rows[:, 5] >= 0]
+        xyxy = cxcywh_to_xyxy(rows[:, :4], (width, height))
+        class_ids = rows[:, 5].int().numpy()
+        return make_detections(xyxy, rows[:, 4].numpy(), class_ids, vocabulary, frame.size_hw)

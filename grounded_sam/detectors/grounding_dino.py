@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import supervision as sv
 
 from grounded_sam.acceleration.backends import Backend, BackendSettings
+from grounded_sam.acceleration.device_images import grounding_dino_input
 from grounded_sam.acceleration.dino_network import Predictions
 from grounded_sam.acceleration.grounding_dino import speed_up
-from grounded_sam.acceleration.patching import Precision, check_precision, to_device, without_tf32
+from grounded_sam.acceleration.patching import Precision, check_precision, without_tf32
 from grounded_sam.checks import check_choice
 from grounded_sam.detectors.queries import (
     Dtype,
@@ -334,8 +335,7 @@ class GroundingDino:
         from torch.nn.functional import pad
 
         images = [frame.image for frame in frames]
-        inputs = self.image_processor(images, input_data_format="channels_last", return_tensors="pt")
-        pixels = to_device(inputs["pixel_values"], self.device).to(self.dtype)
+        pixels = grounding_dino_input(images, self.image_processor, self.device).to(self.dtype)
         height, width = pixels.shape[2:]
         return pad(pixels, (0, -width % self._size_step, 0, -height % self._size_step))
 

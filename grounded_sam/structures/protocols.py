@@ -164,6 +164,26 @@ class Segmenter(Protocol):
 
 
 @runtime_checkable
+class BatchSegmenter(Protocol):
+    """A segmenter that takes several images per call.
+
+    Attributes:
+        batch_size: Number of images per call that is fast.
+    """
+
+    batch_size: int
+
+    def segment_batch(
+        self, images: Sequence[NDArray[np.uint8]], detections: Sequence[sv.Detections]
+    ) -> list[sv.Detections]:
+        """Segment the detections of images `(H, W, 3) uint8`, whose sizes may differ.
+
+        Returns:
+            For each image what `Segmenter.segment` returns for it alone.
+        """
+
+
+@runtime_checkable
 class PromptableSegmenter(Protocol):
     """A segmenter that encodes an image once for any number of prompts."""
 
@@ -233,6 +253,18 @@ class ResetsMemory(Protocol):
 
     def reset_memory(self, tracker_id: int) -> None:
         """Drop the memory of an object whose track was hidden, since it is probably on another object."""
+
+
+@runtime_checkable
+class EncodesAhead(Protocol):
+    """A session that can encode the next frame while the results of the current one are on their way."""
+
+    def encode_ahead(self, image: NDArray[np.uint8]) -> None:
+        """Announce the frame after the one that the next `step` takes, before that `step`.
+
+        It has no effect on results, and none at all where nothing would be gained. A frame that is announced and does
+        not come is forgotten.
+        """
 
 
 @runtime_checkable

@@ -8,6 +8,8 @@ import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
+from grounded_sam.acceleration.patching import to_device
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -36,24 +38,24 @@ def to_pixels(image: NDArray[np.uint8], side: int, device: Any = "cpu", mean: An
 
     square = np.array(Image.fromarray(image).resize((side, side)), np.float32) / 255
     pixels = torch.from_numpy((square - mean) / std)
-    return pixels.permute(2, 0, 1)[None].to(device)
+    return to_device(pixels.permute(2, 0, 1)[None], device)
 
 
-def to_mask_input(mask: NDArray[np.bool_], side: int, device: Any = "cpu") -> Tensor:
-    """Resize a mask, as `add_new_mask` of sam2 does.
+def to_mask_input(masks: NDArray[np.bool_], side: int, device: Any = "cpu") -> Tensor:
+    """Resize masks, as `add_new_mask` of sam2 does.
 
     Args:
-        mask: Mask, `(H, W) bool`.
+        masks: Masks, `(n, H, W) bool`.
         side: Height and width of the model's input in pixels.
         device: Device of the result.
 
     Returns:
-        A tensor `(1, 1, side, side) float32` of zeros and ones.
+        A tensor `(n, 1, side, side) float32` of zeros and ones.
     """
     import torch
 
-    values = torch.from_numpy(np.ascontiguousarray(mask))[None, None].float().to(device)
-    if mask.shape != (side, side):
+    values = to_device(torch.from_numpy(np.ascontiguousarray(masks)), device)[:, None].float()
+    if masks.shape[1:] != (side, side):
         values = torch.nn.functional.interpolate(values, (side, side), mode="bilinear", antialias=True)
     return (values >= 0.5).float()
 

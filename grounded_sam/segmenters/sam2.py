@@ -121,6 +121,34 @@ def fit_predictor(predictor: Any, model: Any) -> Any:
     return predictor
 
 
+def input_points(
+    side: int, sizes_hw: NDArray[Any], boxes: NDArray[Any] | None, clicks: Prompts | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """Return corners of boxes (labels 2 and 3), then clicks (1 and 0), in pixels of the model's input.
+
+    Args:
+        side: Height and width of the model's input in pixels.
+        sizes_hw: Height and width of the image of each prompt, `(n, 2)`, or of all of them, `(1, 2)`.
+        boxes: `(n, 4)`, xyxy in pixels of the image.
+        clicks: Prompts with clicks in pixels of the image.
+
+    Returns:
+        Points `(n, p, 2)`, and labels `(n, p)`.
+
+    >>> input_points(8, np.array([[4, 2]]), np.array([[0, 1, 2, 4]]))[0].tolist()
+    [[[0.0, 2.0], [8.0, 8.0]]]
+    """
+    points, labels = [], []
+    if boxes is not None:
+        points.append(boxes.astype(np.float32).reshape(-1, 2, 2))
+        labels.append(np.tile(np.array([2, 3], np.int32), (len(boxes), 1)))
+    if clicks is not None and clicks.points is not None and clicks.labels is not None:
+        points.append(clicks.points)
+        labels.append(clicks.labels.astype(np.int32))
+    size_wh = sizes_hw[:, None, ::-1].astype(np.float32)
+    return np.concatenate(points, 1) / size_wh * np.float32(side), np.concatenate(labels, 1)
+
+
 class Sam2(SharableSegmenter):
     """Segment with SAM 2.1.
 
@@ -225,7 +253,7 @@ class Sam2(SharableSegmenter):
             maps, scores = self._encode_batch(images), []
             for start in range(0, len(boxes), self.options.chunk):
                 rows = slice(start, start + self.options.chunk)
-                points, labels = self._to_points(np.array(sizes)[image_of[rows]], boxes[rows])
+                points, labels = input_points(self.model.image_size, np.array(sizes)[image_of[rows]], boxes[rows])
                 logits, best = self._decode_best(maps, image_of[rows], points, labels, None)
                 scores.append(best)
                 first, last = image_of[rows][[0, -1]]
@@ -289,29 +317,6 @@ class Sam2(SharableSegmenter):
     def _reset_image(self) -> None:
         self.predictor.reset_predictor()
 
-    def _to_points(
-        self, sizes_hw: NDArray[Any], boxes: NDArray[Any] | None, prompts: Prompts | None = None
-    ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
-        """Return corners of boxes (labels 2 and 3), then clicks (1 and 0), in pixels of the model's input.
-
-        Args:
-            sizes_hw: Height and width of the image of each prompt, `(n, 2)`, or of all of them, `(1, 2)`.
-            boxes: `(n, 4)`, xyxy in pixels of the image.
-            prompts: Prompts with clicks.
-
-        Returns:
-            Points `(n, p, 2)`, and labels `(n, p)`.
-        """
-        points, labels = [], []
-        if boxes is not None:
-            points.append(boxes.astype(np.float32).reshape(-1, 2, 2))
-            labels.append(np.tile(np.array([2, 3], np.int32), (len(boxes), 1)))
-        if prompts is not None and prompts.points is not None and prompts.labels is not None:
-            points.append(prompts.points)
-            labels.append(prompts.labels.astype(np.int32))
-        size_wh = sizes_hw[:, None, ::-1].astype(np.float32)
-        return np.concatenate(points, 1) / size_wh * np.float32(self.model.image_size), np.concatenate(labels, 1)
-
     def _decode_best(
         self,
         maps: Sequence[Tensor],
@@ -326,7 +331,7 @@ class Sam2(SharableSegmenter):
             maps: Feature maps of images, `(b, C, h, w)`, from fine to coarse.
             image_of: Index of the image of each prompt, `(n,)`.
             points: `(n, p, 2)` in pixels of the model's input; None for masks alone.
-            labels: `(n, p)`; see `_to_points`.
+            labels: `(n, p)`; see `input_points`.
             masks: Logits, `(n, 1, h, w)`.
 
         Returns:
@@ -371,7 +376,7 @@ class Sam2(SharableSegmenter):
             masks = torch.from_numpy(prompts.logits)[:, None]
         size_hw, points, labels = self.predictor._orig_hw[0], None, None
         if prompts.boxes is not None or prompts.points is not None:
-            points, labels = self._to_points(np.array([size_hw]), prompts.boxes, prompts)
+            points, labels = input_points(self.model.image_size, np.array([size_hw]), prompts.boxes, prompts)
         features, image_of, download = self.predictor._features, np.zeros(len(prompts.rows), int), Download()
         with torch.inference_mode():
             maps = [*features["high_res_feats"], features["image_embed"]]

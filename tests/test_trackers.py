@@ -210,7 +210,13 @@ def memory_bytes(session) -> int:
         elif hasattr(value, "__dict__") and depth < 3 and not isinstance(value, torch.nn.Module):
             walk(vars(value), depth + 1)
 
-    walk({key: value for key, value in vars(session).items() if key not in ("model", "segmenter", "_hook")})
+    walk(
+        {
+            key: value
+            for key, value in vars(session).items()
+            if key not in ("model", "objects", "segmenter", "_encode", "_hook")
+        }
+    )
     return sum(sizes.values())
 
 

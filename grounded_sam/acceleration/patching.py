@@ -197,6 +197,39 @@ def use_bfloat16_linears(root: nn.Module) -> None:
             use_bfloat16_matmul(module)
 
 
+def run_in_bfloat16(module: nn.Module, output_dtype: torch.dtype | None = None) -> None:
+    """Compute all of a module in bfloat16: weights are cast once, tensors when they enter and leave it.
+
+    Args:
+        module: The module. Its inputs are tensors, also in lists, and values of other types.
+        output_dtype: Dtype of the floating-point tensors that it returns; None for bfloat16.
+    """
+    import torch
+
+    module.to(torch.bfloat16)
+    original = module.forward
+
+    def forward(_self: nn.Module, *inputs: Any, **kwargs: Any) -> Any:
+        inputs, kwargs = _cast((inputs, kwargs), torch.bfloat16)
+        outputs = original(*inputs, **kwargs)
+        return outputs if output_dtype is None else _cast(outputs, output_dtype)
+
+    module.forward = MethodType(forward, module)  # type: ignore[method-assign]
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Cast the floating-point tensors in nested tuples, lists and dicts."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, tuple | list):
+        return type(value)(_cast(item, dtype) for item in value)
+    if isinstance(value, dict):
+        return {key: _cast(item, dtype) for key, item in value.items()}
+    return value
+
+
 class FeedForward(NamedTuple):
     """The parts of a feed-forward network: linear layer, activation, linear layer."""
 

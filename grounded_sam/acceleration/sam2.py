@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Callable
+from functools import cache
+from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 from grounded_sam.acceleration.backends import BackendSettings, convert_backbone
@@ -15,13 +17,16 @@ from grounded_sam.acceleration.patching import (
     chunk_feed_forwards,
     compile_forward,
     has_bfloat16,
+    max_relative_error,
     modules_of_class,
     patch_forward,
+    run_in_bfloat16,
     use_bfloat16_linears,
     use_bfloat16_matmul,
 )
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 log = logging.getLogger(__name__)
@@ -43,6 +48,7 @@ def speed_up_encoder(model: Any, precision: Precision, compile_: bool, backend: 
     """
     encoder = model.image_encoder if hasattr(model, "image_encoder") else model.vision_encoder
     cache_position_embeddings(encoder)
+    cache_position_encodings(model)
     is_cpu = next(model.parameters()).device.type == "cpu"
     if is_cpu:
         fold_token_projections(model)
@@ -56,9 +62,12 @@ def speed_up_encoder(model: Any, precision: Precision, compile_: bool, backend: 
     if is_cpu:
         chunk_feed_forwards(encoder)
     if precision != "exact" and _can_use_bfloat16(model, precision):
-        if precision == "fast":
-            use_bfloat16_hiera_attention(encoder)
-        use_bfloat16_linears(encoder)
+        if not is_cpu and modules_of_class(encoder, "Hiera"):
+            use_bfloat16_model(model)
+        else:
+            if precision == "fast":
+                use_bfloat16_hiera_attention(encoder)
+            use_bfloat16_linears(encoder)
     if compile_:
         compile_forward(encoder, "the image encoder of the segmenter", dynamic=False)
 
@@ -70,10 +79,14 @@ def speed_up_memory(model: Any, precision: Precision) -> None:
         model: A `SAM2Base`, or a video model of transformers.
         precision: `exact`, `balanced` or `fast`.
     """
-    if precision == "fast" and _can_use_bfloat16(model, precision):
+    is_cpu = next(model.parameters()).device.type == "cpu"
+    bfloat16_from = "fast" if is_cpu else "balanced"  # on a CPU only the matrix products are faster
+    if precision in ("fast", bfloat16_from) and _can_use_bfloat16(model, precision):
         use_bfloat16_memory_attention(model)
-    elif next(model.parameters()).device.type == "cpu":
+    elif is_cpu:
         pool_before_value_projection(model)
+    else:
+        fuse_memory_attention(model)
 
 
 def _can_use_bfloat16(model: Any, precision: str) -> bool:
@@ -86,6 +99,19 @@ def _can_use_bfloat16(model: Any, precision: str) -> bool:
 
 
 # Image encoder
+
+
+def use_bfloat16_model(model: Any) -> None:
+    """Run the image encoder, the mask decoder and, if there is one, the memory encoder of a `SAM2Base` in bfloat16.
+
+    Prompts are encoded in float32, since bfloat16 has no room for the places of points. Masks, scores and what is
+    computed from them are float32; image features stay bfloat16.
+    """
+    import torch
+
+    run_in_bfloat16(model.image_encoder)
+    run_in_bfloat16(model.sam_mask_decoder, torch.float32)
+    run_in_bfloat16(model.memory_encoder)
 
 
 def use_bfloat16_hiera_attention(encoder: Any) -> int:
@@ -161,6 +187,55 @@ def cache_position_embeddings(encoder: Any) -> int:
     return count
 
 
+def cache_position_encodings(model: Any) -> int:
+    """Compute the fixed position encodings of SAM and SAM 2 once per size, instead of once per image or prompt.
+
+    Replaces the `forward` of `PositionEmbeddingSine` (sam2), whose result was repeated for every image of a batch, and
+    `PromptEncoder.get_dense_pe` (segment_anything, sam2). The result is the same.
+
+    Returns:
+        Number of modules that were patched.
+    """
+    sine, prompts = modules_of_class(model, "PositionEmbeddingSine"), modules_of_class(model, "PromptEncoder")
+    for module in sine:
+        module.forward = MethodType(_sine_forward(), module)
+    for module in prompts:
+        module.get_dense_pe = MethodType(_dense_positions(module.get_dense_pe), module)
+    return len(sine) + len(prompts)
+
+
+def _sine_forward() -> Callable[..., Tensor]:
+    """Return a replacement of `PositionEmbeddingSine.forward`; see `cache_position_encodings`."""
+    import torch
+
+    encodings: dict[Any, Tensor] = {}
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        key = (*x.shape[-2:], x.device, x.dtype)
+        if key not in encodings:
+            with torch.inference_mode(False):
+                encodings[key] = type(self).forward(self, x.new_empty(1, 1, *x.shape[-2:])).to(x.dtype)
+        return encodings[key].expand(len(x), -1, -1, -1)
+
+    return forward
+
+
+def _dense_positions(original: Callable[[], Tensor]) -> Callable[..., Tensor]:
+    """Return a replacement of `PromptEncoder.get_dense_pe`; see `cache_position_encodings`."""
+    import torch
+
+    encodings: dict[Any, Tensor] = {}
+
+    def get_dense_pe(self: Any) -> Tensor:
+        key = self._get_device()
+        if key not in encodings:
+            with torch.inference_mode(False), torch.no_grad():
+                encodings[key] = original()
+        return encodings[key]
+
+    return get_dense_pe
+
+
 # Memory attention
 
 
@@ -187,41 +262,67 @@ def pool_before_value_projection(model: Any) -> int:
     Returns:
         Number of layers that were patched.
     """
-    return sum(_patch_memory_attention(layer, use_bfloat16=False) for layer in memory_attention_layers(model))
+    layers = memory_attention_layers(model)
+    return sum(_patch_memory_attention(layer, _pooled_attention, "pool_before_value_projection") for layer in layers)
+
+
+def fuse_memory_attention(model: Any) -> int:
+    """Compute the attention to memory of a `SAM2Base` with PyTorch's fused kernels, for memories of different lengths.
+
+    Replaces the `forward` of `RoPEAttention` (sam2), which uses these kernels too, but has no `lengths`.
+
+    Returns:
+        Number of layers that were patched.
+    """
+    layers = [layer for layer in memory_attention_layers(model) if type(layer).__name__ == "RoPEAttention"]
+    return sum(_patch_memory_attention(layer, _fused_attention, "fuse_memory_attention") for layer in layers)
 
 
 def use_bfloat16_memory_attention(model: Any) -> int:
-    """Compute memory attention in bfloat16; norms and residual sums stay in float32.
+    """Compute memory attention in bfloat16.
 
-    Replaces the same `forward`s as `pool_before_value_projection`, those of self-attention included, and makes the
-    linear layers multiply in bfloat16. Outputs differ by less than 2% of the largest value.
+    Replaces the same `forward`s as `pool_before_value_projection`, those of self-attention included. On a CPU and in
+    the models of transformers, linear layers multiply in bfloat16, and norms and residual sums stay in float32; a
+    `SAM2Base` on CUDA has all weights in bfloat16. Outputs differ by less than 2% of the largest value.
 
     Returns:
         Number of attention layers that were patched.
     """
+    import torch
     from torch import nn
 
     layers = memory_attention_layers(model, include_self=True)
-    count = sum(_patch_memory_attention(layer, use_bfloat16=True) for layer in layers)
+    is_cpu = next(model.parameters()).device.type == "cpu"
+    attend = _bfloat16_attention if is_cpu else _fused_bfloat16_attention
+    count = sum(_patch_memory_attention(layer, attend, "use_bfloat16_memory_attention", 2e-2) for layer in layers)
+    if not is_cpu and type(layers[0]).__name__ == "RoPEAttention":
+        model.memory_attention.to(torch.bfloat16)
+        return count
     for module in model.memory_attention.modules():
         if isinstance(module, nn.Linear) and module.weight.dtype.itemsize == 4:
             use_bfloat16_matmul(module)
     return count
 
 
-def _patch_memory_attention(module: Any, use_bfloat16: bool) -> bool:
+def _patch_memory_attention(
+    module: Any, attend: Callable[..., Tensor], patch_name: str, tolerance: float | None = None
+) -> bool:
     """Patch an attention layer of either package.
 
     Trial inputs are a frame of 3x3 positions and, except for self-attention, three memories of that size and two object
     pointers.
+
+    Args:
+        module: The layer.
+        attend: Function of queries, keys, unprojected values, the value projection, and numbers of keys.
+        patch_name: Name of the patch, for the log.
+        tolerance: Largest relative error; None for that of another order of summation.
     """
     trial, kv_dim = TrialInputs(module.k_proj.weight), module.kv_in_dim
-    tolerance = 2e-2 if use_bfloat16 else trial.tolerance
+    tolerance = tolerance or trial.tolerance
     is_cross_attention = kv_dim < module.internal_dim
     kwargs: dict[str, Any] = {"num_k_exclude_rope": 2} if is_cross_attention else {}
     length = 29 if is_cross_attention else 9
-    name = "use_bfloat16_memory_attention" if use_bfloat16 else "pool_before_value_projection"
-    attend = _bfloat16_projected_attention if use_bfloat16 else _pooled_attention
     if hasattr(module, "out_proj"):
         inputs: tuple[Any, ...] = (
             trial.normal(2, 9, module.embedding_dim),
@@ -229,7 +330,7 @@ def _patch_memory_attention(module: Any, use_bfloat16: bool) -> bool:
             trial.normal(2, length, kv_dim),
         )
         freqs_cis = module.freqs_cis
-        is_patched = patch_forward(module, _sam2_forward(attend), inputs, tolerance, name, **kwargs)
+        is_patched = patch_forward(module, _sam2_forward(attend), inputs, tolerance, patch_name, **kwargs)
         module.freqs_cis = freqs_cis  # the trial has replaced them with those of its own size
         return is_patched
     angle = trial.normal(9, module.head_dim)
@@ -239,19 +340,74 @@ def _patch_memory_attention(module: Any, use_bfloat16: bool) -> bool:
         trial.normal(1, 2, length, kv_dim),
         (angle.cos(), angle.sin()),
     )
-    return patch_forward(module, _transformers_forward(attend), inputs, tolerance, name, **kwargs)
+    return patch_forward(module, _transformers_forward(attend), inputs, tolerance, patch_name, **kwargs)
+
+
+def memory_takes_lengths(model: Any) -> bool:
+    """Return whether all layers of attention to memory take `lengths`, which is so if they could be patched."""
+    return all("forward" in vars(layer) for layer in memory_attention_layers(model))
+
+
+def attend_to_memory(
+    module: Any,
+    frame: Tensor,
+    frame_positions: Tensor,
+    memory: Tensor,
+    memory_positions: Tensor,
+    num_pointers: int,
+    lengths: Tensor | None = None,
+) -> Tensor:
+    """Compute the memory attention of sam2 for one frame and n objects.
+
+    Equals `MemoryAttention.forward`; up to where objects differ, it computes once for all.
+
+    Args:
+        module: `MemoryAttention` of a `SAM2Base`.
+        frame: Features of the frame, `(1, hw, C)`.
+        frame_positions: Their positional encoding, `(1, hw, C)`.
+        memory: Memories of each object, `(n, m, D)`: maps first, tokens of pointers last.
+        memory_positions: Their positional encoding, `(n, m, D)`.
+        num_pointers: Number of tokens of pointers.
+        lengths: Number of tokens that each object has, `(n,) int32`; None if all have m. The others must be finite.
+
+    Returns:
+        Features of the frame for each object, `(n, hw, C) float32`.
+    """
+    dtype = module.norm.weight.dtype
+    frame, frame_positions = frame.to(dtype), frame_positions.to(dtype)
+    keys, values = (memory + memory_positions).to(dtype), memory.to(dtype)
+    kwargs = {} if lengths is None else {"lengths": lengths}
+    x = frame + 0.1 * frame_positions if module.pos_enc_at_input else frame
+    for i, layer in enumerate(module.layers):
+        x = layer._forward_sa(x, frame_positions)
+        if i == 0:
+            x = x.expand(len(memory), -1, -1)
+        query = layer.norm2(x)
+        if layer.pos_enc_at_cross_attn_queries:
+            query = query + frame_positions
+        x = x + layer.cross_attn_image(
+            q=query,
+            k=keys if layer.pos_enc_at_cross_attn_keys else values,
+            v=values,
+            num_k_exclude_rope=num_pointers,
+            **kwargs,
+        )
+        x = x + layer.linear2(layer.activation(layer.linear1(layer.norm3(x))))
+    return module.norm(x).float()  # type: ignore[no-any-return]
 
 
 def _sam2_forward(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Return a replacement of `RoPEAttention.forward` of sam2.
+    """Return a replacement of `RoPEAttention.forward` of sam2, which also takes `lengths`; see `attend_to_memory`.
 
     Args:
-        attend: Function of queries, keys, unprojected values and the value projection.
+        attend: See `_patch_memory_attention`.
     """
 
-    def forward(self: Any, q: Tensor, k: Tensor, v: Tensor, num_k_exclude_rope: int = 0) -> Tensor:
+    def forward(
+        self: Any, q: Tensor, k: Tensor, v: Tensor, num_k_exclude_rope: int = 0, lengths: Tensor | None = None
+    ) -> Tensor:
         q, k = _rotate_sam2(self, q, k, num_k_exclude_rope)
-        return self.out_proj(attend(q[:, 0], k[:, 0], v, self.v_proj))  # type: ignore[no-any-return]
+        return self.out_proj(attend(q[:, 0], k[:, 0], v, self.v_proj, lengths))  # type: ignore[no-any-return]
 
     return forward
 
@@ -270,7 +426,7 @@ def _transformers_forward(attend: Callable[..., Tensor]) -> Callable[..., tuple[
     ) -> tuple[Tensor, None]:
         b, objects = query.shape[:2]
         q, k = _rotate_transformers(self, query, key, position_embeddings, num_k_exclude_rope)
-        out = attend(q[:, 0], k[:, 0], value.flatten(0, 1), self.v_proj)
+        out = attend(q[:, 0], k[:, 0], value.flatten(0, 1), self.v_proj, None)
         return self.o_proj(out.view(b, objects, -1, self.internal_dim)), None
 
     return forward
@@ -278,18 +434,30 @@ def _transformers_forward(attend: Callable[..., Tensor]) -> Callable[..., tuple[
 
 def _rotate_sam2(self: Any, q: Tensor, k: Tensor, num_k_exclude_rope: int) -> tuple[Tensor, Tensor]:
     """Project queries and keys and apply rotary embeddings, as in `RoPEAttention.forward`; `(b, heads, n, c)`."""
-    from sam2.modeling.position_encoding import apply_rotary_enc
-
     q, k = (self._separate_heads(x, self.num_heads) for x in (self.q_proj(q), self.k_proj(k)))
     side = q.shape[-2] ** 0.5
     if self.freqs_cis.shape[0] != q.shape[-2]:
         self.freqs_cis = self.compute_cis(end_x=side, end_y=side)
     self.freqs_cis = self.freqs_cis.to(q.device)
-    num_rotated = k.size(-2) - num_k_exclude_rope
-    q, k[:, :, :num_rotated] = apply_rotary_enc(
-        q, k[:, :, :num_rotated], freqs_cis=self.freqs_cis, repeat_freqs_k=self.rope_k_repeat
-    )
-    return q, k
+    rotated = k[:, :, : k.size(-2) - num_k_exclude_rope]
+    rotated.copy_(_rotate(rotated, self.freqs_cis))
+    return _rotate(q, self.freqs_cis).to(q.dtype), k
+
+
+def _rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Turn pairs of features as `apply_rotary_enc` of sam2 does, without a copy of the angles for every memory.
+
+    Args:
+        x: `(b, heads, r * n, c)`.
+        turns: Unit complex numbers, `(n, c / 2)`.
+
+    Returns:
+        A tensor of the shape of `x`, float32.
+    """
+    import torch
+
+    pairs = torch.view_as_complex(x.float().reshape(*x.shape[:2], -1, *turns.shape, 2))
+    return torch.view_as_real(pairs * turns).reshape(x.shape)
 
 
 def _rotate_transformers(
@@ -305,29 +473,87 @@ def _rotate_transformers(
     )
 
 
-# Attention of one head: q is (b, n, c), k is (b, m, c), v is (b, m, d)
+# Attention of one head: q is (b, n, c), k is (b, m, c), v is (b, m, d); the first `lengths` (b,) of m count
 
 
-def _pooled_attention(q: Tensor, k: Tensor, v: Tensor, value_projection: Any) -> Tensor:
+def _pooled_attention(q: Tensor, k: Tensor, v: Tensor, value_projection: Any, lengths: Tensor | None) -> Tensor:
     """Attend to unprojected values and project the result."""
-    return value_projection(blockwise_attention(q, k, v))  # type: ignore[no-any-return]
+    return value_projection(blockwise_attention(q, k, v, lengths))  # type: ignore[no-any-return]
 
 
-def _bfloat16_projected_attention(q: Tensor, k: Tensor, v: Tensor, value_projection: Any) -> Tensor:
-    """Attend in bfloat16, and project values before or after; the output has the dtype of `q`."""
+def _bfloat16_attention(q: Tensor, k: Tensor, v: Tensor, value_projection: Any, lengths: Tensor | None) -> Tensor:
+    """Attend to unprojected values in bfloat16 and project the result; the output has the dtype of `q`."""
+    import torch
+
+    query, key, value = (x.to(torch.bfloat16) for x in (q, k, v))
+    pooled = bfloat16_attention(query, key, value, lengths)
+    return value_projection(pooled.to(q.dtype))  # type: ignore[no-any-return]
+
+
+def _fused_bfloat16_attention(q: Tensor, k: Tensor, v: Tensor, value_projection: Any, lengths: Tensor | None) -> Tensor:
+    """Attend to projected values in bfloat16; the output has the dtype of `q`."""
+    import torch
+
+    query, key, value = (x.to(torch.bfloat16) for x in (q, k, value_projection(v)))
+    if lengths is not None and _has_varlen(query.device, query.shape[-1]):
+        return varlen_attention(query, key, value, lengths).to(q.dtype)
+    return masked_attention(query, key, value, lengths).to(q.dtype)
+
+
+def _fused_attention(q: Tensor, k: Tensor, v: Tensor, value_projection: Any, lengths: Tensor | None) -> Tensor:
+    """Attend to projected values."""
+    return masked_attention(q, k, value_projection(v), lengths)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Compute attention of one head with PyTorch's fused kernels, in one call for all rows.
+
+    Arguments and result have the shapes of `blockwise_attention`, with values as wide as keys. Keys and values that do
+    not count must be finite.
+    """
     import torch
     from torch.nn.functional import scaled_dot_product_attention
 
-    dtype = torch.bfloat16
-    if q.device.type == "cpu":
-        pooled = bfloat16_attention(q.to(dtype), k.to(dtype), v.to(dtype))
-        return value_projection(pooled.to(q.dtype))  # type: ignore[no-any-return]
-    # Fused kernels need four dimensions, and values as wide as keys.
-    query, key, value = (x[:, None].to(dtype) for x in (q, k, value_projection(v)))
-    return scaled_dot_product_attention(query, key, value)[:, 0].to(q.dtype)
+    mask = None
+    if lengths is not None:
+        mask = (torch.arange(k.shape[1], device=k.device) < lengths[:, None])[:, None, None]
+    return scaled_dot_product_attention(q[:, None], k[:, None], v[:, None], attn_mask=mask)[:, 0]
 
 
-def bfloat16_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def varlen_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor) -> Tensor:
+    """Compute attention of one head with a kernel that skips what does not count; 16 bits, on CUDA.
+
+    Arguments and result have the shapes of `masked_attention`.
+    """
+    import torch
+    from torch.nn.attention.varlen import varlen_attn
+
+    (b, n, _), m = q.shape, k.shape[1]
+    of_queries, of_keys = (torch.arange(0, b * size + 1, size, dtype=torch.int32, device=q.device) for size in (n, m))
+    query, key, value = (x.reshape(-1, 1, x.shape[-1]) for x in (q, k, v))
+    out = varlen_attn(query, key, value, of_queries, of_keys, n, m, seqused_k=lengths.to(torch.int32))
+    return out.view(b, n, -1)  # type: ignore[union-attr]
+
+
+@cache
+def _has_varlen(device: torch.device, width: int) -> bool:
+    """Return whether `varlen_attention` runs on a device and is right."""
+    import torch
+
+    if device.type != "cuda":
+        return False
+    noise = torch.Generator(device).manual_seed(0)
+    q, k, v = (torch.randn(2, n, width, generator=noise, device=device, dtype=torch.bfloat16) for n in (256, 384, 384))
+    lengths = torch.tensor([384, 301], dtype=torch.int32, device=device)
+    try:
+        error = max_relative_error([masked_attention(q, k, v, lengths)], [varlen_attention(q, k, v, lengths)])
+    except Exception as failure:  # it depends on the version of torch, its libraries and the device
+        log.info("attention to memories of different lengths is masked: %s", " ".join(str(failure).split())[:200])
+        return False
+    return error < 2e-2
+
+
+def bfloat16_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
     """Compute attention of one head as products of bfloat16 matrices on the CPU, scores included.
 
     Arguments and result have the shapes of `blockwise_attention`.
@@ -337,15 +563,20 @@ def bfloat16_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     b, n, width = q.shape
     out = q.new_empty(b, n, v.shape[-1])
     q = q * width**-0.5
-    for i in range(b):
-        keys = k[i].T
+    for i, end in enumerate(_ends(k, lengths)):
+        keys, values = k[i, :end].T, v[i, :end]
         for begin in range(0, n, BFLOAT16_QUERY_BLOCK):
             block = slice(begin, begin + BFLOAT16_QUERY_BLOCK)
-            out[i, block] = torch.mm(torch.mm(q[i, block], keys).softmax(-1), v[i])
+            out[i, block] = torch.mm(torch.mm(q[i, block], keys).softmax(-1), values)
     return out
 
 
-def blockwise_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _ends(k: Tensor, lengths: Tensor | None) -> list[int]:
+    """Return the number of keys of each row that count."""
+    return [k.shape[1]] * len(k) if lengths is None else lengths.tolist()  # type: ignore[no-any-return]
+
+
+def blockwise_attention(q: Tensor, k: Tensor, v: Tensor, lengths: Tensor | None = None) -> Tensor:
     """Compute attention of one head block by block, with an online softmax.
 
     This is the algorithm of FlashAttention (Dao et al. 2022). PyTorch has it for the CPU too, but only for values as
@@ -355,6 +586,7 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q: Queries, `(b, n, c)`.
         k: Keys, `(b, m, c)`.
         v: Values, `(b, m, d)`.
+        lengths: Number of keys of each row that count, the first ones, `(b,)`; None for all.
 
     Returns:
         `(b, n, d)`.
@@ -369,21 +601,21 @@ def blockwise_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out = q.new_empty(b, n, v.shape[-1])
     q = q * width**-0.5
     buffer = q.new_empty(QUERY_BLOCK, KEY_BLOCK)
-    for i in range(b):
-        keys = k[i].T
+    for i, end in enumerate(_ends(k, lengths)):
+        keys, values = k[i, :end].T, v[i, :end]
         for begin in range(0, n, QUERY_BLOCK):
             queries = q[i, begin : begin + QUERY_BLOCK]
             running_max = queries.new_full((len(queries), 1), float("-inf"))
             weight_sum = queries.new_zeros(len(queries), 1)
             value_sum = queries.new_zeros(len(queries), v.shape[-1])
-            for first in range(0, k.shape[1], KEY_BLOCK):
+            for first in range(0, end, KEY_BLOCK):
                 block = keys[:, first : first + KEY_BLOCK]
                 logits = torch.mm(queries, block, out=buffer[: len(queries), : block.shape[1]].contiguous())
                 new_max = torch.maximum(running_max, logits.amax(1, keepdim=True))
                 logits.sub_(new_max).exp_()
                 rescale = (running_max - new_max).exp_()
                 weight_sum.mul_(rescale).add_(logits.sum(1, keepdim=True))
-                value_sum.mul_(rescale).addmm_(logits, v[i, first : first + KEY_BLOCK])
+                value_sum.mul_(rescale).addmm_(logits, values[first : first + KEY_BLOCK])
                 running_max = new_max
             torch.div(value_sum, weight_sum, out=out[i, begin : begin + QUERY_BLOCK])
     return out

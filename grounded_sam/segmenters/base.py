@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import supervision as sv
@@ -16,6 +16,9 @@ from grounded_sam.segmenters.options import SegmenterOptions
 from grounded_sam.structures.detections import with_masks
 from grounded_sam.structures.masks import masks_to_xyxy
 from grounded_sam.weights.loading import weights_digest
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: Largest size in bytes of the logits of a chunk of masks at image size.
 CHUNK_BYTES = 256 * 2**20
@@ -218,16 +221,22 @@ class PromptedSegmenter(ABC):
                         logits[row] = value
             finally:
                 self._reset_image()
-        if self.options.max_hole_area or self.options.min_region_area:
-            for mask in masks:
-                clean_mask(mask, self.options.max_hole_area, self.options.min_region_area)
-        segmented = with_masks(detections, masks, scores)
+        segmented = self._add_masks(detections, masks, scores)
         if "prompt_logits" in detections.data:
             segmented.data["prompt_logits"] = logits
         if "prompt_box" in detections.data:
             without_box = ~np.asarray(detections.data["prompt_box"], bool) & masks.any((1, 2))
             segmented.xyxy = np.where(without_box[:, None], masks_to_xyxy(masks), segmented.xyxy)
         return segmented
+
+    def _add_masks(
+        self, detections: sv.Detections, masks: NDArray[np.bool_], scores: NDArray[np.float32]
+    ) -> sv.Detections:
+        """Clean masks `(n, H, W) bool`, in place, and add them and their scores to detections."""
+        if self.options.max_hole_area or self.options.min_region_area:
+            for mask in masks:
+                clean_mask(mask, self.options.max_hole_area, self.options.min_region_area)
+        return with_masks(detections, masks, scores)
 
     def _decode_rounds(
         self, prompts: Prompts, boxes: NDArray[np.float32]
@@ -316,6 +325,26 @@ def clean_mask(mask: NDArray[np.bool_], max_hole_area: int, min_region_area: int
             small = small[small != areas.argmax() + 1]
         if len(small):
             mask[np.isin(regions, small)] = not is_region
+
+
+def upsample_masks(logits: Tensor, size_hw: tuple[int, int]) -> Iterator[Tensor]:
+    """Convert mask logits to masks of an image, on their device.
+
+    Args:
+        logits: `(n, h, w)`, at the decoder's size.
+        size_hw: Height and width of the image in pixels.
+
+    Yields:
+        Masks of successive logits, `(k, H, W) bool`, as many at once as fit into `CHUNK_BYTES`.
+
+    >>> import torch
+    >>> [masks.tolist() for masks in upsample_masks(torch.tensor([[[-1.0, 1.0]]]), (1, 4))]
+    [[[[False, False, True, True]]]]
+    """
+    from torch.nn.functional import interpolate
+
+    for part in logits.split(max(1, CHUNK_BYTES // (4 * size_hw[0] * size_hw[1]))):
+        yield interpolate(part[:, None].float(), size_hw, mode="bilinear", align_corners=False)[:, 0] > 0
 
 
 def prompts_per_call(prompts: Prompts) -> list[slice]:

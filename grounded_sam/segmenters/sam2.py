@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import supervision as sv
 from numpy.typing import NDArray
 
+from grounded_sam.acceleration.cuda_graphs import GraphedFunction
+from grounded_sam.acceleration.device_images import sam2_image_input
+from grounded_sam.acceleration.patching import to_device
 from grounded_sam.acceleration.sam2 import speed_up_encoder
-from grounded_sam.checks import check_choice
+from grounded_sam.acceleration.transfer import Download
+from grounded_sam.checks import check_choice, check_int
 from grounded_sam.errors import ConfigError
 from grounded_sam.hydra_state import preserve_hydra_state
-from grounded_sam.segmenters.base import DecodedMasks, Prompts, SharableSegmenter
+from grounded_sam.segmenters.base import DecodedMasks, Prompts, SharableSegmenter, upsample_masks
 from grounded_sam.segmenters.options import SegmenterOptions, model_identity
 from grounded_sam.weights.hub import HubFile
 from grounded_sam.weights.loading import BUILTIN_DIR, find_file, load_into
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: By size of SAM 2.1: hub repository, file in it, SHA-256 of the file, and config in the sam2 package.
 SIZES = {
@@ -48,8 +56,10 @@ SIZES = {
     ),
 }
 Size = Literal["tiny", "small", "base_plus", "large"]
-#: Features of an image, as `SAM2Base.forward_image` returns them.
-ImageFeatures = dict[str, list[Any]]
+#: Feature maps `(b, C, h, w)` of images, from fine to coarse: `backbone_fpn` of `SAM2Base.forward_image`.
+ImageFeatures = tuple[Any, Any, Any]
+#: Columns of detections that are prompted with more than their boxes; see `segmenters.base.group_prompts`.
+PROMPT_COLUMNS = {"points", "labels", "prompt_mask", "prompt_box", "prompt_logits"}
 
 
 def sam2_hub_file(settings: Mapping[str, Any]) -> HubFile:
@@ -112,6 +122,34 @@ def fit_predictor(predictor: Any, model: Any) -> Any:
     return predictor
 
 
+def input_points(
+    side: int, sizes_hw: NDArray[Any], boxes: NDArray[Any] | None, clicks: Prompts | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+    """Return corners of boxes (labels 2 and 3), then clicks (1 and 0), in pixels of the model's input.
+
+    Args:
+        side: Height and width of the model's input in pixels.
+        sizes_hw: Height and width of the image of each prompt, `(n, 2)`, or of all of them, `(1, 2)`.
+        boxes: `(n, 4)`, xyxy in pixels of the image.
+        clicks: Prompts with clicks in pixels of the image.
+
+    Returns:
+        Points `(n, p, 2)`, and labels `(n, p)`.
+
+    >>> input_points(8, np.array([[4, 2]]), np.array([[0, 1, 2, 4]]))[0].tolist()
+    [[[0.0, 2.0], [8.0, 8.0]]]
+    """
+    points, labels = [], []
+    if boxes is not None:
+        points.append(boxes.astype(np.float32).reshape(-1, 2, 2))
+        labels.append(np.tile(np.array([2, 3], np.int32), (len(boxes), 1)))
+    if clicks is not None and clicks.points is not None and clicks.labels is not None:
+        points.append(clicks.points)
+        labels.append(clicks.labels.astype(np.int32))
+    size_wh = sizes_hw[:, None, ::-1].astype(np.float32)
+    return np.concatenate(points, 1) / size_wh * np.float32(side), np.concatenate(labels, 1)
+
+
 class Sam2(SharableSegmenter):
     """Segment with SAM 2.1.
 
@@ -121,7 +159,12 @@ class Sam2(SharableSegmenter):
         checkpoint: Hub id, local file, folder with one file, or `builtin:NAME`; None for the official file of `size`.
         size: `tiny`, `small`, `base_plus` or `large`; has no effect on `builtin:` models.
         sha256: Expected SHA-256 of the file; None for the known one of an official file.
+        batch_size: Images that are encoded at once; None for 8 on CUDA and 1 elsewhere.
         **options: See `segmenters.options.SegmenterOptions`.
+
+    Attributes:
+        batch_size: As above.
+        encode: Function of pixels `(b, 3, side, side)` on the device to `ImageFeatures`.
 
     Raises:
         CheckpointError: If the weights are missing, damaged, or of another model.
@@ -129,8 +172,14 @@ class Sam2(SharableSegmenter):
     """
 
     def __init__(
-        self, checkpoint: str | None = None, size: Size = "tiny", sha256: str | None = None, **options: Any
+        self,
+        checkpoint: str | None = None,
+        size: Size = "tiny",
+        sha256: str | None = None,
+        batch_size: int | None = None,
+        **options: Any,
     ) -> None:
+        check_int("segmenter.batch_size", batch_size, 1, optional=True)
         parsed = SegmenterOptions(**options)
         super().__init__(parsed, model_identity(parsed, checkpoint, size))
         file = sam2_hub_file({"checkpoint": checkpoint, "size": size})
@@ -143,6 +192,8 @@ class Sam2(SharableSegmenter):
                 architecture = BUILTIN_DIR.parent / "sam2.yaml"
             self.model: Any = build_sam2(architecture, path, f"SAM 2.1 {size}").to(self.options.torch_device)
         speed_up_encoder(self.model, self.options.precision, self.options.compile, self.options.backend_settings)
+        self.batch_size = batch_size or (8 if self.model.device.type == "cuda" else 1)
+        self.encode = GraphedFunction(self._forward_image, "the image encoder of SAM 2")
         self.predictor = new_predictor(self.model)
         self._shared_features: Callable[[NDArray[np.uint8]], ImageFeatures] | None = None
 
@@ -155,7 +206,7 @@ class Sam2(SharableSegmenter):
         """Return a copy that takes image features from a tracker, which encodes every frame anyway.
 
         Args:
-            features: Function from an image to the output of `SAM2Base.forward_image` for it.
+            features: Function from an image to its features.
         """
         other = copy(self)
         other.use_feature_cache(None)
@@ -163,14 +214,101 @@ class Sam2(SharableSegmenter):
         other._shared_features = features
         return other
 
+    def segment(self, image: NDArray[np.uint8], detections: sv.Detections) -> sv.Detections:
+        """Segment each detection; see `structures.protocols.Segmenter`."""
+        return self.segment_batch([image], [detections])[0]
+
+    def segment_batch(
+        self, images: Sequence[NDArray[np.uint8]], detections: Sequence[sv.Detections]
+    ) -> list[sv.Detections]:
+        """Segment the detections of several images; see `structures.protocols.BatchSegmenter`.
+
+        Boxes of all images are decoded together. Images with other prompts come one by one, and all of them if there
+        is more than one round.
+        """
+        results = list(detections)
+        together = []
+        for i, (image, found) in enumerate(zip(images, detections, strict=True)):
+            if len(found) and self.options.rounds == 1 and not PROMPT_COLUMNS & found.data.keys():
+                together.append(i)
+            else:
+                results[i] = super().segment(image, found)
+        for start in range(0, len(together), self.batch_size):
+            rows = together[start : start + self.batch_size]
+            segmented = self._segment_boxes([images[i] for i in rows], [detections[i] for i in rows])
+            for i, (masks, scores) in zip(rows, segmented, strict=True):
+                results[i] = self._add_masks(detections[i], masks, scores)
+        return results
+
+    def _segment_boxes(
+        self, images: Sequence[NDArray[np.uint8]], detections: Sequence[sv.Detections]
+    ) -> list[tuple[NDArray[np.bool_], NDArray[np.float32]]]:
+        """Return masks and scores of boxes; each image has at least one."""
+        import torch
+
+        sizes = [(image.shape[0], image.shape[1]) for image in images]
+        counts = [len(found) for found in detections]
+        image_of, boxes = np.repeat(np.arange(len(images)), counts), np.concatenate([d.xyxy for d in detections])
+        download, owners = Download(), []  # the image of each part of the masks
+        with torch.inference_mode():
+            maps, scores = self._encode_batch(images), []
+            for start in range(0, len(boxes), self.options.chunk):
+                rows = slice(start, start + self.options.chunk)
+                points, labels = input_points(self.model.image_size, np.array(sizes)[image_of[rows]], boxes[rows])
+                logits, best = self._decode_best(maps, image_of[rows], points, labels, None)
+                scores.append(best)
+                first, last = image_of[rows][[0, -1]]
+                ends = np.searchsorted(image_of[rows], np.arange(first, last + 2))
+                for i, begin, end in zip(range(first, last + 1), ends[:-1], ends[1:], strict=True):
+                    for masks in upsample_masks(logits[begin:end], sizes[i]):
+                        download.add(masks)
+                        owners.append(i)
+            download.add(torch.cat(scores))
+        *parts, values = download.wait()
+        masks_of: list[list[NDArray[np.bool_]]] = [[] for _ in images]
+        for i, part in zip(owners, parts, strict=True):
+            masks_of[i].append(part)
+        joined = [own[0] if len(own) == 1 else np.concatenate(own) for own in masks_of]
+        return list(zip(joined, np.split(values, np.cumsum(counts)[:-1]), strict=True))
+
+    def _to_pixels(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
+        """Resize and normalize images as `SAM2ImagePredictor` does; `(b, 3, side, side)` on the model's device."""
+        import torch
+
+        pixels = [sam2_image_input(image, self.model.image_size, self.model.device) for image in images]
+        return torch.cat(pixels) if len(pixels) > 1 else pixels[0]
+
+    def _forward_image(self, pixels: Tensor) -> ImageFeatures:
+        """Encode images, `(b, 3, side, side)`; without what does not depend on them."""
+        fine, middle, coarse = self.model.forward_image(pixels)["backbone_fpn"][-3:]
+        return fine, middle, coarse
+
+    def _without_memory(self, features: ImageFeatures) -> list[Tensor]:
+        """Return feature maps for the decoder, as `SAM2ImagePredictor.set_image` does: without memory of a video."""
+        *fine, coarse = features
+        return [*fine, coarse + self.model.no_mem_embed.view(1, -1, 1, 1)]
+
+    def _encode_batch(self, images: Sequence[NDArray[np.uint8]]) -> list[Tensor]:
+        """Return the feature maps of images for the decoder, `(b, C, h, w)`, from fine to coarse."""
+        import torch
+
+        if self._cache is None and self._shared_features is None:
+            return self._without_memory(self.encode(self._to_pixels(images)))
+        each = [self.encode_image(image)["_features"] for image in images]
+        levels = zip(*([*features["high_res_feats"], features["image_embed"]] for features in each), strict=True)
+        return [torch.cat(level) for level in levels]
+
     def _set_image(self, image: NDArray[np.uint8]) -> None:
-        if self._shared_features is None:
-            self.predictor.set_image(image)
-            return
-        maps = self._shared_features(image)["backbone_fpn"]
+        import torch
+
+        with torch.inference_mode():
+            if self._shared_features is None:
+                features = self.encode(self._to_pixels([image]))
+            else:
+                features = self._shared_features(image)
+            *fine, coarse = self._without_memory(features)
         self.predictor.reset_predictor()
-        no_memory = self.model.no_mem_embed.view(1, -1, 1, 1)  # added as in `SAM2ImagePredictor.set_image`
-        self.predictor._features = {"image_embed": maps[-1] + no_memory, "high_res_feats": maps[-3:-1]}
+        self.predictor._features = {"image_embed": coarse, "high_res_feats": fine}
         self.predictor._orig_hw = [image.shape[:2]]
         self.predictor._is_image_set = True
 
@@ -180,35 +318,76 @@ class Sam2(SharableSegmenter):
     def _reset_image(self) -> None:
         self.predictor.reset_predictor()
 
-    def _decode(self, prompts: Prompts) -> DecodedMasks:
+    def _decode_best(
+        self,
+        maps: Sequence[Tensor],
+        image_of: NDArray[Any],
+        points: NDArray[np.float32] | None,
+        labels: NDArray[np.int32] | None,
+        masks: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Decode prompts, and choose the mask with the highest predicted IoU of each.
+
+        Args:
+            maps: Feature maps of images, `(b, C, h, w)`, from fine to coarse.
+            image_of: Index of the image of each prompt, `(n,)`.
+            points: `(n, p, 2)` in pixels of the model's input; None for masks alone.
+            labels: `(n, p)`; see `input_points`.
+            masks: Logits, `(n, 1, h, w)`.
+
+        Returns:
+            Logits `(n, h, w)`, and predicted IoU `(n,)`.
+        """
         import torch
 
-        masks, multimask = None, self.options.multimask
+        device, n = self.model.device, len(image_of)
+        if (image_of == image_of[0]).all():
+            *fine, coarse = (level[image_of[0], None].expand(n, -1, -1, -1) for level in maps)
+        else:
+            index = to_device(torch.from_numpy(image_of), device)
+            *fine, coarse = (level[index] for level in maps)
+        inputs = None
+        if points is not None and labels is not None:
+            inputs = to_device(torch.from_numpy(points), device), to_device(torch.from_numpy(labels), device)
+        encoder = self.model.sam_prompt_encoder
+        sparse, dense = encoder(points=inputs, boxes=None, masks=None if masks is None else to_device(masks, device))
+        logits, scores, _, _ = self.model.sam_mask_decoder(
+            image_embeddings=coarse,
+            image_pe=encoder.get_dense_pe(),
+            sparse_prompt_embeddings=sparse,
+            dense_prompt_embeddings=dense,
+            multimask_output=self.options.multimask,
+            repeat_image=False,  # they are already
+            high_res_features=fine,
+        )
+        best = scores.argmax(1, keepdim=True)
+        chosen = logits.take_along_dim(best[..., None, None], 1)[:, 0]
+        return chosen, scores.take_along_dim(best, 1)[:, 0].float()
+
+    def _decode(self, prompts: Prompts) -> DecodedMasks:
+        """Decode prompts on the current image; of each, the best mask alone is returned."""
+        import torch
+
+        masks = None
         if prompts.masks is not None:
             side = self.model.sam_prompt_encoder.mask_input_size
             values = torch.from_numpy(prompts.masks)[:, None].float()
             masks = torch.nn.functional.interpolate(values, side, mode="area") * 20 - 10
         if prompts.logits is not None:
             masks = torch.from_numpy(prompts.logits)[:, None]
-        n, count = len(prompts.rows), 3 if multimask else 1
-        if masks is not None and prompts.points is None and prompts.boxes is None:
-            # The predictor infers the batch size from points and boxes, so masks alone are decoded one by one.
-            parts = [self.predictor.predict(mask_input=mask[None], multimask_output=multimask) for mask in masks]
-            decoded, scores, logits = (np.stack([part[i] for part in parts]) for i in range(3))
-        else:
-            decoded, scores, logits = self.predictor.predict(
-                point_coords=prompts.points,
-                point_labels=prompts.labels,
-                box=prompts.boxes,
-                mask_input=masks,
-                multimask_output=multimask,
-            )
-        # The predictor returns (1, H, W) for one box and (n, 1, H, W) for more.
-        return DecodedMasks(
-            decoded.reshape(n, count, *decoded.shape[-2:]) > 0,
-            scores.reshape(n, count),
-            logits.reshape(n, count, *logits.shape[-2:]),
-        )
+        size_hw, points, labels = self.predictor._orig_hw[0], None, None
+        if prompts.boxes is not None or prompts.points is not None:
+            points, labels = input_points(self.model.image_size, np.array([size_hw]), prompts.boxes, prompts)
+        features, image_of, download = self.predictor._features, np.zeros(len(prompts.rows), int), Download()
+        with torch.inference_mode():
+            maps = [*features["high_res_feats"], features["image_embed"]]
+            logits, scores = self._decode_best(maps, image_of, points, labels, masks)
+            download.add(scores[:, None])
+            download.add(logits[:, None].float().clamp(-32, 32))  # as the predictor returns them
+            for part in upsample_masks(logits, size_hw):
+                download.add(part[:, None])
+        score, low_res, *parts = download.wait()
+        return DecodedMasks(parts[0] if len(parts) == 1 else np.concatenate(parts), score, low_res)
 
     def mask_generator(self, **settings: Any) -> Any:
         """Return a `SAM2AutomaticMaskGenerator` of `sam2` with this model; settings are its arguments."""

@@ -180,7 +180,11 @@ class BatchSegmenter(Protocol):
     def segment_batch(
         self, images: Sequence[NDArray[np.uint8]], detections: Sequence[sv.Detections]
     ) -> list[sv.Detections]:
-        """Segment the detections of each image, as `segment` does."""
+        """Segment the detections of images `(H, W, 3) uint8`, whose sizes may differ.
+
+        Returns:
+            For each image what `Segmenter.segment` returns for it alone.
+        """
 
 
 @runtime_checkable
@@ -248,19 +252,23 @@ class PredictsLost(Protocol):
 
 
 @runtime_checkable
-class EncodesAhead(Protocol):
-    """A session that can encode the next frame while the masks of the current one are on their way."""
-
-    def encode_ahead(self, image: NDArray[np.uint8]) -> None:
-        """Announce the frame after the next `step`."""
-
-
-@runtime_checkable
 class ResetsMemory(Protocol):
     """A session that can forget what an object left in memory after its prompts."""
 
     def reset_memory(self, tracker_id: int) -> None:
         """Drop the memory of an object whose track was hidden, since it is probably on another object."""
+
+
+@runtime_checkable
+class EncodesAhead(Protocol):
+    """A session that can encode the next frame while the results of the current one are on their way."""
+
+    def encode_ahead(self, image: NDArray[np.uint8]) -> None:
+        """Announce the frame after the one that the next `step` takes, before that `step`.
+
+        It has no effect on results, and none at all where nothing would be gained. A frame that is announced and does
+        not come is forgotten.
+        """
 
 
 @runtime_checkable

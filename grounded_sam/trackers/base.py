@@ -10,7 +10,8 @@ import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
-from grounded_sam.segmenters.base import SharableSegmenter
+from grounded_sam.acceleration.transfer import Download
+from grounded_sam.segmenters.base import SharableSegmenter, upsample_masks
 from grounded_sam.structures.detections import tracked_detections
 from grounded_sam.trackers.options import TrackerOptions
 
@@ -63,7 +64,6 @@ class MemorySession(ABC):
 
     Args:
         tracker: The tracker that opens the session.
-        mask_decoder: Module of its model that decodes masks.
         size_hw: Height and width of the frames in pixels.
 
     Attributes:
@@ -75,23 +75,17 @@ class MemorySession(ABC):
             another model.
     """
 
-    def __init__(self, tracker: MemoryTracker, mask_decoder: Any, size_hw: tuple[int, int]) -> None:
+    def __init__(self, tracker: MemoryTracker, size_hw: tuple[int, int]) -> None:
         self.model, self.options, self.size_hw = tracker.model, tracker.options, size_hw
         self.frame = -1
         self.segmenter = None if tracker.shared is None else tracker.shared.with_features(self.image_features)
         self._image: NDArray[np.uint8] | None = None  # of the current frame
         self._logits: dict[int, Tensor] = {}  # (1, 1, h, w), of objects propagated to or clicked on this frame, by id
         self._raw_logits: dict[int, Tensor] = {}  # the same, before the model overwrites absent objects
-        self._decoder_output: Any = None
-        self._hook = mask_decoder.register_forward_hook(self._keep_decoder_output)
 
     @abstractmethod
     def image_features(self, image: NDArray[np.uint8]) -> Any:
         """Return the features of an image, encoding the current frame once."""
-
-    def _keep_decoder_output(self, _module: Any, _inputs: Any, output: Any) -> None:
-        """Keep the mask logits, which the model overwrites for objects that it predicts to be absent."""
-        self._decoder_output = output
 
     def _start_frame(self, image: NDArray[np.uint8]) -> None:
         """Make an image the current frame.
@@ -113,10 +107,13 @@ class MemorySession(ABC):
         Args:
             ids: Ids of the objects; those without a mask are left out.
         """
+        import torch
+
         known = [i for i in ids if i in self._raw_logits]
-        masks = np.zeros((len(known), *self.size_hw), bool)
-        for mask, tracker_id in zip(masks, known, strict=True):
-            mask[:] = self._to_masks(self._raw_logits[tracker_id])[0]
+        masks = np.zeros((0, *self.size_hw), bool)
+        if known:
+            with torch.inference_mode():
+                masks = self._to_masks(torch.cat([self._raw_logits[i] for i in known]))
         zeros = np.zeros(len(known))
         return tracked_detections(np.array(known, np.int64), masks, zeros, zeros)
 
@@ -127,14 +124,13 @@ class MemorySession(ABC):
 
     def close(self) -> None:
         """Release all resources."""
-        self._hook.remove()
         self._logits.clear()
         self._raw_logits.clear()
-        self._image = self._decoder_output = None
+        self._image = None
 
     def _to_masks(self, logits: Tensor) -> NDArray[np.bool_]:
         """Convert logits `(n, 1, h, w)` to masks of the frame's size, `(n, H, W) bool`."""
-        import torch
-
-        resized = torch.nn.functional.interpolate(logits, self.size_hw, mode="bilinear", align_corners=False)
-        return (resized[:, 0] > 0).cpu().numpy()  # type: ignore[no-any-return]
+        download = Download()
+        for masks in upsample_masks(logits[:, 0], self.size_hw):
+            download.add(masks)
+        return np.concatenate(download.wait())

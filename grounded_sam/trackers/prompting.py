@@ -9,6 +9,7 @@ import supervision as sv
 from numpy.typing import NDArray
 
 from grounded_sam.acceleration.device_images import IMAGENET_MEAN, IMAGENET_STD, normalization_table, square_input
+from grounded_sam.acceleration.patching import to_device
 from grounded_sam.acceleration.resizing import equals_pillow
 
 if TYPE_CHECKING:
@@ -43,24 +44,24 @@ def to_pixels(
         return square_input(image, side, device, mean, std)
     square = np.asarray(Image.fromarray(image).resize((side, side)))
     pixels = torch.from_numpy(cv2.LUT(square, normalization_table(mean, std)[None]))
-    return pixels.permute(2, 0, 1)[None].to(device)
+    return to_device(pixels.permute(2, 0, 1)[None], device)
 
 
-def to_mask_input(mask: NDArray[np.bool_], side: int, device: Any = "cpu") -> Tensor:
-    """Resize a mask, as `add_new_mask` of sam2 does.
+def to_mask_input(masks: NDArray[np.bool_], side: int, device: Any = "cpu") -> Tensor:
+    """Resize masks, as `add_new_mask` of sam2 does.
 
     Args:
-        mask: Mask, `(H, W) bool`.
+        masks: Masks, `(n, H, W) bool`.
         side: Height and width of the model's input in pixels.
         device: Device of the result.
 
     Returns:
-        A tensor `(1, 1, side, side) float32` of zeros and ones.
+        A tensor `(n, 1, side, side) float32` of zeros and ones.
     """
     import torch
 
-    values = torch.from_numpy(np.ascontiguousarray(mask))[None, None].float().to(device)
-    if mask.shape != (side, side):
+    values = to_device(torch.from_numpy(np.ascontiguousarray(masks)), device)[:, None].float()
+    if masks.shape[1:] != (side, side):
         values = torch.nn.functional.interpolate(values, (side, side), mode="bilinear", antialias=True)
     return (values >= 0.5).float()
 

@@ -11,14 +11,18 @@ import supervision as sv
 from numpy.typing import NDArray
 
 from grounded_sam.acceleration.options import ModelOptions
-from grounded_sam.acceleration.sam2 import speed_up_memory
+from grounded_sam.acceleration.patching import to_device
+from grounded_sam.acceleration.sam2 import memory_takes_lengths, speed_up_memory
+from grounded_sam.acceleration.transfer import Download
 from grounded_sam.checks import check_int
+from grounded_sam.segmenters.base import upsample_masks
 from grounded_sam.segmenters.options import model_identity
 from grounded_sam.segmenters.sam2 import ImageFeatures, Sam2, Size, sam2_hub_file
 from grounded_sam.structures.detections import tracked_detections
 from grounded_sam.trackers.base import MemorySession, MemoryTracker, find_shared
 from grounded_sam.trackers.options import TrackerOptions
 from grounded_sam.trackers.prompting import mask_prompt, oldest_dispensable, to_mask_input, to_pixels, to_points
+from grounded_sam.trackers.sam2_model import Memories, ObjectModel, Propagated, join_memories
 from grounded_sam.weights.hub import HubFile
 
 if TYPE_CHECKING:
@@ -65,32 +69,55 @@ class ObjectMemory:
         self.pointers.pop(frame, None)
 
 
-@dataclass(frozen=True)
-class FrameFeatures:
-    """Image features of a frame, expanded for n objects.
+class FrameResults:
+    """Results of the objects of a frame on their way to the CPU.
 
-    Attributes:
-        flat: Features `(hw, n, C)` of each level, from fine to coarse.
-        positions: Positional encodings of the same shapes.
-        sizes: Height and width of each level.
-        fine: Feature maps `(n, C, h, w)` of all levels but the coarsest.
+    Args:
+        count: Number of objects.
+        size_hw: Height and width of the frame in pixels.
     """
 
-    flat: list[Tensor]
-    positions: list[Tensor]
-    sizes: list[tuple[int, int]]
-    fine: list[Tensor]
+    def __init__(self, count: int, size_hw: tuple[int, int]) -> None:
+        self.count, self.size_hw = count, size_hw
+        self._download = Download()
+        self._rows: list[tuple[list[int], bool]] = []  # of each tensor, and whether it holds masks
 
-    def to_map(self, flat: Tensor) -> Tensor:
-        """Reshape features `(hw, n, C)` of the coarsest level to `(n, C, h, w)`."""
-        return flat.permute(1, 2, 0).view(flat.shape[1], flat.shape[2], *self.sizes[-1])
+    def add(self, rows: list[int], logits: Tensor, presence: Tensor, iou: Tensor) -> None:
+        """Add some objects.
+
+        Args:
+            rows: Their places in the results.
+            logits: Mask logits, `(n, 1, h, w)`.
+            presence: Logits of presence, `(n, 1)`.
+            iou: Predicted IoU, `(n,)`.
+        """
+        import torch
+
+        self._download.add(torch.stack([presence[:, 0].float().sigmoid(), iou.float()]))
+        self._rows.append((rows, False))
+        first = 0
+        for masks in upsample_masks(logits[:, 0], self.size_hw):
+            self._download.add(masks)
+            self._rows.append((rows[first : first + len(masks)], True))
+            first += len(masks)
+
+    def wait(self) -> tuple[NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32]]:
+        """Return masks `(n, H, W)`, confidence that each object is present, and predicted IoU."""
+        masks = np.empty((self.count, *self.size_hw), bool)
+        scores = np.empty((2, self.count), np.float32)
+        for (rows, are_masks), values in zip(self._rows, self._download.wait(), strict=True):
+            if are_masks:
+                masks[rows] = values
+            else:
+                scores[:, rows] = values
+        return masks, scores[0], scores[1]
 
 
 class Sam2Session(MemorySession):
     """Track the objects of one video with SAM 2; of earlier frames only the memories of the objects are kept.
 
     Masks equal those of `SAM2VideoPredictor.propagate_in_video` with the same weights and the post-processing of
-    `build_sam2_video_predictor`.
+    `build_sam2_video_predictor`. The device is waited for once per call.
 
     Args:
         tracker: The tracker that opens the session.
@@ -98,24 +125,36 @@ class Sam2Session(MemorySession):
 
     Attributes:
         memories: Memory of each object by id, in the order in which they were added.
+        objects: The model.
     """
 
     def __init__(self, tracker: Sam2Tracker, size_hw: tuple[int, int]) -> None:
-        super().__init__(tracker, tracker.model.sam_mask_decoder, size_hw)
-        self.chunk = tracker.chunk
+        super().__init__(tracker, size_hw)
+        self.chunk, self.objects = tracker.chunk, tracker.objects
         self.memories: dict[int, ObjectMemory] = {}
-        self._encoded: tuple[NDArray[np.uint8], ImageFeatures] | None = None  # the image encoded last
-        self._memory_positions: Tensor | None = None  # positional encoding of mask memory, (hw, 1, 64)
+        self._encode, self._pads, self._encodes_ahead = tracker.encode, tracker.pads, tracker.encodes_ahead
+        self._encoded: list[tuple[NDArray[np.uint8], ImageFeatures]] = []  # of the current image, and one other
+        self._next: NDArray[np.uint8] | None = None
 
     def image_features(self, image: NDArray[np.uint8]) -> ImageFeatures:
-        """Return the output of `SAM2Base.forward_image` for an image; the last image is encoded once."""
+        """Return the feature maps of an image; the current and the announced one are encoded once."""
         import torch
 
-        if self._encoded is None or image is not self._encoded[0]:
-            pixels = to_pixels(image, self.model.image_size, self.model.device)
-            with torch.inference_mode():
-                self._encoded = image, self.model.forward_image(pixels)
-        return self._encoded[1]
+        for known, features in self._encoded:
+            if known is image:
+                return features
+        pixels = to_pixels(image, self.model.image_size, self.model.device)
+        with torch.inference_mode():
+            features = self._encode(pixels)
+        self._encoded = [entry for entry in self._encoded if entry[0] is self._image] + [(image, features)]
+        return features
+
+    def encode_ahead(self, image: NDArray[np.uint8]) -> None:
+        """Announce the next frame; see `structures.protocols.EncodesAhead`.
+
+        On CUDA it is encoded while the masks of the current frame are on their way to the CPU, if there are any.
+        """
+        self._next = image if self._encodes_ahead else None
 
     def step(self, image: NDArray[np.uint8]) -> sv.Detections:
         """Advance to the next frame and return the visible objects, in the order in which they were added.
@@ -129,27 +168,21 @@ class Sam2Session(MemorySession):
         import torch
 
         self._start_frame(image)
-        none = (np.empty(0, np.int64), np.empty((0, *self.size_hw), bool), np.empty(0), np.empty(0))
-        parts: list[tuple[NDArray[Any], ...]] = [none]
+        row_of = {tracker_id: row for row, tracker_id in enumerate(self.memories)}
+        results = FrameResults(len(row_of), self.size_hw)
         with torch.inference_mode():
             for batch in self._batches():
-                memories = [self.memories[i] for i in batch]
-                features = self._frame_features(len(batch))
-                fused = self._attend_to_memory(memories, features)
-                multimask = self.model._use_multimask(False, None)
-                output = self.model._forward_sam_heads(fused, None, None, features.fine, multimask)
-                _, _, ious, low_res, high_res, pointers, presence = output
-                encoded = self._encode_memory(features, high_res, presence, prompted=False)
-                for k, (tracker_id, memory) in enumerate(zip(batch, memories, strict=True)):
-                    memory.features[self.frame] = encoded[k : k + 1]
-                    memory.pointers[self.frame] = pointers[k : k + 1]
-                    self._logits[tracker_id] = low_res[k : k + 1]
-                    self._raw_logits[tracker_id] = self._decoder_output[0][k : k + 1, ious[k].argmax()][:, None]
-                parts.append(self._results(batch, low_res, presence, ious.max(1).values))
-        ids, masks, confidence, scores = (np.concatenate(column) for column in zip(*parts, strict=True))
-        rank = {tracker_id: n for n, tracker_id in enumerate(self.memories)}
-        order = np.argsort([rank[i] for i in ids.tolist()]).astype(np.intp)
-        return tracked_detections(ids[order], masks[order], confidence[order], scores[order])
+                memories = self._join_memories(batch)
+                found = Propagated(*self.objects.propagate(*self.image_features(image), *memories))
+                results.add([row_of[i] for i in batch], found.logits, found.presence, found.iou)
+                for k, tracker_id in enumerate(batch):
+                    memory, row = self.memories[tracker_id], slice(k, k + 1)
+                    memory.features[self.frame], memory.pointers[self.frame] = found.maps[row], found.pointers[row]
+                    self._logits[tracker_id], self._raw_logits[tracker_id] = found.logits[row], found.raw_logits[row]
+            if self._next is not None and row_of:
+                self.image_features(self._next)
+        self._next = None
+        return tracked_detections(np.array(list(row_of), np.int64), *results.wait())
 
     def prompt(self, detections: sv.Detections) -> sv.Detections:
         """Add or correct objects on the frame of the last `step`, and return those that have a mask.
@@ -159,31 +192,87 @@ class Sam2Session(MemorySession):
         """
         import torch
 
+        assert self._image is not None, "prompt was called before step"
         assert detections.tracker_id is not None
-        masks, confidence, scores = [], [], []
+        ids = detections.tracker_id.tolist()
+        prompt_masks = [mask_prompt(detections, i, self.options.prompt) for i in range(len(ids))]
+        results = FrameResults(len(ids), self.size_hw)
         with torch.inference_mode():
-            for i, tracker_id in enumerate(detections.tracker_id.tolist()):
-                memory = self.memories.setdefault(tracker_id, ObjectMemory())
-                mask = mask_prompt(detections, i, self.options.prompt)
-                features = self._frame_features(1)
-                if mask is not None:
-                    values = to_mask_input(mask, self.model.image_size, self.model.device)
-                    coarse = features.to_map(features.flat[-1])
-                    output = self.model._use_mask_as_output(coarse, features.fine, values)
-                else:
-                    output = self._decode_points(tracker_id, detections, i, features)
-                _, _, iou, low_res, _, pointer, presence = output
-                side = self.model.image_size
-                high_res = torch.nn.functional.interpolate(low_res, (side, side), mode="bilinear", align_corners=False)
-                encoded = self._encode_memory(features, high_res, presence, prompted=True)
-                memory.forget_frame(self.frame)
-                memory.prompted[self.frame] = (encoded, pointer)
-                _, decoded_masks, present, score = self._results([tracker_id], low_res, presence, iou.max(1).values)
-                masks.append(decoded_masks[0] if mask is None else mask)
-                confidence.append(present[0])
-                scores.append(score[0])
-        stacked = np.array(masks, bool).reshape(-1, *self.size_hw)
-        return tracked_detections(detections.tracker_id, stacked, np.array(confidence), np.array(scores))
+            if ids:
+                features = self.image_features(self._image)
+            for tracker_id in ids:
+                self.memories.setdefault(tracker_id, ObjectMemory())
+            masked = [i for i, mask in enumerate(prompt_masks) if mask is not None]
+            for rows in chunks(masked, self.chunk):
+                masks = np.stack([np.asarray(prompt_masks[i], bool) for i in rows])
+                values = to_mask_input(masks, self.model.image_size, self.model.device)
+                self._store_prompted(ids, rows, self.objects.use_masks(features, values), results)
+            for rows, points, labels in self._group_points(detections, prompt_masks):
+                decoded = self._decode_points([ids[i] for i in rows], points, labels)
+                for k, i in enumerate(rows):
+                    self._logits[ids[i]] = decoded[0][k : k + 1]
+                self._store_prompted(ids, rows, decoded, results)
+        found, confidence, scores = results.wait()
+        for i in masked:
+            found[i] = prompt_masks[i]
+        return tracked_detections(detections.tracker_id, found, confidence, scores)
+
+    def _group_points(
+        self, detections: sv.Detections, prompt_masks: list[NDArray[np.bool_] | None]
+    ) -> Iterator[tuple[list[int], NDArray[np.float32], NDArray[np.int32]]]:
+        """Yield rows whose boxes and clicks can be decoded together, with their points and labels."""
+        assert detections.tracker_id is not None
+        groups: dict[tuple[int, ...], list[int]] = {}
+        points, labels = {}, {}
+        for i, tracker_id in enumerate(detections.tracker_id.tolist()):
+            if prompt_masks[i] is None:
+                points[i], labels[i] = to_points(detections, i, self.size_hw, self.model.image_size)
+                key: tuple[int, ...] = (len(points[i]),)
+                if tracker_id in self._logits:  # it was propagated to this frame, and is corrected
+                    self.memories[tracker_id].forget_frame(self.frame)
+                    key = (len(points[i]), *self._memory_key(tracker_id))
+                groups.setdefault(key, []).append(i)
+        for members in groups.values():
+            for rows in chunks(members, self.chunk):
+                yield rows, np.stack([points[i] for i in rows]), np.stack([labels[i] for i in rows])
+
+    def _decode_points(
+        self, ids: list[int], points: NDArray[np.float32], labels: NDArray[np.int32]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Decode boxes and clicks of objects; with memory and logits if they were propagated to this frame.
+
+        Args:
+            ids: Ids of the objects.
+            points: See `ObjectModel.decode`.
+            labels: See `ObjectModel.decode`.
+        """
+        import torch
+
+        assert self._image is not None
+        features, device = self.image_features(self._image), self.model.device
+        logits = None
+        if ids[0] in self._logits:
+            fused = self.objects.attend(features[-1], self._join_memories(ids))
+            logits = torch.cat([self._logits[i] for i in ids]).clamp(-32, 32)
+        else:
+            fused = self.objects.without_memory(features[-1], len(ids))
+        inputs = to_device(torch.from_numpy(points), device), to_device(torch.from_numpy(labels), device)
+        multimask = self.model._use_multimask(logits is None, {"point_labels": inputs[1]})
+        return self.objects.decode(features, fused, multimask, inputs, logits)
+
+    def _store_prompted(
+        self, ids: list[int], rows: list[int], decoded: tuple[Tensor, ...], results: FrameResults
+    ) -> None:
+        """Store what was decoded for prompts as the memory of this frame, and add it to the results."""
+        assert self._image is not None
+        logits, _, iou, presence, pointers = decoded
+        maps = self.objects.remember(self.image_features(self._image)[-1], logits, presence, prompted=True)
+        for k, i in enumerate(rows):
+            memory = self.memories[ids[i]]
+            memory.forget_frame(self.frame)
+            # These are kept for long, so they should not keep those of other objects.
+            memory.prompted[self.frame] = (maps[k : k + 1].clone(), pointers[k : k + 1].clone())
+        results.add(rows, logits, presence, iou)
 
     def reset_memory(self, tracker_id: int) -> None:
         """Drop the memory of an object, except that of its prompts."""
@@ -201,104 +290,57 @@ class Sam2Session(MemorySession):
         """Release all resources."""
         super().close()
         self.memories.clear()
-        self._encoded = self._memory_positions = None
+        self._encoded, self._next = [], None
 
     def _batches(self) -> Iterator[list[int]]:
-        """Yield chunks of ids whose objects can be batched: they have equal numbers of memories and pointers."""
+        """Drop what memory attention no longer reaches, and yield chunks of ids whose objects can be batched."""
         groups: dict[tuple[int, ...], list[int]] = {}
         for tracker_id, memory in self.memories.items():
             num_pointers = self.model.max_obj_ptrs_in_encoder
             memory.prune(self.frame, self.model.num_maskmem, num_pointers, self.options.max_prompts)
-            key = (len(memory.prompted), len(memory.features), len(memory.pointers))
-            groups.setdefault(key, []).append(tracker_id)
+            groups.setdefault(self._memory_key(tracker_id), []).append(tracker_id)
         for ids in groups.values():
-            for start in range(0, len(ids), self.chunk):
-                yield ids[start : start + self.chunk]
+            yield from chunks(ids, self.chunk)
 
-    def _frame_features(self, n: int) -> FrameFeatures:
-        """Return the image features of the current frame for n objects."""
-        assert self._image is not None, "prompt was called before step"
-        maps = self.image_features(self._image)
-        _, flat, positions, sizes = self.model._prepare_backbone_features(maps)
-        return FrameFeatures(
-            flat=[f.expand(-1, n, -1) for f in flat],
-            positions=[p.expand(-1, n, -1) for p in positions],
-            sizes=sizes,
-            fine=[m.expand(n, -1, -1, -1) for m in maps["backbone_fpn"][-len(sizes) : -1]],
-        )
+    def _memory_key(self, tracker_id: int) -> tuple[int, ...]:
+        """Return what objects must have in common to be batched: the number of their maps."""
+        memory = self.memories[tracker_id]
+        pointers = () if self._pads else (len(memory.prompted) + len(memory.pointers),)
+        return (len(memory.prompted) + len(memory.features), *pointers)
 
-    def _attend_to_memory(self, memories: list[ObjectMemory], features: FrameFeatures) -> Tensor:
-        """Fuse the features of the frame with the memories of n objects, `(n, C, h, w)`.
-
-        Equals `SAM2Base._prepare_memory_conditioned_features`, for several objects with equal numbers of memories.
-        """
+    def _join_memories(self, ids: list[int]) -> Memories:
+        """Batch the memories of objects with equal numbers of maps."""
         import torch
-        from sam2.modeling.sam2_utils import get_1d_sine_pe
 
-        model, current = self.model, self.frame
-        banks, positions, pointers, ages = [], [], [], []
-        for memory in memories:
-            bank = [(model.num_maskmem - 1, encoded) for encoded, _ in memory.prompted.values()]
-            bank += [(current - frame - 1, encoded) for frame, encoded in sorted(memory.features.items())]
-            banks.append(torch.cat([encoded.flatten(2) for _, encoded in bank], 2))
-            positions.append(torch.cat([self._memory_positions + model.maskmem_tpos_enc[age] for age, _ in bank]))
+        current, oldest = self.frame, self.model.num_maskmem - 1
+        maps, pointers, numbers = [], [], []
+        for memory in (self.memories[i] for i in ids):
+            recent = sorted(memory.features.items())
+            maps.append([*(encoded for encoded, _ in memory.prompted.values()), *(encoded for _, encoded in recent)])
             by_age = [(current - frame, pointer) for frame, (_, pointer) in memory.prompted.items()]
             by_age += [(current - frame, pointer) for frame, pointer in sorted(memory.pointers.items(), reverse=True)]
-            pointers.append(torch.cat([pointer for _, pointer in by_age]))
-            ages.append([age for age, _ in by_age])
-        n, count, width = len(memories), len(ages[0]), model.hidden_dim
-        relative = torch.tensor(ages, device=model.device).T / (model.max_obj_ptrs_in_encoder - 1)  # (count, n)
-        encoding = get_1d_sine_pe(relative.reshape(-1), dim=width)
-        times = model.obj_ptr_tpos_proj(encoding).view(count, n, model.mem_dim)
-        splits = width // model.mem_dim  # a pointer is split into tokens as wide as the memory
-        tokens = torch.stack(pointers, 1).reshape(count, n, splits, model.mem_dim).permute(0, 2, 1, 3).flatten(0, 1)
-        fused = model.memory_attention(
-            curr=features.flat[-1:],
-            curr_pos=features.positions[-1:],
-            memory=torch.cat([torch.cat(banks).permute(2, 0, 1), tokens]),
-            memory_pos=torch.cat([torch.cat(positions, 1), times.repeat_interleave(splits, 0)]),
-            num_obj_ptr_tokens=len(tokens),
-        )
-        return features.to_map(fused)
+            pointers.append([pointer for _, pointer in by_age])
+            indices = [oldest] * len(memory.prompted) + [current - frame - 1 for frame, _ in recent]
+            numbers.append((indices, [age for age, _ in by_age]))
+        joined_maps, joined_pointers = join_memories(maps, pointers)
+        most = joined_pointers.shape[1]
+        table = np.zeros((len(ids), len(maps[0]) + most + 1), np.int64)
+        for row, (indices, ages) in zip(table, numbers, strict=True):
+            row[: len(indices) + len(ages)] = indices + ages
+            row[-1] = len(indices) * self.objects.map_tokens + len(ages) * self.objects.pointer_tokens
+        if all(len(own) == most for own in pointers):
+            table = np.ascontiguousarray(table[:, :-1])
+        return Memories(joined_maps, joined_pointers, to_device(torch.from_numpy(table), self.model.device))
 
-    def _decode_points(
-        self, tracker_id: int, detections: sv.Detections, i: int, features: FrameFeatures
-    ) -> tuple[Any, ...]:
-        """Decode the box and clicks of an object; with memory and logits if it was propagated to this frame."""
-        import torch
 
-        points, labels = to_points(detections, i, self.size_hw, self.model.image_size)
-        inputs = {
-            "point_coords": torch.from_numpy(points)[None].to(self.model.device),
-            "point_labels": torch.from_numpy(labels)[None].to(self.model.device),
-        }
-        memory, previous = self.memories[tracker_id], self._logits.get(tracker_id)
-        if previous is None:
-            fused = features.to_map(features.flat[-1] + self.model.no_mem_embed)
-        else:
-            memory.forget_frame(self.frame)
-            fused = self._attend_to_memory([memory], features)
-            previous = previous.clamp(-32, 32)
-        multimask = self.model._use_multimask(previous is None, inputs)
-        output: tuple[Any, ...] = self.model._forward_sam_heads(fused, inputs, previous, features.fine, multimask)
-        self._logits[tracker_id] = output[3]
-        return output
+def chunks(items: list[int], size: int) -> Iterator[list[int]]:
+    """Split a list into parts of at most a size.
 
-    def _encode_memory(self, features: FrameFeatures, high_res: Tensor, presence: Tensor, prompted: bool) -> Tensor:
-        """Encode mask logits at the model's input size as mask memory `(n, 64, h, w) bfloat16`."""
-        import torch
-
-        encoded, positions = self.model._encode_new_memory(features.flat, features.sizes, high_res, presence, prompted)
-        if self._memory_positions is None:
-            self._memory_positions = positions[-1][:1].flatten(2).permute(2, 0, 1).clone()
-        return encoded.to(torch.bfloat16)
-
-    def _results(
-        self, ids: list[int], low_res: Tensor, presence: Tensor, iou: Tensor
-    ) -> tuple[NDArray[np.int64], NDArray[np.bool_], NDArray[np.float32], NDArray[np.float32]]:
-        """Return ids, masks of the frame's size, confidence that the object is present, and predicted IoU."""
-        confidence = presence[:, 0].float().sigmoid().cpu().numpy()
-        return np.array(ids, np.int64), self._to_masks(low_res), confidence, iou.float().cpu().numpy()
+    >>> list(chunks([4, 5, 6], 2))
+    [[4, 5], [6]]
+    """
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
 
 
 class Sam2Tracker(MemoryTracker):
@@ -310,9 +352,16 @@ class Sam2Tracker(MemoryTracker):
         checkpoint: See `segmenters.sam2.Sam2`.
         size: See `segmenters.sam2.Sam2`.
         sha256: See `segmenters.sam2.Sam2`.
-        chunk: Largest number of objects per forward pass; None for 16 on CUDA and 1 on a CPU, where batches are no
+        chunk: Largest number of objects per forward pass; None for 64 on CUDA and 1 on a CPU, where batches are no
             faster.
         **options: See `trackers.options.TrackerOptions`.
+
+    Attributes:
+        chunk: As above.
+        encode: See `segmenters.sam2.Sam2`.
+        objects: What the model computes for objects.
+        pads: Whether objects with different numbers of pointers are batched.
+        encodes_ahead: Whether sessions encode frames ahead.
 
     Raises:
         CheckpointError: If the weights are missing, damaged, or of another model.
@@ -334,13 +383,15 @@ class Sam2Tracker(MemoryTracker):
         super().__init__(parsed, shared)
         if shared is None:
             model_options = {option.name: getattr(parsed, option.name) for option in fields(ModelOptions)}
-            self.model = Sam2(checkpoint, size, sha256, **model_options).model
-        else:
-            self.model = shared.model
+            shared = Sam2(checkpoint, size, sha256, **model_options)
+        self.model, self.encode = shared.model, shared.encode
         speed_up_memory(self.model, parsed.precision)
+        self.pads = memory_takes_lengths(self.model)
         # As in `build_sam2_video_predictor`; the image predictor ignores it.
         self.model.binarize_mask_from_pts_for_mem_enc = True
-        self.chunk = chunk or (16 if self.model.device.type == "cuda" else 1)
+        self.objects = ObjectModel(self.model)
+        self.encodes_ahead = self.model.device.type == "cuda"
+        self.chunk = chunk or (64 if self.encodes_ahead else 1)
 
     @classmethod
     def hub_file(cls, settings: Mapping[str, Any]) -> HubFile:

@@ -41,7 +41,9 @@ class Sam2HfSession(MemorySession):
     """
 
     def __init__(self, tracker: Sam2HfTracker, size_hw: tuple[int, int]) -> None:
-        super().__init__(tracker, tracker.model.mask_decoder, size_hw)
+        super().__init__(tracker, size_hw)
+        self._decoder_output: Any = None
+        self._hook = self.model.mask_decoder.register_forward_hook(self._keep_decoder_output)
         self._mean_std = tracker.mean_std
         module = sys.modules[type(self.model).__module__]
         session_class = getattr(module, type(self.model).__name__.replace("Model", "InferenceSession"))
@@ -56,6 +58,10 @@ class Sam2HfSession(MemorySession):
         )
         self.ids: list[int] = []
         self._memory_positions: Any = None  # positional encoding of mask memory
+
+    def _keep_decoder_output(self, _module: Any, _inputs: Any, output: Any) -> None:
+        """Keep the mask logits, which the model overwrites for objects that it predicts to be absent."""
+        self._decoder_output = output
 
     def _pixels(self, image: NDArray[np.uint8]) -> Tensor:
         return to_pixels(image, self._side, self.model.device, *self._mean_std)
@@ -106,7 +112,7 @@ class Sam2HfSession(MemorySession):
                 self.state.output_dict_per_obj[tracker_id]["non_cond_frame_outputs"].pop(self.frame, None)
                 mask = mask_prompt(detections, i, self.options.prompt)
                 if mask is not None:
-                    values = to_mask_input(mask, self._side, self.model.device)
+                    values = to_mask_input(mask[None], self._side, self.model.device)
                     with self._single_mask():
                         output = self._propagate(tracker_id, is_init_cond_frame=True, mask_inputs=values)
                     score = 1.0
@@ -138,6 +144,8 @@ class Sam2HfSession(MemorySession):
     def close(self) -> None:
         """Release all resources."""
         super().close()
+        self._hook.remove()
+        self._decoder_output = None
         self.state.reset_inference_session()
         self.state.processed_frames = {}
         self._memory_positions = None

@@ -49,7 +49,8 @@ def speed_up_encoder(model: Any, precision: Precision, compile_: bool, backend: 
     encoder = model.image_encoder if hasattr(model, "image_encoder") else model.vision_encoder
     cache_position_embeddings(encoder)
     cache_position_encodings(model)
-    is_cpu = next(model.parameters()).device.type == "cpu"
+    device = next(model.parameters()).device.type
+    is_cpu = device == "cpu"
     if is_cpu:
         fold_token_projections(model)
         add_positions_once(model)
@@ -62,7 +63,7 @@ def speed_up_encoder(model: Any, precision: Precision, compile_: bool, backend: 
     if is_cpu:
         chunk_feed_forwards(encoder)
     if precision != "exact" and _can_use_bfloat16(model, precision):
-        if not is_cpu and modules_of_class(encoder, "Hiera"):
+        if device == "cuda" and modules_of_class(encoder, "Hiera"):
             use_bfloat16_model(model)
         else:
             if precision == "fast":
@@ -79,11 +80,12 @@ def speed_up_memory(model: Any, precision: Precision) -> None:
         model: A `SAM2Base`, or a video model of transformers.
         precision: `exact`, `balanced` or `fast`.
     """
-    is_cpu = next(model.parameters()).device.type == "cpu"
-    bfloat16_from = "fast" if is_cpu else "balanced"  # on a CPU only the matrix products are faster
-    if precision in ("fast", bfloat16_from) and _can_use_bfloat16(model, precision):
+    device = next(model.parameters()).device.type
+    # Elsewhere attention itself is no faster in bfloat16.
+    uses_bfloat16 = precision == "fast" or (precision == "balanced" and device == "cuda")
+    if uses_bfloat16 and _can_use_bfloat16(model, precision):
         use_bfloat16_memory_attention(model)
-    elif is_cpu:
+    elif device == "cpu":
         pool_before_value_projection(model)
     else:
         fuse_memory_attention(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import sys
+import threading
 
 import checkpoints
 import numpy as np
@@ -19,6 +20,7 @@ from grounded_sam import ConfigError, Vocabulary, load
 from grounded_sam.acceleration import allocator, patching
 from grounded_sam.acceleration import grounding_dino as dino_patches
 from grounded_sam.acceleration import sam2 as sam2_patches
+from grounded_sam.acceleration.patching import without_tf32
 from grounded_sam.acceleration.swin import keep_window_masks
 from grounded_sam.detectors.grounding_dino import GroundingDino
 from grounded_sam.segmenters.base import Prompts
@@ -415,3 +417,26 @@ def test_tracks_on_cuda_are_close_to_those_on_the_cpu(tracker_class, clip):
         for device, p in (("cpu", "exact"), ("cuda", "fast"))
     )
     assert min_iou(track_masks(cpu, *clip), track_masks(cuda, *clip)) > 0.9
+
+
+def test_tf32_stays_off_until_the_last_thread_needs_it_off_no_more():
+    switch = torch.backends.cuda.matmul
+    before, switch.allow_tf32 = switch.allow_tf32, True
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold():
+        with without_tf32():
+            entered.set()
+            leave.wait(10)
+
+    thread = threading.Thread(target=hold)
+    try:
+        with without_tf32():
+            thread.start()
+            entered.wait(10)
+        assert not switch.allow_tf32
+        leave.set()
+        thread.join()
+        assert switch.allow_tf32
+    finally:
+        switch.allow_tf32 = before

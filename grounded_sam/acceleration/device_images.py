@@ -114,12 +114,12 @@ def grounding_dino_size(processor: Any, size_hw: tuple[int, int]) -> tuple[int, 
     from transformers.image_transforms import get_size_with_aspect_ratio
 
     steps = (processor.do_resize, processor.do_rescale, processor.do_normalize, processor.do_pad)
-    size = processor.size
+    size = dict(processor.size)
     usual = type(processor) is GroundingDinoImageProcessor and all(steps)
     usual = usual and processor.resample == 2 and getattr(processor, "pad_size", None) is None  # 2: bilinear
-    if not usual or not size.shortest_edge or not size.longest_edge:
+    if not usual or set(size) != {"shortest_edge", "longest_edge"} or not all(size.values()):
         return None
-    height, width = get_size_with_aspect_ratio(size_hw, size.shortest_edge, size.longest_edge)
+    height, width = get_size_with_aspect_ratio(size_hw, size["shortest_edge"], size["longest_edge"])
     return (height, width) if height and width else None
 
 

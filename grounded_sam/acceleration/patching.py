@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import Lock
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
@@ -305,20 +306,54 @@ def use_bfloat16_feed_forwards(root: nn.Module) -> None:
             network.second.to(torch.bfloat16)
 
 
+class _Tf32:
+    """The switches of TF32, which all threads share.
+
+    Attributes:
+        users: Number of blocks that need them off.
+        before: The switches as they were before the first of these.
+    """
+
+    def __init__(self) -> None:
+        self.lock, self.users = Lock(), 0
+        self.before: list[bool] = []
+
+
+_TF32 = _Tf32()
+
+
 @contextmanager
 def without_tf32() -> Iterator[None]:
-    """Let CUDA compute float32 products and convolutions in float32, not in TF32, whose mantissa has 10 bits."""
+    """Let CUDA compute float32 products and convolutions in float32, not in TF32, whose mantissa has 10 bits.
+
+    Several threads may be in such a block; the last one to leave switches back.
+    """
     import torch
 
     switches: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [switch.allow_tf32 for switch in switches]
+    with _TF32.lock:
+        if not _TF32.users:
+            _TF32.before = [switch.allow_tf32 for switch in switches]
+            for switch in switches:
+                switch.allow_tf32 = False
+        _TF32.users += 1
     try:
-        for switch in switches:
-            switch.allow_tf32 = False
         yield
     finally:
-        for switch, allowed in zip(switches, before, strict=True):
-            switch.allow_tf32 = allowed
+        with _TF32.lock:
+            _TF32.users -= 1
+            if not _TF32.users:
+                for switch, allowed in zip(switches, _TF32.before, strict=True):
+                    switch.allow_tf32 = allowed
+
+
+@contextmanager
+def inference() -> Iterator[None]:
+    """Run a model: without gradients, and with float32 as it is."""
+    import torch
+
+    with torch.inference_mode(), without_tf32():
+        yield
 
 
 def to_device(pixels: Tensor, device: Any) -> Tensor:

@@ -15,7 +15,7 @@ from grounded_sam.acceleration.backends import Backend, BackendSettings
 from grounded_sam.acceleration.device_images import grounding_dino_input
 from grounded_sam.acceleration.dino_network import Predictions
 from grounded_sam.acceleration.grounding_dino import speed_up
-from grounded_sam.acceleration.patching import Precision, check_precision, without_tf32
+from grounded_sam.acceleration.patching import Precision, check_precision, inference
 from grounded_sam.checks import check_choice
 from grounded_sam.detectors.queries import (
     Dtype,
@@ -365,9 +365,8 @@ class GroundingDino:
             frames: Frames with the same `batch_key`.
             vocabulary: Classes to look for.
         """
-        import torch
 
-        with torch.inference_mode(), without_tf32():
+        with inference():
             images = self.network.encode_images(self.prepare(frames))
             for encoded in self.encoded_prompts(vocabulary):
                 yield encoded, self.network.predict(images, encoded.text)

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from grounded_sam.acceleration.cuda_graphs import GraphedFunction
 from grounded_sam.acceleration.device_images import sam2_image_input
-from grounded_sam.acceleration.patching import to_device
+from grounded_sam.acceleration.patching import inference, to_device
 from grounded_sam.acceleration.sam2 import speed_up_encoder
 from grounded_sam.acceleration.transfer import Download
 from grounded_sam.checks import check_choice, check_int
@@ -250,7 +250,7 @@ class Sam2(SharableSegmenter):
         counts = [len(found) for found in detections]
         image_of, boxes = np.repeat(np.arange(len(images)), counts), np.concatenate([d.xyxy for d in detections])
         download, owners = Download(), []  # the image of each part of the masks
-        with torch.inference_mode():
+        with inference():
             maps, scores = self._encode_batch(images), []
             for start in range(0, len(boxes), self.options.chunk):
                 rows = slice(start, start + self.options.chunk)
@@ -299,9 +299,8 @@ class Sam2(SharableSegmenter):
         return [torch.cat(level) for level in levels]
 
     def _set_image(self, image: NDArray[np.uint8]) -> None:
-        import torch
 
-        with torch.inference_mode():
+        with inference():
             if self._shared_features is None:
                 features = self.encode(self._to_pixels([image]))
             else:
@@ -379,7 +378,7 @@ class Sam2(SharableSegmenter):
         if prompts.boxes is not None or prompts.points is not None:
             points, labels = input_points(self.model.image_size, np.array([size_hw]), prompts.boxes, prompts)
         features, image_of, download = self.predictor._features, np.zeros(len(prompts.rows), int), Download()
-        with torch.inference_mode():
+        with inference():
             maps = [*features["high_res_feats"], features["image_embed"]]
             logits, scores = self._decode_best(maps, image_of, points, labels, masks)
             download.add(scores[:, None])

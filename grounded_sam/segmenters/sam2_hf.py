@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from grounded_sam.acceleration.patching import to_device
+from grounded_sam.acceleration.patching import inference, to_device
 from grounded_sam.acceleration.sam2 import speed_up_encoder
 from grounded_sam.segmenters.base import DecodedMasks, Prompts, SharableSegmenter, prompts_per_call
 from grounded_sam.segmenters.options import SegmenterOptions, model_identity
@@ -62,9 +62,8 @@ class Sam2Hf(SharableSegmenter):
         return list(self.model.get_image_features(pixels, return_dict=True).fpn_hidden_states)
 
     def _set_image(self, image: NDArray[np.uint8]) -> None:
-        import torch
 
-        with torch.inference_mode():
+        with inference():
             *fine, coarse = self._image_features(image)
             flat = [*fine, coarse + self.model.no_memory_embedding]
             sizes = self.model.backbone_feature_sizes
@@ -110,7 +109,7 @@ class Sam2Hf(SharableSegmenter):
         model = self.model
         points, labels = self._point_inputs(prompts)
         parts = []
-        with torch.inference_mode():
+        with inference():
             for rows in prompts_per_call(prompts):
                 sparse, dense = model.prompt_encoder(
                     input_points=torch.from_numpy(points[rows])[None].to(model.device),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from grounded_sam.acceleration.patching import to_device
+from grounded_sam.acceleration.patching import inference, to_device
 from grounded_sam.acceleration.sam2 import speed_up_encoder
 from grounded_sam.checks import check_bool
 from grounded_sam.segmenters.base import DecodedMasks, PromptedSegmenter, Prompts, masks_to_logits, prompts_per_call
@@ -51,10 +51,9 @@ class SamHq(PromptedSegmenter):
         self._sizes: tuple[tuple[int, int], tuple[int, int]] = ((0, 0), (0, 0))  # of the image and of the resized image
 
     def _set_image(self, image: NDArray[np.uint8]) -> None:
-        import torch
 
         inputs = self.processor(images=image, input_data_format="channels_last", return_tensors="pt")
-        with torch.inference_mode():
+        with inference():
             self._features = self.model.get_image_embeddings(to_device(inputs["pixel_values"], self.model.device))
         height, width = (int(side) for side in inputs["reshaped_input_sizes"][0])
         self._sizes = ((image.shape[0], image.shape[1]), (height, width))
@@ -81,7 +80,7 @@ class SamHq(PromptedSegmenter):
         parts = []
         for rows in prompts_per_call(prompts):
             chunk = {key: value[rows][None].to(device) for key, value in inputs.items()}
-            with torch.inference_mode():
+            with inference():
                 if prompts.masks is not None:
                     chunk["input_masks"] = self._mask_inputs(prompts.masks[rows]).to(device)
                 elif prompts.logits is not None:

@@ -10,6 +10,7 @@ import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
+from grounded_sam.acceleration.patching import inference
 from grounded_sam.acceleration.transfer import Download
 from grounded_sam.segmenters.base import SharableSegmenter, upsample_masks
 from grounded_sam.structures.detections import tracked_detections
@@ -112,7 +113,7 @@ class MemorySession(ABC):
         known = [i for i in ids if i in self._raw_logits]
         masks = np.zeros((0, *self.size_hw), bool)
         if known:
-            with torch.inference_mode():
+            with inference():
                 masks = self._to_masks(torch.cat([self._raw_logits[i] for i in known]))
         zeros = np.zeros(len(known))
         return tracked_detections(np.array(known, np.int64), masks, zeros, zeros)

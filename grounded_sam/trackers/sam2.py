@@ -11,7 +11,7 @@ import supervision as sv
 from numpy.typing import NDArray
 
 from grounded_sam.acceleration.options import ModelOptions
-from grounded_sam.acceleration.patching import to_device
+from grounded_sam.acceleration.patching import inference, to_device
 from grounded_sam.acceleration.sam2 import memory_takes_lengths, speed_up_memory
 from grounded_sam.acceleration.transfer import Download
 from grounded_sam.checks import check_int
@@ -138,13 +138,11 @@ class Sam2Session(MemorySession):
 
     def image_features(self, image: NDArray[np.uint8]) -> ImageFeatures:
         """Return the feature maps of an image; the current and the announced one are encoded once."""
-        import torch
-
         for known, features in self._encoded:
             if known is image:
                 return features
         pixels = to_pixels(image, self.model.image_size, self.model.device)
-        with torch.inference_mode():
+        with inference():
             features = self._encode(pixels)
         self._encoded = [entry for entry in self._encoded if entry[0] is self._image] + [(image, features)]
         return features
@@ -165,12 +163,11 @@ class Sam2Session(MemorySession):
         Raises:
             ValueError: If the frame has another size.
         """
-        import torch
 
         self._start_frame(image)
         row_of = {tracker_id: row for row, tracker_id in enumerate(self.memories)}
         results = FrameResults(len(row_of), self.size_hw)
-        with torch.inference_mode():
+        with inference():
             for batch in self._batches():
                 memories = self._join_memories(batch)
                 found = Propagated(*self.objects.propagate(*self.image_features(image), *memories))
@@ -190,14 +187,13 @@ class Sam2Session(MemorySession):
         Args:
             detections: Prompts with `tracker_id`. An object with a known id is corrected, any other is added.
         """
-        import torch
 
         assert self._image is not None, "prompt was called before step"
         assert detections.tracker_id is not None
         ids = detections.tracker_id.tolist()
         prompt_masks = [mask_prompt(detections, i, self.options.prompt) for i in range(len(ids))]
         results = FrameResults(len(ids), self.size_hw)
-        with torch.inference_mode():
+        with inference():
             if ids:
                 features = self.image_features(self._image)
             for tracker_id in ids:

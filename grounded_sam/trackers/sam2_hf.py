@@ -12,6 +12,7 @@ import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
+from grounded_sam.acceleration.patching import inference
 from grounded_sam.acceleration.sam2 import speed_up_encoder, speed_up_memory
 from grounded_sam.segmenters.options import model_identity
 from grounded_sam.segmenters.sam2_hf import Sam2Hf
@@ -68,9 +69,7 @@ class Sam2HfSession(MemorySession):
 
     def image_features(self, image: NDArray[np.uint8]) -> list[Tensor]:
         """Return the feature maps of an image, from fine to coarse; the current frame is encoded once."""
-        import torch
-
-        with torch.inference_mode():
+        with inference():
             if image is not self._image:
                 return list(self.model.get_image_features(self._pixels(image), return_dict=True).fpn_hidden_states)
             self._add_frame()
@@ -78,13 +77,11 @@ class Sam2HfSession(MemorySession):
 
     def step(self, image: NDArray[np.uint8]) -> sv.Detections:
         """Advance to the next frame and return the visible objects; see `Sam2Session.step`."""
-        import torch
-
         self._start_frame(image)
         self.state.processed_frames = {}
         self.state.cache.clear_all()
         outputs, scores = {}, []
-        with torch.inference_mode():
+        with inference():
             for tracker_id in self.ids:
                 self._prune(tracker_id)
                 outputs[tracker_id] = self._propagate(tracker_id, is_init_cond_frame=False)
@@ -99,11 +96,9 @@ class Sam2HfSession(MemorySession):
 
     def prompt(self, detections: sv.Detections) -> sv.Detections:
         """Add or correct objects on the frame of the last `step`; see `Sam2Session.prompt`."""
-        import torch
-
         assert detections.tracker_id is not None
         outputs, scores, prompt_masks = [], [], []
-        with torch.inference_mode():
+        with inference():
             for i, tracker_id in enumerate(detections.tracker_id.tolist()):
                 if tracker_id not in self.ids:
                     self.ids.append(tracker_id)

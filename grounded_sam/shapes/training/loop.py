@@ -46,7 +46,7 @@ def load_settings(name: str) -> DictConfig:
     if merged.device == "auto":
         merged.device = "cuda" if torch.cuda.is_available() else "cpu"
     device = merged.device
-    for section in (merged.get("model"), device.partition(":")[0]):
+    for section in (str(merged.get("model")), device.partition(":")[0]):
         if isinstance(merged.get(section), DictConfig):
             merged = OmegaConf.merge(merged, merged[section], arguments, {"device": device})
             assert isinstance(merged, DictConfig)

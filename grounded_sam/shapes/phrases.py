@@ -120,7 +120,7 @@ def sample_phrases(
 
 
 def _sample_pairs(rng: np.random.Generator, present: Sequence[Pair], pairs: Sequence[Pair], count: int) -> list[Pair]:
-    """Sample `count` pairs: any number of the present ones, any number of look-alikes, and others."""
+    """Sample `count` pairs: a random number of present ones and of look-alikes, then other absent ones."""
     visible = sorted(set(present))
     named = [visible[i] for i in rng.permutation(len(visible))[: int(rng.integers(0, len(visible) + 1))]][:count]
     absent = [pair for pair in pairs if pair not in visible]

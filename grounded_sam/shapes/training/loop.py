@@ -31,9 +31,9 @@ def load_settings(name: str) -> DictConfig:
     """Load the settings of a training, seed PyTorch, and set up logging.
 
     Args:
-        name: Name of the YAML file beside this module, without its suffix. Its sections override the other values: the
-            one that is called like the setting `model`, and `cuda` if the training runs on a CUDA device. `key=value`
-            arguments of the command line override them.
+        name: Name of the YAML file beside this module, without its suffix. Two sections override the other values: the
+            one named after the setting `model`, and then, on a CUDA device, `cuda`. `key=value` arguments of the
+            command line override both.
 
     Raises:
         omegaconf.errors.ConfigKeyError: If an argument names a key that the file does not have.

@@ -103,7 +103,7 @@ def test_an_image_keeps_its_path_in_later_runs(tmp_path):
     assert [line.split()[0] for line in (labels / "a-2.txt").read_text().splitlines()] == ["2", "2"]
     assert (labels / "a.txt").read_text().startswith("0 ")
     (tmp_path / "yolo" / ".names").write_text('{"../../x": "a.png"}')
-    with pytest.raises(ConfigError, match=r"\.names must hold"):
+    with pytest.raises(ConfigError, match=r"\.names must map the path of each image file"):
         write(YoloSink(tmp_path, VOCABULARY), make_result("a.png"))
 
 

@@ -78,3 +78,18 @@ def test_the_learning_rate_warms_up_stays_constant_and_decays_to_zero():
     assert factors[10:70] == [1.0] * 60
     assert factors[100] == 0.0
     assert factors[70:] == sorted(factors[70:], reverse=True)
+
+
+def test_sam_has_settings_of_its_own_and_arguments_override_them():
+    code = (
+        "from grounded_sam.shapes.training.loop import load_settings\n"
+        "cfg = load_settings('segmenter')\nprint(cfg.steps, cfg.batch, cfg.lr)"
+    )
+
+    def settings(*arguments: str) -> list[str]:
+        command = [sys.executable, "-c", code, "out=x", "device=cpu", *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+    sam2, sam = settings("model=sam2"), settings("model=sam")
+    assert sam[0] != sam2[0] and sam[1] != sam2[1] and sam[2] == sam2[2]
+    assert settings("model=sam", "steps=7") == ["7", *sam[1:]]

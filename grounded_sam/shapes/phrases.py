@@ -120,13 +120,13 @@ def sample_phrases(
 
 
 def _sample_pairs(rng: np.random.Generator, present: Sequence[Pair], pairs: Sequence[Pair], count: int) -> list[Pair]:
-    """Sample `count` pairs: any number of the present ones, up to half of the rest look-alikes, and others."""
+    """Sample `count` pairs: a random number of present ones and of look-alikes, then other absent ones."""
     visible = sorted(set(present))
     named = [visible[i] for i in rng.permutation(len(visible))[: int(rng.integers(0, len(visible) + 1))]][:count]
     absent = [pair for pair in pairs if pair not in visible]
     shared = {attribute for pair in visible for attribute in pair}
     alike = [pair for pair in dict.fromkeys(absent) if shared & set(pair)]
-    num_alike = int(rng.integers(0, (count - len(named)) // 2 + 1))
+    num_alike = int(rng.integers(0, count - len(named) + 1))
     chosen = dict.fromkeys([*named, *(alike[i] for i in rng.permutation(len(alike))[:num_alike])])
     for i in rng.permutation(len(absent)):
         if len(chosen) >= count:

@@ -56,7 +56,9 @@ class DatasetImages:
             return
         names = read_json(path)
         if not isinstance(names, dict) or not all(isinstance(v, str) and _is_inside(k) for k, v in names.items()):
-            raise ConfigError(f"{path} must hold the names of images by their paths; delete it, and run again")
+            raise ConfigError(
+                f"{path} must map the path of each image file to the name of its image; delete it and run again"
+            )
         self._names = UniqueNames(self._names.reserved, names)
 
     def write_names(self, folder: Path) -> None:

@@ -31,8 +31,9 @@ def load_settings(name: str) -> DictConfig:
     """Load the settings of a training, seed PyTorch, and set up logging.
 
     Args:
-        name: Name of the YAML file beside this module, without its suffix. Its section `cuda` overrides the other
-            values if the training runs on a CUDA device, and `key=value` arguments of the command line override both.
+        name: Name of the YAML file beside this module, without its suffix. Two sections override the other values: the
+            one named after the setting `model`, and then, on a CUDA device, `cuda`. `key=value` arguments of the
+            command line override both.
 
     Raises:
         omegaconf.errors.ConfigKeyError: If an argument names a key that the file does not have.
@@ -44,9 +45,11 @@ def load_settings(name: str) -> DictConfig:
     assert isinstance(merged, DictConfig)
     if merged.device == "auto":
         merged.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if merged.device.startswith("cuda"):
-        merged = OmegaConf.merge(merged, merged.cuda, arguments, {"device": merged.device})
-        assert isinstance(merged, DictConfig)
+    device = merged.device
+    for section in (str(merged.get("model")), device.partition(":")[0]):
+        if isinstance(merged.get(section), DictConfig):
+            merged = OmegaConf.merge(merged, merged[section], arguments, {"device": device})
+            assert isinstance(merged, DictConfig)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     torch.manual_seed(merged.seed)
     torch.set_num_threads(merged.threads)

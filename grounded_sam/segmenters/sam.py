@@ -119,7 +119,8 @@ class Sam(PromptedSegmenter):
             masks = masks_to_logits(prompts.masks, predictor.input_size, (padded, padded), side).to(device)
         if prompts.logits is not None:
             masks = torch.from_numpy(prompts.logits)[:, None].to(device)
-        decoded, scores, logits = predictor.predict_torch(points, labels, boxes, masks, self.options.multimask)
+        three = self._wants_three_masks(prompts)
+        decoded, scores, logits = predictor.predict_torch(points, labels, boxes, masks, three)
         return DecodedMasks(decoded.cpu().numpy(), scores.float().cpu().numpy(), logits.float().cpu().numpy())
 
     def mask_generator(self, **settings: Any) -> Any:

@@ -255,7 +255,9 @@ class Sam2(SharableSegmenter):
             for start in range(0, len(boxes), self.options.chunk):
                 rows = slice(start, start + self.options.chunk)
                 points, labels = input_points(self.model.image_size, np.array(sizes)[image_of[rows]], boxes[rows])
-                logits, best = self._decode_best(maps, image_of[rows], points, labels, None)
+                logits, best = self._decode_best(
+                    maps, image_of[rows], points, labels, None, self.options.multimask is True
+                )
                 scores.append(best)
                 first, last = image_of[rows][[0, -1]]
                 ends = np.searchsorted(image_of[rows], np.arange(first, last + 2))
@@ -324,6 +326,7 @@ class Sam2(SharableSegmenter):
         points: NDArray[np.float32] | None,
         labels: NDArray[np.int32] | None,
         masks: Tensor | None,
+        multimask: bool,
     ) -> tuple[Tensor, Tensor]:
         """Decode prompts, and choose the mask with the highest predicted IoU of each.
 
@@ -333,6 +336,7 @@ class Sam2(SharableSegmenter):
             points: `(n, p, 2)` in pixels of the model's input; None for masks alone.
             labels: `(n, p)`; see `input_points`.
             masks: Logits, `(n, 1, h, w)`.
+            multimask: Whether to decode three masks.
 
         Returns:
             Logits `(n, h, w)`, and predicted IoU `(n,)`.
@@ -355,7 +359,7 @@ class Sam2(SharableSegmenter):
             image_pe=encoder.get_dense_pe(),
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
-            multimask_output=self.options.multimask,
+            multimask_output=multimask,
             repeat_image=False,  # they are already
             high_res_features=fine,
         )
@@ -380,7 +384,7 @@ class Sam2(SharableSegmenter):
         features, image_of, download = self.predictor._features, np.zeros(len(prompts.rows), int), Download()
         with inference():
             maps = [*features["high_res_feats"], features["image_embed"]]
-            logits, scores = self._decode_best(maps, image_of, points, labels, masks)
+            logits, scores = self._decode_best(maps, image_of, points, labels, masks, self._wants_three_masks(prompts))
             download.add(scores[:, None])
             download.add(logits[:, None].float().clamp(-32, 32))  # as the predictor returns them
             for part in upsample_masks(logits, size_hw):

@@ -23,7 +23,7 @@ from grounded_sam.hydra_state import preserve_hydra_state
 from grounded_sam.segmenters.base import DecodedMasks, Prompts, SharableSegmenter, upsample_masks
 from grounded_sam.segmenters.options import SegmenterOptions, model_identity
 from grounded_sam.weights.hub import HubFile
-from grounded_sam.weights.loading import BUILTIN_DIR, find_file, load_into
+from grounded_sam.weights.loading import BUILTIN_DIR, builtin_settings, find_file, load_into
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -164,6 +164,7 @@ class Sam2(SharableSegmenter):
 
     Attributes:
         batch_size: As above.
+        mask_generator_settings: See `structures.protocols.GeneratesMasks`.
         encode: Function of pixels `(b, 3, side, side)` on the device to `ImageFeatures`.
 
     Raises:
@@ -188,8 +189,11 @@ class Sam2(SharableSegmenter):
             import sam2
 
             architecture = Path(sam2.__file__).parent / "configs" / "sam2.1" / SIZES[size][3]
-            if path.is_relative_to(BUILTIN_DIR):
+            self.mask_generator_settings: Mapping[str, Any] = {}
+            settings = builtin_settings(path, "sam2")
+            if settings is not None:
                 architecture = BUILTIN_DIR.parent / "sam2.yaml"
+                self.mask_generator_settings = settings["mask_generator"]
             self.model: Any = build_sam2(architecture, path, f"SAM 2.1 {size}").to(self.options.torch_device)
         speed_up_encoder(self.model, self.options.precision, self.options.compile, self.options.backend_settings)
         self.batch_size = batch_size or (8 if self.model.device.type == "cuda" else 1)
@@ -399,6 +403,8 @@ class Sam2(SharableSegmenter):
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            generator = SAM2AutomaticMaskGenerator(self.model, **settings)
+            # Given here, the area would also go to the predictor, whose CUDA extension is rarely built.
+            generator = SAM2AutomaticMaskGenerator(self.model, **{**settings, "min_mask_region_area": 0})
+        generator.min_mask_region_area = settings.get("min_mask_region_area", 0)
         fit_predictor(generator.predictor, self.model)
         return generator

@@ -37,7 +37,7 @@ def test_settings_that_are_not_given_are_those_of_the_weights():
     settings = builtin_settings(builtin_path("shapes", "sam2"), "sam2")["mask_generator"]
     assert model.detector.mask_nms_thresh == settings["mask_nms_thresh"]
     assert model.detector.generator.stability_score_thresh == settings["stability_score_thresh"]
-    with pytest.raises(ConfigError, match=r"detector\.mask_nms_thresh must be a number from 0 to 1"):
+    with pytest.raises(ConfigError, match=r"detector\.mask_nms_thresh must be null or a number from 0 to 1"):
         load("detector.mask_nms_thresh=2", preset="shapes", detector="everything")
 
 

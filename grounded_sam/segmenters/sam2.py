@@ -150,6 +150,23 @@ def input_points(
     return np.concatenate(points, 1) / size_wh * np.float32(side), np.concatenate(labels, 1)
 
 
+def mask_inputs(prompts: Prompts, side: tuple[int, int]) -> Tensor | None:
+    """Return mask prompts, or the logits of the previous round, as logits `(n, 1, h, w)`; None without either.
+
+    Args:
+        prompts: The prompts.
+        side: Height and width of the logits of mask prompts.
+    """
+    import torch
+
+    if prompts.logits is not None:
+        return torch.from_numpy(prompts.logits)[:, None]
+    if prompts.masks is None:
+        return None
+    values = torch.from_numpy(prompts.masks)[:, None].float()
+    return torch.nn.functional.interpolate(values, side, mode="area") * 20 - 10
+
+
 class Sam2(SharableSegmenter):
     """Segment with SAM 2.1.
 
@@ -373,15 +390,7 @@ class Sam2(SharableSegmenter):
 
     def _decode(self, prompts: Prompts) -> DecodedMasks:
         """Decode prompts on the current image; of each, the best mask alone is returned."""
-        import torch
-
-        masks = None
-        if prompts.masks is not None:
-            side = self.model.sam_prompt_encoder.mask_input_size
-            values = torch.from_numpy(prompts.masks)[:, None].float()
-            masks = torch.nn.functional.interpolate(values, side, mode="area") * 20 - 10
-        if prompts.logits is not None:
-            masks = torch.from_numpy(prompts.logits)[:, None]
+        masks = mask_inputs(prompts, self.model.sam_prompt_encoder.mask_input_size)
         size_hw, points, labels = self.predictor._orig_hw[0], None, None
         if prompts.boxes is not None or prompts.points is not None:
             points, labels = input_points(self.model.image_size, np.array([size_hw]), prompts.boxes, prompts)

@@ -52,10 +52,10 @@ IMAGES: Sequence[tuple[Background, Sequence[Item]]] = (
         ((20, 24, 48), (64, 44, 92), 0.9),
         (
             ("orange", "ring", 690, 250, 290, 0),
-            ("red", "circle", 690, 250, 104, 0),
+            ("red", "circle", 690, 520, 124, 0),
             ("green", "star", 214, 210, 200, 10),
             ("green", "star", 420, 130, 104, -14),
-            ("green", "star", 388, 372, 132, 28),
+            ("yellow", "triangle", 396, 356, 150, 28),
             ("white", "circle", 112, 520, 140, 0),
             ("yellow", "star", 536, 508, 112, 8),
             ("purple", "cross", 286, 486, 120, 45),
@@ -67,7 +67,7 @@ IMAGES: Sequence[tuple[Background, Sequence[Item]]] = (
         (
             ("red", "circle", 640, 190, 210, 0),
             ("yellow", "triangle", 196, 428, 300, 0),
-            ("yellow", "triangle", 424, 470, 210, 0),
+            ("yellow", "triangle", 470, 420, 150, 0),
             ("brown", "triangle", 760, 446, 260, 0),
             ("blue", "square", 596, 540, 130, 0),
             ("green", "star", 168, 132, 120, 0),

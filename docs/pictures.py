@@ -32,7 +32,7 @@ TEXT = ["red circle", "blue square", "green star", "yellow triangle", "orange ri
 @functools.cache
 def model(*overrides: str) -> Any:
     """Return the small models."""
-    return load("select.score=0.4", *overrides, preset="shapes")
+    return load("select.score=0.5", *overrides, preset="shapes")
 
 
 def run(*arguments: str, cwd: Path) -> None:
@@ -110,7 +110,7 @@ def sweep(folder: Path) -> None:
 def mistakes(folder: Path) -> None:
     """Draw the image with the most mistakes among some scenes, at a threshold that is too high."""
     names = write_labeled_scenes(folder, 12)
-    settings = ["preset=shapes", f"text=[{','.join(names)}]", "truth=truth.json", "sink=metrics", "select.score=0.7"]
+    settings = ["preset=shapes", f"text=[{','.join(names)}]", "truth=truth.json", "sink=metrics", "select.score=0.95"]
     run(*settings, "input=scenes", "output=metrics", "sink.metrics.errors=1", cwd=folder)
     path = next((folder / "metrics" / "errors").iterdir())
     save(np.asarray(Image.open(path)), "mistakes.jpg", 640)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import html.parser
+import json
 import os
 import re
 import shlex
@@ -202,3 +203,15 @@ def test_the_site_builds_and_needs_no_network(tmp_path):
     assert (
         "with_nms" not in (tmp_path / "reference" / "api.html").read_text(encoding="utf-8").split("ImageDetections")[0]
     )
+
+
+def test_examples_of_files_have_the_keys_of_the_files(tmp_path):
+    blocks = re.findall(r"^```json\n(.*?)^```$", NAMES["docs/reference/sinks.md"], re.M | re.S)
+    line, annotation = (json.loads(block) for block in blocks)
+    options = ["preset=demo", f"input={DEMO / 'scene-3.png'}", "sink=[jsonl,coco,yolo,masks]", f"output={tmp_path}"]
+    subprocess.run([sys.executable, "-m", "grounded_sam.cli.main", *options], check=True, capture_output=True)
+    written = json.loads((tmp_path / "results.jsonl").read_text())
+    assert {*written} == {*line} and {*written["objects"][0]} == {*line["objects"][0]}
+    assert {*json.loads((tmp_path / "annotations.json").read_text())["annotations"][0]} == {*annotation}
+    assert (tmp_path / "masks" / "scene-3.png" / "001_blue square.png").exists()
+    assert "\n1 0." in (tmp_path / "yolo" / "labels" / "train" / "scene-3.txt").read_text()

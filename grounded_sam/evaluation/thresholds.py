@@ -42,8 +42,8 @@ class BestThreshold:
 def best_threshold(
     image: NDArray[np.int64],
     score: NDArray[np.float64],
-    is_match: NDArray[np.bool_],
-    label_counts: NDArray[np.int64],
+    is_match: NDArray[np.bool_] | NDArray[np.float64],
+    label_counts: NDArray[np.int64] | NDArray[np.float64],
     precision: float | None = None,
     seed: int = 0,
 ) -> BestThreshold | None:
@@ -55,8 +55,8 @@ def best_threshold(
     Args:
         image: `(n,)`, number of the image of each detection, from 0.
         score: `(n,)`, confidence.
-        is_match: `(n,)`, whether the detection matches a label.
-        label_counts: `(m,)`, labels in each image.
+        is_match: `(n,)`, whether the detection matches a label, or the chance of that, 0 to 1.
+        label_counts: `(m,)`, labels in each image, or how many are to be expected.
         precision: Lowest precision; None for the highest F1.
         seed: Seed of the bootstrap.
 
@@ -92,7 +92,7 @@ def best_threshold(
     if best < 0:
         return None
     interval = _bootstrap_interval(choose, thresholds, len(score), len(label_counts), seed)
-    matched, kept, labels = int(is_match[: ends[best] + 1].sum()), int(ends[best]) + 1, int(label_counts.sum())
+    matched, kept, labels = float(is_match[: ends[best] + 1].sum()), int(ends[best]) + 1, float(label_counts.sum())
     return BestThreshold(
         score=float(thresholds[best]),
         interval=interval,

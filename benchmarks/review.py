@@ -162,7 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scenes", type=int, default=2000)
     parser.add_argument("--verdicts", type=int, default=200)
-    parser.add_argument("--rounds", type=int, default=4, help="in which the product chooses")
+    parser.add_argument("--rounds", type=int, default=8, help="in which the product chooses")
     parser.add_argument("--repeats", type=int, default=5, help="of the random choice")
     parser.add_argument("--seed", type=int, default=21)
     parser.add_argument("--rerun", action="store_true", help="also process all images again with each ontology")

@@ -154,7 +154,7 @@ def run_tune(folder: Path, path: Path | None, precision: float | None, min_count
     Args:
         folder: Folder of the store.
         path: YAML file to write; None for `reviewed-classes.yaml` in the output folder.
-        precision: Precision to reach; None for the highest F1.
+        precision: Precision to reach; None for the fewest errors.
         min_count: Fewest rejected objects that look alike, for a negative.
 
     Raises:
@@ -180,11 +180,7 @@ def run_tune(folder: Path, path: Path | None, precision: float | None, min_count
         if best is None:
             print(f"{name}: not reviewed, or not to be reached; its threshold stays")
             continue
-        low, high = best.interval
-        print(
-            f"{name}: score {best.score:.3f} (95% interval {low:.3f} to {high:.3f}), expected precision "
-            f"{best.precision:.3f}, recall {best.recall:.3f}"
-        )
+        print(f"{name}: score {best.score:.3f}; expected precision {best.precision:.3f}, recall {best.recall:.3f}")
     for negative in negatives:
         print(f"negative {negative.phrase}: {count_of(negative.count, 'rejected object')} look like it")
     print(f"Ontology for text=: {path}")
@@ -244,7 +240,7 @@ def parse_review(arguments: Sequence[str]) -> argparse.Namespace:
     parsers["next"].add_argument("--count", type=_positive, default=200, help="number of objects")
     parsers["next"].add_argument("--to", type=home_path, metavar="FILE", help="CSV file to write")
     parsers["tune"].add_argument("--to", type=home_path, metavar="FILE", help="YAML file to write")
-    parsers["tune"].add_argument("--precision", type=_share, help="precision to reach, instead of the highest F1")
+    parsers["tune"].add_argument("--precision", type=_share, help="precision to reach, instead of the fewest errors")
     parsers["tune"].add_argument(
         "--negatives", type=_positive, default=2, metavar="N", help="rejected objects that a negative must look like"
     )

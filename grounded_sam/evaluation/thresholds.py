@@ -46,8 +46,9 @@ def best_threshold(
     label_counts: NDArray[np.int64] | NDArray[np.float64],
     precision: float | None = None,
     seed: int = 0,
+    fewest_errors: bool = False,
 ) -> BestThreshold | None:
-    """Find the threshold with the highest F1, or with the highest recall at a minimum precision.
+    """Find the threshold with the highest F1, with the highest recall at a minimum precision, or with fewest errors.
 
     Whether a detection is right does not depend on the threshold, since labels are assigned to the most confident
     detections first.
@@ -59,6 +60,7 @@ def best_threshold(
         label_counts: `(m,)`, labels in each image, or how many are to be expected.
         precision: Lowest precision; None for the highest F1.
         seed: Seed of the bootstrap.
+        fewest_errors: Whether to choose the smallest sum of false and missed detections instead of the highest F1.
 
     Returns:
         None if there are no detections or no labels, or if no threshold reaches the precision.
@@ -82,6 +84,8 @@ def best_threshold(
         detections = weights[:, image]
         matched = np.cumsum(detections * is_match, 1)[:, ends]
         kept = np.cumsum(detections, 1)[:, ends]
+        if precision is None and fewest_errors:
+            return (2 * matched - kept).argmax(1)
         if precision is None:
             labels = (weights @ label_counts)[:, None]
             return (2 * matched / np.maximum(kept + labels, 1e-9)).argmax(1)

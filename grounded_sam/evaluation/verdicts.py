@@ -7,7 +7,6 @@ verdicts on candidates with similar scores, first of the same class and, as long
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -17,12 +16,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grounded_sam.evaluation.thresholds import BestThreshold, best_threshold
-from grounded_sam.formats.store_objects import Row, box_of, row_overlaps
+from grounded_sam.formats.store_objects import Row, box_of, read_detector_scores, row_overlaps
 from grounded_sam.formats.store_rows import StoreRows
 from grounded_sam.structures.vocabulary import Vocabulary, name_key
 
-#: Deviation of the offsets of classes, and of the slope and offset of all of them, before there are verdicts.
-CLASS_DEVIATION, SLOPE_DEVIATION, OFFSET_DEVIATION = 1.5, 0.5, 1.5
+#: Deviations, before there are verdicts, of offset and slope of all classes together, and of each class from these.
+OFFSET_DEVIATION, SLOPE_DEVIATION, CLASS_OFFSET_DEVIATION, CLASS_SLOPE_DEVIATION = 1.5, 0.5, 1.5, 0.5
 #: Width in logits of the scores that one verdict says something about.
 REACH = 0.7
 #: Cells of the scores from 0.01 to 0.99, equally wide in logits.
@@ -131,7 +130,7 @@ def _candidates(
         if is_right is False:
             looks_like = row["reason"] if row["status"] == "rejected" else row["class"]
             looks_like = looks_like or _better(row, others, size_hw)
-        scores = json.loads(row["detector_scores"] or "{}").values()
+        scores = read_detector_scores(row).values()
         found.append(
             Candidate(
                 object_id=row["object_id"],
@@ -167,11 +166,11 @@ class Calibration:
 
     Attributes:
         offset: `(c,)`, by class.
-        slope: Of the logit of the score, the same for all classes.
+        slope: `(c,)`, of the logit of the score, above 0.
     """
 
     offset: NDArray[np.float64]
-    slope: float
+    slope: NDArray[np.float64]
 
     def __call__(self, class_ids: NDArray[np.int64], logits: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return the chances, `(n,)`.
@@ -180,7 +179,7 @@ class Calibration:
             class_ids: `(n,)`.
             logits: `(n,)`, logits of the scores.
         """
-        return np.asarray(1 / (1 + np.exp(-(self.offset[class_ids] + self.slope * logits))))
+        return np.asarray(1 / (1 + np.exp(-(self.offset[class_ids] + self.slope[class_ids] * logits))))
 
 
 def fit_calibration(verdicts: Verdicts) -> Calibration:
@@ -202,24 +201,27 @@ def fit_calibration(verdicts: Verdicts) -> Calibration:
     right = np.array([c.is_right for c in judged], np.float64)
 
     def loss(parameters: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
-        offset, slope, own = parameters[0], parameters[1], parameters[2:]
-        value = offset + own[class_ids] + slope * logits
+        offset, slope = parameters[:2]
+        own_offset, own_slope = parameters[2:].reshape(2, num_classes)
+        value = offset + own_offset[class_ids] + (slope + own_slope[class_ids]) * logits
         error = 1 / (1 + np.exp(-value)) - right
         total = (np.logaddexp(0, value) - right * value).sum()
         total += ((offset / OFFSET_DEVIATION) ** 2 + ((slope - 1) / SLOPE_DEVIATION) ** 2) / 2
-        total += ((own / CLASS_DEVIATION) ** 2).sum() / 2
+        total += ((own_offset / CLASS_OFFSET_DEVIATION) ** 2 + (own_slope / CLASS_SLOPE_DEVIATION) ** 2).sum() / 2
         gradient = np.concatenate(
             [
                 [error.sum() + offset / OFFSET_DEVIATION**2],
                 [(error * logits).sum() + (slope - 1) / SLOPE_DEVIATION**2],
-                np.bincount(class_ids, error, num_classes) + own / CLASS_DEVIATION**2,
+                np.bincount(class_ids, error, num_classes) + own_offset / CLASS_OFFSET_DEVIATION**2,
+                np.bincount(class_ids, error * logits, num_classes) + own_slope / CLASS_SLOPE_DEVIATION**2,
             ]
         )
         return float(total), gradient
 
-    start = np.concatenate([[0.0, 1.0], np.zeros(num_classes)])
+    start = np.concatenate([[0.0, 1.0], np.zeros(2 * num_classes)])
     best = minimize(loss, start, jac=True, method="L-BFGS-B").x
-    return Calibration(best[0] + best[2:], float(best[1]))
+    own_offset, own_slope = best[2:].reshape(2, num_classes)
+    return Calibration(best[0] + own_offset, np.maximum(best[1] + own_slope, 0.1))
 
 
 def _class_ids(vocabulary: Vocabulary, candidates: Sequence[Candidate]) -> NDArray[np.int64]:
@@ -234,24 +236,30 @@ def chances(verdicts: Verdicts) -> NDArray[np.float64]:
     >>> chances(Verdicts([seen, replace(seen, is_right=None)], [], 1, words)).round(2).tolist()
     [1.0, 0.76]
     """
-    candidates = verdicts.candidates
-    logits = _logits(np.array([c.score for c in candidates], np.float64))
-    estimated = fit_calibration(verdicts)(_class_ids(verdicts.vocabulary, candidates), logits)
-    judged = np.array([-1.0 if c.is_right is None else float(c.is_right) for c in candidates])
-    return np.where(judged >= 0, judged, estimated)
+    judged = np.array([-1.0 if c.is_right is None else float(c.is_right) for c in verdicts.candidates])
+    return np.where(judged >= 0, judged, _estimated(verdicts))
+
+
+def _estimated(verdicts: Verdicts) -> NDArray[np.float64]:
+    """Return for each candidate the chance that one of its class and score is right, `(n,)`."""
+    logits = _logits(np.array([c.score for c in verdicts.candidates], np.float64))
+    return fit_calibration(verdicts)(_class_ids(verdicts.vocabulary, verdicts.candidates), logits)
 
 
 def tuned_thresholds(verdicts: Verdicts, precision: float | None = None) -> list[BestThreshold | None]:
     """Find the best threshold of each class for all candidates, see `thresholds.best_threshold`.
 
+    For all candidates the estimated chance counts, also for those with a verdict: where they were chosen is no property
+    of the class.
+
     Args:
         verdicts: Candidates and verdicts.
-        precision: Precision to reach, with the highest recall; None for the highest F1.
+        precision: Precision to reach, with the highest recall; None for the fewest errors, false and missed ones.
 
     Returns:
         By class; None for a class without verdicts, and where no threshold reaches the precision.
     """
-    chance, best = chances(verdicts), list[BestThreshold | None]()
+    chance, best = _estimated(verdicts), list[BestThreshold | None]()
     for name in verdicts.vocabulary.classes:
         rows = verdicts.of_class(name)
         if all(verdicts.candidates[i].is_right is None for i in rows):
@@ -261,7 +269,7 @@ def tuned_thresholds(verdicts: Verdicts, precision: float | None = None) -> list
         score = np.array([verdicts.candidates[i].score for i in rows], np.float64)
         labels = np.bincount(image, chance[rows], verdicts.num_images)
         labels += np.bincount([i for i, missed in verdicts.missed if missed == name], minlength=verdicts.num_images)
-        best.append(best_threshold(image, score, chance[rows], labels, precision))
+        best.append(best_threshold(image, score, chance[rows], labels, precision, fewest_errors=True))
     return best
 
 
@@ -321,10 +329,10 @@ def next_candidates(verdicts: Verdicts, count: int, seed: int = 0) -> list[int]:
     """Choose the candidates whose verdicts are worth most.
 
     A verdict is worth most where it is least certain on which side of an even chance candidates of this class and score
-    are, where nobody has looked at similar ones, and where many are similar: it decides about all of them, by the
-    threshold of the class. The value of a cell of class and score is the number of candidates within reach, times the
-    expected loss of deciding now (the expected improvement of Mockus 1978). Among the candidates of a cell, those come
-    first about which detectors disagree, and those of images that were not chosen yet.
+    are, since that decides the threshold of the class, and where nobody has looked at similar ones. The value of a cell
+    of class and score is the expected loss of deciding now (as in the expected improvement of Mockus 1978). Among the
+    candidates of a cell, those of images that were not chosen yet come first, of these those about which detectors
+    disagree.
 
     Args:
         verdicts: Candidates and verdicts.
@@ -343,10 +351,9 @@ def next_candidates(verdicts: Verdicts, count: int, seed: int = 0) -> list[int]:
     cells = np.clip(np.digitize(_logits(np.array([c.score for c in candidates])), edges) - 1, 0, CELLS - 1)
     kernel = np.exp(-(((centers[:, None] - centers[None]) / REACH) ** 2) / 2)
     judged = np.array([c.is_right is not None for c in candidates])
-    table = np.zeros((2, num_classes, CELLS))
-    np.add.at(table[0], (class_ids, cells), 1)
-    np.add.at(table[1], (class_ids[judged], cells[judged]), 1)
-    alike, known = table[0] @ kernel, table[1] @ kernel
+    table = np.zeros((num_classes, CELLS))
+    np.add.at(table, (class_ids[judged], cells[judged]), 1)
+    known = table @ kernel
     ids = np.repeat(np.arange(num_classes), CELLS)
     chance = fit_calibration(verdicts)(ids, np.tile(centers, num_classes)).reshape(num_classes, CELLS)
     seen: Counter[int] = Counter(c.image for c in candidates if c.is_right is not None)
@@ -359,7 +366,7 @@ def next_candidates(verdicts: Verdicts, count: int, seed: int = 0) -> list[int]:
         is_free[cell] = True
     chosen: list[int] = []
     while len(chosen) < count and is_free.any():
-        value = np.where(is_free, alike * _expected_loss(chance, known), -1.0)
+        value = np.where(is_free, _expected_loss(chance, known), -1.0)
         class_id, cell = divmod(int(value.argmax()), CELLS)
         members = waiting[class_id, cell]
         best = min(members, key=lambda i: (seen[candidates[i].image], -candidates[i].disagreement))
@@ -381,7 +388,7 @@ def _expected_loss(chance: NDArray[np.float64], known: NDArray[np.float64]) -> N
     from scipy.special import ndtr
 
     mean = np.abs(np.log(chance / (1 - chance)))
-    deviation = 1 / np.sqrt(1 / (CLASS_DEVIATION**2 + OFFSET_DEVIATION**2) + known * chance * (1 - chance))
+    deviation = 1 / np.sqrt(1 / (CLASS_OFFSET_DEVIATION**2 + OFFSET_DEVIATION**2) + known * chance * (1 - chance))
     z = mean / deviation
     density = np.exp(-(z**2) / 2) / math.sqrt(2 * math.pi)
     return np.asarray(deviation * density - mean * ndtr(-z), np.float64)

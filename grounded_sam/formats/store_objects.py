@@ -237,6 +237,15 @@ def read_record(row: Mapping[str, Any]) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
+def read_detector_scores(row: Mapping[str, Any]) -> dict[str, float]:
+    """Read the `detector_scores` of a row; empty if there are none, or they are no numbers by name."""
+    try:
+        scores = json.loads(row["detector_scores"] or "{}")
+        return {str(name): min(max(float(score), 0.0), 1.0) for name, score in scores.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
 def object_rows(detections: sv.Detections) -> list[Row]:
     """Convert detections to the columns of object rows that belong to an object alone.
 

@@ -346,7 +346,8 @@ def next_candidates(verdicts: Verdicts, count: int, seed: int = 0) -> list[int]:
     if not candidates:
         return []
     class_ids = _class_ids(verdicts.vocabulary, candidates)
-    edges = np.linspace(*_logits(np.array([0.0, 1.0])), CELLS + 1)
+    low, high = _logits(np.array([0.0, 1.0])).tolist()
+    edges = np.linspace(low, high, CELLS + 1)
     centers = (edges[1:] + edges[:-1]) / 2
     cells = np.clip(np.digitize(_logits(np.array([c.score for c in candidates])), edges) - 1, 0, CELLS - 1)
     kernel = np.exp(-(((centers[:, None] - centers[None]) / REACH) ** 2) / 2)
@@ -362,8 +363,8 @@ def next_candidates(verdicts: Verdicts, count: int, seed: int = 0) -> list[int]:
     for i in order[~judged[order]].tolist():
         waiting.setdefault((int(class_ids[i]), int(cells[i])), []).append(i)
     is_free = np.zeros((num_classes, CELLS), bool)
-    for cell in waiting:
-        is_free[cell] = True
+    for place in waiting:
+        is_free[place] = True
     chosen: list[int] = []
     while len(chosen) < count and is_free.any():
         value = np.where(is_free, _expected_loss(chance, known), -1.0)

@@ -86,8 +86,8 @@ class StoreIndex:
             if kind == "skipped":
                 self._skipped[file] = (Skipped(file, reason), digest)
             elif kind == "edit":
-                key = (path or file, None) if video is None else (video_key(path, video), frame)
-                self.decisions.setdefault(key, {})[object_id] = RowIndex(number, row)
+                place = (path or file, None) if video is None else (video_key(path, video), frame)
+                self.decisions.setdefault(place, {})[object_id] = RowIndex(number, row)
                 self.added_classes.setdefault(class_name)
             elif kind == "image" and video is None:
                 self._skipped.pop(file, None)

@@ -104,8 +104,8 @@ def row_overlaps(rows: Sequence[Row], others: Sequence[Row], size_hw: tuple[int,
 
         sides = [[_rle(row["counts"], size_hw) for row in side] for side in (rows, others)]
         return np.asarray(coco_mask.iou(*sides, [0] * len(others)), np.float64)
-    boxes = [np.array([box_of(row) for row in side], np.float32) for side in (rows, others)]
-    return np.asarray(sv.box_iou_batch(*boxes), np.float64)
+    first, second = (np.array([box_of(row) for row in side], np.float32) for side in (rows, others))
+    return np.asarray(sv.box_iou_batch(first, second), np.float64)
 
 
 def merge_decisions(
@@ -132,11 +132,12 @@ def merge_decisions(
     by_id = {row["object_id"]: row for row in decisions}
     others = [row for row in predicted if row["object_id"] not in by_id]
     earlier = [row for row in decisions if row["fingerprint"] != fingerprint]
-    repeated = row_overlaps(others, earlier, size_hw) >= SAME_OBJECT_IOU
-    repeated &= np.array([[_same_class(row, decision) for decision in earlier] for row in others], bool).reshape(
-        repeated.shape
-    )
-    dropped = {row["object_id"] for row, hit in zip(others, repeated.any(1), strict=True) if hit}
+    is_same = row_overlaps(others, earlier, size_hw) >= SAME_OBJECT_IOU
+    dropped = {
+        row["object_id"]
+        for row, same in zip(others, is_same.tolist(), strict=True)
+        if any(hit and _same_class(row, decision) for hit, decision in zip(same, earlier, strict=True))
+    }
     merged = [by_id.pop(row["object_id"], row) for row in predicted if row["object_id"] not in dropped]
     for row in by_id.values():
         stale = row["fingerprint"] != fingerprint and row["tracker_id"] is not None and row["status"] != "rejected"

@@ -216,7 +216,8 @@ class StoreWriter:
         objects = list(zip(map(str, names), detections.xyxy.tolist(), tracks, strict=True))
         ids = np.array(object_ids(frame.video or frame.name, frame.name, objects), dtype=str)
         data = {**detections.data, "object_id": ids, "status": np.full(len(ids), "predicted")}
-        return replace_masks(detections, detections.mask, data)
+        masks = None if detections.mask is None else np.asarray(detections.mask, bool)
+        return replace_masks(detections, masks, data)
 
     def _path(self, frame: Frame) -> str | None:
         """Return the path of a frame's file as it is stored, or will be."""

@@ -347,7 +347,7 @@ def test_settings_of_version_0_1_are_translated_in_nested_stages_too():
 def test_a_store_of_a_later_version_is_refused(folder, tmp_path):
     label(folder, tmp_path)
     path = next((tmp_path / "store").glob("_run-*"))
-    path.write_text(path.read_text().replace('"schema": 1', '"schema": 99'))
+    path.write_text(path.read_text().replace(f'"schema": {VERSION}', '"schema": 99'))
     with pytest.raises(ConfigError, match="schema version 99"):
         StoreSource(tmp_path)
 

@@ -234,7 +234,7 @@ def chances(verdicts: Verdicts) -> NDArray[np.float64]:
     >>> words = Vocabulary.parse(["car"])
     >>> seen = Candidate("a", "1.jpg", 0, "car", 0.5, (0, 0, 9, 9), is_right=True)
     >>> chances(Verdicts([seen, replace(seen, is_right=None)], [], 1, words)).round(2).tolist()
-    [1.0, 0.76]
+    [1.0, 0.75]
     """
     judged = np.array([-1.0 if c.is_right is None else float(c.is_right) for c in verdicts.candidates])
     return np.where(judged >= 0, judged, _estimated(verdicts))

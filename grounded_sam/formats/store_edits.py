@@ -1,6 +1,6 @@
 """Write down what people decide about the objects of a store.
 
->>> Edit.from_json({"action": "relabel", "object_id": "5b39a3cc-3d62b1ba01ff", "class": "truck"}).class_name
+>>> Edit.from_json({"action": "relabel", "object_id": "aef1b2bc-0dcf242072e4", "class": "truck"}).class_name
 'truck'
 """
 

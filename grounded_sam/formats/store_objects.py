@@ -31,7 +31,7 @@ def owner_id(name: str) -> str:
         name: Name of the image or video in the store.
 
     >>> owner_id("street.jpg")
-    '5b39a3cc'
+    'aef1b2bc'
     """
     return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:8]
 
@@ -52,7 +52,7 @@ def object_ids(owner: str, name: str, objects: Sequence[tuple[str, Sequence[floa
         Ids, no two of a store the same.
 
     >>> object_ids("street.jpg", "street.jpg", [("car", [0, 0, 9, 9], None)])
-    ['5b39a3cc-3d62b1ba01ff']
+    ['aef1b2bc-0dcf242072e4']
     """
     seen: Counter[str] = Counter()
     ids = []

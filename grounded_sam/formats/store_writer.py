@@ -22,6 +22,7 @@ from grounded_sam.files import atomic_write
 from grounded_sam.formats.store import StoreReader
 from grounded_sam.formats.store_manifest import PartList, part_name, sequence_of
 from grounded_sam.formats.store_objects import (
+    Row,
     detections_from_rows,
     in_vocabulary,
     merge_decisions,
@@ -84,7 +85,7 @@ class StoreWriter:
         self._run, self._replaces = StoreRun.current(settings, vocabulary), resume == "replace"
         self._reader = StoreReader(folder, max_pixels, classes=vocabulary.classes)
         if resume == "same":
-            self._check_settings()
+            _check_settings(self._run, self._reader)
         has_classes = len(self._reader) and any(folder.glob("_run-*.json"))  # a damaged one may have been deleted
         self._classes = vocabulary.merged_with(self._reader.vocabulary) if has_classes else vocabulary
         self._contents: dict[str, dict[str, Any]] = {}  # columns of files that are not stored yet, by name
@@ -98,20 +99,6 @@ class StoreWriter:
         self._video_row: dict[str, Any] | None = None  # of the video that is being written
         self._failed = False
         self.decisions: Counter[str] = Counter()
-
-    def _check_settings(self) -> None:
-        """Check that no result in the store is of a run with other settings."""
-        rows = self._reader.rows
-        in_use = rows.runs_in_use()
-        runs = [run for key, run in rows.runs.items() if key in in_use or not in_use]
-        others = [run for run in oldest_first(runs) if run.fingerprint != self._run.fingerprint]
-        if others:
-            changes = others[-1].changes(self._run)
-            raise ConfigError(
-                f"{self.folder} was made with other settings ({'; '.join(changes[:5]) or 'by another version'}); "
-                "choose another output, resume=extend to keep its results and add to them, or resume=replace to "
-                "process all again and keep what people decided"
-            )
 
     def output_classes(self) -> Vocabulary:
         """Return the classes of the run, followed by those stored before."""
@@ -155,18 +142,7 @@ class StoreWriter:
 
     def not_searched(self) -> list[Skipped]:
         """Return, by class of this run, the stored files in which it was not looked for."""
-        notes = []
-        for class_name, names in self._unsearched.items():
-            more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
-            notes.append(
-                Skipped(
-                    "store",
-                    f"{class_name!r} was not looked for in {count_of(len(names), 'stored file')} "
-                    f"({', '.join(names[:3])}{more}), whose results are of an earlier run with other classes; to look "
-                    "for it in all of them, run with another output",
-                )
-            )
-        return notes
+        return [_unsearched_note(class_name, names) for class_name, names in self._unsearched.items()]
 
     def lost_parts(self) -> list[Skipped]:
         """Return a note for each part of the store that is missing; images in it are processed again."""
@@ -192,7 +168,7 @@ class StoreWriter:
             a rejected one; `predicted` is what to write into the store.
         """
         frame = self.named(result.frame)
-        predicted = FrameResult(frame=result.frame, detections=self._with_ids(result.raw, frame))
+        predicted = FrameResult(frame=result.frame, detections=_with_ids(result.raw, frame))
         contents = self._contents.get(frame.video or result.frame.name, {})
         decisions = self._reader.rows.decisions_on(result.frame, self._path(result.frame), contents.get("digest"))
         if not decisions:
@@ -201,23 +177,10 @@ class StoreWriter:
             return FrameResult(frame=frame, detections=predicted.raw, predicted=predicted)
         for row in decisions:
             self.decisions[row["status"]] += row["status"] != "predicted"
-        empty = dict.fromkeys(SCHEMA.names)
-        rows = [{**empty, **row} for row in object_rows(predicted.packed)]
-        merged = merge_decisions(rows, decisions, self._run.fingerprint, frame.size_hw)
-        detections = detections_from_rows(
-            in_vocabulary(merged, self._classes), frame.size_hw, self._classes, tracked=frame.video is not None
-        )
-        return FrameResult(frame=frame, detections=detections, predicted=predicted)
-
-    def _with_ids(self, detections: sv.Detections, frame: Frame) -> sv.Detections:
-        """Return detections with the ids of their objects, which are not those of stored ones."""
-        names = detections.data.get("class_name", [])
-        tracks = [None] * len(detections) if detections.tracker_id is None else detections.tracker_id.tolist()
-        objects = list(zip(map(str, names), detections.xyxy.tolist(), tracks, strict=True))
-        ids = np.array(object_ids(frame.video or frame.name, frame.name, objects), dtype=str)
-        data = {**detections.data, "object_id": ids, "status": np.full(len(ids), "predicted")}
-        masks = None if detections.mask is None else np.asarray(detections.mask, bool)
-        return replace_masks(detections, masks, data)
+        rows = merge_decisions(_object_rows(predicted), decisions, self._run.fingerprint, frame.size_hw)
+        known = in_vocabulary(rows, self._classes)
+        merged = detections_from_rows(known, frame.size_hw, self._classes, tracked=frame.video is not None)
+        return FrameResult(frame=frame, detections=merged, predicted=predicted)
 
     def _path(self, frame: Frame) -> str | None:
         """Return the path of a frame's file as it is stored, or will be."""
@@ -320,6 +283,46 @@ class StoreWriter:
                 "command again continues from there"
             ) from error
         self._rows, self._part_images, self._part_start = [], 0, time.monotonic()
+
+
+def _check_settings(current: StoreRun, reader: StoreReader) -> None:
+    """Check that no result in a store is of a run with other settings."""
+    in_use = reader.rows.runs_in_use()
+    runs = [run for key, run in reader.rows.runs.items() if key in in_use or not in_use]
+    others = [run for run in oldest_first(runs) if run.fingerprint != current.fingerprint]
+    if others:
+        changes = others[-1].changes(current)
+        raise ConfigError(
+            f"{reader.folder} was made with other settings ({'; '.join(changes[:5]) or 'by another version'}); "
+            "choose another output, resume=extend to keep its results and add to them, or resume=replace to process "
+            "all again and keep what people decided"
+        )
+
+
+def _unsearched_note(class_name: str, names: list[str]) -> Skipped:
+    """Return a note that a class was not looked for in some stored files."""
+    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+    return Skipped(
+        "store",
+        f"{class_name!r} was not looked for in {count_of(len(names), 'stored file')} ({', '.join(names[:3])}{more}), "
+        "whose results are of an earlier run with other classes; to look for it in all of them, run with another output",
+    )
+
+
+def _with_ids(detections: sv.Detections, frame: Frame) -> sv.Detections:
+    """Return the detections of a frame with the ids of their objects."""
+    names = detections.data.get("class_name", [])
+    tracks = [None] * len(detections) if detections.tracker_id is None else detections.tracker_id.tolist()
+    objects = list(zip(map(str, names), detections.xyxy.tolist(), tracks, strict=True))
+    ids = np.array(object_ids(frame.video or frame.name, frame.name, objects), dtype=str)
+    masks = None if detections.mask is None else np.asarray(detections.mask, bool)
+    data = {**detections.data, "object_id": ids, "status": np.full(len(ids), "predicted")}
+    return replace_masks(detections, masks, data)
+
+
+def _object_rows(result: FrameResult) -> list[Row]:
+    """Return the object rows of a result, with all columns."""
+    return [{**dict.fromkeys(SCHEMA.names), **row} for row in object_rows(result.packed)]
 
 
 def write_part(folder: Path, sequence: int, rows: list[dict[str, Any]], parts: PartList) -> Path:

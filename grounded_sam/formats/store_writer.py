@@ -305,7 +305,8 @@ def _unsearched_note(class_name: str, names: list[str]) -> Skipped:
     return Skipped(
         "store",
         f"{class_name!r} was not looked for in {count_of(len(names), 'stored file')} ({', '.join(names[:3])}{more}), "
-        "whose results are of an earlier run with other classes; to look for it in all of them, run with another output",
+        "whose results are of an earlier run with other classes; to look for it in all of them, run with another "
+        "output",
     )
 
 

@@ -103,7 +103,7 @@ def test_a_click_on_a_shape_gives_its_mask(scenes):
     if not scene.masks[-1][int(middle[1]), int(middle[0])]:
         middle = [float(columns[0]), float(rows[0])]
     prompts = f"detector.prompts=[{{class: it, points: [{middle}]}}]"
-    model = load(prompts, "segmenter.multimask=true", preset="shapes", detector="clicks")
+    model = load(prompts, preset="shapes", detector="clicks")
     detections = model.segment(scene.image)
     assert detections.data["class_name"].tolist() == ["it"]
     truth = scene.masks[-1]

@@ -127,7 +127,7 @@ def test_the_least_recently_used_files_are_deleted_first(tmp_path):
 
 
 def test_a_correction_is_prompted_with_the_logits_of_the_mask_it_corrects():
-    """As the demos of SAM and SAM 2 do: `mask_input=logits[scores.argmax()]` of the click before."""
+    """As the demos of SAM and SAM 2 do: `mask_input=logits[scores.argmax()]` of the three masks of the first click."""
     scene = make_scene(np.random.default_rng(3), count=3)
     (x1, y1, x2, y2), (other_x, other_y) = scene.xyxy[0].tolist(), scene.xyxy[1, :2].tolist()
     points = [[(x1 + x2) / 2, (y1 + y2) / 2], [other_x, other_y]]
@@ -136,7 +136,7 @@ def test_a_correction_is_prompted_with_the_logits_of_the_mask_it_corrects():
     model = load(preset="shapes", segmenter="sam2", device="cpu")
     predictor = fit_predictor(SAM2ImagePredictor(model.segmenter.model), model.segmenter.model)
     predictor.set_image(scene.image)
-    _, scores, logits = predictor.predict(np.array(points[:1]), np.array([1]), multimask_output=False)
+    _, scores, logits = predictor.predict(np.array(points[:1]), np.array([1]), multimask_output=True)
     prompt = {"point_coords": np.array(points), "point_labels": np.array([1, 0]), "multimask_output": False}
     expected, expected_score, _ = predictor.predict(**prompt, mask_input=logits[scores.argmax()][None])
     alone, alone_score, _ = predictor.predict(**prompt)

@@ -7,6 +7,7 @@ import pytest
 
 from grounded_sam import ConfigError, load
 from grounded_sam.shapes.scenes import make_scene
+from grounded_sam.weights.loading import builtin_path, builtin_settings
 
 FEW_POINTS = ["detector.points_per_side=12", "detector.pred_iou_thresh=0.6", "detector.stability_score_thresh=0.6"]
 
@@ -29,6 +30,15 @@ def test_thresholds_reach_the_generator():
     model = load("detector.pred_iou_thresh=0.99", "detector.points_per_side=4", preset="shapes", detector="everything")
     assert model.detector.generator.pred_iou_thresh == 0.99
     assert len(model.detector.generator.point_grids[0]) == 16
+
+
+def test_settings_that_are_not_given_are_those_of_the_weights():
+    model = load(preset="shapes", detector="everything")
+    settings = builtin_settings(builtin_path("shapes", "sam2"), "sam2")["mask_generator"]
+    assert model.detector.mask_nms_thresh == settings["mask_nms_thresh"]
+    assert model.detector.generator.stability_score_thresh == settings["stability_score_thresh"]
+    with pytest.raises(ConfigError, match=r"detector\.mask_nms_thresh must be null or a number from 0 to 1"):
+        load("detector.mask_nms_thresh=2", preset="shapes", detector="everything")
 
 
 def test_text_can_name_the_one_class():

@@ -119,6 +119,25 @@ def test_masks_equal_those_of_the_authors_predictor(segmenters, scenes, name, mu
 
 
 @pytest.mark.parametrize("name", ["sam", "sam2", "sam2_hf"])
+def test_a_single_click_gives_the_best_of_three_masks_as_in_the_authors_demos(segmenters, scenes, name):
+    segmenter, scene = segmenters[name], scenes[0]
+    assert segmenter.options.multimask == "auto"
+    points = scene.xyxy[:1].reshape(2, 2).mean(0) + [[0, 0], [3, 2]]
+    predictor = authors_predictor(segmenter, scene.image)
+    for count, with_box, multimask in ((1, False, True), (2, False, False), (1, True, False)):
+        click = ground_truth_boxes(scene)[:1]
+        click.data["points"], click.data["labels"] = np.full(1, None, object), np.full(1, None, object)
+        click.data["points"][0], click.data["labels"][0] = points[:count], np.ones(count, int)
+        click.data["prompt_box"] = np.array([with_box])
+        prompt = {"point_coords": points[:count], "point_labels": np.ones(count, int)}
+        prompt |= {"box": click.xyxy[0]} if with_box else {}
+        segmented = segmenter.segment(scene.image, click)
+        expected, expected_score = best_mask(predictor, multimask, **prompt)
+        assert_same_mask(segmented.mask[0], expected)
+        assert segmented.data["mask_score"][0] == pytest.approx(expected_score, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["sam", "sam2", "sam2_hf"])
 @pytest.mark.parametrize("multimask", [False, True])
 def test_later_rounds_are_prompted_with_box_and_logits_of_the_mask(segmenters, scenes, name, multimask):
     segmenter, scene = with_options(segmenters[name], multimask=multimask, rounds=2), scenes[0]

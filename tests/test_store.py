@@ -501,7 +501,7 @@ def test_shards_of_a_sweep_write_into_one_store(tmp_path):
 def test_the_store_of_a_killed_worker_is_completed_by_the_next_run(tmp_path, launcher, workers):
     pytest.importorskip(f"hydra_plugins.hydra_{launcher}_launcher", reason=f"the {launcher} launcher is not installed")
     folder = tmp_path / "in"
-    write_images(folder, 80)
+    write_images(folder, 160)
     arguments = label_command(
         folder,
         tmp_path / "shards",
@@ -512,14 +512,14 @@ def test_the_store_of_a_killed_worker_is_completed_by_the_next_run(tmp_path, lau
         workers,
         "detector._target_=fakes.Dies",
         f"+detector.flag='{tmp_path / 'dead'}'",
-        "+detector.after=12",
+        "+detector.after=36",  # the detector is a few batches ahead of the store
         "sink.store.part_images=5",
     )
     first = subprocess.run(arguments, capture_output=True, check=False, env=ENV, timeout=300)
     assert (tmp_path / "dead").exists()
     if launcher == "joblib":  # Ray restarts tasks by itself
         assert first.returncode
-        assert 0 < len(StoreReader(tmp_path / "shards" / "store")) < 80
+        assert 0 < len(StoreReader(tmp_path / "shards" / "store")) < 160
     subprocess.run(arguments, capture_output=True, check=True, env=ENV, timeout=300)
     subprocess.run(label_command(folder, tmp_path / "one"), capture_output=True, check=True, env=ENV)
     # The settings differ only in the class of the detector.

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from grounded_sam.errors import ImageError, count_of
-from grounded_sam.files import atomic_write
+from grounded_sam.files import atomic_write_text
 from grounded_sam.formats.output_classes import OutputClasses
 from grounded_sam.media.prefetch import WORKERS
 from grounded_sam.media.progress import ProgressBar
@@ -81,6 +81,36 @@ class Summary:
         return "frames" if self.frames == self.images else "images and frames"
 
 
+class PendingWrites:
+    """Results that are being written: a few, or more of them while their masks are small."""
+
+    def __init__(self) -> None:
+        self._writes: deque[tuple[Future[None], int]] = deque()  # with the bytes of their masks
+
+    def __len__(self) -> int:
+        return len(self._writes)
+
+    def add(self, write: Future[None], result: FrameResult) -> None:
+        """Add the write of a result, and wait until those that may be pending are few enough.
+
+        Raises:
+            OSError: Or any other error of a write that ended.
+        """
+        size = 0 if result.raw.mask is None else len(result.raw) * math.prod(result.frame.size_hw)
+        self._writes.append((write, size))
+        while self._writes and (self._is_full() or self._writes[0][0].done()):
+            self._writes.popleft()[0].result()
+
+    def _is_full(self) -> bool:
+        size = sum(size for _, size in self._writes)
+        return len(self) > PENDING_LARGE and (len(self) > PENDING_SMALL or size > SMALL_BYTES)
+
+    def wait(self) -> None:
+        """Wait for all writes."""
+        while self._writes:
+            self._writes.popleft()[0].result()
+
+
 class Runner:
     """Take every frame of a source through a pipeline to the sinks.
 
@@ -115,6 +145,7 @@ class Runner:
         self._numbering = [sink for sink in sinks if isinstance(sink, NumbersClasses)]
         self.store = next((sink for sink in sinks if isinstance(sink, ResultStore)), None)
         self.cache = pipeline.stages if isinstance(pipeline.stages, CachedStages) else None
+        self._replays = len(sinks) > 1  # a sink other than the store wants stored results
         self.summary = Summary()
         self._unwritten: Counter[int] = Counter()  # images that a sink could not write, by its position
         self._unusable: list[Skipped] = []  # frames that a later stage or a sink could not use
@@ -155,7 +186,7 @@ class Runner:
                 self.cache.close()
         self.pipeline.seconds["all"] = time.perf_counter() - start
         self.summary.objects.update(self._tracks.values())
-        self.summary.skipped = [*self._skipped(), *self._listed_by_sinks(), *self._unused_clicks()]
+        self.summary.skipped = [*self._skipped(), *_listed_by_sinks(self.sinks), *self._unused_clicks()]
         if self.store is not None:
             self.summary.skipped += self.store.not_searched()
         self._write_skipped()
@@ -175,30 +206,22 @@ class Runner:
         progress: ProgressBar,
     ) -> None:
         """Hand results to the sinks, a few at a time, and count them."""
-        pending: deque[tuple[Future[None], int]] = deque()  # with the bytes of their masks
+        pending = PendingWrites()
         preparing = {i: sink for i, sink in enumerate(self.sinks) if isinstance(sink, PreparesResults) and WORKERS > 1}
         skipped_before = len(self.source.skipped)  # files that `len(source)` does not count
         for found in results:
             result = found if self.store is None or found.stored else self.store.reviewed(found)
-            if result.stored and not pending and not preparing:  # no model to overlap with
+            if result.stored and not len(pending) and not preparing:  # no model to overlap with
                 self._write(result, {})
             else:
                 prepared = {i: workers.submit(sink.prepare, result) for i, sink in preparing.items()}
-                size = 0 if result.raw.mask is None else len(result.raw) * math.prod(result.frame.size_hw)
-                pending.append((writer.submit(self._write, result, prepared), size))
-            while len(pending) > PENDING_LARGE and (
-                len(pending) > PENDING_SMALL or sum(size for _, size in pending) > SMALL_BYTES
-            ):
-                pending.popleft()[0].result()
-            while pending and pending[0][0].done():
-                pending.popleft()[0].result()
+                pending.add(writer.submit(self._write, result, prepared), result)
             self._count(result)
             done = self.summary.images + len(self.source.skipped) + len(self._unusable) - skipped_before
-            if self.store is not None and not self._replays():
+            if self.store is not None and not self._replays:
                 done += self.store.files_resumed()  # their results are not yielded
             progress.update(done, self.summary.unit)
-        for write, _ in pending:
-            write.result()
+        pending.wait()
         self._leave_incomplete()
 
     def _results(self) -> Generator[FrameResult]:
@@ -235,16 +258,12 @@ class Runner:
 
     def _lookup(self) -> Lookup | None:
         """Return the function that finds stored results: of the store, else of the prediction cache."""
-        store, replay = self.store, self._replays()
+        store, replay = self.store, self._replays
         if store is not None:
             return lambda name, files: store.lookup(name, files, replay)
         if self.cache is not None and self.cache.results is not None:
             return self.cache.results.lookup
         return None
-
-    def _replays(self) -> bool:
-        """Return whether a sink other than the store wants stored results."""
-        return len(self.sinks) > 1
 
     def _stored(self, results: Iterator[Any]) -> Iterator[FrameResult]:
         """Yield stored results; cached predictions first pass this job's selection."""
@@ -305,19 +324,10 @@ class Runner:
         """Return everything that could not be used so far."""
         return [*self.source.skipped, *self._unusable, *(self.store.notes() if self.store is not None else ())]
 
-    def _is_shard(self) -> bool:
-        """Return whether the source has only a part of the input."""
-        return isinstance(self.source, Sharded) and self.source.num_shards > 1
-
-    def _listed_by_sinks(self) -> list[Skipped]:
-        """Return what the sinks left out of what they wrote, each once."""
-        parts = (sink.skipped for sink in self.sinks if isinstance(sink, ListsSkipped))
-        return list(dict.fromkeys(skipped for part in parts for skipped in part))
-
     def _unused_clicks(self) -> list[Skipped]:
         """Return the clicks that no frame took; none where other runs or shards may have had their frames."""
         resumed = self.summary.stored or (self.store is not None and self.store.files_resumed())
-        if self.request.clicks is None or self.summary.interrupted or resumed or self._is_shard():
+        if self.request.clicks is None or self.summary.interrupted or resumed or _is_shard(self.source):
             return []
         return [Skipped(name, reason) for name, reason in self.request.clicks.unused()]
 
@@ -337,13 +347,12 @@ class Runner:
     def _write_skipped(self) -> None:
         """Write `skipped.json`, and raise if no image was usable."""
         summary, path = self.summary, self.output / "skipped.json"
-        with atomic_write(path) as part:
-            entries = [asdict(skipped) for skipped in summary.skipped]
-            part.write_text(json.dumps(entries, ensure_ascii=False, indent=1), encoding="utf-8")
+        entries = [asdict(skipped) for skipped in summary.skipped]
+        atomic_write_text(path, json.dumps(entries, ensure_ascii=False, indent=1))
         resumed = self.store.files_resumed() if self.store is not None else 0
         # A shard may happen to consist of bad files.
         written = summary.images - max(self._unwritten.values(), default=0)  # by the sink that lost most
-        if summary.skipped and not (written or resumed or self._is_shard() or summary.interrupted):
+        if summary.skipped and not (written or resumed or _is_shard(self.source) or summary.interrupted):
             first = summary.skipped[0]
             raise ImageError(
                 f"no usable images, {len(summary.skipped)} skipped; the first: {first.file}: {first.reason} "
@@ -364,6 +373,17 @@ def _length(source: Source) -> int | None:
         return len(source)
     except TypeError:
         return None
+
+
+def _is_shard(source: Source) -> bool:
+    """Return whether a source has only a part of the input."""
+    return isinstance(source, Sharded) and source.num_shards > 1
+
+
+def _listed_by_sinks(sinks: Sequence[Sink]) -> list[Skipped]:
+    """Return what sinks left out of what they wrote, each once."""
+    parts = (sink.skipped for sink in sinks if isinstance(sink, ListsSkipped))
+    return list(dict.fromkeys(skipped for part in parts for skipped in part))
 
 
 def _own_folders(sinks: Sequence[Sink]) -> list[Path]:

@@ -208,7 +208,7 @@ class PromptedSegmenter(ABC):
         masks, scores = np.zeros((n, height, width), bool), np.zeros(n, np.float32)
         logits = np.full(n, None, dtype=object)
         if n:
-            pixels = height * width * (3 if self.options.multimask else 1)
+            pixels = height * width * (1 if self.options.multimask is False else 3)
             chunk = max(1, min(self.options.chunk, CHUNK_BYTES // (4 * pixels)))
             owner, _ = self._feature_attributes()
             try:
@@ -237,6 +237,13 @@ class PromptedSegmenter(ABC):
             for mask in masks:
                 clean_mask(mask, self.options.max_hole_area, self.options.min_region_area)
         return with_masks(detections, masks, scores)
+
+    def _wants_three_masks(self, prompts: Prompts) -> bool:
+        """Return whether three masks are decoded for each of these prompts; see `SegmenterOptions.multimask`."""
+        if self.options.multimask != "auto":
+            return self.options.multimask
+        is_click = prompts.points is not None and prompts.points.shape[1] == 1
+        return is_click and prompts.boxes is None and prompts.masks is None and prompts.logits is None
 
     def _decode_rounds(
         self, prompts: Prompts, boxes: NDArray[np.float32]

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass
+from typing import Literal
 
 from grounded_sam.acceleration.options import ModelOptions
-from grounded_sam.checks import check_bool, check_int
+from grounded_sam.checks import check_int
+from grounded_sam.errors import ConfigError, shorten
 
 
 @dataclass(frozen=True)
@@ -14,8 +16,8 @@ class SegmenterOptions(ModelOptions):
     """How prompts are decoded, and where and how the model runs.
 
     Attributes:
-        multimask: Whether to decode three masks per prompt and keep the one with the highest predicted IoU, which helps
-            with single clicks.
+        multimask: Whether to decode three masks per prompt and keep the one with the highest predicted IoU; `auto`
+            does so for prompts of a single click, which may mean a part or the whole.
         chunk: Maximum number of prompts decoded at once; fewer if their masks at image size exceed 256 MiB.
         max_hole_area: Area in pixels below which holes in masks are filled; 0 fills none.
         min_region_area: Area in pixels below which separate regions are removed; 0 removes none.
@@ -29,7 +31,7 @@ class SegmenterOptions(ModelOptions):
     64
     """
 
-    multimask: bool = False
+    multimask: bool | Literal["auto"] = "auto"
     chunk: int = 64
     max_hole_area: int = 0
     min_region_area: int = 0
@@ -37,7 +39,8 @@ class SegmenterOptions(ModelOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_bool("segmenter.multimask", self.multimask)
+        if not isinstance(self.multimask, bool) and self.multimask != "auto":
+            raise ConfigError(f"segmenter.multimask must be true, false or auto, got {shorten(self.multimask)}")
         check_int("segmenter.chunk", self.chunk, 1)
         check_int("segmenter.max_hole_area", self.max_hole_area, 0)
         check_int("segmenter.min_region_area", self.min_region_area, 0)

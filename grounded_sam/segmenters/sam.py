@@ -14,7 +14,7 @@ from grounded_sam.errors import ConfigError
 from grounded_sam.segmenters.base import DecodedMasks, PromptedSegmenter, Prompts, masks_to_logits
 from grounded_sam.segmenters.options import SegmenterOptions
 from grounded_sam.weights.hub import HubFile
-from grounded_sam.weights.loading import BUILTIN_DIR, find_file, load_into
+from grounded_sam.weights.loading import builtin_settings, find_file, load_into
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -66,11 +66,13 @@ class Sam(PromptedSegmenter):
         path = find_file(checkpoint, "sam", file.name, sha256 or file.sha256)
         from segment_anything import SamPredictor, sam_model_registry
 
-        if path.is_relative_to(BUILTIN_DIR):
+        self.mask_generator_settings: Mapping[str, Any] = {}
+        settings = builtin_settings(path, "sam")
+        if settings is not None:
             from hydra.utils import instantiate
-            from omegaconf import OmegaConf
 
-            model = instantiate(OmegaConf.load(BUILTIN_DIR.parent / "sam.yaml"), _convert_="all")
+            model = instantiate(settings["model"], _convert_="all")
+            self.mask_generator_settings = settings["mask_generator"]
         else:
             model = sam_model_registry[size]()
         load_into(model, path, f"SAM {size}")
@@ -119,7 +121,8 @@ class Sam(PromptedSegmenter):
             masks = masks_to_logits(prompts.masks, predictor.input_size, (padded, padded), side).to(device)
         if prompts.logits is not None:
             masks = torch.from_numpy(prompts.logits)[:, None].to(device)
-        decoded, scores, logits = predictor.predict_torch(points, labels, boxes, masks, self.options.multimask)
+        three = self._wants_three_masks(prompts)
+        decoded, scores, logits = predictor.predict_torch(points, labels, boxes, masks, three)
         return DecodedMasks(decoded.cpu().numpy(), scores.float().cpu().numpy(), logits.float().cpu().numpy())
 
     def mask_generator(self, **settings: Any) -> Any:

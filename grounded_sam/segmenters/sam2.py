@@ -23,7 +23,7 @@ from grounded_sam.hydra_state import preserve_hydra_state
 from grounded_sam.segmenters.base import DecodedMasks, Prompts, SharableSegmenter, upsample_masks
 from grounded_sam.segmenters.options import SegmenterOptions, model_identity
 from grounded_sam.weights.hub import HubFile
-from grounded_sam.weights.loading import BUILTIN_DIR, find_file, load_into
+from grounded_sam.weights.loading import BUILTIN_DIR, builtin_settings, find_file, load_into
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -150,6 +150,23 @@ def input_points(
     return np.concatenate(points, 1) / size_wh * np.float32(side), np.concatenate(labels, 1)
 
 
+def mask_inputs(prompts: Prompts, side: tuple[int, int]) -> Tensor | None:
+    """Return mask prompts, or the logits of the previous round, as logits `(n, 1, h, w)`; None without either.
+
+    Args:
+        prompts: The prompts.
+        side: Height and width of the logits of mask prompts.
+    """
+    import torch
+
+    if prompts.logits is not None:
+        return torch.from_numpy(prompts.logits)[:, None]
+    if prompts.masks is None:
+        return None
+    values = torch.from_numpy(prompts.masks)[:, None].float()
+    return torch.nn.functional.interpolate(values, side, mode="area") * 20 - 10
+
+
 class Sam2(SharableSegmenter):
     """Segment with SAM 2.1.
 
@@ -164,6 +181,7 @@ class Sam2(SharableSegmenter):
 
     Attributes:
         batch_size: As above.
+        mask_generator_settings: See `structures.protocols.GeneratesMasks`.
         encode: Function of pixels `(b, 3, side, side)` on the device to `ImageFeatures`.
 
     Raises:
@@ -188,8 +206,11 @@ class Sam2(SharableSegmenter):
             import sam2
 
             architecture = Path(sam2.__file__).parent / "configs" / "sam2.1" / SIZES[size][3]
-            if path.is_relative_to(BUILTIN_DIR):
+            self.mask_generator_settings: Mapping[str, Any] = {}
+            settings = builtin_settings(path, "sam2")
+            if settings is not None:
                 architecture = BUILTIN_DIR.parent / "sam2.yaml"
+                self.mask_generator_settings = settings["mask_generator"]
             self.model: Any = build_sam2(architecture, path, f"SAM 2.1 {size}").to(self.options.torch_device)
         speed_up_encoder(self.model, self.options.precision, self.options.compile, self.options.backend_settings)
         self.batch_size = batch_size or (8 if self.model.device.type == "cuda" else 1)
@@ -255,7 +276,9 @@ class Sam2(SharableSegmenter):
             for start in range(0, len(boxes), self.options.chunk):
                 rows = slice(start, start + self.options.chunk)
                 points, labels = input_points(self.model.image_size, np.array(sizes)[image_of[rows]], boxes[rows])
-                logits, best = self._decode_best(maps, image_of[rows], points, labels, None)
+                logits, best = self._decode_best(
+                    maps, image_of[rows], points, labels, None, self.options.multimask is True
+                )
                 scores.append(best)
                 first, last = image_of[rows][[0, -1]]
                 ends = np.searchsorted(image_of[rows], np.arange(first, last + 2))
@@ -324,6 +347,7 @@ class Sam2(SharableSegmenter):
         points: NDArray[np.float32] | None,
         labels: NDArray[np.int32] | None,
         masks: Tensor | None,
+        multimask: bool,
     ) -> tuple[Tensor, Tensor]:
         """Decode prompts, and choose the mask with the highest predicted IoU of each.
 
@@ -333,6 +357,7 @@ class Sam2(SharableSegmenter):
             points: `(n, p, 2)` in pixels of the model's input; None for masks alone.
             labels: `(n, p)`; see `input_points`.
             masks: Logits, `(n, 1, h, w)`.
+            multimask: Whether to decode three masks.
 
         Returns:
             Logits `(n, h, w)`, and predicted IoU `(n,)`.
@@ -355,7 +380,7 @@ class Sam2(SharableSegmenter):
             image_pe=encoder.get_dense_pe(),
             sparse_prompt_embeddings=sparse,
             dense_prompt_embeddings=dense,
-            multimask_output=self.options.multimask,
+            multimask_output=multimask,
             repeat_image=False,  # they are already
             high_res_features=fine,
         )
@@ -365,22 +390,14 @@ class Sam2(SharableSegmenter):
 
     def _decode(self, prompts: Prompts) -> DecodedMasks:
         """Decode prompts on the current image; of each, the best mask alone is returned."""
-        import torch
-
-        masks = None
-        if prompts.masks is not None:
-            side = self.model.sam_prompt_encoder.mask_input_size
-            values = torch.from_numpy(prompts.masks)[:, None].float()
-            masks = torch.nn.functional.interpolate(values, side, mode="area") * 20 - 10
-        if prompts.logits is not None:
-            masks = torch.from_numpy(prompts.logits)[:, None]
+        masks = mask_inputs(prompts, self.model.sam_prompt_encoder.mask_input_size)
         size_hw, points, labels = self.predictor._orig_hw[0], None, None
         if prompts.boxes is not None or prompts.points is not None:
             points, labels = input_points(self.model.image_size, np.array([size_hw]), prompts.boxes, prompts)
         features, image_of, download = self.predictor._features, np.zeros(len(prompts.rows), int), Download()
         with inference():
             maps = [*features["high_res_feats"], features["image_embed"]]
-            logits, scores = self._decode_best(maps, image_of, points, labels, masks)
+            logits, scores = self._decode_best(maps, image_of, points, labels, masks, self._wants_three_masks(prompts))
             download.add(scores[:, None])
             download.add(logits[:, None].float().clamp(-32, 32))  # as the predictor returns them
             for part in upsample_masks(logits, size_hw):
@@ -395,6 +412,8 @@ class Sam2(SharableSegmenter):
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
-            generator = SAM2AutomaticMaskGenerator(self.model, **settings)
+            # Given here, the area would also go to the predictor, whose CUDA extension is rarely built.
+            generator = SAM2AutomaticMaskGenerator(self.model, **{**settings, "min_mask_region_area": 0})
+        generator.min_mask_region_area = settings.get("min_mask_region_area", 0)
         fit_predictor(generator.predictor, self.model)
         return generator

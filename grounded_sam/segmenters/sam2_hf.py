@@ -123,7 +123,7 @@ class Sam2Hf(SharableSegmenter):
                     image_positional_embeddings=model.get_image_wide_positional_embeddings(),
                     sparse_prompt_embeddings=sparse,
                     dense_prompt_embeddings=dense,
-                    multimask_output=self.options.multimask,
+                    multimask_output=self._wants_three_masks(prompts),
                     high_resolution_features=self._features[:-1],
                 )  # (1, n, k, h, w), (1, n, k)
                 low_res = logits[0].float()

@@ -88,7 +88,7 @@ class SamHq(PromptedSegmenter):
                 output = self.model(
                     image_embeddings=self._features[0],
                     intermediate_embeddings=self._features[1],
-                    multimask_output=self.options.multimask,
+                    multimask_output=self._wants_three_masks(prompts),
                     hq_token_only=self.hq_only,
                     **chunk,
                 )

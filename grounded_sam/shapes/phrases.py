@@ -91,11 +91,10 @@ def sample_phrases(
         From 1 to `maximum` phrases.
 
     >>> [phrase.text for phrase in sample_phrases(np.random.default_rng(3), [("red", "star")], maximum=2)]
-    ['yellow triangle', 'yellow squares']
+    ['blue star']
     """
-    count = int(rng.integers(1, min(maximum, 10) + 1))
-    if maximum > 10 and rng.random() < 0.35:
-        count = int(rng.integers(11, maximum + 1))
+    # Log-uniform: with few phrases beside it, "blue cross" was found on blue stars until short prompts were frequent.
+    count = int(np.exp(rng.uniform(0, np.log(maximum + 1))))
     kind = rng.choice(["pairs", "shapes", "colors", "mixed"], p=[0.66, 0.14, 0.11, 0.09])
     shapes = [(None, shape) for shape in dict.fromkeys(shape for _, shape in pairs)]
     colors = [(color, None) for color in dict.fromkeys(color for color, _ in pairs)]

@@ -210,7 +210,13 @@ class CachesFeatures(Protocol):
 
 @runtime_checkable
 class GeneratesMasks(Protocol):
-    """A segmenter with an automatic mask generator."""
+    """A segmenter with an automatic mask generator.
+
+    Attributes:
+        mask_generator_settings: Settings that suit the weights; see `detectors.everything.DEFAULTS`.
+    """
+
+    mask_generator_settings: Mapping[str, Any]
 
     def mask_generator(self, **settings: Any) -> Any:
         """Return an object whose `generate(image)` returns the records of `SamAutomaticMaskGenerator`."""

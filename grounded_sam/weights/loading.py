@@ -70,6 +70,24 @@ def find_folder(checkpoint: str, kind: str) -> str:
     return checkpoint
 
 
+def builtin_settings(path: Path, kind: str) -> dict[str, Any] | None:
+    """Return the settings of embedded weights: `model` and `mask_generator`; None for other weights.
+
+    Args:
+        path: File of the weights.
+        kind: Kind of the model: `sam` or `sam2`.
+
+    >>> sorted(builtin_settings(builtin_path("shapes", "sam"), "sam"))
+    ['mask_generator', 'model']
+    """
+    if not path.is_relative_to(BUILTIN_DIR):
+        return None
+    from omegaconf import OmegaConf
+
+    settings: Any = OmegaConf.to_container(OmegaConf.load(BUILTIN_DIR.parent / f"{kind}.yaml"))
+    return settings  # type: ignore[no-any-return]
+
+
 def find_file(checkpoint: str, kind: str, hub_file: str | None = None, sha256: str | None = None) -> Path:
     """Return a file of weights, downloaded if needed.
 

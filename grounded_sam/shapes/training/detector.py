@@ -11,6 +11,7 @@ each number of tokens in a phrase, which the model's config stores as `phrase_ca
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from grounded_sam.shapes.scenes import (
     EXTRA_SHAPES,
     SHAPES,
     TRAIN_PAIRS,
+    Pair,
     Scene,
     crop_scene,
     draw_scene,
@@ -173,7 +175,7 @@ class DetectionBatches:
     """Make the batch of a step. Its scenes share an aspect ratio, so that images need no padding.
 
     Args:
-        cfg: Settings `seed`, `batch`, `photos`, `short_sides`, `crowded` and `steps`.
+        cfg: Settings `seed`, `batch`, `photos`, `short_sides`, `crowded`, `repeated` and `steps`.
         tokenizer: Tokenizer of the model.
     """
 
@@ -218,7 +220,9 @@ class DetectionBatches:
 
     def _sample_scene(self, rng: np.random.Generator, ratio: float, is_wide: bool) -> Scene:
         """Sample a scene of an aspect ratio, or a tile of a crowded one."""
-        pairs = TRAIN_PAIRS * 4 + EXTRA_PAIRS
+        pairs: Sequence[Pair] = TRAIN_PAIRS * 4 + EXTRA_PAIRS
+        if rng.random() < self.cfg.repeated:
+            pairs = [pairs[i] for i in rng.integers(len(pairs), size=int(rng.integers(1, 4)))]
         if rng.random() < self.cfg.crowded:
             scene = make_crowded_scene(rng, pairs, photos=self.photos)
             height, width = scene.image.shape[:2]

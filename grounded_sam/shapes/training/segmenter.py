@@ -53,7 +53,7 @@ LOSS_SIDE = 128
 def build_segmenter(name: str) -> nn.Module:
     """Build an untrained model from `shapes/sam2.yaml` or `shapes/sam.yaml`."""
     cfg = OmegaConf.load(Path(__file__).parents[1] / f"{name}.yaml")
-    model: nn.Module = instantiate(cfg.model if name == "sam2" else cfg)
+    model: nn.Module = instantiate(cfg.model)
     return model
 
 

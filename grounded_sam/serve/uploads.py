@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
 
-from grounded_sam.files import require_regular, safe_filename
+from grounded_sam.files import safe_filename
 from grounded_sam.serve.problems import RequestError
 
 #: Bytes that are copied at a time.
@@ -101,23 +101,6 @@ class Uploads:
             return self._keep(upload, part)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-
-    def add_file(self, path: Path, name: str, kind: str, check: Callable[[Upload], None]) -> Upload:
-        """Copy a file of this machine; see `add`.
-
-        Args:
-            path: The file, which the client may read.
-            name: Its name.
-            kind: `picture` or `video`.
-            check: As for `add`.
-
-        Raises:
-            OSError: If it is not a file, or cannot be read.
-            RequestError: As `add`.
-        """
-        require_regular(path)
-        with path.open("rb") as content:
-            return self.add(content, name, kind, check)
 
     def _copy(self, content: IO[bytes], path: Path, kind: str) -> tuple[str, int]:
         """Copy bytes to a file, and return their id and number."""

@@ -7,8 +7,9 @@ import signal
 import socket
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from grounded_sam.config.compose import compose, to_override
 from grounded_sam.config.words import read_words
@@ -32,8 +33,8 @@ The keys are those of grounded-sam, and those of the group serve: host, port, to
 max_body_mb, upload_gb, session_gb, prediction_mb, idle_s and cors. /docs lists the routes, /ready tells when the models
 are loaded. Ctrl-C ends the server and deletes what clients have sent.
 """
-#: Seconds that open connections have to end when the server is stopped.
-GRACE_S = 3
+#: Seconds that open connections have to end when the server is stopped, and that idle ones are kept.
+GRACE_S, KEEP_ALIVE_S = 3, 60
 
 
 def compose_server(words: Sequence[str]) -> tuple[DictConfig, list[str]]:
@@ -103,15 +104,11 @@ def url_of(listening: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def run_server(server: Server, listening: socket.socket) -> None:
-    """Serve until Ctrl-C, or until the models cannot be loaded.
+def make_runner(server: Server) -> Any:
+    """Return uvicorn's server for the application.
 
     Args:
         server: What the routes share.
-        listening: Socket that listens.
-
-    Raises:
-        GroundedSamError: Why the models cannot be loaded.
     """
     import uvicorn
 
@@ -122,16 +119,30 @@ def run_server(server: Server, listening: socket.socket) -> None:
         log_level="warning",
         access_log=False,
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=GRACE_S,
-        h11_max_incomplete_event_size=64 * 1024,
     )
-    runner = uvicorn.Server(config)
+    return uvicorn.Server(config)
+
+
+def run_server(server: Server, listening: socket.socket) -> None:
+    """Serve until Ctrl-C, or until the models cannot be loaded.
+
+    Args:
+        server: What the routes share.
+        listening: Socket that listens.
+
+    Raises:
+        GroundedSamError: Why the models cannot be loaded.
+    """
+    runner = make_runner(server)
 
     def stop(error: BaseException | None) -> None:
         runner.should_exit = True
 
     def tell_ready() -> None:
-        print("Ready.", flush=True)
+        with suppress(OSError):  # the terminal may be gone
+            print("Ready.", flush=True)
 
     server.on_failure, server.on_ready = stop, tell_ready
     print(f"Serving on {url_of(listening)}, loading models; {url_of(listening)}/docs lists the routes", flush=True)

@@ -60,4 +60,6 @@ def public_message(error: BaseException, folders: Iterable[Path] = ()) -> str:
     text = one_line(str(error)) or type(error).__name__
     for folder in sorted(map(str, folders), key=len, reverse=True):
         text = text.replace(f"{folder}/", "").replace(folder, ".")
-    return _PATH.sub(r"\1", text)[:MAX_MESSAGE]
+    if not isinstance(error, RequestError):  # those of the server itself name routes, and nothing else
+        text = _PATH.sub(r"\1", text)
+    return text[:MAX_MESSAGE]

@@ -47,6 +47,7 @@ class Server:
     Args:
         cfg: The config, with the group `serve`.
         overrides: Its overrides, to find out which weights are loaded.
+        load: Builds the pipeline; None to build that of the config.
 
     Attributes:
         settings: The group `serve`.
@@ -66,7 +67,9 @@ class Server:
         ConfigError: If a setting is out of range, or a folder is missing.
     """
 
-    def __init__(self, cfg: DictConfig, overrides: Sequence[str] = ()) -> None:
+    def __init__(
+        self, cfg: DictConfig, overrides: Sequence[str] = (), load: Callable[[], Pipeline] | None = None
+    ) -> None:
         self.cfg, self._overrides = cfg, overrides
         plain = to_plain(cfg)
         plain["serve"] = with_token_of_environment(plain["serve"])
@@ -81,7 +84,7 @@ class Server:
         self.uploads = Uploads(Path(self.folder.name) / "uploads", max_bytes)
         self.jobs = TrackJobs(Path(self.folder.name) / "jobs", self.uploads, self.settings.idle_s, max_bytes)
         self.frames = FrameReader(self.uploads, self.max_pixels)
-        self.worker = Worker(lambda: build(cfg), self.settings.queue, self._loaded)
+        self.worker = Worker(load or (lambda: build(cfg)), self.settings.queue, self._loaded)
         self.on_failure: Callable[[BaseException | None], None] = lambda error: None
         self.on_ready: Callable[[], None] = lambda: None
         self.threads = asyncio.Semaphore(MAX_THREADS)

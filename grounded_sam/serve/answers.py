@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, TypeVar, cast
 
@@ -13,15 +12,13 @@ from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from grounded_sam.errors import GroundedSamError, describe_error, print_traceback
+from grounded_sam.errors import GroundedSamError
 from grounded_sam.serve.problems import ClientGoneError, RequestError, public_message, status_of
 from grounded_sam.serve.schemas import ErrorAnswer
 from grounded_sam.serve.server import Server
 from grounded_sam.serve.worker import Work
 
 T = TypeVar("T")
-log = logging.getLogger(__name__)
-
 #: Errors that any route may answer with, for the OpenAPI description.
 ERRORS: dict[int | str, dict[str, Any]] = {
     code: {"model": ErrorAnswer, "description": text}
@@ -97,7 +94,7 @@ def error_answer(request: Request, error: Exception) -> Response:
 
     Args:
         request: The request.
-        error: Any error that a route has raised.
+        error: What a route has raised, or FastAPI for it.
     """
     if isinstance(error, ClientGoneError):
         return Response(status_code=499)
@@ -111,10 +108,7 @@ def error_answer(request: Request, error: Exception) -> Response:
         detail = {404: "there is no such route; /docs lists them", 405: "the route does not take this method"}
         message = detail.get(error.status_code, public_message(error))
         return JSONResponse({"error": message}, error.status_code, headers=error.headers)
-    print_traceback()
-    log.warning("a request failed: %s", describe_error(error))
-    message = f"the server failed on this request ({type(error).__name__}); its log says more"
-    return JSONResponse({"error": message}, 500)
+    raise error
 
 
 def validation_message(error: RequestValidationError) -> str:

@@ -54,14 +54,7 @@ def create_app(server: Server) -> FastAPI:
     for module in (about, pictures, sessions, videos, collections, pages):
         app.include_router(module.router)
     app.mount("/static", StaticFiles(directory=Path(__file__).parent / "page" / "static"), name="static")
-    handled: tuple[type[Exception], ...] = (
-        GroundedSamError,
-        ClientGoneError,
-        RequestValidationError,
-        HTTPException,
-        Exception,
-    )
-    for kind in handled:
+    for kind in (GroundedSamError, ClientGoneError, RequestValidationError, HTTPException):
         app.add_exception_handler(kind, error_answer)
     if server.settings.cors:
         app.add_middleware(

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
 import hmac
 import json
+import logging
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
+from grounded_sam.errors import describe_error, print_traceback
 from grounded_sam.serve.problems import RequestError
 from grounded_sam.serve.settings import ServeSettings
+
+log = logging.getLogger(__name__)
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -23,6 +29,8 @@ AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 OPEN_PATHS = ("/health", "/ready")
 #: Paths that take forms with a file, and the largest body of any other request, in bytes.
 UPLOAD_PATHS, MAX_IN_MEMORY = ("/v1/pictures", "/v1/videos"), 64_000_000
+#: Seconds that a client has to send the rest of a body that is refused.
+DRAIN_S = 5.0
 #: Names of this machine that a browser may use for a server on a loopback address.
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]", "::1")
 #: Headers of every answer.
@@ -77,10 +85,11 @@ class Guard:
             await self.app(scope, body.receive, send_with_headers)
             if body.is_too_large and not started:
                 raise too_large(body.limit)
-        except RequestError as error:
+        except Exception as error:  # what no route expects must neither reach the client nor end the connection
+            refusal = error if isinstance(error, RequestError) else unexpected(error)
             if not started:
-                body.is_too_large = False
-                await _refuse(send_with_headers, error)
+                is_large, body.is_too_large = refusal.status == 413, False
+                await _refuse(send_with_headers, refusal, receive if is_large else None)
 
     def _check(self, scope: Scope) -> None:
         """Check the headers of a request.
@@ -179,10 +188,31 @@ def too_large(limit: int) -> RequestError:
     return RequestError(413, message, {"Connection": "close"})
 
 
-async def _refuse(send: Send, error: RequestError) -> None:
-    """Answer with an error."""
+def unexpected(error: Exception) -> RequestError:
+    """Return the error for the client where a route fails in a way that nobody expected; the log says more."""
+    print_traceback()
+    log.warning("a request failed: %s", describe_error(error))
+    return RequestError(500, f"the server failed on this request ({type(error).__name__}); its log says more")
+
+
+async def _refuse(send: Send, error: RequestError, receive: Receive | None = None) -> None:
+    """Answer with an error, and read on what a client is about to send, since it may listen only afterwards."""
     body = json.dumps({"error": str(error)}).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
     encoded = [(name.lower().encode(), value.encode()) for name, value in headers.items()]
     await send({"type": "http.response.start", "status": error.status, "headers": encoded})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": body, "more_body": True})
+    if receive is not None:
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(_drain(receive), DRAIN_S)
+    await send({"type": "http.response.body"})
+
+
+async def _drain(receive: Receive) -> None:
+    """Read the rest of a body, up to a limit."""
+    num_bytes = 0
+    while num_bytes < MAX_IN_MEMORY:
+        message = await receive()
+        num_bytes += len(message.get("body", b""))
+        if message["type"] != "http.request" or not message.get("more_body"):
+            return

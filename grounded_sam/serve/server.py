@@ -137,8 +137,8 @@ class Server:
 
     @property
     def public_folders(self) -> list[Path]:
-        """Folders whose files messages name relative to them."""
-        return [Path(self.folder.name), *self.roots.folders]
+        """Folders whose files messages name relative to them; of others, they have the name alone."""
+        return self.roots.folders
 
     def _find_licenses(self) -> list[dict[str, Any]]:
         """Return stage, checkpoint and license of the weights; None where the package does not know it."""

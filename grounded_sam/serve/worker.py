@@ -258,7 +258,8 @@ def readable_error(error: BaseException) -> GroundedSamError:
     """
     import torch
 
-    if isinstance(error, MemoryError | OutOfMemoryError | torch.OutOfMemoryError):
+    kinds = (MemoryError, OutOfMemoryError, torch.OutOfMemoryError)
+    if isinstance(error, kinds) or isinstance(error.__cause__, kinds):
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()

@@ -103,22 +103,26 @@ class Sweeps:
         names = dict.fromkeys([*results[0], *results[1]])
         compared = []
         for picture in names:
-            sizes, sides = zip(*(side.get(picture, (None, sv.Detections.empty())) for side in results), strict=True)
-            pairs = pair_detections(*sides, min_iou)
-            compared.append((ComparedPicture(picture, sizes[0] or sizes[1], *sides), pairs))
+            in_a, in_b = (side.get(picture) for side in results)
+            size_hw, _ = in_a or in_b or ((0, 0), None)
+            a_side, b_side = (sv.Detections.empty() if side is None else side[1] for side in (in_a, in_b))
+            item = ComparedPicture(picture, size_hw, a_side, b_side)
+            compared.append((item, pair_detections(a_side, b_side, min_iou)))
         compared.sort(key=lambda item: -item[1].num_different)
         page = compared[cursor : cursor + PAGE]
         pictures = []
         for item, pairs in page:
-            in_a, in_b = (_entries(side, masks) for side in (item.a, item.b))
+            a_entries, b_entries = (_entries(side, masks) for side in (item.a, item.b))
             pictures.append(
                 {
                     "name": item.name,
                     "width": item.size_hw[1],
                     "height": item.size_hw[0],
-                    "matched": [{"a": in_a[i], "b": in_b[j], "iou": round(iou, 6)} for i, j, iou in pairs.matched],
-                    "only_a": [in_a[i] for i in pairs.only_a],
-                    "only_b": [in_b[i] for i in pairs.only_b],
+                    "matched": [
+                        {"a": a_entries[i], "b": b_entries[j], "iou": round(iou, 6)} for i, j, iou in pairs.matched
+                    ],
+                    "only_a": [a_entries[i] for i in pairs.only_a],
+                    "only_b": [b_entries[i] for i in pairs.only_b],
                 }
             )
         return {

@@ -164,7 +164,7 @@ def check_extra() -> None:
         import uvicorn  # noqa: F401
     except ImportError as error:
         name = (error.name or "a package").partition(".")[0]
-        raise ConfigError(f"{name} is not installed; install the extra: pip install 'grounded_sam[serve]'") from error
+        raise ConfigError(f"the server needs {name}: pip install 'grounded_sam[serve]'") from error
 
 
 def main() -> None:

@@ -91,7 +91,7 @@ async def track(server: ServerOf, video: VideoId, body: TrackBody) -> JSONRespon
         max_pixels=server.max_pixels,
         masks=body.masks == "rle",
     )
-    job = server.jobs.make(pipeline, video, track_request)
+    job = await in_thread(server, server.jobs.make, pipeline, video, track_request)
     try:
         server.worker.submit_long(job, MAX_RUNNING)
     except RequestError:

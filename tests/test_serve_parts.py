@@ -328,6 +328,6 @@ def test_detections_are_paired_by_class_and_iou():
     a = detections([[0, 0, 10, 10], [20, 0, 30, 10], [40, 0, 50, 10]], ["x", "y", "x"])
     b = detections([[20, 0, 30, 10], [1, 0, 10, 10], [0, 0, 9, 10]], ["x", "x", "x"])
     pairs = pair_detections(a, b)
-    assert pairs.matched == [(0, 1, 0.9)] and pairs.only_a == [1, 2] and pairs.only_b == [0, 2]
+    assert pairs.matched == [(0, 1, pytest.approx(0.9))] and pairs.only_a == [1, 2] and pairs.only_b == [0, 2]
     assert pair_detections(a, detections([], [])).only_a == [0, 1, 2] and pairs.num_different == 4
     assert pair_detections(detections([], []), detections([], [])).num_different == 0

@@ -8,6 +8,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,8 @@ The keys are those of grounded-sam, and those of the group serve: host, port, to
 max_body_mb, upload_gb, session_gb, prediction_mb, idle_s and cors. /docs lists the routes, /ready tells when the models
 are loaded. Ctrl-C ends the server and deletes what clients have sent.
 """
+#: Packages of the extra `serve`.
+NEEDED = ("fastapi", "jinja2", "python_multipart", "uvicorn")
 #: Seconds that open connections have to end when the server is stopped, and that idle ones are kept.
 GRACE_S, KEEP_ALIVE_S = 3, 60
 
@@ -157,14 +160,9 @@ def check_extra() -> None:
     Raises:
         ConfigError: If not, with the extra to install.
     """
-    try:
-        import fastapi  # noqa: F401 - only whether they are there
-        import jinja2  # noqa: F401
-        import python_multipart  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        name = (error.name or "a package").partition(".")[0]
-        raise ConfigError(f"the server needs {name}: pip install 'grounded_sam[serve]'") from error
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise ConfigError(f"the server needs {missing[0]}: pip install 'grounded_sam[serve]'")
 
 
 def main() -> None:
@@ -178,9 +176,9 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         check_extra()
+        cfg, overrides = compose_server(words)
         from grounded_sam.serve.server import Server
 
-        cfg, overrides = compose_server(words)
         server = Server(cfg, overrides)
         try:
             with listen(server.settings.host, server.settings.port) as listening:

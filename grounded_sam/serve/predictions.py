@@ -291,8 +291,8 @@ def raised(select: Select, vocabulary: Vocabulary, floor: float) -> Select:
 def covers(kept: Select, wanted: Select, vocabulary: Vocabulary, tiled: bool) -> bool:
     """Return whether all detections that one selection may select are among those that another has kept.
 
-    Suppression goes in order of score: where classes do not suppress each other, or have one threshold, a stricter
-    threshold after it keeps what it would have kept before it.
+    Suppression and number go in order of score: where classes do not affect each other, or have one threshold, a
+    stricter threshold afterwards keeps what it would have kept before.
 
     Args:
         kept: Selection of the candidates.
@@ -309,11 +309,12 @@ def covers(kept: Select, wanted: Select, vocabulary: Vocabulary, tiled: bool) ->
     low, high = thresholds(kept, vocabulary), thresholds(before, vocabulary)
     if any(high[name] < low[name] for name in low):
         return False
-    if tiled or kept.nms is not None or kept.max_ios is not None:
+    if tiled or kept.nms is not None or kept.max_ios is not None or kept.top_k is not None:
         fields = ("nms", "max_ios", "class_agnostic")
         settings = [[asdict(select)[name] for name in fields] for select in (kept, before)]
         one_threshold = len(set(high.values())) == 1 or high == low
-        if settings[0] != settings[1] or (kept.class_agnostic and not one_threshold):
+        depends_on_others = kept.class_agnostic or kept.top_k is not None
+        if settings[0] != settings[1] or (depends_on_others and not one_threshold):
             return False
     return kept.top_k is None or (before.top_k is not None and before.top_k <= kept.top_k)
 

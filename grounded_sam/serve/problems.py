@@ -35,6 +35,7 @@ class ClientGoneError(Exception):
 def status_of(error: GroundedSamError) -> int:
     """Return the HTTP status for an error of this package.
 
+    >>> from grounded_sam.errors import ImageError
     >>> status_of(ImageError("not an image")), status_of(OutOfMemoryError("too large"))
     (422, 503)
     """
@@ -52,6 +53,7 @@ def public_message(error: BaseException, folders: Iterable[Path] = ()) -> str:
         error: The error.
         folders: Folders whose files are named relative to them.
 
+    >>> from grounded_sam.errors import ImageError
     >>> public_message(ImageError("/tmp/x1/a.png: the file is empty"), [Path("/tmp/x1")])
     'a.png: the file is empty'
     >>> public_message(ImageError("cannot open /etc/shadow (denied)"))

@@ -119,7 +119,7 @@ class Rle(Body):
     counts: str = Field(max_length=10_000_000, description="compressed run lengths")
 
 
-class Prompt(Body):
+class ObjectPrompt(Body):
     """The prompts of one object: points, a box or a mask."""
 
     class_name: str = Field(
@@ -143,11 +143,11 @@ class SegmentBody(Body):
     An entry with the points of an earlier one and more corrects its mask, as in the demos of SAM.
     """
 
-    prompts: list[Prompt] = Field(min_length=1, max_length=256, description="one entry for each object")
+    prompts: list[ObjectPrompt] = Field(min_length=1, max_length=256, description="one entry for each object")
     masks: MaskForm = Field(default="rle", description="form of masks")
 
 
-class VideoPrompt(Prompt):
+class VideoPrompt(ObjectPrompt):
     """The prompts of one object in one frame of a video."""
 
     frame: int | None = Field(

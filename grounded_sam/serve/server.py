@@ -77,8 +77,8 @@ class Server:
         self._plain: dict[str, Any] = plain
         self.max_pixels = int(plain["source"].get("max_pixels") or MAX_PIXELS)
         self.roots = Roots(self.settings.roots)
-        self.stores = Stores(self.settings.stores, self.roots, self.max_pixels)
-        self.sweeps = Sweeps(self.settings.sweeps, self.roots, self.max_pixels)
+        self.stores = Stores(self.settings.stores or {}, self.roots, self.max_pixels)
+        self.sweeps = Sweeps(self.settings.sweeps or {}, self.roots, self.max_pixels)
         self.folder = tempfile.TemporaryDirectory(prefix="grounded_sam-serve-")
         max_bytes = int(self.settings.upload_gb * 1e9)
         self.uploads = Uploads(Path(self.folder.name) / "uploads", max_bytes)

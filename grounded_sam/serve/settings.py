@@ -26,8 +26,8 @@ class ServeSettings:
         port: Port to listen on; 0 for any free one.
         token: Secret that every request must give; None for none, which only a loopback address may have.
         roots: Folders whose files requests may name.
-        stores: Folders of stores by name.
-        sweeps: Folders of sweeps by name.
+        stores: Folders of stores by name; None for none.
+        sweeps: Folders of sweeps by name; None for none.
         queue: Largest number of requests that wait for the models.
         max_body_mb: Largest body of a request, in MB.
         upload_gb: Largest size of the temporary folder, in GB.
@@ -48,8 +48,8 @@ class ServeSettings:
     port: int = 8000
     token: str | None = field(default=None, repr=False)
     roots: Sequence[str] = ()
-    stores: Mapping[str, str] = field(default_factory=dict)
-    sweeps: Mapping[str, str] = field(default_factory=dict)
+    stores: Mapping[str, str] | None = None
+    sweeps: Mapping[str, str] | None = None
     queue: int = 64
     max_body_mb: float = 256
     upload_gb: float = 8
@@ -71,7 +71,7 @@ class ServeSettings:
             if isinstance(values, str) or not all(isinstance(value, str) and value for value in values):
                 raise ConfigError(f"serve.{key} must be a list of texts, got {shorten(values)}")
         for key in ("stores", "sweeps"):
-            _check_folders(key, getattr(self, key))
+            _check_folders(key, getattr(self, key) or {})
         for origin in self.cors:
             if not _is_origin(origin):
                 raise ConfigError(f"serve.cors must have origins such as https://labels.example.com, got {origin!r}")

@@ -49,7 +49,8 @@ class Steps(Protocol):
     """
 
     @property
-    def is_over(self) -> bool: ...
+    def is_over(self) -> bool:
+        """Whether nothing is left to do."""
 
     def step(self) -> bool:
         """Do a little; return whether more is to come."""

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 from grounded_sam.serve.answers import ERRORS, ServerOf, ask, in_thread
 from grounded_sam.serve.objects import decode_mask, object_entries
 from grounded_sam.serve.problems import RequestError
-from grounded_sam.serve.schemas import Prompt, SegmentAnswer, SegmentBody, SessionAnswer, SessionBody
+from grounded_sam.serve.schemas import ObjectPrompt, SegmentAnswer, SegmentBody, SessionAnswer, SessionBody
 
 router = APIRouter(tags=["sessions"])
 SessionId = Annotated[str, Path(max_length=64, description="id of a session")]
@@ -41,7 +41,7 @@ async def segment_prompts(request: Request, server: ServerOf, session: SessionId
     return JSONResponse({"classes": classes, "objects": objects})
 
 
-def prompt_entry(prompt: Prompt, size_hw: tuple[int, int]) -> dict[str, Any]:
+def prompt_entry(prompt: ObjectPrompt, size_hw: tuple[int, int]) -> dict[str, Any]:
     """Return a prompt as an entry of `structures.clicks.Clicks`.
 
     Args:

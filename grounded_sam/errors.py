@@ -48,6 +48,23 @@ class CheckpointError(GroundedSamError):
     """Raised for weights that are missing, damaged or those of another model."""
 
 
+class EditError(ConfigError):
+    """Raised for decisions about the objects of a store that cannot be applied; none of their batch is.
+
+    Args:
+        problems: Position of each such edit in the batch, and why it cannot be applied.
+
+    Attributes:
+        problems: As above.
+    """
+
+    def __init__(self, problems: list[tuple[int, str]]) -> None:
+        self.problems = problems
+        shown = [f"edit {index}: {reason}" for index, reason in problems[:5]]
+        more = [f"and {len(problems) - 5:,} more"] if len(problems) > 5 else []
+        super().__init__("; ".join([*shown, *more]))
+
+
 def one_line(text: str) -> str:
     """Return a text for the terminal: line ends become spaces, and other characters that are not printable are escaped.
 

@@ -19,6 +19,8 @@ MODULES = sorted(
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_in_docstrings_run(name):
+    if name.startswith("grounded_sam.serve."):
+        pytest.importorskip("fastapi", reason="the extra `serve` is not installed")
     result = doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS)
     assert result.failed == 0
 

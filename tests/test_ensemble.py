@@ -35,6 +35,7 @@ def test_boxes_of_one_object_become_their_weighted_mean():
     assert len(detections) == 1
     np.testing.assert_allclose(detections.xyxy[0], [11, 10, 51, 50], atol=1e-4)  # weighted 3 to 1
     assert detections.confidence[0] == pytest.approx(0.6)
+    assert detections.data["detector_scores"].tolist() == [{"a": 0.9, "b": 0.3}]
 
 
 def test_a_box_of_one_detector_counts_half_and_classes_stay_apart():

@@ -24,9 +24,10 @@ from pycocotools import mask as coco_mask
 from grounded_sam import ConfigError, Pipeline, Vocabulary
 from grounded_sam.config.build import build, build_node, build_sinks, build_source, to_plain
 from grounded_sam.config.compose import compose
-from grounded_sam.formats.store import SCHEMA, StoreReader
+from grounded_sam.formats.store import StoreReader
 from grounded_sam.formats.store_migrations import migrate_settings
 from grounded_sam.formats.store_runs import VERSION, fingerprint
+from grounded_sam.formats.store_schema import SCHEMA
 from grounded_sam.pipeline.images import process_images
 from grounded_sam.pipeline.runner import Runner, Summary
 from grounded_sam.pipeline.track_settings import TrackSettings
@@ -99,7 +100,9 @@ def test_a_store_replays_what_was_computed(folder, tmp_path):
     assert source.vocabulary == CLASSES and len(source) == 4
     direct = list(process_images(iter(ImageSource(folder)), CLASSES, model.stages))
     for frame, result in zip(source, direct, strict=True):
+        ids, statuses = (frame.annotations.data.pop(name) for name in ("object_id", "status"))
         assert frame.annotations == result.detections
+        assert len(set(ids)) == len(result.detections) and set(statuses) == {"predicted"}
         assert (frame.name, frame.size_hw) == (result.frame.name, result.frame.size_hw)
         assert np.array_equal(frame.image, result.frame.image)
 
@@ -344,7 +347,7 @@ def test_settings_of_version_0_1_are_translated_in_nested_stages_too():
 def test_a_store_of_a_later_version_is_refused(folder, tmp_path):
     label(folder, tmp_path)
     path = next((tmp_path / "store").glob("_run-*"))
-    path.write_text(path.read_text().replace('"schema": 1', '"schema": 99'))
+    path.write_text(path.read_text().replace(f'"schema": {VERSION}', '"schema": 99'))
     with pytest.raises(ConfigError, match="schema version 99"):
         StoreSource(tmp_path)
 

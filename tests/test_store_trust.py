@@ -22,8 +22,9 @@ from PIL import Image
 from grounded_sam import ConfigError, GroundedSamError, Pipeline, Vocabulary
 from grounded_sam.errors import ImageError
 from grounded_sam.formats import store_writer
-from grounded_sam.formats.store import SCHEMA, StoreReader
+from grounded_sam.formats.store import StoreReader
 from grounded_sam.formats.store_runs import StoreRun
+from grounded_sam.formats.store_schema import SCHEMA
 from grounded_sam.pipeline.runner import Runner
 from grounded_sam.sinks.report_page import ClassStatistics, ReportContent, render_page
 from grounded_sam.sinks.samples import RandomSample

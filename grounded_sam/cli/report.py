@@ -7,16 +7,12 @@ from __future__ import annotations
 
 import base64
 import csv
-import html
 import io
-import json
 import os
-import re
 import shlex
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,219 +22,26 @@ from grounded_sam.config.compose import GROUPS
 from grounded_sam.config.saved import unresolved
 from grounded_sam.config.secrets import VARIABLE
 from grounded_sam.errors import ConfigError
+from grounded_sam.evaluation.sweep_table import (
+    INCIDENTAL,
+    MEASURED,
+    Job,
+    Row,
+    SweepTable,
+    cell_text,
+    compare_unmeasured,
+    make_table,
+    read_jobs,
+)
 from grounded_sam.files import atomic_write
 from grounded_sam.output.claim import acquire, acquired, claim, release
-from grounded_sam.output.sweep import JobEntry, Sweep
+from grounded_sam.output.sweep import Sweep
+from grounded_sam.pages.rendering import render_html
 
-#: First parts of columns that are measured, as opposed to settings.
-MEASURED = ("bbox", "segm", "davis_all_frames", "sav")
-#: Settings that do not count as a difference between jobs.
-INCIDENTAL = ("output", "hydra")
-#: Groups of settings that do not change what the models cost.
-FREE = ("select", "sink", "truth", "metric")
 #: Files of a report, in the folder of the sweep.
 REPORT_FILES = ("sweep.csv", "sweep.md", "sweep.png", "sweep.html", "preset/best.yaml")
 #: File that Hydra writes into the folder of a sweep.
 HYDRA_FILE = "multirun.yaml"
-
-Row = dict[str, Any]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """A job of a sweep.
-
-    Attributes:
-        name: Name of its folder.
-        settings: Its overrides, as strings by key.
-        metrics: Content of its `metrics.json`; empty without one.
-        value: The metric that the sweep maximizes; None if the job failed.
-        images: Number of images that were processed.
-        seconds: Seconds by stage.
-        peak_mib: Peak resident memory in MiB.
-        replayed: Number of images whose results were taken from another job.
-        boxes_replayed: Number of images whose boxes were taken from another job.
-        error: Why it failed; None if it did not.
-    """
-
-    name: str
-    settings: dict[str, str]
-    metrics: dict[str, Any] = field(default_factory=dict)
-    value: float | None = None
-    images: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    peak_mib: float | None = None
-    replayed: int = 0
-    boxes_replayed: int = 0
-    error: str | None = None
-
-    @classmethod
-    def read(cls, folder: Path, entry: JobEntry, sweep_id: str | None) -> Job:
-        """Read the `run.json` and, if it measured something, the `metrics.json` of a job.
-
-        Args:
-            folder: Folder of the sweep.
-            entry: Where the job is.
-            sweep_id: Id of its sweep; None for sweeps of earlier versions.
-        """
-        record_file, metrics = folder / entry.folder / "run.json", folder / entry.folder / "metrics.json"
-        record = json.loads(record_file.read_text(encoding="utf-8")) if record_file.is_file() else {}
-        if entry.error is not None or not record or record.get("sweep") != sweep_id:
-            record = {"overrides": entry.overrides, "error": entry.error or "ended without a result", "measured": False}
-        has_metrics = record.get("measured", True) and metrics.is_file()
-        return cls(
-            name=entry.folder,
-            settings=dict(override.lstrip("+").split("=", 1) for override in record["overrides"] if "=" in override),
-            metrics=json.loads(metrics.read_text(encoding="utf-8")) if has_metrics else {},
-            value=record.get("value"),
-            images=record.get("images", 0),
-            seconds=record.get("seconds", {}),
-            peak_mib=record.get("peak_mib"),
-            replayed=record.get("replayed", 0),
-            boxes_replayed=record.get("boxes_replayed", 0),
-            error=record.get("error"),
-        )
-
-    @property
-    def ran_models(self) -> bool:
-        """Whether it processed images itself, instead of replaying the results of another job."""
-        return self.images > 0 and not self.replayed
-
-    @property
-    def seconds_per_image(self) -> dict[str, float]:
-        """Seconds per image by stage."""
-        return {stage: seconds / self.images for stage, seconds in self.seconds.items()} if self.images else {}
-
-
-@dataclass(frozen=True)
-class SweepTable:
-    """The table of a sweep.
-
-    Attributes:
-        columns: Names of the columns that have values.
-        rows: Values by column; the best job first, failed jobs last.
-        metric: Name of the metric that the sweep maximizes.
-    """
-
-    columns: list[str]
-    rows: list[Row]
-    metric: str = "metric"
-
-    @property
-    def texts(self) -> list[list[str]]:
-        """The cells of each row, as text."""
-        return [[_to_text(row.get(column)) for column in self.columns] for row in self.rows]
-
-
-def read_jobs(folder: Path) -> list[Job]:
-    """Read the jobs of a sweep in their order.
-
-    Args:
-        folder: Folder of the sweep, with a folder per job in it.
-
-    Raises:
-        ConfigError: If it contains no job.
-    """
-    if (sweep := Sweep.last(folder)) is not None:
-        entries = sweep.jobs()
-    else:  # of an earlier version, which numbered the folders and registered nothing
-        names = [path.parent.name for path in folder.glob("*/run.json") if path.parent.name.isdecimal()]
-        entries = [JobEntry(int(name), name, []) for name in sorted(names, key=int)]
-    if not entries:
-        raise ConfigError(f"no job of a sweep in {folder}: expected the output of a sweep (--multirun)")
-    return [Job.read(folder, entry, None if sweep is None else sweep.id) for entry in entries]
-
-
-def make_table(jobs: Sequence[Job]) -> SweepTable:
-    """Make the table of a sweep.
-
-    Args:
-        jobs: Its jobs, at least one.
-
-    >>> jobs = [Job(name=str(i), settings={"select.score": str(i / 10)}, value=i / 4) for i in range(2)]
-    >>> make_table(jobs).texts
-    [['1', '0.1', '0.25'], ['0', '0.0', '0']]
-    """
-    keys = dict.fromkeys(key for job in jobs for key in job.settings)
-    swept = [
-        key for key in keys if key.split(".")[0] not in INCIDENTAL and len({job.settings.get(key) for job in jobs}) > 1
-    ]
-    costs = _Costs(jobs, swept)
-    rows = [_make_row(job, swept, costs) for job in jobs]
-    rows.sort(key=lambda row: (row["metric"] is None, -(row["metric"] or 0.0)))
-    columns = dict.fromkeys(column for row in rows for column in row)
-    filled = [c for c in columns if c == "job" or any(row.get(c) not in (None, "") for row in rows)]
-    names = {job.metrics["metric"] for job in jobs if "metric" in job.metrics}
-    return SweepTable(filled, rows, names.pop() if len(names) == 1 else "metric")
-
-
-def _make_row(job: Job, swept: Sequence[str], costs: _Costs) -> Row:
-    metrics = job.metrics
-    row: Row = {"job": job.name, **{key: _unquote(job.settings.get(key, "")) for key in swept}}
-    row["metric"] = job.value
-    for kind in ("bbox", "segm"):
-        row |= {f"{kind}.{key}": metrics.get(kind, {}).get(key) for key in ("AP", "AP50") if kind in metrics}
-    for rule in ("davis_all_frames", "sav"):
-        row |= {f"{rule}.JF": metrics[rule]["JF"]} if rule in metrics else {}
-    row |= {key: metrics.get("tracking", {}).get(key) for key in ("HOTA", "IDF1", "IDSW") if "tracking" in metrics}
-    row |= {key: metrics.get("at_threshold", {}).get(key) for key in ("precision", "recall", "f1") if metrics}
-    seconds = costs.seconds_per_image(job)
-    row |= {f"s/image {stage}": seconds.get(stage) for stage in ("detect", "segment", "track", "all")}
-    row["peak MiB"] = costs.peak_mib(job)
-    row["error"] = job.error or ""
-    return row
-
-
-class _Costs:
-    """Costs of jobs; a job that replays results has the costs of the job that computed them.
-
-    Args:
-        jobs: All jobs of a sweep.
-        swept: Keys of the settings by which they differ.
-    """
-
-    def __init__(self, jobs: Sequence[Job], swept: Sequence[str]) -> None:
-        self._keys = [key for key in swept if key.split(".")[0] not in FREE]
-        # Of several jobs with the same models, the first one counts.
-        self._by_models = {self._models(job): job for job in reversed(jobs) if job.ran_models}
-        detected = [job for job in self._by_models.values() if not job.boxes_replayed]
-        self._by_detector = {self._models(job, "segmenter"): job for job in detected}
-
-    def _models(self, job: Job, without: str = "") -> tuple[str | None, ...]:
-        """Return the settings that decide what models cost."""
-        return tuple(job.settings.get(key) for key in self._keys if key.split(".")[0] != without)
-
-    def _source(self, job: Job) -> Job | None:
-        """Return the job that ran the models."""
-        return job if job.ran_models else self._by_models.get(self._models(job))
-
-    def seconds_per_image(self, job: Job) -> dict[str, float]:
-        """Return seconds per image by stage, including those of a detector whose boxes were replayed."""
-        source = self._source(job)
-        if source is None:
-            return {}
-        seconds = source.seconds_per_image
-        detected = self._by_detector.get(self._models(job, "segmenter"))
-        if source.boxes_replayed and detected is not None:
-            saved = detected.seconds_per_image.get("detect", 0.0) - seconds.get("detect", 0.0)
-            seconds |= {stage: seconds.get(stage, 0.0) + saved for stage in ("detect", "all")}
-        return seconds
-
-    def peak_mib(self, job: Job) -> float | None:
-        """Return the peak memory in MiB."""
-        source = self._source(job)
-        return None if source is None else source.peak_mib
-
-
-def _unquote(value: str) -> str:
-    r"""Remove the backslashes and quotes of Hydra's overrides, as in `builtin\:shapes`."""
-    return re.sub(r"\\(.)", r"\1", value).strip("'")
-
-
-def _to_text(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def write_report(folder: Path) -> str:
@@ -252,15 +55,19 @@ def write_report(folder: Path) -> str:
     """
     jobs = read_jobs(folder)
     with claim(folder):
-        return _write_table(folder, jobs, make_table(jobs))
+        return _write_table(folder, jobs, make_table(jobs, compare_unmeasured(folder, jobs)))
 
 
 def _write_table(folder: Path, jobs: Sequence[Job], table: SweepTable) -> str:
     _write_csv(folder / "sweep.csv", table)
     _write_markdown(folder / "sweep.md", table)
     files = ["sweep.csv", "sweep.md"]
-    best = next((row for row in table.rows if row["metric"] is not None), None)
+    best = next((row for row in table.rows if row.get("metric") is not None), None)
     usage = ""
+    if table.metric is None:
+        with atomic_write(folder / "sweep.html") as part:
+            part.write_text(_to_html(table, None), encoding="utf-8")
+        files.append("sweep.html")
     if best is not None:
         plot = _plot(table)
         with atomic_write(folder / "sweep.png") as part:
@@ -272,7 +79,8 @@ def _write_table(folder: Path, jobs: Sequence[Job], table: SweepTable) -> str:
             part.write_text(_to_preset(settings, best), encoding="utf-8")
         files += ["sweep.png", "sweep.html", "preset/best.yaml"]
         usage = f"; use the best with --config-dir {folder} preset=best"
-    return f"{_to_console(table)}\n  in {folder}: {', '.join(files)}{usage}"
+    notes = "".join(f"\n  {note}" for note in table.notes)
+    return f"{_to_console(table)}{notes}\n  in {folder}: {', '.join(files)}{usage}"
 
 
 def _write_csv(path: Path, table: SweepTable) -> None:
@@ -296,7 +104,8 @@ def _to_console(table: SweepTable) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    drawn = Table(title=f"{len(table.rows)} jobs, the best first", title_justify="left")
+    order = "the best first" if table.metric is not None else "without ground truth: what they found"
+    drawn = Table(title=f"{len(table.rows)} jobs, {order}", title_justify="left")
     for column in table.columns:
         drawn.add_column(column, justify="left" if column == "error" else "right")
     for cells in table.texts:
@@ -324,7 +133,7 @@ def _to_preset(settings: dict[str, str], row: Row) -> str:
             continue
         parsed = OverridesParser.create().parse_override(f"{key}={value}")
         OmegaConf.update(values, key, parsed.value(), force_add=True)
-    header = f"# @package _global_\n# The best of a sweep: {_to_text(row['metric'])}, job {row['job']}.\n"
+    header = f"# @package _global_\n# The best of a sweep: {cell_text(row['metric'])}, job {row['job']}.\n"
     if "preset" in settings:
         names = settings["preset"].strip("[]").split(",")
         defaults = [*(name.strip() for name in names if name.strip()), *defaults]
@@ -378,19 +187,9 @@ def _to_number(value: Any) -> float | None:
         return None
 
 
-def _to_html(table: SweepTable, plot: bytes) -> str:
-    def table_row(cells: list[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}" for cell in cells) + "</tr>"
-
-    url = f"data:image/png;base64,{base64.b64encode(plot).decode()}"
-    style = (
-        "body{font:14px sans-serif;margin:2em}td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #eee}"
-    )
-    body = "".join(table_row(cells, "td") for cells in table.texts)
-    return (
-        f"<!doctype html><meta charset='utf-8'><title>Sweep</title><style>{style}</style><img src='{url}' alt='plot'>"
-        f"<table>{table_row(table.columns, 'th')}{body}</table>\n"
-    )
+def _to_html(table: SweepTable, plot: bytes | None) -> str:
+    url = None if plot is None else f"data:image/png;base64,{base64.b64encode(plot).decode()}"
+    return render_html("sweep.html", plot=url, columns=table.columns, rows=table.texts, notes=table.notes)
 
 
 class SweepReport(Callback):
@@ -435,7 +234,7 @@ class SweepReport(Callback):
         except ConfigError:
             return
         failed = [job for job in jobs if job.error is not None]
-        if failed or any(job.metrics for job in jobs):
+        if failed or any(job.metrics for job in jobs) or not _are_shards(jobs):
             print(write_report(folder))
             command = _best_command(config, folder)
             if any(job.value is not None for job in jobs) and not any(VARIABLE in word for word in command):
@@ -444,6 +243,12 @@ class SweepReport(Callback):
             sys.exit(
                 f"grounded-sam: {len(failed)} of {len(jobs)} jobs failed; see the errors in {folder / 'sweep.csv'}"
             )
+
+
+def _are_shards(jobs: Sequence[Job]) -> bool:
+    """Return whether jobs are parts of one run, or the only one, so that there is nothing to compare."""
+    others = [{key: value for key, value in job.settings.items() if key != "source.shard"} for job in jobs]
+    return all(settings == others[0] for settings in others)
 
 
 def _hide_in_config(config: Any) -> None:

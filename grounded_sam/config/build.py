@@ -231,12 +231,17 @@ def _check_choices(cfg: DictConfig, select: Select, traits: DetectorTraits, refi
     Raises:
         ConfigError: If they do not, with the keys to change.
     """
+    from grounded_sam.detectors.stored import StoredDetector
+
     tracker = _class_of(cfg.tracker, "tracker")
     has_masks = cfg.segmenter is not None or traits.masks or traits.replaces_segmenter
     if cfg.detector is None:
         if not (isinstance(tracker, type) and issubclass(tracker, TextTracker)):
             raise ConfigError("detector=none needs a tracker that finds objects itself, such as tracker=sam3_video")
         has_masks = True
+    detector = _class_of(cfg.detector, "detector")
+    if select.status is not None and not (isinstance(detector, type) and issubclass(detector, StoredDetector)):
+        raise ConfigError("select.status needs objects that somebody reviewed: use source=stored, or remove it")
     if select.nms_by == "mask" and not has_masks:
         raise ConfigError("select.nms_by=mask needs masks; choose a segmenter, or select.nms_by=box")
     if cfg.segmenter is not None and traits.masks and not traits.replaces_segmenter:

@@ -117,7 +117,8 @@ def _suggest(key: str, overrides: Sequence[str]) -> str:
     """Suggest the key that was probably meant, and list its siblings."""
     from omegaconf import DictConfig
 
-    choices = [w for w in overrides if re.fullmatch(rf"({'|'.join(GROUPS)})=[\w\[\], ]+", w)]
+    groups = "|".join((*GROUPS, "serve"))
+    choices = [w for w in overrides if re.fullmatch(rf"\+?({groups})=[\w\[\], ]+", w)]
     if choices == list(overrides):  # these alone fail to compose, so the error is in a config file
         choices = []
     try:

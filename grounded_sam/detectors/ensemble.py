@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import numpy as np
 import supervision as sv
+from numpy.typing import NDArray
 
 from grounded_sam.checks import check_choice, check_number
 from grounded_sam.errors import ConfigError
@@ -21,7 +22,7 @@ class EnsembleDetector:
 
     The fusion is `weighted_boxes_fusion` of the package `ensemble-boxes` (extra `ensemble`). Duplicates of a single
     detector are suppressed first (NMS at `iou`), since their lower confidence would enter the mean. Masks of detectors
-    are not used.
+    are not used. What each detector says is in `data["detector_scores"]`, a dict of scores by name for each box.
 
     Args:
         detectors: Detectors by name.
@@ -100,7 +101,29 @@ class EnsembleDetector:
             skip_box_thr=0.0,
             conf_type=self.score,
         )
-        return make_detections(boxes * scale, scores.clip(0, 1), labels, vocabulary, frame.size_hw)
+        xyxy = np.asarray(boxes, np.float32).reshape(-1, 4) * scale.astype(np.float32)
+        return make_detections(
+            xyxy,
+            scores.clip(0, 1),
+            labels,
+            vocabulary,
+            frame.size_hw,
+            detector_scores=self._scores_by_detector(xyxy, np.asarray(labels, np.int64), parts),
+        )
+
+    def _scores_by_detector(
+        self, xyxy: NDArray[np.float32], class_ids: NDArray[np.int64], parts: Sequence[sv.Detections]
+    ) -> NDArray[np.object_]:
+        """Return for each merged box the highest score that each detector, by name, gives to an object there."""
+        by_name = {}
+        for name, part in zip(self.detectors, parts, strict=True):
+            assert part.class_id is not None and part.confidence is not None
+            overlap = sv.box_iou_batch(xyxy, part.xyxy) if len(xyxy) and len(part) else np.zeros((len(xyxy), len(part)))
+            fits = (overlap >= self.iou) & (class_ids[:, None] == part.class_id[None])
+            by_name[name] = np.where(fits, part.confidence[None], 0.0).max(1, initial=0.0)
+        column = np.empty(len(xyxy), object)
+        column[:] = [{name: round(float(values[i]), 4) for name, values in by_name.items()} for i in range(len(xyxy))]
+        return column
 
 
 def _batch_size(detector: Detector) -> int:

@@ -42,12 +42,13 @@ class BestThreshold:
 def best_threshold(
     image: NDArray[np.int64],
     score: NDArray[np.float64],
-    is_match: NDArray[np.bool_],
-    label_counts: NDArray[np.int64],
+    is_match: NDArray[np.bool_] | NDArray[np.float64],
+    label_counts: NDArray[np.int64] | NDArray[np.float64],
     precision: float | None = None,
     seed: int = 0,
+    fewest_errors: bool = False,
 ) -> BestThreshold | None:
-    """Find the threshold with the highest F1, or with the highest recall at a minimum precision.
+    """Find the threshold with the highest F1, with the highest recall at a minimum precision, or with fewest errors.
 
     Whether a detection is right does not depend on the threshold, since labels are assigned to the most confident
     detections first.
@@ -55,10 +56,11 @@ def best_threshold(
     Args:
         image: `(n,)`, number of the image of each detection, from 0.
         score: `(n,)`, confidence.
-        is_match: `(n,)`, whether the detection matches a label.
-        label_counts: `(m,)`, labels in each image.
+        is_match: `(n,)`, whether the detection matches a label, or the chance of that, 0 to 1.
+        label_counts: `(m,)`, labels in each image, or how many are to be expected.
         precision: Lowest precision; None for the highest F1.
         seed: Seed of the bootstrap.
+        fewest_errors: Whether to choose the smallest sum of false and missed detections instead of the highest F1.
 
     Returns:
         None if there are no detections or no labels, or if no threshold reaches the precision.
@@ -82,6 +84,8 @@ def best_threshold(
         detections = weights[:, image]
         matched = np.cumsum(detections * is_match, 1)[:, ends]
         kept = np.cumsum(detections, 1)[:, ends]
+        if precision is None and fewest_errors:
+            return (2 * matched - kept).argmax(1)
         if precision is None:
             labels = (weights @ label_counts)[:, None]
             return (2 * matched / np.maximum(kept + labels, 1e-9)).argmax(1)
@@ -92,7 +96,7 @@ def best_threshold(
     if best < 0:
         return None
     interval = _bootstrap_interval(choose, thresholds, len(score), len(label_counts), seed)
-    matched, kept, labels = int(is_match[: ends[best] + 1].sum()), int(ends[best]) + 1, int(label_counts.sum())
+    matched, kept, labels = float(is_match[: ends[best] + 1].sum()), int(ends[best]) + 1, float(label_counts.sum())
     return BestThreshold(
         score=float(thresholds[best]),
         interval=interval,

@@ -13,13 +13,14 @@ from numpy.typing import NDArray
 from grounded_sam.errors import shorten
 from grounded_sam.files import require_regular
 from grounded_sam.formats.store_runs import file_digest
+from grounded_sam.formats.store_schema import STATUSES
 
 #: Columns that `table_problem` needs.
 CHECKED_COLUMNS = (
     *("kind", "file", "reason", "video", "take", "frame", "time_s", "width", "height", "objects", "class", "score"),
-    *("mask_score", "x1", "y1", "x2", "y2"),
+    *("mask_score", "x1", "y1", "x2", "y2", "object_id", "status"),
 )
-_KINDS = {"image", "object", "skipped", "video"}
+_KINDS = {"image", "object", "skipped", "video", "edit"}
 
 
 def table_problem(table: pa.Table, classes: Set[str], max_pixels: int) -> str | None:
@@ -35,11 +36,13 @@ def table_problem(table: pa.Table, classes: Set[str], max_pixels: int) -> str | 
         return f"it has rows of the kind {shorten(unknown.pop())}"
     if table["file"].null_count:
         return "a row has no file name"
-    is_object, is_image = kinds == "object", kinds == "image"
+    is_object, is_image, is_edit = kinds == "object", kinds == "image", kinds == "edit"
     return (
         _count_problem(table, is_object, is_image)
-        or _size_problem(table, is_object | is_image, max_pixels)
-        or _object_problem(table, is_object, classes)
+        or _size_problem(table, is_object | is_image | is_edit, max_pixels)
+        or _object_problem(table, is_object | is_edit)
+        or _class_problem(table, is_object, classes)
+        or _edit_problem(table, is_edit)
         or _text_problem(table, kinds)
     )
 
@@ -79,8 +82,8 @@ def _size_problem(table: pa.Table, rows: NDArray[np.bool_], max_pixels: int) -> 
     return None
 
 
-def _object_problem(table: pa.Table, rows: NDArray[np.bool_], classes: Set[str]) -> str | None:
-    """Check the numbers and classes of objects."""
+def _object_problem(table: pa.Table, rows: NDArray[np.bool_]) -> str | None:
+    """Check the numbers of objects."""
     column: dict[str, Any] = {name: _numbers(table, name, rows) for name in ("x1", "y1", "x2", "y2", "width", "height")}
     ordered = (column["x1"] >= 0) & (column["x1"] <= column["x2"]) & (column["x2"] <= column["width"])
     ordered &= (column["y1"] >= 0) & (column["y1"] <= column["y2"]) & (column["y2"] <= column["height"])
@@ -92,8 +95,23 @@ def _object_problem(table: pa.Table, rows: NDArray[np.bool_], classes: Set[str])
     mask_score = _numbers(table, "mask_score", rows)
     if np.isinf(mask_score).any():
         return "a mask_score is not finite"
+    return None
+
+
+def _class_problem(table: pa.Table, rows: NDArray[np.bool_], classes: Set[str]) -> str | None:
+    """Check the classes of objects that runs found."""
     unknown = set(np.asarray(table["class"])[rows].tolist()) - classes
     return f"it has objects of the class {shorten(unknown.pop())}, which no run of the store has" if unknown else None
+
+
+def _edit_problem(table: pa.Table, rows: NDArray[np.bool_]) -> str | None:
+    """Check the ids, statuses and classes of decisions, and the statuses of objects."""
+    statuses = np.asarray(table["status"])
+    if unknown := set(statuses.tolist()) - {None, *STATUSES}:
+        return f"an object has the status {shorten(unknown.pop())}"
+    if any(not text for name in ("object_id", "status", "class") for text in np.asarray(table[name])[rows]):
+        return "a decision has no object, no status or no class"
+    return None
 
 
 def _text_problem(table: pa.Table, kinds: NDArray[Any]) -> str | None:

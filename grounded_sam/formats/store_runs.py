@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, reduce
 from importlib.metadata import PackageNotFoundError
@@ -22,11 +22,14 @@ from grounded_sam.formats.store_migrations import class_name, migrate_settings, 
 from grounded_sam.structures.vocabulary import Vocabulary, name_key
 
 #: Version of the format. Readers refuse stores of later versions.
-VERSION = 1
+VERSION = 2
 #: Settings that change how fast results are computed, but not the results.
 INCIDENTAL = {"device", "batch_size", "chunk", "points_per_batch", "exports", "export_dir"}
 #: Libraries whose versions are recorded.
 LIBRARIES = ("grounded_sam", "torch", "transformers", "sam2", "segment-anything")
+
+#: Settings that later versions added, with the value that means what was done before; it is not recorded.
+ADDED_SETTINGS: dict[str, Any] = {"status": None}
 
 _COLOR = re.compile(r"#[0-9a-fA-F]{6}")
 
@@ -136,8 +139,8 @@ def fingerprint(settings: Mapping[str, Any], vocabulary: Vocabulary) -> str:
 def essential_settings(settings: Any) -> Any:
     """Reduce settings to those that decide the results, in a form that does not depend on where files are.
 
-    Incidental keys are removed, classes are named without their module, and the path of a file or folder is replaced by
-    its name and the SHA-256 of its content.
+    Incidental keys and those of `ADDED_SETTINGS` are removed, classes are named without their module, and the path of a
+    file or folder is replaced by its name and the SHA-256 of its content.
 
     Args:
         settings: Settings as the config has them. Not for stored ones, whose paths are replaced already.
@@ -149,7 +152,7 @@ def essential_settings(settings: Any) -> Any:
         return {
             str(key): class_name(value) if key == "_target_" and isinstance(value, str) else essential_settings(value)
             for key, value in sorted(settings.items())
-            if key not in INCIDENTAL
+            if key not in INCIDENTAL and not (key in ADDED_SETTINGS and value == ADDED_SETTINGS[key])
         }
     if isinstance(settings, list | tuple):
         return [essential_settings(value) for value in settings]
@@ -199,7 +202,11 @@ def read_runs(folder: Path) -> list[StoreRun]:
     Raises:
         ConfigError: If a run file is damaged, or the store is of a later version.
     """
-    runs = runs_by_fingerprint(folder).values()
+    return oldest_first(runs_by_fingerprint(folder).values())
+
+
+def oldest_first(runs: Iterable[StoreRun]) -> list[StoreRun]:
+    """Sort runs by the time of their first write."""
     return sorted(runs, key=lambda run: (run.number, run.created, run.fingerprint))
 
 

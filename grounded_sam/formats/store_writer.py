@@ -7,23 +7,33 @@ import json
 import os
 import time
 import uuid
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import supervision as sv
 
 from grounded_sam.errors import ConfigError, count_of
 from grounded_sam.files import atomic_write
-from grounded_sam.formats.store import SCHEMA, StoreReader
+from grounded_sam.formats.store import StoreReader
 from grounded_sam.formats.store_manifest import PartList, part_name, sequence_of
-from grounded_sam.formats.store_runs import StoreRun, file_digest, read_runs
+from grounded_sam.formats.store_objects import (
+    Row,
+    detections_from_rows,
+    in_vocabulary,
+    merge_decisions,
+    object_ids,
+    object_rows,
+)
+from grounded_sam.formats.store_runs import StoreRun, file_digest, oldest_first, read_runs
+from grounded_sam.formats.store_schema import SCHEMA
 from grounded_sam.media.images import MAX_PIXELS
-from grounded_sam.structures.detections import is_crowd
 from grounded_sam.structures.frame import Frame
-from grounded_sam.structures.masks import mask_area
+from grounded_sam.structures.masks import replace_masks
 from grounded_sam.structures.results import FrameResult, Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
 
@@ -40,12 +50,14 @@ class StoreWriter:
         settings: All settings that decide the results; see `store_runs.fingerprint`.
         part_images: Number of images per part.
         part_seconds: Age in seconds at which a part is written even if it has fewer.
-        resume: `same` refuses a store that was made with other settings; `extend` adds to it.
+        resume: `same` refuses a store that was made with other settings; `extend` adds to it; `replace` also processes
+            again what was stored with other settings. What people decided stays in each case.
         max_pixels: Stored images that are larger are refused.
 
     Attributes:
         images: Number of images and frames written so far.
         objects: Number of detections written so far.
+        decisions: Number of decided objects by status, in images that were processed again.
 
     Raises:
         ConfigError: If the store was made with other settings, is damaged, or its folder is a link.
@@ -59,7 +71,7 @@ class StoreWriter:
         part_images: int = 512,
         part_seconds: float = 60.0,
         *,
-        resume: Literal["same", "extend"] = "same",
+        resume: Literal["same", "extend", "replace"] = "same",
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         if folder.is_symlink():
@@ -70,10 +82,10 @@ class StoreWriter:
         self.folder, self.vocabulary = folder, vocabulary
         self.part_images, self.part_seconds = part_images, part_seconds
         self.images = self.objects = 0
-        self._run = StoreRun.current(settings, vocabulary)
-        if resume == "same":
-            self._check_settings()
+        self._run, self._replaces = StoreRun.current(settings, vocabulary), resume == "replace"
         self._reader = StoreReader(folder, max_pixels, classes=vocabulary.classes)
+        if resume == "same":
+            _check_settings(self._run, self._reader)
         has_classes = len(self._reader) and any(folder.glob("_run-*.json"))  # a damaged one may have been deleted
         self._classes = vocabulary.merged_with(self._reader.vocabulary) if has_classes else vocabulary
         self._contents: dict[str, dict[str, Any]] = {}  # columns of files that are not stored yet, by name
@@ -86,16 +98,7 @@ class StoreWriter:
         self._noted: dict[str, dict[str, Any]] = {}  # rows of skipped files of this run, by name
         self._video_row: dict[str, Any] | None = None  # of the video that is being written
         self._failed = False
-
-    def _check_settings(self) -> None:
-        """Check that no run with other settings wrote into the store."""
-        others = [run for run in read_runs(self.folder) if run.fingerprint != self._run.fingerprint]
-        if others:
-            changes = others[-1].changes(self._run)
-            raise ConfigError(
-                f"{self.folder} was made with other settings ({'; '.join(changes[:5]) or 'by another version'}); "
-                "choose another output, or resume=extend to keep its results and add to them"
-            )
+        self.decisions: Counter[str] = Counter()
 
     def output_classes(self) -> Vocabulary:
         """Return the classes of the run, followed by those stored before."""
@@ -117,8 +120,12 @@ class StoreWriter:
         except OSError:  # reported when the file is decoded
             return None
         key = self._reader.find(name, digest, _stored_path(files[0]) if len(files) == 1 else None)
-        if key is None:
+        run = None if key is None else self._reader.run_of(key)
+        replaced = key is not None and self._replaces and (run is None or run.fingerprint != self._run.fingerprint)
+        if key is None or replaced:
             self._contents[name] = {"digest": digest, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+            if key is not None and len(files) == 1:  # where it was moved from, so that it stays one image
+                self._contents[name]["path"] = self._reader.path_of(key)
             return None
         self._note_unsearched(key, name)
         return self._reader.read(key, self._classes, files)
@@ -135,18 +142,7 @@ class StoreWriter:
 
     def not_searched(self) -> list[Skipped]:
         """Return, by class of this run, the stored files in which it was not looked for."""
-        notes = []
-        for class_name, names in self._unsearched.items():
-            more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
-            notes.append(
-                Skipped(
-                    "store",
-                    f"{class_name!r} was not looked for in {count_of(len(names), 'stored file')} "
-                    f"({', '.join(names[:3])}{more}), whose results are of an earlier run with other classes; to look "
-                    "for it in all of them, run with another output",
-                )
-            )
-        return notes
+        return [_unsearched_note(class_name, names) for class_name, names in self._unsearched.items()]
 
     def lost_parts(self) -> list[Skipped]:
         """Return a note for each part of the store that is missing; images in it are processed again."""
@@ -159,7 +155,37 @@ class StoreWriter:
 
     def named(self, frame: Frame) -> Frame:
         """Return a frame under a name that no other file of the store has; see `StoreReader.named`."""
-        return self._reader.named(frame, None if frame.file is None else _stored_path(frame.file))
+        return self._reader.named(frame, self._path(frame))
+
+    def reviewed(self, result: FrameResult) -> FrameResult:
+        """Return a result under its name in the store, with ids of its objects and with what people decided about them.
+
+        Args:
+            result: A result that is not stored yet.
+
+        Returns:
+            A result whose detections have `data["object_id"]` and `data["status"]`, without those that are the same as
+            a rejected one; `predicted` is what to write into the store.
+        """
+        frame = self.named(result.frame)
+        predicted = FrameResult(frame=result.frame, detections=_with_ids(result.raw, frame))
+        contents = self._contents.get(frame.video or result.frame.name, {})
+        decisions = self._reader.rows.decisions_on(result.frame, self._path(result.frame), contents.get("digest"))
+        if not decisions:
+            if frame is result.frame:
+                return predicted
+            return FrameResult(frame=frame, detections=predicted.raw, predicted=predicted)
+        for row in decisions:
+            self.decisions[row["status"]] += row["status"] != "predicted"
+        rows = merge_decisions(_object_rows(predicted), decisions, self._run.fingerprint, frame.size_hw)
+        known = in_vocabulary(rows, self._classes)
+        merged = detections_from_rows(known, frame.size_hw, self._classes, tracked=frame.video is not None)
+        return FrameResult(frame=frame, detections=merged, predicted=predicted)
+
+    def _path(self, frame: Frame) -> str | None:
+        """Return the path of a frame's file as it is stored, or will be."""
+        path = self._contents.get(frame.video or frame.name, {}).get("path")
+        return path if path is not None or frame.file is None else _stored_path(frame.file)
 
     def write(self, result: FrameResult) -> None:
         """Write one result.
@@ -167,13 +193,17 @@ class StoreWriter:
         Raises:
             ConfigError: If a part cannot be written, such as on a full disk.
         """
+        result = result.predicted or result
+        if "object_id" not in result.raw.data:
+            reviewed = self.reviewed(result)
+            result = reviewed.predicted or reviewed
         frame, detections = result.frame, result.packed
         if self._video_row is not None and self._video_row["video"] != frame.video:
             self._end_video()
         columns = self._frame_columns(frame)
         record = json.dumps(dict(frame.record)) if frame.record else None
         self._rows.append({"kind": "image", **columns, "objects": len(detections), "record": record})
-        self._rows += [{"kind": "object", **columns, **_object_columns(detections, i)} for i in range(len(detections))]
+        self._rows += [{"kind": "object", **columns, **row} for row in object_rows(detections)]
         if frame.name in self._noted:  # used in part; a note before the image would be taken for one of an earlier run
             self._rows.append(self._noted[frame.name])
         self.images += 1
@@ -185,8 +215,7 @@ class StoreWriter:
     def _frame_columns(self, frame: Frame) -> dict[str, Any]:
         """Return the columns that an image row and its object rows have in common."""
         height, width = frame.size_hw
-        path = None if frame.file is None else _stored_path(frame.file)
-        columns: dict[str, Any] = {"file": frame.name, "path": path, "fingerprint": self._run.fingerprint}
+        columns: dict[str, Any] = {"file": frame.name, "path": self._path(frame), "fingerprint": self._run.fingerprint}
         columns |= {"width": width, "height": height, "time_s": frame.time_s}
         if frame.video is None:
             return {**columns, **self._contents.pop(frame.name, {})}
@@ -242,18 +271,10 @@ class StoreWriter:
         """Write the rows in memory as a part, and the run file if there is none yet."""
         if not self._rows:
             return
-        now = datetime.datetime.now(datetime.UTC)
         self._sequence += 1
-        path = self.folder / part_name(self._sequence, f"{now:%Y%m%dT%H%M%S.%f}-{uuid.uuid4().hex[:8]}")
         try:
-            self._run.write(self.folder, now.isoformat())
-            with atomic_write(path) as part:
-                pq.write_table(
-                    pa.Table.from_pylist(self._rows, SCHEMA), part, compression="zstd", write_page_checksum=True
-                )
-                with part.open("rb") as written:
-                    os.fsync(written.fileno())
-            self._list.add(path)
+            self._run.write(self.folder, datetime.datetime.now(datetime.UTC).isoformat())
+            write_part(self.folder, self._sequence, self._rows, self._list)
         except OSError as error:
             self._failed = True
             reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
@@ -264,27 +285,72 @@ class StoreWriter:
         self._rows, self._part_images, self._part_start = [], 0, time.monotonic()
 
 
+def _check_settings(current: StoreRun, reader: StoreReader) -> None:
+    """Check that no result in a store is of a run with other settings."""
+    in_use = reader.rows.runs_in_use()
+    runs = [run for key, run in reader.rows.runs.items() if key in in_use or not in_use]
+    others = [run for run in oldest_first(runs) if run.fingerprint != current.fingerprint]
+    if others:
+        changes = others[-1].changes(current)
+        raise ConfigError(
+            f"{reader.folder} was made with other settings ({'; '.join(changes[:5]) or 'by another version'}); "
+            "choose another output, resume=extend to keep its results and add to them, or resume=replace to process "
+            "all again and keep what people decided"
+        )
+
+
+def _unsearched_note(class_name: str, names: list[str]) -> Skipped:
+    """Return a note that a class was not looked for in some stored files."""
+    more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
+    return Skipped(
+        "store",
+        f"{class_name!r} was not looked for in {count_of(len(names), 'stored file')} ({', '.join(names[:3])}{more}), "
+        "whose results are of an earlier run with other classes; to look for it in all of them, run with another "
+        "output",
+    )
+
+
+def _with_ids(detections: sv.Detections, frame: Frame) -> sv.Detections:
+    """Return the detections of a frame with the ids of their objects."""
+    names = detections.data.get("class_name", [])
+    tracks = [None] * len(detections) if detections.tracker_id is None else detections.tracker_id.tolist()
+    objects = list(zip(map(str, names), detections.xyxy.tolist(), tracks, strict=True))
+    ids = np.array(object_ids(frame.video or frame.name, frame.name, objects), dtype=str)
+    masks = None if detections.mask is None else np.asarray(detections.mask, bool)
+    data = {**detections.data, "object_id": ids, "status": np.full(len(ids), "predicted")}
+    return replace_masks(detections, masks, data)
+
+
+def _object_rows(result: FrameResult) -> list[Row]:
+    """Return the object rows of a result, with all columns."""
+    return [{**dict.fromkeys(SCHEMA.names), **row} for row in object_rows(result.packed)]
+
+
+def write_part(folder: Path, sequence: int, rows: list[dict[str, Any]], parts: PartList) -> Path:
+    """Write rows as a part, which is renamed into the store when it is complete, and list it with its checksum.
+
+    Args:
+        folder: Folder of the store.
+        sequence: Position of the part in the store.
+        rows: The rows.
+        parts: List of the parts of this process.
+
+    Returns:
+        The part.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    stamp = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S.%f}-{uuid.uuid4().hex[:8]}"
+    path = folder / part_name(sequence, stamp)
+    with atomic_write(path) as part:
+        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), part, compression="zstd", write_page_checksum=True)
+        with part.open("rb") as written:
+            os.fsync(written.fileno())
+    parts.add(path)
+    return path
+
+
 def _stored_path(file: Path) -> str:
     """Return the absolute path of a file, as it is stored."""
     return os.fsencode(file.absolute()).decode("utf-8", "backslashreplace")
-
-
-def _object_columns(detections: sv.Detections, i: int) -> dict[str, Any]:
-    """Return the columns of one detection, with masks as RLE."""
-    assert detections.class_id is not None and detections.confidence is not None
-    columns: dict[str, Any] = {
-        "class_id": int(detections.class_id[i]),
-        "class": str(detections.data["class_name"][i]),
-        "score": float(detections.confidence[i]),
-        **dict(zip(("x1", "y1", "x2", "y2"), detections.xyxy[i].tolist(), strict=True)),
-    }
-    if "rle" in detections.data:
-        counts = detections.data["rle"][i]["counts"].decode("ascii")
-        columns |= {"area": mask_area(detections, i), "counts": counts}
-    if "mask_score" in detections.data:
-        columns["mask_score"] = float(detections.data["mask_score"][i])
-    if "record" in detections.data:
-        columns["record"] = json.dumps({**detections.data["record"][i], "iscrowd": int(is_crowd(detections, i))})
-    if detections.tracker_id is not None:
-        columns["tracker_id"] = int(detections.tracker_id[i])
-    return columns

@@ -209,7 +209,8 @@ class Runner:
         pending = PendingWrites()
         preparing = {i: sink for i, sink in enumerate(self.sinks) if isinstance(sink, PreparesResults) and WORKERS > 1}
         skipped_before = len(self.source.skipped)  # files that `len(source)` does not count
-        for result in results:
+        for found in results:
+            result = found if self.store is None or found.stored else self.store.reviewed(found)
             if result.stored and not len(pending) and not preparing:  # no model to overlap with
                 self._write(result, {})
             else:
@@ -278,11 +279,7 @@ class Runner:
             prepared: What sinks have prepared for it, by position of the sink.
         """
         self._leave_incomplete(except_for=result.frame.video)
-        original = result
-        if self.store is not None and not result.stored:
-            frame = self.store.named(result.frame)
-            if frame is not result.frame:
-                result = FrameResult(frame=frame, detections=result.raw)
+        original = result.predicted or result
         renumbered = result
         if self.classes is not None and self._numbering:
             self.classes.save()  # before the first file with a number

@@ -5,7 +5,7 @@ No model is involved, so a sweep over these settings costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Literal, TypedDict
 
@@ -17,6 +17,9 @@ from grounded_sam.checks import check_bool, check_choice, check_int, check_numbe
 from grounded_sam.errors import ConfigError
 from grounded_sam.structures.masks import mask_area
 from grounded_sam.structures.vocabulary import Vocabulary
+
+#: Statuses of objects that `select.status` can keep; the others are those of `formats.store_schema`.
+KEPT_STATUSES = ("predicted", "accepted", "edited", "added")
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,8 @@ class Select:
         top_k: Largest number of detections per image; None for no limit.
         min_area: Smallest area in pixels, of the mask if there is one, else of the box.
         max_area: Largest area in pixels; None for no limit.
+        status: With `source=stored`, keep only objects of this status, or of one of these: `predicted`, `accepted`,
+            `edited` or `added`; None keeps all. Rejected objects are never kept.
 
     Raises:
         ConfigError: If a value is out of range; the message names the key.
@@ -51,6 +56,7 @@ class Select:
     top_k: int | None = None
     min_area: float = 1.0
     max_area: float | None = None
+    status: str | Sequence[str] | None = None
 
     def __post_init__(self) -> None:
         if self.class_score is not None and not isinstance(self.class_score, Mapping):
@@ -65,6 +71,15 @@ class Select:
         check_int("select.top_k", self.top_k, 0, optional=True)
         check_number("select.min_area", self.min_area, 0)
         check_number("select.max_area", self.max_area, 0, optional=True)
+        if isinstance(self.status, str):
+            check_choice("select.status", self.status, KEPT_STATUSES)
+        elif self.status is not None:
+            if not isinstance(self.status, Sequence) or not self.status:
+                raise ConfigError(
+                    f"select.status must be one of {', '.join(KEPT_STATUSES)}, or a list of them; got {self.status!r}"
+                )
+            for status in self.status:
+                check_choice("select.status", status, KEPT_STATUSES)
 
     def before_masks(self) -> Select:
         """Return the part of the settings that boxes alone decide, so that fewer boxes need a mask."""
@@ -92,6 +107,7 @@ class SelectOptions(TypedDict, total=False):
     top_k: int | None
     min_area: float
     max_area: float | None
+    status: str | Sequence[str] | None
 
 
 def override_select(settings: Select, options: SelectOptions) -> Select:
@@ -113,7 +129,8 @@ def override_select(settings: Select, options: SelectOptions) -> Select:
 def select_detections(detections: sv.Detections, settings: Select, vocabulary: Vocabulary) -> sv.Detections:
     """Keep the detections that pass, most confident first.
 
-    Steps, in this order: score, NMS, IoS, area, number. Applying the function twice equals applying it once.
+    Steps, in this order: status, score, NMS, IoS, area, number. Applying the function twice equals applying it once.
+    What a person accepted, edited or added passes all steps but the first, and suppresses like the most confident.
 
     Args:
         detections: With `confidence` and `class_id`; masks as arrays, as RLE, or none.
@@ -121,8 +138,8 @@ def select_detections(detections: sv.Detections, settings: Select, vocabulary: V
         vocabulary: Classes that `class_id` refers to.
 
     Raises:
-        ConfigError: If `class_score` names a class that the vocabulary lacks, or `nms_by` is `mask` and there are no
-            masks.
+        ConfigError: If `class_score` names a class that the vocabulary lacks, `nms_by` is `mask` and there are no
+            masks, or `status` is set and nothing is known about the status of the detections.
     """
     unknown = sorted(set(settings.class_score or {}) - set(vocabulary.classes))
     if unknown:
@@ -136,8 +153,13 @@ def select_detections(detections: sv.Detections, settings: Select, vocabulary: V
     class_score = {**vocabulary.class_score, **(settings.class_score or {})}
     min_score = np.array([class_score.get(name, settings.score) for name in vocabulary.classes], np.float32)
     # Rows are chosen first and indexed once at the end, since indexing copies masks.
-    rows = np.argsort(-detections.confidence, kind="stable")
-    rows = rows[detections.confidence[rows] >= min_score[detections.class_id[rows]]]
+    decided = _decided(detections, settings)
+    rows = np.lexsort((-detections.confidence, ~decided))
+    if settings.status is not None:
+        kept = (settings.status,) if isinstance(settings.status, str) else tuple(settings.status)
+        rows = rows[np.isin(detections.data["status"][rows], kept)]
+    always = rows[decided[rows]]
+    rows = rows[decided[rows] | (detections.confidence[rows] >= min_score[detections.class_id[rows]])]
     if settings.nms is not None and len(rows) > 1:
         rows = rows[_nms(detections, rows, settings)]
     if settings.max_ios is not None and len(rows) > 1:
@@ -152,7 +174,20 @@ def select_detections(detections: sv.Detections, settings: Select, vocabulary: V
         ]
     if settings.top_k is not None:
         rows = rows[: settings.top_k]
+    if len(always):
+        rows = np.unique([*rows, *always])
+        rows = rows[np.argsort(-detections.confidence[rows], kind="stable")]
     return detections if np.array_equal(rows, np.arange(len(detections))) else detections[rows]  # type: ignore[return-value]
+
+
+def _decided(detections: sv.Detections, settings: Select) -> NDArray[np.bool_]:
+    """Return which detections a person accepted, edited or added, `(n,) bool`."""
+    status = detections.data.get("status")
+    if status is None:
+        if settings.status is not None:
+            raise ConfigError("select.status needs objects that somebody reviewed: use source=stored, or remove it")
+        return np.zeros(len(detections), bool)
+    return np.asarray(np.asarray(status) != "predicted", bool)
 
 
 def _nms_table(detections: sv.Detections, rows: NDArray[np.intp], settings: Select) -> NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from numpy.typing import NDArray
 from grounded_sam.structures.clicks import Click, Clicks
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.protocols import PromptableSegmenter
+
+#: Number of entries whose logits are kept.
+MAX_LOGITS = 256
 
 
 class SegmentSession:
@@ -34,7 +38,7 @@ class SegmentSession:
     def __init__(self, segmenter: PromptableSegmenter, frame: Frame) -> None:
         self.segmenter, self.frame = segmenter, frame
         self._features: dict[str, Any] | None = segmenter.encode_image(frame.image)
-        self._logits: dict[tuple[Any, ...], NDArray[np.float32]] = {}  # of the masks of entries
+        self._logits: OrderedDict[tuple[Any, ...], NDArray[np.float32]] = OrderedDict()  # of the masks of entries
 
     def segment(self, prompts: Sequence[Mapping[str, Any]]) -> sv.Detections:
         """Segment the objects of some prompts.
@@ -60,7 +64,14 @@ class SegmentSession:
         for entry, logits in zip(entries, segmented.data.pop("prompt_logits"), strict=True):
             if entry.mask is None:
                 self._logits[_entry_key(entry)] = logits
+        while len(self._logits) > MAX_LOGITS:
+            self._logits.popitem(last=False)
         return segmented
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the features, and of the logits that corrections start from, in bytes."""
+        return tensor_bytes(self._features) + sum(logits.nbytes for logits in self._logits.values())
 
     def _corrected_logits(self, entry: Click) -> NDArray[np.float32] | None:
         """Return the logits of the mask that an entry corrects; None if it is the first of its object."""
@@ -89,6 +100,19 @@ class SegmentSession:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def tensor_bytes(value: Any) -> int:
+    """Return the size of all tensors and arrays in nested dicts and lists.
+
+    >>> tensor_bytes({"a": [np.zeros(2, np.float32), None]})
+    8
+    """
+    if isinstance(value, Mapping):
+        return sum(map(tensor_bytes, value.values()))
+    if isinstance(value, list | tuple):
+        return sum(map(tensor_bytes, value))
+    return int(getattr(value, "nbytes", 0))
 
 
 def _entry_key(entry: Click, count: int | None = None) -> tuple[Any, ...]:

@@ -48,33 +48,9 @@ class JsonLinesSink:
         """Append the line of a frame."""
         if self._file is None:
             self._file = self._stack.enter_context(growing_text(self.path))
-        frame, detections = result.frame, result.packed
-        height, width = frame.size_hw
-        line: dict[str, Any] = {"file": frame.name, "frame": frame.index, "width": width, "height": height}
-        if frame.time_s is not None:
-            line["time_s"] = round(frame.time_s, 6)
-        line["objects"] = [self._object(detections, i) for i in range(len(detections))]
-        self._file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        self._file.write(json.dumps(frame_line(result, self.masks), ensure_ascii=False) + "\n")
         self._file.flush()
         self._num_lines += 1
-
-    def _object(self, detections: sv.Detections, i: int) -> dict[str, Any]:
-        """Return the entry of one detection."""
-        assert detections.class_id is not None and detections.confidence is not None
-        x1, y1, x2, y2 = (round(float(value), 3) for value in detections.xyxy[i])
-        entry: dict[str, Any] = {
-            "class": str(detections.data["class_name"][i]),
-            "class_id": int(detections.class_id[i]),
-            "score": round(float(detections.confidence[i]), 6),
-            "bbox": [x1, y1, round(x2 - x1, 3), round(y2 - y1, 3)],
-        }
-        if detections.tracker_id is not None:
-            entry["track_id"] = int(detections.tracker_id[i])
-        if "mask_score" in detections.data:
-            entry["mask_score"] = round(float(detections.data["mask_score"][i]), 6)
-        if self.masks and "rle" in detections.data:
-            entry["segmentation"] = coco_segmentation(detections, i)
-        return entry
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -84,3 +60,38 @@ class JsonLinesSink:
     def summary(self) -> str:
         """Return the number of lines and the path of the file."""
         return f"{count_of(self._num_lines, 'line')}: {self.path}"
+
+
+def frame_line(result: FrameResult, masks: bool = True) -> dict[str, Any]:
+    """Return the line of a frame as a dictionary; see `JsonLinesSink` for its keys.
+
+    Args:
+        result: The frame and its detections.
+        masks: Whether objects have `segmentation`.
+    """
+    frame, detections = result.frame, result.packed
+    height, width = frame.size_hw
+    line: dict[str, Any] = {"file": frame.name, "frame": frame.index, "width": width, "height": height}
+    if frame.time_s is not None:
+        line["time_s"] = round(frame.time_s, 6)
+    line["objects"] = [_object(detections, i, masks) for i in range(len(detections))]
+    return line
+
+
+def _object(detections: sv.Detections, i: int, masks: bool) -> dict[str, Any]:
+    """Return the entry of one detection."""
+    assert detections.class_id is not None and detections.confidence is not None
+    x1, y1, x2, y2 = (round(float(value), 3) for value in detections.xyxy[i])
+    entry: dict[str, Any] = {
+        "class": str(detections.data["class_name"][i]),
+        "class_id": int(detections.class_id[i]),
+        "score": round(float(detections.confidence[i]), 6),
+        "bbox": [x1, y1, round(x2 - x1, 3), round(y2 - y1, 3)],
+    }
+    if detections.tracker_id is not None:
+        entry["track_id"] = int(detections.tracker_id[i])
+    if "mask_score" in detections.data:
+        entry["mask_score"] = round(float(detections.data["mask_score"][i]), 6)
+    if masks and "rle" in detections.data:
+        entry["segmentation"] = coco_segmentation(detections, i)
+    return entry

@@ -18,6 +18,7 @@ from typing import Any
 from grounded_sam.checks import check_bool, check_int
 from grounded_sam.errors import ImageError, count_of
 from grounded_sam.files import PendingFile, atomic_write_text
+from grounded_sam.formats.review_list import REVIEW_COLUMNS, escape_cell
 from grounded_sam.output.claim import check_output
 from grounded_sam.sinks.near_duplicates import NearDuplicates
 from grounded_sam.sinks.report_page import ClassStatistics, ReportContent, Thumbnail, make_thumbnail, render_page
@@ -25,9 +26,6 @@ from grounded_sam.sinks.samples import Highest, RandomSample
 from grounded_sam.structures.detections import select_rows
 from grounded_sam.structures.results import FrameResult, Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
-
-#: Columns of `review.csv`.
-COLUMNS = ("file", "reason", "object", "class", "score", "mask_score", "detail")
 
 
 @dataclass(frozen=True)
@@ -40,6 +38,8 @@ class _UncertainObject:
         class_name: Its class.
         score: Confidence.
         mask_score: Predicted IoU of its mask; None without a segmenter.
+        object_id: Its id in the store; empty without a store.
+        status: Whether somebody decided about it, see `formats.store_schema.STATUSES`.
     """
 
     file: str
@@ -47,6 +47,8 @@ class _UncertainObject:
     class_name: str
     score: float
     mask_score: float | None
+    object_id: str
+    status: str
 
     @classmethod
     def from_result(cls, result: FrameResult, i: int) -> _UncertainObject:
@@ -60,6 +62,10 @@ class _UncertainObject:
             class_name=str(detections.data["class_name"][i]),
             score=round(float(detections.confidence[i]), 4),
             mask_score=None if mask_scores is None else round(float(mask_scores[i]), 4),
+            **{
+                name: str(detections.data[name][i]) if name in detections.data else ""
+                for name in ("object_id", "status")
+            },
         )
 
 
@@ -70,11 +76,6 @@ class _CrowdedImage:
     file: str
     num_objects: int
     thumbnail: Thumbnail
-
-
-def _cell(value: Any) -> Any:
-    """Return a value of `review.csv` that no spreadsheet takes for a formula."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in tuple("=+-@\t\r\n'") else value
 
 
 class ReportSink:
@@ -184,13 +185,15 @@ class ReportSink:
     def _write_row(self, file: str, reason: str, **columns: Any) -> None:
         """Write a row of `review.csv`; before the first one the header."""
         self._open_review()
-        self._rows.writerow({key: _cell(value) for key, value in {"file": file, "reason": reason, **columns}.items()})
+        self._rows.writerow(
+            {key: escape_cell(value) for key, value in {"file": file, "reason": reason, **columns}.items()}
+        )
 
     def _open_review(self) -> PendingFile:
         """Open `review.csv`, unless it is open."""
         if self._review is None:
             self._review = PendingFile(self.folder / "review.csv")
-            self._rows = csv.DictWriter(self._review.text, COLUMNS)
+            self._rows = csv.DictWriter(self._review.text, REVIEW_COLUMNS)
             self._rows.writeheader()
         return self._review
 
@@ -206,8 +209,9 @@ class ReportSink:
         for image in self._crowded.items():
             self._write_row(image.file, "crowded", detail=count_of(image.num_objects, "object"))
         for item in self._uncertain.items():
-            columns = {"object": item.index, "class": item.class_name, "score": item.score}
-            self._write_row(item.file, "uncertain", **columns, mask_score=item.mask_score)
+            columns: dict[str, Any] = {"object": item.index, "class": item.class_name, "score": item.score}
+            columns |= {"mask_score": item.mask_score, "object_id": item.object_id, "status": item.status}
+            self._write_row(item.file, "uncertain", **columns)
         self._open_review().commit()
         content = ReportContent(
             vocabulary=self.vocabulary,

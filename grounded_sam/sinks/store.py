@@ -26,7 +26,8 @@ class StoreSink:
         output: Output folder of the run.
         vocabulary: Classes of the run.
         settings: All settings that determine the results; see `formats.store_runs.fingerprint`.
-        resume: `same` rejects a store made with other settings; `extend` keeps its results and adds to them.
+        resume: `same` rejects a store made with other settings; `extend` keeps its results and adds to them; `replace`
+            processes its images again. What people decided about objects stays in each case.
         part_images: Images per part file.
         part_seconds: Age in seconds at which a part is written even if it has fewer.
         max_pixels: Stored images that are larger are refused.
@@ -40,12 +41,12 @@ class StoreSink:
         output: Path,
         vocabulary: Vocabulary,
         settings: Mapping[str, Any] | None = None,
-        resume: Literal["same", "extend"] = "same",
+        resume: Literal["same", "extend", "replace"] = "same",
         part_images: int = 512,
         part_seconds: float = 60.0,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        check_choice("resume", resume, ("same", "extend"))
+        check_choice("resume", resume, ("same", "extend", "replace"))
         check_int("sink.store.part_images", part_images, 1)
         check_number("sink.store.part_seconds", part_seconds, 0)
         folder = Path(output) / "store"
@@ -75,6 +76,10 @@ class StoreSink:
     def named(self, frame: Frame) -> Frame:
         """Return a frame under a name that no other file of the store has."""
         return self._writer.named(frame)
+
+    def reviewed(self, result: FrameResult) -> FrameResult:
+        """Return a result with ids of its objects, and with what people decided about them in earlier runs."""
+        return self._writer.reviewed(result)
 
     def files_resumed(self) -> int:
         """Return how many files `lookup` has found so far."""
@@ -111,4 +116,6 @@ class StoreSink:
         resumed = f", {count_of(self._files_resumed, 'file')} resumed" if self._files_resumed else ""
         writer = self._writer
         images, objects = count_of(writer.images, "image"), count_of(writer.objects, "object")
-        return f"{images} with {objects} stored{resumed} in {writer.folder}"
+        counts = ", ".join(f"{count} {status}" for status, count in sorted(writer.decisions.items()) if count)
+        decided = f"; kept what people decided about {counts} objects" if counts else ""
+        return f"{images} with {objects} stored{resumed} in {writer.folder}{decided}"

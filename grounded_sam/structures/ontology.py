@@ -298,6 +298,21 @@ def parse_text(text: str) -> Any:
     path = home_path(text)
     if path.suffix.lower() in FILE_SUFFIXES or os.path.isfile(path):
         return read_class_file(path)
+    return parse_inline(text)
+
+
+def parse_inline(text: str) -> Any:
+    """Split a string into phrases as `parse_text` does, but never take it for the path of a file.
+
+    Args:
+        text: The string.
+
+    Raises:
+        VocabularyError: If it looks like YAML and is not.
+
+    >>> parse_inline("red car, wheel")
+    ['red car', 'wheel']
+    """
     if text.strip()[:1] + text.strip()[-1:] in ("[]", "{}"):
         return parse_class_yaml(text, "text")
     parts = re.split(r"[,;\n]", text)

@@ -397,6 +397,13 @@ class ResultStore(Protocol):
     def named(self, frame: Frame) -> Frame:
         """Return a frame under a name that no other file of the store has."""
 
+    def reviewed(self, result: FrameResult) -> FrameResult:
+        """Return a new result with ids of its objects, and with what people decided about them.
+
+        Its frame has a name that no other file of the store has. What the store gets is `result.predicted`, if there
+        is one.
+        """
+
     def output_classes(self) -> Vocabulary:
         """Return the classes of the run, followed by those stored before."""
 

@@ -22,11 +22,13 @@ class FrameResult:
         frame: The frame.
         detections: Its detections, with masks as arrays, as RLE (see `structures.masks.pack_masks`), or without.
         stored: Whether an earlier run into the same output, or an earlier job of the sweep, computed them.
+        predicted: What the run found, where `detections` have what people decided or the frame another name.
 
     Attributes:
         frame: The frame.
         raw: The detections as given, with masks in either form, for readers that ignore masks.
         stored: As above.
+        predicted: As above; None where it would be the same.
 
     >>> import numpy as np
     >>> frame = Frame(pixels=np.zeros((4, 6, 3), np.uint8))
@@ -34,8 +36,10 @@ class FrameResult:
     0
     """
 
-    def __init__(self, *, frame: Frame, detections: sv.Detections, stored: bool = False) -> None:
-        self.frame, self.raw, self.stored = frame, detections, stored
+    def __init__(
+        self, *, frame: Frame, detections: sv.Detections, stored: bool = False, predicted: FrameResult | None = None
+    ) -> None:
+        self.frame, self.raw, self.stored, self.predicted = frame, detections, stored, predicted
 
     def __repr__(self) -> str:
         frame, count = self.frame, count_of(len(self.raw), "object")

@@ -1,0 +1,240 @@
+"""The rows of a store: those that runs wrote, with what people decided about them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from grounded_sam.errors import ConfigError
+from grounded_sam.formats.segmentations import all_counts_problem
+from grounded_sam.formats.store_checks import CHECKED_COLUMNS, table_problem
+from grounded_sam.formats.store_index import INDEX_COLUMNS, RowIndex, StoreIndex, video_key
+from grounded_sam.formats.store_manifest import Manifest, sequence_of
+from grounded_sam.formats.store_objects import Row, merge_decisions, owner_id, with_object_ids
+from grounded_sam.formats.store_runs import runs_by_fingerprint, store_vocabulary
+from grounded_sam.formats.store_schema import SCHEMA
+from grounded_sam.media.images import MAX_PIXELS
+from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.vocabulary import Vocabulary
+
+#: Number of parts that are kept in memory; the rows of shards interleave, so several are in use at a time.
+MAX_CACHED_PARTS = 16
+
+
+class StoreRows:
+    """Read the rows of a store. Only an index of its images is kept in memory.
+
+    Args:
+        folder: Folder of the store; may be missing or empty.
+        max_pixels: A store with larger images is refused.
+        classes: Classes that objects may have, besides those of the runs.
+
+    Raises:
+        ConfigError: If the store is of a later version, or one of its files is damaged; the message names it.
+
+    Attributes:
+        parts: The part files in the order in which they were written.
+        missing_parts: Names of parts that were written and are gone.
+        runs: Runs by the first 16 digits of their fingerprint.
+        index: Where images, videos and decisions are.
+        names: Function from key and stored name of an image or video to its name, which no other one has.
+        vocabulary: Classes of all runs that wrote into the store, followed by those that only people gave to objects;
+            None if there is no run.
+    """
+
+    def __init__(self, folder: Path, max_pixels: int = MAX_PIXELS, classes: Iterable[str] = ()) -> None:
+        self.folder, self.max_pixels = folder, max_pixels
+        self._more_classes = set(classes)
+        self.parts: list[Path] = []
+        self._is_finished = False
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read what was written since the store was opened, such as decisions of other processes.
+
+        Raises:
+            ConfigError: As for the constructor.
+        """
+        self.runs = runs_by_fingerprint(self.folder)  # checks the version
+        self._classes = {name for run in self.runs.values() for name in run.vocabulary.classes} | self._more_classes
+        self._manifest = Manifest(self.folder)
+        self.missing_parts = self._manifest.missing
+        parts = sorted(self.folder.glob("part-*.parquet"), key=lambda part: (sequence_of(part), part.name))
+        if not self.parts or parts[: len(self.parts)] != self.parts:
+            self.parts, self.index, self._is_finished = [], StoreIndex(), False
+            self._tables: OrderedDict[int, pa.Table] = OrderedDict()
+        for part in parts[len(self.parts) :]:
+            self._index_part(part)
+        self._vocabulary: Vocabulary | None = None
+        if not self._is_finished:
+            self.names, self._is_finished = self.index.finish(), True
+            self._keys_by_owner: dict[str, list[str]] | None = None
+
+    def _index_part(self, part: Path) -> None:
+        """Check a part and add it to the index."""
+        table = self._read_part(part, sorted({*INDEX_COLUMNS, *CHECKED_COLUMNS}))
+        if (reason := table_problem(table, self._classes, self.max_pixels)) is not None:
+            raise self._damaged(part, reason)
+        if self.index.add(len(self.parts), table):
+            self._is_finished = False
+        self.parts.append(part)
+
+    def _read_part(self, part: Path, columns: list[str] | None = None) -> pa.Table:
+        """Read a part, and compare it with its checksums."""
+        try:
+            content = pa.BufferReader(self._manifest.read(part))
+            return pq.read_table(content, columns=columns, schema=SCHEMA, page_checksum_verification=True)
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise self._damaged(part, " ".join(str(error).split())[:200]) from error
+
+    def _damaged(self, part: Path, reason: str) -> ConfigError:
+        return ConfigError(
+            f"{part} cannot be read ({reason}); delete it, and its images are processed again when the command that "
+            "made the store is run again"
+        )
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Classes of all runs, and those that only people gave to objects; see the class."""
+        if self._vocabulary is None:
+            self._vocabulary = store_vocabulary(self.folder).with_classes(list(self.index.added_classes))
+        return self._vocabulary
+
+    def runs_in_use(self) -> set[str]:
+        """Return the first 16 digits of the fingerprints of the runs whose results are not replaced by later ones."""
+        return {self.fingerprint(key)[:16] for key in (*self.index.images, *self.index.videos)}
+
+    def fingerprint(self, key: str) -> str:
+        """Return the fingerprint of the run that computed an image or video.
+
+        Args:
+            key: One of `index.sorted_keys()`.
+        """
+        index = self.index
+        return (index.images[key] if key in index.images else index.videos[key]).fingerprint
+
+    def row(self, index: RowIndex) -> Row:
+        """Return one row."""
+        return dict(self._table(index.part).slice(index.row, 1).to_pylist()[0])
+
+    def rows(self, key: str) -> Iterator[tuple[Row, list[Row]]]:
+        """Yield the row of an image, or of each frame of a video, with the rows of its objects, also of rejected ones.
+
+        Args:
+            key: One of `index.sorted_keys()`.
+
+        Raises:
+            ConfigError: If a part is damaged.
+        """
+        if key in self.index.images:
+            yield self.rows_at(key, self.index.images[key].index)
+            return
+        frames = self.index.videos[key].frames
+        for number in sorted(frames):
+            yield self.rows_at(key, frames[number])
+
+    def rows_at(self, key: str, index: RowIndex) -> tuple[Row, list[Row]]:
+        """Return the row of an image or frame, and those of its objects, with what people decided about them.
+
+        Args:
+            key: Key of the image or video.
+            index: Where its row is.
+
+        Raises:
+            ConfigError: If a part is damaged.
+        """
+        image = self.row(index)
+        count = image["objects"]
+        objects = self._table(index.part).slice(index.row + 1, count).to_pylist() if count else []
+        self._check_counts(index.part, image, objects)
+        predicted = with_object_ids(objects, *self.owner_and_name(key, image))
+        decisions = self._decisions(key, None if key in self.index.images else image["frame"], image)
+        return image, merge_decisions(predicted, decisions, image["fingerprint"], (image["height"], image["width"]))
+
+    def _table(self, part: int) -> pa.Table:
+        """Return the rows of a part, read anew if they are not among those last used."""
+        if part not in self._tables:
+            self._tables[part] = self._read_part(self.parts[part]).combine_chunks()
+            while len(self._tables) > MAX_CACHED_PARTS:
+                self._tables.popitem(last=False)
+        self._tables.move_to_end(part)
+        return self._tables[part]
+
+    def _decisions(self, key: str, frame: int | None, image: Row) -> list[Row]:
+        """Return the rows of the latest decisions about the objects of an image, as long as its file is the same."""
+        decisions = []
+        for index in self.index.decisions.get((key, frame), {}).values():
+            row = self.row(index)
+            if (row["digest"], row["width"], row["height"]) == (image["digest"], image["width"], image["height"]):
+                self._check_counts(index.part, image, [row])
+                decisions.append(row)
+        return decisions
+
+    def decisions_on(self, frame: Frame, path: str | None, digest: str | None) -> list[Row]:
+        """Return what people decided about the objects of an image or frame that a run processes again.
+
+        Args:
+            frame: The frame, under the name that its file has in the input.
+            path: Path of its file, as stored.
+            digest: Digest of its file or, for a frame, of its video.
+        """
+        if not self.index.decisions:
+            return []
+        key = (path or frame.name) if frame.video is None else video_key(path, frame.video)
+        image = {"file": frame.name, "digest": digest, "height": frame.size_hw[0], "width": frame.size_hw[1]}
+        return self._decisions(key, None if frame.video is None else frame.index, image)
+
+    def _check_counts(self, part: int, image: Row, objects: Sequence[Row]) -> None:
+        """Check the masks of some objects of an image."""
+        counts = [row["counts"] for row in objects if row["counts"] is not None]
+        if (reason := all_counts_problem(counts, image["height"] * image["width"])) is not None:
+            raise self._damaged(self.parts[part], f"{image['file']}: {reason}")
+
+    def owner_and_name(self, key: str, image: Row) -> tuple[str, str]:
+        """Return the name of an image twice, or the names of a video and of its frame.
+
+        Args:
+            key: Key of the image or video.
+            image: Row of the image or frame.
+        """
+        name = self.names(key, image["video"] or image["file"])
+        return name, name if image["video"] is None else f"{name}/{name_in_video(image)}"
+
+    def keys_of_owner(self, owner: str) -> list[str]:
+        """Return the keys of the images and videos whose objects have ids that begin alike; nearly always at most one.
+
+        Args:
+            owner: First part of the ids, see `store_objects.owner_id`.
+        """
+        if self._keys_by_owner is None:
+            self._keys_by_owner = {}
+            for key in self.index.sorted_keys():
+                self._keys_by_owner.setdefault(owner_id(self.name(key)), []).append(key)
+        return self._keys_by_owner.get(owner, [])
+
+    def key_of_name(self, name: str) -> str | None:
+        """Return the key of the image or video of a name; None if there is none.
+
+        Args:
+            name: Name of an image or video, as in exports.
+        """
+        return next((key for key in self.keys_of_owner(owner_id(name)) if self.name(key) == name), None)
+
+    def name(self, key: str) -> str:
+        """Return the name of an image or video, which no other one of the store has.
+
+        Args:
+            key: One of `index.sorted_keys()`.
+        """
+        index = self.index
+        return self.names(key, index.images[key].name if key in index.images else index.video_names[key])
+
+
+def name_in_video(row: Mapping[str, Any]) -> str:
+    """Return the name of a row without that of its video, which stores of earlier versions leave out."""
+    return str(row["file"]) if row["video"] is None else str(row["file"]).removeprefix(f"{row['video']}/")

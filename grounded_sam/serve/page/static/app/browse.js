@@ -78,7 +78,6 @@ export class BrowseView {
 
   async reload() {
     this.cache.clear();
-    this.dropped = 0;
     const first = await this.loadPage(0);
     this.showClasses();
     this.grid.reset(first);
@@ -87,8 +86,11 @@ export class BrowseView {
     else this.nothing();
   }
 
-  async loadPage(cursor) {
+  async loadPage(start) {
     const { unreviewed, ...filter } = this.filter;
+    // Pictures that were reviewed in the meantime no longer pass, so that later ones have moved up.
+    const read = unreviewed && start ? [...this.grid.read.values()].flat() : [];
+    const cursor = start - read.filter((picture) => !picture.statuses.predicted).length;
     const page = await api.storedPictures(this.store, { ...filter, ...(unreviewed ? { unreviewed } : {}), cursor });
     this.classes = page.classes;
     this.counts = page.counts;

@@ -56,6 +56,7 @@ class StoreIndex:
         videos: Newest complete pass of each video by key, see `video_key`.
         video_names: Name of each video by key.
         decisions: By key and, in a video, number of the frame: row of the latest decision by object id.
+        replaced: Row of the decision that a later one about the same object replaced, by the row of the later one.
         added_classes: Classes that objects got from people, in the order of their first use.
     """
 
@@ -64,6 +65,7 @@ class StoreIndex:
         self.videos: dict[str, VideoPass] = {}
         self.video_names: dict[str, str] = {}
         self.decisions: dict[tuple[str, int | None], dict[str, RowIndex]] = {}
+        self.replaced: dict[RowIndex, RowIndex] = {}
         self.added_classes: dict[str, None] = {}
         self._first_names: dict[str, str] = {}  # by path or video key: the name that it was first stored with
         self._skipped: dict[str, tuple[Skipped, str | None]] = {}  # by name: record and digest
@@ -87,7 +89,10 @@ class StoreIndex:
                 self._skipped[file] = (Skipped(file, reason), digest)
             elif kind == "edit":
                 place = (path or file, None) if video is None else (video_key(path, video), frame)
-                self.decisions.setdefault(place, {})[object_id] = RowIndex(number, row)
+                latest, index = self.decisions.setdefault(place, {}), RowIndex(number, row)
+                if object_id in latest:
+                    self.replaced[index] = latest[object_id]
+                latest[object_id] = index
                 self.added_classes.setdefault(class_name)
             elif kind == "image" and video is None:
                 self._skipped.pop(file, None)

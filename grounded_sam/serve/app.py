@@ -18,7 +18,7 @@ from grounded_sam.formats.store_runs import package_version
 from grounded_sam.serve.answers import error_answer
 from grounded_sam.serve.guards import Guard
 from grounded_sam.serve.problems import ClientGoneError
-from grounded_sam.serve.routes import about, collections, pages, pictures, sessions, videos
+from grounded_sam.serve.routes import about, pages, pictures, sessions, stores, sweeps, videos
 from grounded_sam.serve.server import Server
 
 DESCRIPTION = """\
@@ -51,7 +51,7 @@ def create_app(server: Server) -> FastAPI:
         redoc_url=None,
     )
     app.state.server = server
-    for module in (about, pictures, sessions, videos, collections, pages):
+    for module in (about, pictures, sessions, videos, stores, sweeps, pages):
         app.include_router(module.router)
     app.mount("/static", StaticFiles(directory=Path(__file__).parent / "page" / "static"), name="static")
     for kind in (GroundedSamError, ClientGoneError, RequestValidationError, HTTPException):

@@ -15,9 +15,10 @@ from grounded_sam.evaluation.sweep_table import make_table, read_jobs
 from grounded_sam.formats.coco import CocoFile
 from grounded_sam.formats.store import StoreReader, find_store
 from grounded_sam.serve.objects import MaskForm, object_entries
+from grounded_sam.serve.open_store import PAGE
 from grounded_sam.serve.problems import RequestError, public_message
 from grounded_sam.serve.roots import Roots
-from grounded_sam.serve.stores import PAGE, named_folders
+from grounded_sam.serve.stores import named_folders
 
 #: Height and width of a picture, and its detections with masks as RLE.
 SizedDetections = tuple[tuple[int, int], sv.Detections]

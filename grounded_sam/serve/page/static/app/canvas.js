@@ -57,7 +57,7 @@ export class Viewer {
     this.outlined = [];
   }
 
-  /** Draw masks: { mask, color, opacity, line }, with a line around those that have a `line` (a color). */
+  /** Draw masks: { mask, color, opacity, line, width }, with a line around those that have a `line` (a color). */
   setShapes(shapes) {
     if (!this.pixels) return;
     this.pixels.fill(0);
@@ -89,13 +89,13 @@ export class Viewer {
     context.imageSmoothingEnabled = this.scale * ratio < 2;
     if (this.image) context.drawImage(this.image, 0, 0, this.width, this.height);
     context.drawImage(this.layer, 0, 0, this.layer.width * this.step, this.layer.height * this.step);
-    for (const { mask, line, dashed } of this.outlined) {
+    for (const { mask, line, dashed, width = 2 } of this.outlined) {
       const path = outline(mask);
       context.setLineDash([]);
-      context.lineWidth = 4 / this.scale;
+      context.lineWidth = (width + 2) / this.scale;
       context.strokeStyle = "#0008";
       context.stroke(path);
-      context.lineWidth = 2 / this.scale;
+      context.lineWidth = width / this.scale;
       context.strokeStyle = line;
       if (dashed) context.setLineDash([6 / this.scale, 4 / this.scale]);
       context.stroke(path);

@@ -19,8 +19,9 @@ export class Recipe {
     if (!picture) return;
     const words = this.view.request();
     const changed = differing(settings, initial);
-    const name = picture.source || picture.name;
-    this.command.textContent = toCommand(name, words, changed, about.overrides);
-    this.python.textContent = toPythonCode(name, words, changed, about.overrides);
+    const isExample = picture.source?.startsWith("builtin:");
+    const input = isExample ? picture.source.replace(/\/[^/]*$/, "") : picture.name; // the command takes all examples
+    this.command.textContent = toCommand(input, words, changed, about.overrides);
+    this.python.textContent = toPythonCode(picture.name, words, changed, about.overrides);
   }
 }

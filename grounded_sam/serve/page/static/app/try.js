@@ -19,6 +19,8 @@ import { Words } from "./words.js";
 const EXAMPLE_WORDS = ["red circle", "blue square", "green star", "yellow triangle", "orange ring", "purple cross"];
 /** Opacity of masks, and of the one that is chosen. */
 const [OPACITY, CHOSEN] = [0.5, 0.7];
+/** Largest number of objects that all have a line around them. */
+const OUTLINED = 40;
 
 export class TryView {
   constructor(place, about, router) {
@@ -203,11 +205,13 @@ export class TryView {
 
   drawShapes(shown, preview = null) {
     const { active } = this.objects;
+    const isOutlined = shown.length <= OUTLINED;
     const shapes = shown.filter((object) => !object.isHidden).map((object) => {
       const isActive = object.key === active;
       const mask = preview?.key === object.key ? preview.shape : object.shape;
       const color = this.colorOf(object.class);
-      return { mask, color, opacity: isActive ? CHOSEN : OPACITY, line: isActive && !preview ? color : null };
+      const line = preview ? null : isActive ? "#ffffff" : isOutlined ? "#ffffffb0" : null;
+      return { mask, color, opacity: isActive ? CHOSEN : OPACITY, line, width: isActive ? 2.5 : 1 };
     });
     this.viewer.setShapes(shapes.reverse());
   }

@@ -53,18 +53,40 @@ export class Viewer {
 
   clearShapes() {
     this.pixels.fill(0);
-    this.layer.getContext("2d").putImageData(this.data, 0, 0);
+    this.painted = null;
+    this.layer.getContext("2d").clearRect(0, 0, this.layer.width, this.layer.height);
     this.outlined = [];
+  }
+
+  /** Return first and last row of the layer that shapes are in; null if there is none. */
+  around(shapes) {
+    if (!shapes.length) return null;
+    const top = Math.min(...shapes.map(({ mask }) => mask.box[1]));
+    const bottom = Math.max(...shapes.map(({ mask }) => mask.box[3]));
+    return [Math.floor(top / this.step), Math.ceil(bottom / this.step)];
+  }
+
+  clearPixels(rows) {
+    if (rows) this.pixels.fill(0, rows[0] * this.layer.width, rows[1] * this.layer.width);
+  }
+
+  put(rows) {
+    if (!rows) return;
+    this.layer.getContext("2d").putImageData(this.data, 0, 0, 0, rows[0], this.layer.width, rows[1] - rows[0]);
   }
 
   /** Draw masks: { mask, color, opacity, line, width }, with a line around those that have a `line` (a color). */
   setShapes(shapes) {
     if (!this.pixels) return;
-    this.pixels.fill(0);
-    for (const { mask, color, opacity } of shapes) {
-      if (opacity > 0) paint(this.pixels, this.layer.width, mask, pixelOf(color, opacity), this.step);
+    const filled = shapes.filter(({ mask, opacity }) => opacity > 0 && mask.area);
+    const before = this.painted;
+    this.clearPixels(before);
+    for (const { mask, color, opacity } of filled) {
+      paint(this.pixels, this.layer.width, mask, pixelOf(color, opacity), this.step);
     }
-    this.layer.getContext("2d").putImageData(this.data, 0, 0);
+    this.painted = this.around(filled);
+    const changed = [before, this.painted].filter(Boolean);
+    if (changed.length) this.put([Math.min(...changed.map(([top]) => top)), Math.max(...changed.map(([, bottom]) => bottom))]);
     this.outlined = shapes.filter((shape) => shape.line);
     this.drawNow();
   }

@@ -38,21 +38,26 @@ export class ObjectList {
     const items = objects.map((object) => {
       let row = this.rows.get(object.key);
       if (!row) this.rows.set(object.key, (row = this.row(object)));
-      if (![...row.name.options].some((option) => option.value === object.class)) {
-        row.name.append(el("option", { value: object.class }, object.class));
-      }
-      row.show.checked = !object.isHidden;
-      row.name.value = object.class;
-      row.score.textContent = object.isAdded ? "drawn" : object.score.toFixed(2) + (object.isChanged ? " *" : "");
-      row.choose.style.setProperty("--color", this.view.colorOf(object.class));
-      row.item.classList.toggle("active", object.key === active);
-      row.choose.setAttribute("aria-pressed", String(object.key === active));
+      const state = `${object.class} ${object.isHidden} ${object.isChanged} ${object.key === active}`;
+      if (row.state !== state) this.fill(row, object, object.key === active);
+      row.state = state;
       return row.item;
     });
-    const current = this.list.children;
-    if (items.length !== current.length || items.some((item, i) => item !== current[i])) this.list.replaceChildren(...items);
+    replace(this.list, items);
     this.title.textContent = objects.length ? `Objects: ${objects.length}` : "Objects";
     this.empty.textContent = objects.length ? "" : this.reason();
+  }
+
+  fill(row, object, isActive) {
+    if (![...row.name.options].some((option) => option.value === object.class)) {
+      row.name.append(el("option", { value: object.class }, object.class));
+    }
+    row.show.checked = !object.isHidden;
+    row.name.value = object.class;
+    row.score.textContent = object.isAdded ? "drawn" : object.score.toFixed(2) + (object.isChanged ? " *" : "");
+    row.choose.style.setProperty("--color", this.view.colorOf(object.class));
+    row.item.classList.toggle("active", isActive);
+    row.choose.setAttribute("aria-pressed", String(isActive));
   }
 
   reason() {
@@ -76,4 +81,13 @@ export class ObjectList {
     this.rows.get(key)?.choose.focus();
     event.preventDefault();
   }
+}
+
+/** Make elements the children of a list, and leave those alone that are in place. */
+function replace(list, items) {
+  const wanted = new Set(items);
+  for (const child of [...list.children]) if (!wanted.has(child)) child.remove();
+  items.forEach((item, i) => {
+    if (list.children[i] !== item) list.insertBefore(item, list.children[i] || null);
+  });
 }

@@ -13,16 +13,18 @@ function histogram(values, canvas) {
   canvas.bars = counts.map((count) => (count ? 0.12 + (0.88 * count) / most : 0));
 }
 
-/** Draw the bars of a histogram; those between two places, 0 to 1, are strong. */
-function drawBars(canvas, from, to) {
-  const context = canvas.getContext("2d");
-  const style = getComputedStyle(canvas);
-  context.clearRect(0, 0, canvas.width, canvas.height);
+/** Draw the bars of a histogram, if they have changed; those between two places, 0 to 1, are strong. */
+function drawBars(canvas, from, to, [strong, weak]) {
   const { bars = [] } = canvas;
+  const last = canvas.drawn;
+  if (last && last.bars === bars && last.from === from && last.to === to && last.strong === strong) return;
+  canvas.drawn = { bars, from, to, strong };
+  const context = canvas.getContext("2d");
+  context.clearRect(0, 0, canvas.width, canvas.height);
   const width = canvas.width / bars.length;
   bars.forEach((bar, i) => {
     const middle = (i + 0.5) / bars.length;
-    context.fillStyle = middle >= from && middle <= to ? style.color : style.borderColor;
+    context.fillStyle = middle >= from && middle <= to ? strong : weak;
     context.fillRect(i * width + 0.5, canvas.height * (1 - bar), Math.max(1, width - 1), canvas.height * bar);
   });
 }
@@ -42,6 +44,11 @@ export class Sliders {
       type: "checkbox", id: "any-class", onchange: () => this.changed({ class_agnostic: this.anyClass.checked }, true),
     });
     const row = (...values) => this.row(...values);
+    this.readColors();
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+      this.readColors();
+      if (this.prediction) this.show();
+    });
     place.append(
       row("score", "Score", { step: 0.01 }, "lowest confidence"),
       this.classDetails,
@@ -51,6 +58,11 @@ export class Sliders {
       row("max_area", "Largest area", { step: 0.005 }, "in pixels"),
       row("top_k", "At most", { step: 1 }, "number of objects"),
     );
+  }
+
+  readColors() {
+    const style = getComputedStyle(document.documentElement);
+    this.colors = ["--accent", "--line"].map((name) => style.getPropertyValue(name));
   }
 
   row(key, label, options, help, place = null) {
@@ -137,9 +149,11 @@ export class Sliders {
   place(key, value, text, from, to, rows = this.rows) {
     const { input, output, bars } = rows[key];
     input.value = value;
-    output.textContent = text;
-    input.setAttribute("aria-valuetext", text);
-    drawBars(bars, from, to);
+    if (output.textContent !== text) {
+      output.textContent = text;
+      input.setAttribute("aria-valuetext", text);
+    }
+    drawBars(bars, from, to, this.colors);
   }
 
   /** Show the values of the settings. */

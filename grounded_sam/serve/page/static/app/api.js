@@ -33,7 +33,7 @@ async function call(method, path, body, signal) {
 }
 
 function sentence(text) {
-  return text.slice(0, 1).toUpperCase() + text.slice(1);
+  return /^[a-z]+ /.test(text) ? text.slice(0, 1).toUpperCase() + text.slice(1) : text; // names stay as they are
 }
 
 const get = (path, signal) => call("GET", path, undefined, signal);

@@ -20,7 +20,8 @@ export class BrowseView {
     this.find = find;
     this.classes = [];
     this.picture = this.counts = null;
-    this.index = this.object = 0;
+    this.index = this.object = this.generation = 0;
+    this.store = "";
     this.filter = { class: "", reason: "", unreviewed: false };
     this.cache = new Map();
     this.viewer = new Viewer(find("canvas"));
@@ -49,10 +50,6 @@ export class BrowseView {
       el("label", {}, "Show ", reason), el("label", {}, open, " not reviewed yet"), this.total);
   }
 
-  get store() {
-    return this.storeSelect.value;
-  }
-
   start() {
     if (!this.about.stores.length) {
       this.place.replaceChildren(el("div", { class: "nothing" }, el("h1", {}, "No store to browse"),
@@ -66,7 +63,7 @@ export class BrowseView {
 
   /** Come back to the view: what was corrected in Try is read anew. */
   shown() {
-    if (!this.about.stores.length || !this.picture) return;
+    if (!this.picture) return;
     this.cache.delete(this.picture.id);
     guarded(() => this.open(this.index));
   }
@@ -77,8 +74,15 @@ export class BrowseView {
   }
 
   async reload() {
+    this.picture = null; // no key decides about what is on its way out
+    await this.verdicts.settled();
+    this.generation++;
+    this.store = this.storeSelect.value;
+    this.grid.reset({ total: 0, pictures: [] });
     this.cache.clear();
+    const { generation } = this;
     const first = await this.loadPage(0);
+    if (generation !== this.generation) return;
     this.showClasses();
     this.grid.reset(first);
     this.total.textContent = `${first.total.toLocaleString("en")} pictures`;
@@ -143,12 +147,18 @@ export class BrowseView {
   }
 
   async open(index) {
+    const { generation } = this;
+    const isCurrent = () => index === this.index && generation === this.generation;
     this.index = index;
+    this.isOpening = true; // until then a verdict would be about the picture before
     this.grid.setCurrent(index);
-    const entry = await this.grid.get(index);
-    if (!entry || index !== this.index) return;
-    const picture = await guarded(() => this.read(entry.id));
-    if (!picture || index !== this.index) return;
+    const picture = await guarded(async () => {
+      const entry = await this.grid.get(index);
+      return entry && isCurrent() ? this.read(entry.id) : null;
+    });
+    if (!isCurrent()) return;
+    this.isOpening = false;
+    if (!picture) return;
     this.picture = picture;
     this.object = Math.max(0, picture.objects.findIndex((object) => object.status === "predicted"));
     this.viewer.setPicture(picture.image, picture.width, picture.height);
@@ -217,7 +227,7 @@ export class BrowseView {
   /** Decide about the current object, and go on to the next one. */
   decide(action, name = null) {
     const { current, picture } = this;
-    if (!current) return this.move(1);
+    if (!current || this.isOpening) return picture && !this.isOpening ? this.move(1) : undefined;
     this.verdicts.add({ object: current, picture, action, name, before: { status: current.status, class: current.class } });
     this.mark(current, action, name);
     return this.next();
@@ -225,7 +235,7 @@ export class BrowseView {
 
   /** Decide about all objects of the picture that nobody has decided about. */
   decideAll(action) {
-    for (const object of this.picture?.objects || []) {
+    for (const object of (!this.isOpening && this.picture?.objects) || []) {
       if (object.status !== "predicted") continue;
       const before = { status: object.status, class: object.class };
       this.verdicts.add({ object, picture: this.picture, action, name: null, before });

@@ -123,7 +123,9 @@ def main() -> None:
         process, url, ready = start_server()
         try:
             page.goto(url)
-            picture = until(page, "() => globalThis.groundedSam?.views.try.viewer.image !== null && !!globalThis.groundedSam")
+            picture = until(
+                page, "() => globalThis.groundedSam?.views.try.viewer.image !== null && !!globalThis.groundedSam"
+            )
             found = until(page, "() => groundedSam.views.try.objects.list().length > 0")
             print(f"from ready until the example is shown {picture - ready:.2f} s, its objects {found - ready:.2f} s")
             answer = make_answer(arguments.masks, tuple(arguments.size))

@@ -17,11 +17,11 @@ def find_chromium() -> str:
     """Return the path of a Chromium that is installed; with `CI=1`, root installs that of Debian."""
     names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
     found = next(filter(None, map(shutil.which, names)), None)
-    if found is None and os.environ.get("CI") == "1" and hasattr(os, "geteuid") and os.geteuid() == 0:
-        if shutil.which("apt-get") is not None:
-            for words in (["update"], ["install", "-y", "--no-install-recommends", "chromium"]):
-                subprocess.run(["apt-get", "-qq", *words], check=True, stdout=subprocess.DEVNULL)
-            found = shutil.which("chromium")
+    may_install = os.environ.get("CI") == "1" and shutil.which("apt-get") is not None
+    if found is None and may_install and hasattr(os, "geteuid") and os.geteuid() == 0:
+        for words in (["update"], ["install", "-y", "--no-install-recommends", "chromium"]):
+            subprocess.run(["apt-get", "-qq", *words], check=True, stdout=subprocess.DEVNULL)
+        found = shutil.which("chromium")
     if found is None:
         pytest.skip("no Chromium: install one (apt-get install chromium), or set CI=1 to let root install it")
     return found

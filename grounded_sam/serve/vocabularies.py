@@ -9,8 +9,8 @@ from typing import Any
 
 from grounded_sam.pipeline.pipeline import Pipeline
 from grounded_sam.serve.problems import RequestError
-from grounded_sam.structures.documents import check_depth
 from grounded_sam.structures.class_files import parse_class_yaml
+from grounded_sam.structures.documents import check_depth
 from grounded_sam.structures.ontology import FILE_SUFFIXES, parse_inline
 from grounded_sam.structures.vocabulary import Vocabulary
 

@@ -45,9 +45,7 @@ async def compare_jobs(
     return JSONResponse(answer)
 
 
-@router.get(
-    "/v1/sweeps/{sweep}/image", summary="A picture of a job as JPEG", responses=ERRORS, response_class=Response
-)
+@router.get("/v1/sweeps/{sweep}/image", summary="A picture of a job as JPEG", responses=ERRORS, response_class=Response)
 async def show_job_picture(
     server: ServerOf,
     sweep: SweepName,

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from grounded_sam.serve.objects import MaskForm
-from grounded_sam.serve.open_store import Status
+from grounded_sam.serve.store_pictures import Status
 
 Score = Annotated[float, Field(ge=0, le=1)]
 Id = Annotated[str, Field(min_length=1, max_length=64, pattern="^[0-9a-f]+$")]
@@ -484,9 +484,12 @@ class StoredVideosAnswer(BaseModel):
 class SweepTableAnswer(BaseModel):
     """The table of a sweep."""
 
-    metric: str = Field(description="what the sweep maximizes")
+    metric: str | None = Field(description="what the sweep maximizes; null without ground truth")
     columns: list[str] = Field(description="columns that have values")
-    rows: list[dict[str, Any]] = Field(description="values by column, the best job first")
+    rows: list[dict[str, Any]] = Field(
+        description="values by column, the best job first; without ground truth counts and agreement"
+    )
+    notes: list[str] = Field(description="what is not in the table, and why")
 
 
 class ComparisonAnswer(BaseModel):

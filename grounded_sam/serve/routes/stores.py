@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 from grounded_sam.formats.store_edits import Edit
 from grounded_sam.serve.answers import ERRORS, ServerOf, in_thread
 from grounded_sam.serve.objects import MaskForm
-from grounded_sam.serve.open_store import OpenStore, Order, PictureFilter, Reason, Status
+from grounded_sam.serve.open_store import OpenStore
 from grounded_sam.serve.problems import RequestError
 from grounded_sam.serve.routes.pictures import CACHED, check_picture, picture_answer
 from grounded_sam.serve.schemas import (
@@ -24,6 +24,7 @@ from grounded_sam.serve.schemas import (
     StorePage,
     UndoBody,
 )
+from grounded_sam.serve.store_pictures import Order, PictureFilter, Reason, Status, describe_videos
 
 router = APIRouter(tags=["stores"])
 StoreName = Annotated[str, Path(max_length=200, description="name of a store in serve.stores")]
@@ -131,7 +132,7 @@ async def open_stored_picture(server: ServerOf, store: StoreName, picture: Pictu
 )
 async def list_videos(server: ServerOf, store: StoreName) -> JSONResponse:
     """List the videos, and of each track its class and the frames that it is seen in."""
-    return JSONResponse(await in_thread(server, lambda: {"videos": server.stores.get(store).videos()}))
+    return JSONResponse(await in_thread(server, lambda: {"videos": describe_videos(server.stores.get(store).pictures)}))
 
 
 @router.get(

@@ -1,13 +1,14 @@
 """Make the pictures of the README and the site: `python docs/pictures.py [NAME ...]`.
 
-All of them come from the models and images that are part of the package. `report` and `notebook` are screenshots, for
-which chromium must be installed.
+All of them come from the models and images that are part of the package. `report`, `notebook` and `page` are
+screenshots, for which chromium must be installed.
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -136,6 +137,68 @@ def notebook(folder: Path) -> None:
     screenshot(folder / "notebook.html", "notebook.png", (1100, 860))
 
 
+def page(folder: Path) -> None:
+    """Take screenshots of the four views of the server's page."""
+    from playwright.sync_api import sync_playwright
+
+    names = write_labeled_scenes(folder, 24)
+    settings = ["preset=shapes", "input=scenes", f"text=[{','.join(names)}]"]
+    run(*settings, "select.score=0.2", "sink=store", "output=labels", cwd=folder)
+    run("-m", *settings, "sink=coco", "output=sweep", "select.score=0.3,0.75", cwd=folder)
+    options = ["serve.port=0", "serve.roots=[.]", "serve.stores={scenes: labels}", "serve.sweeps={scores: sweep}"]
+    command = [sys.executable, "-m", "grounded_sam.cli.serve", "preset=shapes", *options]
+    server = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
+    try:
+        with sync_playwright() as playwright:
+            path = find_browser()
+            browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
+            shown = browser.new_page(viewport={"width": 1280, "height": 800})
+            shown.set_default_timeout(600_000)
+            assert server.stdout is not None
+            shown.goto(next(re.search(r"http://[\d.:]+", line)[0] for line in server.stdout if "http://" in line))  # type: ignore[index]
+            for view in (show_try, show_video, show_browse, show_compare):
+                view(shown)
+                shown.wait_for_timeout(500)
+                target = folder / "view.png"
+                shown.screenshot(path=target)
+                save(np.asarray(Image.open(target).convert("RGB")), f"{view.__name__.replace('show_', 'page-')}.webp")
+            browser.close()
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def show_try(shown: Any) -> None:
+    """Show what is found in the first example, with one object chosen."""
+    shown.locator(".objects li").nth(4).wait_for()
+    shown.get_by_role("button", name="Choose").nth(4).click()
+
+
+def show_video(shown: Any) -> None:
+    """Show the clip of the demo with its lanes."""
+    shown.click("#tab-video")
+    shown.get_by_text("Press Track").wait_for()
+    shown.get_by_role("button", name="Track", exact=True).click()
+    shown.get_by_text(re.compile(r"lanes in \d+ frames")).wait_for()
+    shown.get_by_role("slider", name="Frame").fill("40")
+    shown.locator(".lane .choose").first.click()
+
+
+def show_browse(shown: Any) -> None:
+    """Show the pictures of a store after some verdicts."""
+    shown.click("#tab-browse")
+    for key in "aaaraaaaaraaaa":
+        shown.locator(".verdict").wait_for()
+        shown.keyboard.press(key)
+        shown.wait_for_timeout(400)
+
+
+def show_compare(shown: Any) -> None:
+    """Show two jobs of a sweep."""
+    shown.click("#tab-compare")
+    shown.locator("#compared-0").wait_for()
+
+
 def write_labeled_scenes(folder: Path, count: int) -> list[str]:
     """Write scenes to `scenes/` and their labels to `truth.json`; return the names of their classes."""
     scenes: list[Scene] = [
@@ -159,9 +222,7 @@ def write_labeled_scenes(folder: Path, count: int) -> list[str]:
 
 def screenshot(page: Path, name: str, size: tuple[int, int]) -> None:
     """Take a screenshot of a page with chromium."""
-    browser = shutil.which("chromium") or shutil.which("google-chrome")
-    if browser is None:
-        sys.exit("chromium is not installed, which screenshots need")
+    browser = find_browser()
     with tempfile.TemporaryDirectory() as profile:
         options = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={profile}"]
         options += ["--disable-background-networking", "--no-first-run", "--virtual-time-budget=5000"]
@@ -171,8 +232,16 @@ def screenshot(page: Path, name: str, size: tuple[int, int]) -> None:
         save(np.asarray(Image.open(target).convert("RGB")), name)
 
 
+def find_browser() -> str:
+    """Return the path of chromium."""
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        sys.exit("chromium is not installed, which screenshots need")
+    return browser
+
+
 PICTURES: dict[str, Callable[[Path], None]] = {
-    function.__name__: function for function in (hero, demo, clip, tiles, report, sweep, mistakes, notebook)
+    function.__name__: function for function in (hero, demo, clip, tiles, report, sweep, mistakes, notebook, page)
 }
 
 
@@ -182,7 +251,7 @@ def main() -> None:
     for name in sys.argv[1:] or PICTURES:
         with tempfile.TemporaryDirectory() as folder:
             PICTURES[name](Path(folder))
-        print(next(iter(FOLDER.glob(f"{name}.*"))))
+        print(*sorted(FOLDER.glob(f"{name}[.-]*")))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ def object_entries(detections: sv.Detections, rows: Iterable[int], masks: MaskFo
 
     Returns:
         `id`, `class`, `class_id`, `score`, `box` (xyxy in pixels), `area` (pixels), and where they exist `track_id`,
-        `mask_score` and `mask`.
+        `mask_score`, `detector_score` (before the mask changed it) and `mask`.
     """
     assert detections.class_id is not None and detections.confidence is not None
     entries = []
@@ -46,8 +46,9 @@ def object_entries(detections: sv.Detections, rows: Iterable[int], masks: MaskFo
         }
         if detections.tracker_id is not None:
             entry["track_id"] = int(detections.tracker_id[i])
-        if "mask_score" in detections.data:
-            entry["mask_score"] = round(float(detections.data["mask_score"][i]), 6)
+        for key in ("mask_score", "detector_score"):
+            if key in detections.data:
+                entry[key] = round(float(detections.data[key][i]), 6)
         if has_mask and masks != "none":
             entry["mask"] = _to_form(detections, i, masks)
         entries.append(entry)

@@ -15,7 +15,7 @@ from grounded_sam.formats.store_runs import class_name, fingerprint, package_ver
 from grounded_sam.media.images import MAX_PIXELS
 from grounded_sam.pipeline.pipeline import Pipeline
 from grounded_sam.serve.predictions import Predictor
-from grounded_sam.serve.problems import RequestError
+from grounded_sam.serve.problems import RequestError, public_message
 from grounded_sam.serve.roots import Roots, example_names
 from grounded_sam.serve.sessions import OpenSessions
 from grounded_sam.serve.settings import ServeSettings, with_token_of_environment
@@ -26,7 +26,7 @@ from grounded_sam.serve.uploads import Uploads
 from grounded_sam.serve.videos import FrameReader
 from grounded_sam.serve.worker import Worker
 from grounded_sam.structures.protocols import PromptableSegmenter
-from grounded_sam.structures.vocabulary import Vocabulary
+from grounded_sam.structures.vocabulary import NAMED_COLORS, Vocabulary, default_colors
 from grounded_sam.weights.hub import known_models
 from grounded_sam.weights.loading import BUILTIN_DIR
 
@@ -167,6 +167,8 @@ class Server:
             "stages": stages,
             "classes": [] if vocabulary is None else list(vocabulary.classes),
             "colors": [] if vocabulary is None else vocabulary.palette(),
+            "palette": {"named": NAMED_COLORS, "default": default_colors()},
+            "overrides": [public_message(ConfigError(word)) for word in self._overrides if _is_of_models(word)],
             "sessions": pipeline is not None and isinstance(pipeline.segmenter, PromptableSegmenter),
             "device": self._plain["device"] if pipeline is None else device_of(pipeline),
             "precision": self._plain["precision"],
@@ -219,6 +221,16 @@ def device_of(pipeline: Pipeline) -> str:
         if isinstance(stage, RunsModel) and isinstance(stage.model, torch.nn.Module):
             return str(next(stage.model.parameters()).device)
     return "cpu"
+
+
+def _is_of_models(override: str) -> bool:
+    """Return whether an override is about models and their settings, and not about the server or one request.
+
+    >>> [_is_of_models(word) for word in ("preset=shapes", "+serve=local", "serve.port=0", "text=[car]")]
+    [True, False, False, False]
+    """
+    group = override.lstrip("+~").partition("=")[0].partition(".")[0]
+    return group not in ("serve", "hydra", "text", "negative", "input", "output")
 
 
 def _public(section: Mapping[str, Any]) -> dict[str, Any]:

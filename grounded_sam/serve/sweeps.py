@@ -19,6 +19,7 @@ from grounded_sam.serve.problems import RequestError, public_message
 from grounded_sam.serve.roots import Roots
 from grounded_sam.serve.store_pictures import PAGE
 from grounded_sam.serve.stores import named_folders
+from grounded_sam.serve.sweep_pictures import job_picture
 
 
 @dataclass(frozen=True, eq=False)
@@ -153,6 +154,20 @@ class Sweeps:
             "pictures": pictures,
             "next": None if cursor + PAGE >= len(compared) else cursor + PAGE,
         }
+
+    def picture(self, name: str, job: str, picture: str, max_side: int | None) -> bytes:
+        """Return a picture of a job as JPEG, see `sweep_pictures.job_picture`.
+
+        Args:
+            name: Name of the sweep.
+            job: Name of a job, as in the table.
+            picture: Name of the picture, as in a comparison.
+            max_side: Longest side in pixels; None for no limit.
+
+        Raises:
+            RequestError: If there is no such sweep, job or picture (404), or it is outside of the roots (403).
+        """
+        return job_picture(self._job(name, job), picture, self._roots, self._max_pixels, max_side)
 
     def _job(self, name: str, job: str) -> Path:
         """Return the folder of a job.

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from grounded_sam.pipeline.pipeline import Pipeline
 from grounded_sam.serve.problems import RequestError
+from grounded_sam.structures.class_files import parse_class_yaml
 from grounded_sam.structures.documents import check_depth
 from grounded_sam.structures.ontology import FILE_SUFFIXES, parse_inline
 from grounded_sam.structures.vocabulary import Vocabulary
 
+#: A key of YAML at the beginning of a line.
+_KEY = re.compile(r"^\s*[^\s:][^:]*:(\s|$)", re.MULTILINE)
 #: Largest number of classes, phrases and negatives, and letters of one.
 MAX_PHRASES, MAX_LETTERS = 1000, 500
 
@@ -36,7 +40,7 @@ def read_vocabulary(
         return pipeline.parse_text()
     if text is None:
         raise RequestError(422, "negatives and prompt_template need text: name the classes to look for")
-    content = parse_inline(text) if isinstance(text, str) else text
+    content = _read_text(text) if isinstance(text, str) else text
     check_depth(content, "text")
     words = [*_words(content), *(negatives or ())]
     if len(words) > MAX_PHRASES:
@@ -49,6 +53,16 @@ def read_vocabulary(
     template = pipeline.prompt_template if prompt_template is None else prompt_template
     vocabulary = Vocabulary.parse(content, list(pipeline.negatives if negatives is None else negatives))
     return vocabulary.with_prompt_template(template)
+
+
+def _read_text(text: str) -> Any:
+    """Return the classes of a string: several lines with a key are the content of a YAML file, all else is a list.
+
+    >>> _read_text("classes:\\n  car: {score: 0.5}")
+    {'classes': {'car': {'score': 0.5}}}
+    """
+    is_yaml = "\n" in text.strip() and _KEY.search(text) is not None
+    return parse_class_yaml(text, "text") if is_yaml else parse_inline(text)
 
 
 def _words(content: Any) -> Iterator[str]:

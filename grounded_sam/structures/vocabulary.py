@@ -148,10 +148,8 @@ class Vocabulary:
         >>> Vocabulary.parse(["red car"]).palette()
         ['#dc2828']
         """
-        import supervision as sv
-
-        default = sv.ColorPalette.DEFAULT
-        return [color or default.by_idx(i).as_hex() for i, color in enumerate(self._own_colors())]
+        default = default_colors()
+        return [color or default[i % len(default)] for i, color in enumerate(self._own_colors())]
 
     @property
     def has_own_colors(self) -> bool:
@@ -354,6 +352,17 @@ def name_key(name: str) -> str:
     'stop sign'
     """
     return " ".join(name.casefold().split())
+
+
+def default_colors() -> list[str]:
+    """Return the colors of classes that have none of their own, in order, `#rrggbb`.
+
+    >>> default_colors()[:2]
+    ['#a351fb', '#ff4040']
+    """
+    import supervision as sv
+
+    return [color.as_hex() for color in sv.ColorPalette.DEFAULT.colors]
 
 
 def _normalized(phrase: str) -> str:

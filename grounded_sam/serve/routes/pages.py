@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter
@@ -19,10 +20,16 @@ def _templates() -> Any:
     return make_environment(("grounded_sam.serve", "page/templates"))
 
 
+@cache
+def _modules() -> list[str]:
+    """Return the names of the scripts of the page, which it loads at once instead of one after another."""
+    return sorted(path.name for path in (Path(__file__).parents[1] / "page" / "static" / "app").glob("*.js"))
+
+
 @router.get("/")
 async def home() -> HTMLResponse:
     """Return the first page."""
-    return HTMLResponse(_templates().get_template("index.html").render())
+    return HTMLResponse(_templates().get_template("index.html").render(modules=_modules()))
 
 
 @router.get("/docs")

@@ -119,6 +119,8 @@ def _answer(prediction: Prediction, selected: list[int], rows: range | None, mas
         "width": prediction.size_hw[1],
         "height": prediction.size_hw[0],
         "classes": list(prediction.vocabulary.classes),
+        "colors": prediction.vocabulary.palette(),
+        "class_score": prediction.vocabulary.class_score,
         "min_score": round(min(thresholds(prediction.kept, prediction.vocabulary).values()), 6),
         "selected": selected,
         "objects": entries,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Query
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 
 from grounded_sam.serve.answers import ERRORS, ServerOf, in_thread
+from grounded_sam.serve.routes.pictures import CACHED
 from grounded_sam.serve.routes.stores import Cursor, Masks
 from grounded_sam.serve.schemas import ComparisonAnswer, SweepTableAnswer
 
@@ -42,3 +43,16 @@ async def compare_jobs(
     """Match the objects of two jobs by class and IoU; pictures that differ most come first."""
     answer = await in_thread(server, server.sweeps.compare, sweep, a, b, min_iou, masks, cursor)
     return JSONResponse(answer)
+
+
+@router.get("/v1/sweeps/{sweep}/image", summary="A picture of a job as JPEG", responses=ERRORS, response_class=Response)
+async def show_job_picture(
+    server: ServerOf,
+    sweep: SweepName,
+    job: Annotated[str, Query(max_length=500, description="a job, as in the table")],
+    name: Annotated[str, Query(max_length=4096, description="name of a picture, as in a comparison")],
+    max_side: Annotated[int | None, Query(ge=16, le=65_500, description="longest side in pixels; none: all")] = None,
+) -> Response:
+    """Return a picture that a job has processed; its file must be below the roots, or an example of the package."""
+    encoded = await in_thread(server, server.sweeps.picture, sweep, job, name, max_side)
+    return Response(encoded, media_type="image/jpeg", headers=CACHED)

@@ -127,7 +127,7 @@ def _clip_items(progress: float) -> list[Item]:
         ("purple", "cross", 520, 130 + 20 * math.sin(4 * progress), 120, 90 * progress),
         ("yellow", "triangle", 640 - 480 * progress, 176, 130, -140 * progress),
         ("red", "circle", 84 + 400 * progress, 316, 104, 0),
-        ("white", "square", 360 - 60 * progress, 320, 260, 0),
+        ("white", "square", 330 - 60 * progress, 320, 235, 0),
         ("blue", "square", 120 - 240 * leaves, 150 - 20 * progress, 130, 60 * progress),
         ("orange", "ring", 820 - 190 * enters, 350 - 40 * progress, 140, 0),
         ("green", "star", 100 + 30 * progress, 408, 120, 120 * progress),

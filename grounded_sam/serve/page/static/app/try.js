@@ -112,6 +112,7 @@ export class TryView {
   find() {
     return guarded(async () => {
       this.words.commit();
+      this.recipe.update();
       if (!this.picture) throw new Error("Open a picture first.");
       if (this.stored.isOpen) throw new Error("This picture is from a store: draw, relabel and save, or open another.");
       if (this.words.isEmpty) {

@@ -24,7 +24,7 @@ class Router {
 
   /** Who decides, as the store is told. */
   get author() {
-    return document.getElementById("author").value.trim();
+    return document.getElementById("author")?.value.trim() ?? "";
   }
 
   go(name) {
@@ -35,6 +35,7 @@ class Router {
   follow() {
     const wanted = location.hash.slice(1);
     const name = NAMES.includes(wanted) ? wanted : "try";
+    if (name !== this.current) tell(""); // what the view before said
     this.current = name;
     for (const other of NAMES) {
       const isShown = other === name;

@@ -5,6 +5,7 @@ import { BrowseView } from "./browse.js";
 import { setPalette } from "./colors.js";
 import { CompareView } from "./compare.js";
 import { guarded, isTyping, tell } from "./dom.js";
+import { firstAbout } from "./first.js";
 import { TryView } from "./try.js";
 import { VideoView } from "./video.js";
 
@@ -75,7 +76,7 @@ class Router {
 }
 
 async function start() {
-  const about = await api.about();
+  const about = await firstAbout;
   setPalette(about.palette);
   const author = document.getElementById("author");
   author.value = localStorage.getItem(AUTHOR) || "";

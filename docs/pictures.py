@@ -148,6 +148,7 @@ def page(folder: Path) -> None:
     options = ["serve.port=0", "serve.roots=[.]", "serve.stores={scenes: labels}", "serve.sweeps={scores: sweep}"]
     command = [sys.executable, "-m", "grounded_sam.cli.serve", "preset=shapes", *options]
     server = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
+    url = ""
     try:
         with sync_playwright() as playwright:
             path = find_browser()
@@ -155,7 +156,11 @@ def page(folder: Path) -> None:
             shown = browser.new_page(viewport={"width": 1280, "height": 800})
             shown.set_default_timeout(600_000)
             assert server.stdout is not None
-            shown.goto(next(re.search(r"http://[\d.:]+", line)[0] for line in server.stdout if "http://" in line))  # type: ignore[index]
+            for line in server.stdout:
+                url = found[0] if (found := re.search(r"http://[\d.:]+", line)) else url
+                if line.startswith("Ready"):
+                    break
+            shown.goto(url)
             for view in (show_try, show_video, show_browse, show_compare):
                 view(shown)
                 shown.wait_for_timeout(500)

@@ -61,8 +61,9 @@ def folders(tmp_path_factory, truth, shapes) -> Path:
         Runner(model, ImageSource(root / "photos"), [CocoSink(folder, words)], folder).run()
         record = {"overrides": [f"select.score={score}"], "value": 1 - score, "images": 6, "seconds": {"all": 2.0}}
         (folder / "run.json").write_text(json.dumps(record))
-        (folder / "config.yaml").write_text(f"input: {root / 'photos'}\n")
-        (folder / "hydra.yaml").write_text("hydra: {runtime: {cwd: /}}\n")
+        (folder / ".hydra").mkdir()
+        (folder / ".hydra" / "config.yaml").write_text("input: photos\n")
+        (folder / ".hydra" / "hydra.yaml").write_text(f"hydra: {{runtime: {{cwd: {root}}}}}\n")
     clip(root / "clips" / "a.mkv")
     store_clip(root / "clips", root / "tracked")
     write_clip(root / "shapes.mp4")
@@ -479,7 +480,7 @@ def test_pictures_of_a_job_are_those_of_its_input(served, folders):
     assert answer.status_code == 200 and answer.headers["content-type"] == "image/jpeg"
     assert served.get(path, params={"job": "0", "name": "../0.png"}).status_code == 404
     assert served.get(path, params={"job": "7", "name": "0.png"}).status_code == 404
-    config = folders / "sweep" / "1" / "config.yaml"
+    config = folders / "sweep" / "1" / ".hydra" / "config.yaml"
     before = config.read_text()
     config.write_text("input: /etc\n")
     assert served.get(path, params={"job": "1", "name": "hostname"}).status_code == 404

@@ -21,7 +21,7 @@ def job_picture(folder: Path, name: str, roots: Roots, max_pixels: int, max_side
     """Return a picture of a job as JPEG.
 
     Args:
-        folder: Folder of the job, with a store, or with the `config.yaml` that names its input.
+        folder: Folder of the job, with a store, or with the config in `.hydra` that names its input.
         name: Name of the picture, as in its results.
         roots: What may be read.
         max_pixels: Larger pictures are refused.
@@ -60,7 +60,7 @@ def _stored_frame(folder: Path, name: str, max_pixels: int) -> Frame | None:
 def _input_file(folder: Path, name: str) -> Path | None:
     """Return the file of a picture of a job, by the input that its config names."""
     try:
-        config = read_yaml(folder / "config.yaml")
+        config = read_yaml(folder / ".hydra" / "config.yaml")
         given = config.get("input") if isinstance(config, dict) else None
         if not isinstance(given, str):
             return None
@@ -72,7 +72,7 @@ def _input_file(folder: Path, name: str) -> Path | None:
 
 def _working_folder(folder: Path) -> Path:
     """Return the folder that a job was run in."""
-    hydra: Any = read_yaml(folder / "hydra.yaml")
+    hydra: Any = read_yaml(folder / ".hydra" / "hydra.yaml")
     for key in ("hydra", "runtime", "cwd"):
         hydra = hydra.get(key) if isinstance(hydra, dict) else None
     return Path(hydra) if isinstance(hydra, str) else Path.cwd()

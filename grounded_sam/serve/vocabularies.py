@@ -59,7 +59,7 @@ def _read_text(text: str) -> Any:
     """Return the classes of a string: several lines with a key are the content of a YAML file, all else is a list.
 
     >>> _read_text("classes:\\n  car: {score: 0.5}")
-    {'classes': {'car': {'score': 0.5}}}
+    {'classes': {'car': {'score': '0.5'}}}
     """
     is_yaml = "\n" in text.strip() and _KEY.search(text) is not None
     return parse_class_yaml(text, "text") if is_yaml else parse_inline(text)

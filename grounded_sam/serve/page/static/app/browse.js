@@ -177,7 +177,7 @@ export class BrowseView {
       const color = this.color(object);
       const isCurrent = i === this.object;
       const opacity = object.status === "rejected" ? 0 : isCurrent ? 0.45 : 0.25;
-      return { mask: object.shape, color, opacity, line: isCurrent ? color : null, dashed: object.status === "rejected" };
+      return { mask: object.shape, color, opacity, line: isCurrent ? "#ffffff" : null, dashed: object.status === "rejected" };
     });
     this.viewer.setShapes(shapes);
     this.describe();

@@ -22,7 +22,7 @@ export function colorOf(name, index = 0) {
 
 /** Return a color of its own for each track. */
 export function colorOfTrack(id) {
-  return palette.default[(Math.abs(id) * 7) % palette.default.length];
+  return palette.default[(Math.abs(id) * 8) % palette.default.length];
 }
 
 /** Return a color as a pixel of an ImageData that is seen as Uint32Array. */

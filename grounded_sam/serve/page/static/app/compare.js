@@ -144,7 +144,7 @@ export class CompareView {
       const shapes = this.picture.shapes[side].filter(([, isMatched]) => !(isMatched && this.onlyDifferent.checked));
       this.viewers[i].setShapes(shapes.map(([object, isMatched]) => {
         const color = colorOf(object.class, this.classes.indexOf(object.class));
-        return { mask: object.shape, color, opacity: isMatched ? 0.35 : 0.5, line: isMatched ? null : color };
+        return { mask: object.shape, color, opacity: isMatched ? 0.35 : 0.5, line: isMatched ? null : "#ffffff", width: 3 };
       }));
     });
   }

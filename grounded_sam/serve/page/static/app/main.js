@@ -5,6 +5,7 @@ import { BrowseView } from "./browse.js";
 import { setPalette } from "./colors.js";
 import { CompareView } from "./compare.js";
 import { guarded, isTyping, tell } from "./dom.js";
+import { firstAbout } from "./first.js";
 import { TryView } from "./try.js";
 import { VideoView } from "./video.js";
 
@@ -24,7 +25,7 @@ class Router {
 
   /** Who decides, as the store is told. */
   get author() {
-    return document.getElementById("author").value.trim();
+    return document.getElementById("author")?.value.trim() ?? "";
   }
 
   go(name) {
@@ -35,6 +36,7 @@ class Router {
   follow() {
     const wanted = location.hash.slice(1);
     const name = NAMES.includes(wanted) ? wanted : "try";
+    if (name !== this.current) tell(""); // what the view before said
     this.current = name;
     for (const other of NAMES) {
       const isShown = other === name;
@@ -74,7 +76,7 @@ class Router {
 }
 
 async function start() {
-  const about = await api.about();
+  const about = await firstAbout;
   setPalette(about.palette);
   const author = document.getElementById("author");
   author.value = localStorage.getItem(AUTHOR) || "";

@@ -1,6 +1,6 @@
 // The objects of a picture: candidates that a selection keeps, what a person has changed, and undo.
 
-import { contains, emptyMask, fromBox, fromRle } from "./rle.js";
+import { contains, fromBox, fromRle } from "./rle.js";
 
 const LIMIT = 100;
 
@@ -49,7 +49,6 @@ export class Objects {
     this.selected = this.base;
     // What was changed about other candidates is over; what a person has added stays.
     this.state = { ...emptyState(), added: this.state.added, prompts: this.state.prompts };
-    for (const object of this.state.added) if (this.state.removed.has(object.key)) this.state.removed.delete(object.key);
     [this.past, this.future] = [[], []];
     if (!this.get(this.active)) this.active = null;
   }
@@ -145,5 +144,3 @@ export class Objects {
     return this.state.prompts.get(key);
   }
 }
-
-export { emptyMask };

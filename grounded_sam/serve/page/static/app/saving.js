@@ -77,9 +77,9 @@ function toHydra(value) {
     const keyOf = (key) => key.replace(/[\\()[\]{}:=,"']/g, "\\$&");
     return `{${Object.entries(value).map(([key, item]) => `${keyOf(key)}: ${toHydra(item)}`).join(", ")}}`;
   }
-  const isPlain = typeof value !== "string" || /^[A-Za-z][\w-]*( [A-Za-z][\w-]*)*$/.test(value);
-  const isWord = /^(true|false|null|nan|inf|yes|no|on|off)$/i.test(value);
-  return isPlain && !isWord ? String(value) : `"${String(value).replaceAll("\\", "\\\\").replaceAll('"', '\\"')}"`;
+  const isPlain = typeof value !== "string" || /^[\w./:@+-]*[A-Za-z][\w./@+-]*( [\w./@+-]+)*$/.test(value);
+  const isOther = typeof value === "string" && /^(true|false|null|nan|inf|yes|no|on|off|[\d_.]+e[+-]?\d+)$/i.test(value);
+  return isPlain && !isOther ? String(value) : `"${String(value).replaceAll("\\", "\\\\").replaceAll('"', '\\"')}"`;
 }
 
 function toShell(word) {

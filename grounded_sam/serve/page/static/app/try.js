@@ -3,7 +3,8 @@
 import * as api from "./api.js";
 import { Viewer, drawLabel, loadImage } from "./canvas.js";
 import { colorOf, setColors } from "./colors.js";
-import { button, countOf, debounce, el, guarded, isTyping, save, tell } from "./dom.js";
+import { button, countOf, debounce, guarded, isTyping, save, tell } from "./dom.js";
+import { examplePictures, firstPicture } from "./first.js";
 import { ObjectList } from "./object_list.js";
 import { Objects } from "./objects.js";
 import { makePicker, takeDrops } from "./picker.js";
@@ -49,8 +50,7 @@ export class TryView {
   }
 
   makePickers(find) {
-    const { examples } = this.about;
-    const pictures = examples.filter((path) => !/\.(mp4|webm|mov|avi|mkv)$/i.test(path));
+    const pictures = examplePictures(this.about);
     const onchoose = (given) => guarded(() => this.open(given));
     makePicker(find("picker"), { kind: "image", examples: pictures, onchoose });
     takeDrops("image", () => this.router.current === "try", onchoose);
@@ -82,13 +82,13 @@ export class TryView {
   /** Show something at once: the first example, and what is in it. */
   async start() {
     this.words.set(this.about.classes.length ? this.about.classes : EXAMPLE_WORDS);
-    if (this.pictures.length) await guarded(() => this.open(this.pictures[0]));
+    if (this.pictures.length) await guarded(() => this.open(this.pictures[0], firstPicture));
   }
 
-  /** Open a picture: a File, or the path of an example. */
-  async open(given) {
+  /** Open a picture: a File, or the path of an example, which may have been `sent` already. */
+  async open(given, sent = null) {
     tell("Reading the picture …", "busy");
-    const picture = await api.addPicture(given);
+    const picture = (await sent) || (await api.addPicture(given));
     const notes = picture.notes.join("; ");
     await this.show({ ...picture, source: typeof given === "string" ? given : picture.name }, api.pictureUrl(picture.id));
     this.stored.leave();
@@ -112,6 +112,7 @@ export class TryView {
   find() {
     return guarded(async () => {
       this.words.commit();
+      this.recipe.update();
       if (!this.picture) throw new Error("Open a picture first.");
       if (this.stored.isOpen) throw new Error("This picture is from a store: draw, relabel and save, or open another.");
       if (this.words.isEmpty) {
@@ -251,5 +252,3 @@ export class TryView {
     if (!(isRedo ? this.objects.redo() : this.objects.undo())) tell(`There is nothing to ${isRedo ? "redo" : "undo"}.`);
   }
 }
-
-export { el };

@@ -24,6 +24,7 @@ export class VideoView {
     this.viewer = new Viewer(find("canvas"));
     this.viewer.decorate = (context, unit) => this.decorate(context, unit);
     this.words = new Words(find("words"), "video-words", () => {});
+    this.wordsStep = find("words").parentElement;
     this.lanes = new Lanes(find("lanes"), {
       choose: (track) => this.choose(track),
       relabel: (track, name) => name && this.edit(() => this.source.relabel(track, name)),
@@ -139,7 +140,7 @@ export class VideoView {
     this.source = source;
     [this.active, this.session] = [null, null];
     this.prompts.clear();
-    this.runButton.hidden = this.saveButton.hidden = source.isStored;
+    this.runButton.hidden = this.saveButton.hidden = this.wordsStep.hidden = source.isStored;
     await this.go(source.frames[0] ?? 0);
     await this.refresh();
   }
@@ -213,7 +214,7 @@ export class VideoView {
     this.viewer.setShapes(this.shown.map((object) => {
       const color = colorOfTrack(object.track);
       const isActive = object.track === this.active;
-      return { mask: object.shape, color, opacity: isActive ? 0.7 : 0.5, line: isActive ? color : null };
+      return { mask: object.shape, color, opacity: isActive ? 0.7 : 0.5, line: isActive ? "#ffffff" : null };
     }));
     this.lanes.setNow(this.frame);
   }

@@ -253,11 +253,11 @@ def _read_mask(kind: str, value: Mapping[str, Any], size_hw: tuple[int, int]) ->
     if kind == "rectangle":
         points = _corners(value, size_hw)
     else:
-        points = value.get("points")
-        is_list = isinstance(points, list) and all(isinstance(p, list) and len(p) == 2 for p in points)
-        if not is_list or not all(is_number(v) for p in points for v in p):
-            raise ImageError(f"the points of a polygon must be pairs of numbers, got {shorten(points)}")
-        points = [[x * width / 100, y * height / 100] for x, y in points]
+        given: Any = value.get("points")
+        is_list = isinstance(given, list) and all(isinstance(p, list) and len(p) == 2 for p in given)
+        if not is_list or not all(is_number(v) for p in given for v in p):
+            raise ImageError(f"the points of a polygon must be pairs of numbers, got {shorten(given)}")
+        points = [[x * width / 100, y * height / 100] for x, y in given]
     polygon = [[float(v) for point in points for v in point]]
     if (problem := segmentation_problem(polygon, size_hw)) is not None:
         raise ImageError(f"a {kind} cannot be used: {problem}")
@@ -272,7 +272,7 @@ def rectangle_in_pixels(value: Mapping[str, Any], size_hw: tuple[int, int]) -> t
     Raises:
         ImageError: If they are no numbers, or the rectangle has no area.
     """
-    numbers = [value.get(key) for key in ("x", "y", "width", "height")]
+    numbers: list[Any] = [value.get(key) for key in ("x", "y", "width", "height")]
     if not all(is_number(number, -1e6, 1e6) for number in numbers) or numbers[2] <= 0 or numbers[3] <= 0:
         raise ImageError(f"a rectangle needs x, y, width and height in percent, got {shorten(dict(value))}")
     height, width = size_hw

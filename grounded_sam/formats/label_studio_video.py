@@ -117,6 +117,36 @@ def _keyframes(frames: NDArray[np.float64], boxes: NDArray[np.float64]) -> list[
     return sorted(kept)
 
 
+def track_regions(
+    tracks: Mapping[int, VideoTrack], control: str, obj: str, size_hw: tuple[int, int], fps: float, frame_count: int
+) -> list[dict[str, Any]]:
+    """Return the regions of the tracks of a video.
+
+    Args:
+        tracks: The tracks by id.
+        control: Name of the `VideoRectangle`.
+        obj: Name of the `Video`.
+        size_hw: Height and width of the frames.
+        fps: Frames a second of the `Video`.
+        frame_count: Number of its frames.
+    """
+    height, width = size_hw
+    return [
+        {
+            "id": f"track-{number}",
+            "type": "videorectangle",
+            "from_name": control,
+            "to_name": obj,
+            "original_width": width,
+            "original_height": height,
+            "score": round(track.score / len(track.positions), 6),
+            "value": {**track.value(fps, frame_count, frame_count / fps), "labels": [track.class_name]},
+            "meta": {"text": [f"track {number}"]},
+        }
+        for number, track in sorted(tracks.items())
+    ]
+
+
 class TrackBoxes:
     """The boxes of a `VideoRectangle` at any frame.
 

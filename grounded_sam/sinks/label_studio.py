@@ -18,7 +18,7 @@ from grounded_sam.checks import check_choice
 from grounded_sam.errors import ConfigError, count_of
 from grounded_sam.files import PendingFile, atomic_write_text, encode_controls
 from grounded_sam.formats.label_studio import region_value
-from grounded_sam.formats.label_studio_video import DEFAULT_FPS, VideoTrack
+from grounded_sam.formats.label_studio_video import DEFAULT_FPS, VideoTrack, track_regions
 from grounded_sam.formats.store_runs import package_version
 from grounded_sam.media.files import is_video_file
 from grounded_sam.sinks.base import DatasetSink
@@ -273,36 +273,6 @@ class _Video:
     def regions(self) -> list[dict[str, Any]]:
         """Return a region for each track."""
         return track_regions(self.tracks, "box", "video", self.size_hw, self.fps, self._last + 1)
-
-
-def track_regions(
-    tracks: dict[int, VideoTrack], control: str, obj: str, size_hw: tuple[int, int], fps: float, frame_count: int
-) -> list[dict[str, Any]]:
-    """Return the regions of the tracks of a video.
-
-    Args:
-        tracks: The tracks by id.
-        control: Name of the `VideoRectangle`.
-        obj: Name of the `Video`.
-        size_hw: Height and width of the frames.
-        fps: Frames a second of the `Video`.
-        frame_count: Number of its frames.
-    """
-    height, width = size_hw
-    return [
-        {
-            "id": f"track-{number}",
-            "type": "videorectangle",
-            "from_name": control,
-            "to_name": obj,
-            "original_width": width,
-            "original_height": height,
-            "score": round(track.score / len(track.positions), 6),
-            "value": {**track.value(fps, frame_count, frame_count / fps), "labels": [track.class_name]},
-            "meta": {"text": [f"track {number}"]},
-        }
-        for number, track in sorted(tracks.items())
-    ]
 
 
 def image_config(vocabulary: Vocabulary, kinds: Iterable[str], smart: bool = False) -> str:

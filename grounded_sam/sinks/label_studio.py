@@ -161,10 +161,9 @@ class LabelStudioSink(DatasetSink):
 
     def _close(self) -> None:
         self._end_video()
-        kinds = self._control_kinds or set({"both": ("polygon", "brush")}.get(self.regions, (self.regions,)))
         has_images, has_videos = self._image_tasks.commit(), self._video_tasks.commit()
         if has_images:
-            atomic_write_text(self.folder / "config.xml", image_config(self.vocabulary, kinds))
+            atomic_write_text(self.folder / "config.xml", image_config(self.vocabulary, self.kinds))
         if has_videos:
             atomic_write_text(self.folder / "videos.xml", video_config(self.vocabulary))
         if self.url == LOCAL_URL:
@@ -192,13 +191,23 @@ class LabelStudioSink(DatasetSink):
     def _last_files(self) -> Sequence[Path]:
         return tuple(self.folder / name for name in ("tasks.json", "config.xml", "videos.json", "videos.xml"))
 
+    @property
+    def written(self) -> list[str]:
+        """Names of the files of tasks that were written."""
+        return [tasks.path.name for tasks in (self._image_tasks, self._video_tasks) if tasks.count]
+
+    @property
+    def kinds(self) -> set[str]:
+        """Kinds of regions of the images, or those that they would have."""
+        return self._control_kinds or set({"both": ("polygon", "brush")}.get(self.regions, (self.regions,)))
+
     def own_folder(self) -> Path:
         """Return the folder of the dataset, whose one list of labels has the images of the last run only."""
         return self.folder
 
     def summary(self) -> str:
         """Return the counts and the paths of the tasks."""
-        files = [str(tasks.path) for tasks in (self._image_tasks, self._video_tasks) if tasks.count]
+        files = [str(self.folder / name) for name in self.written]
         storage = f"; it needs a Local Files storage, see {self.folder / 'README.txt'}" if self.url == LOCAL_URL else ""
         videos = f" ({count_of(self._video_tasks.count, 'video')})" if self._video_tasks.count else ""
         return f"{self._counts()}{videos} for Label Studio: {' and '.join(files) or self._image_tasks.path}{storage}"

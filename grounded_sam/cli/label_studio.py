@@ -222,13 +222,14 @@ def connect_backend(client: LabelStudioClient, project: int, address: str) -> No
     try:
         made = client.call("POST", "/api/ml", backend)
     except LabelStudioError as error:
+        reason = str(error)
         if error.http_status == 403 or "reserved" in error.detail:
-            way_out = banned
+            reason += f"; {banned}"
         elif "authentication" in error.detail.lower():
-            way_out = f"set {BACKEND_TOKEN_VARIABLE} to the token of the server"
-        else:
-            way_out = f"is grounded-sam-serve running at {address}?"
-        raise LabelStudioError(f"backend: {error}; {way_out}", error.http_status) from error
+            reason = f"the server refuses Label Studio; set {BACKEND_TOKEN_VARIABLE} to the token of the server"
+        elif "health check failed" in error.detail:
+            reason = f"Label Studio does not reach {url}; start grounded-sam-serve, or name its address with --backend"
+        raise LabelStudioError(f"backend: {reason}", error.http_status) from error
     print(f"ML backend: {url}, {made.get('readable_state', '')}, {made.get('model_version')}")
     hooks = client.call("GET", f"/api/webhooks?project={project}")
     hook = next((hook for hook in hooks if hook.get("url") == f"{url}/webhook"), None)

@@ -209,8 +209,10 @@ class LabelStudioSink(DatasetSink):
         """Return the counts and the paths of the tasks."""
         files = [str(self.folder / name) for name in self.written]
         storage = f"; it needs a Local Files storage, see {self.folder / 'README.txt'}" if self.url == LOCAL_URL else ""
-        videos = f" ({count_of(self._video_tasks.count, 'video')})" if self._video_tasks.count else ""
-        return f"{self._counts()}{videos} for Label Studio: {' and '.join(files) or self._image_tasks.path}{storage}"
+        numbers = [(self._image_tasks.count, "image"), (self._video_tasks.count, "video")]
+        places = " and ".join(count_of(number, noun) for number, noun in numbers if number) or count_of(0, "image")
+        paths = " and ".join(files) or str(self._image_tasks.path)
+        return f"{count_of(self.num_objects, 'object')} in {places} for Label Studio: {paths}{storage}"
 
 
 class _TaskFile:

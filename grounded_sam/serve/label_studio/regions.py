@@ -19,6 +19,9 @@ from grounded_sam.pipeline.pipeline import Pipeline
 from grounded_sam.serve.vocabularies import read_vocabulary
 from grounded_sam.structures.vocabulary import Vocabulary
 
+#: Largest distance in pixels of polygons from the outline of a mask; exact ones have a corner at every pixel.
+TOLERANCE = 0.5
+
 
 @dataclass(frozen=True)
 class Targets:
@@ -143,7 +146,7 @@ def image_region(
             mask = np.zeros(size_hw, bool)
             x1, y1, x2, y2 = (round(value) for value in box)
             mask[max(y1, 0) : y2, max(x1, 0) : x2] = True
-    value = region_value(control.kind, box, mask, size_hw)
+    value = region_value(control.kind, box, mask, size_hw, TOLERANCE)
     if value is None:
         return []
     region = {

@@ -305,9 +305,12 @@ def image_config(vocabulary: Vocabulary, kinds: Iterable[str], smart: bool = Fal
             lines += [f'  <{tag} name="{kind}" toName="image">', *labels, f"  </{tag}>"]
     if smart:
         only = 'toName="image" smart="true" smartOnly="true"'
+        lines.append('  <Header value="Smart tools, with Auto-Annotation: the label of a point" size="6"/>')
         lines += [f'  <KeyPointLabels name="point" {only}>', *labels, "  </KeyPointLabels>"]
         if "rectangle" not in kinds:
+            lines.append('  <Header value="The label of a rectangle" size="6"/>')
             lines += [f'  <RectangleLabels name="prompt" {only}>', *labels, "  </RectangleLabels>"]
+        lines.append('  <Header value="Anything else, in words" size="6"/>')
         lines.append('  <TextArea name="words" toName="image" smart="true" placeholder="other things to look for"/>')
     return "\n".join([*lines, "</View>"]) + "\n"
 
@@ -318,7 +321,7 @@ def video_config(vocabulary: Vocabulary) -> str:
     Args:
         vocabulary: The classes.
     """
-    lines = ["<View>", '  <Labels name="label" toName="video" allowEmpty="true">', *_label_lines(vocabulary)]
+    lines = ["<View>", '  <Labels name="label" toName="video">', *_label_lines(vocabulary)]
     lines += ["  </Labels>", '  <Video name="video" value="$video" framerate="$fps"/>']
     return "\n".join([*lines, '  <VideoRectangle name="box" toName="video"/>', "</View>"]) + "\n"
 

@@ -190,8 +190,11 @@ def open_task(page, studio, project, task, ready):
 def click_on(page, x, y):
     """Click on a point of the scene, in pixels of the picture."""
     box = page.evaluate(
-        """() => {const i = Htx.annotationStore.selected.names.get('image'), c = i.stageRef.content.getBoundingClientRect();
-        return [c.x, c.y, i.stageWidth, i.stageHeight]}"""
+        """() => {
+            const image = Htx.annotationStore.selected.names.get('image');
+            const content = image.stageRef.content.getBoundingClientRect();
+            return [content.x, content.y, image.stageWidth, image.stageHeight];
+        }"""
     )
     height, width = demo_images()[0].image.shape[:2]
     at = box[0] + x / width * box[2], box[1] + y / height * box[3]

@@ -249,7 +249,7 @@ def test_smart_clicks_before_and_after_a_restart(studio, labels, backend, projec
     studio.client.call("POST", f"/api/projects/{project}/import", [{"data": image}])
     (task,) = tasks_of(studio, project)
     ready = "Htx.annotationStore.selected.names.get('image')?.imageIsLoaded"
-    star, square = truth_of("green", "star"), truth_of("blue", "square")
+    circle, square = truth_of("red", "circle"), truth_of("blue", "square")
     with own.running():
         body = {"project": project, "url": f"{own.address}/label-studio", "title": "clicks", "is_interactive": True}
         studio.client.call("POST", "/api/ml", body)
@@ -258,9 +258,9 @@ def test_smart_clicks_before_and_after_a_restart(studio, labels, backend, projec
         page.evaluate("Htx.annotationStore.selected.deleteAllRegions()")
         page.get_by_text("Auto-Annotation").first.click()
         page.get_by_text("Auto-Accept Suggestions").first.click()
-        ys, xs = np.nonzero(star)
-        (first,) = smart_click(page, "green star", xs.mean(), ys.mean())
-        assert overlap(first, star) > 0.9
+        ys, xs = np.nonzero(circle)
+        (first,) = smart_click(page, "red circle", xs.mean(), ys.mean())
+        assert overlap(first, circle) > 0.9
     with own.running():
         ys, xs = np.nonzero(square)
         (second,) = smart_click(page, "blue square", xs.mean(), ys.mean() + 40)
@@ -272,7 +272,7 @@ def test_smart_clicks_before_and_after_a_restart(studio, labels, backend, projec
             page.get_by_text("Submit", exact=True).first.click()
     (annotation,) = tasks_of(studio, project)[0]["annotations"]
     polygons = [r for r in annotation["result"] if r["type"] == "polygonlabels"]
-    assert max(overlap(result, star) for result in polygons) > 0.9
+    assert max(overlap(result, circle) for result in polygons) > 0.9
 
 
 def test_a_video_prediction_is_on_the_timeline(studio, projects, page):

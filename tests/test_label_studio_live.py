@@ -19,7 +19,7 @@ import pytest
 from command import run_command
 from serving import until
 
-from grounded_sam.cli.label_studio import create, parse_options
+from grounded_sam.cli.label_studio import create_projects, parse_options
 from grounded_sam.formats.label_studio import read_region
 from grounded_sam.formats.store_rows import StoreRows
 from grounded_sam.media.mp4 import Mp4Writer
@@ -158,7 +158,7 @@ def projects(studio, labels, backend, request):
     request.addfinalizer(lambda: os.environ.pop("LABEL_STUDIO_API_KEY"))
     words = ["create", str(labels), "--url", studio.address, "--backend", backend.address, "--root", str(studio.root)]
     with backend.running():
-        addresses = create(parse_options(words))
+        addresses = create_projects(parse_options(words))
         yield [int(address.split("/")[-2]) for address in addresses]
 
 

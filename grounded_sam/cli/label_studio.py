@@ -19,7 +19,7 @@ from grounded_sam.formats.store import StoreReader, find_store
 from grounded_sam.output.claim import claim
 from grounded_sam.serve.label_studio.client import TOKEN_VARIABLE, LabelStudioClient, LabelStudioError, check_address
 from grounded_sam.serve.settings import TOKEN_VARIABLE as BACKEND_TOKEN_VARIABLE
-from grounded_sam.sinks.label_studio import LOCAL_URL, LabelStudioSink, image_config, video_config
+from grounded_sam.sinks.label_studio import LOCAL_URL, LabelStudioSink, image_labeling_config, video_labeling_config
 from grounded_sam.structures.results import FrameResult
 
 HELP = """\
@@ -71,7 +71,7 @@ class Options:
     images: str = "copy"
 
 
-def create(options: Options) -> list[str]:
+def create_projects(options: Options) -> list[str]:
     """Make projects, and print each step.
 
     Args:
@@ -96,7 +96,11 @@ def create(options: Options) -> list[str]:
     addresses = []
     for kind, file, suffix in written:
         title = options.title + (suffix if len(written) > 1 else "")
-        config = video_config(sink.vocabulary) if kind == "videos" else image_config(sink.vocabulary, sink.kinds, True)
+        config = (
+            video_labeling_config(sink.vocabulary)
+            if kind == "videos"
+            else image_labeling_config(sink.vocabulary, sink.kinds, True)
+        )
         project = client.call("POST", "/api/projects", {"title": title[:50], "label_config": config})["id"]
         print(f"Project {project}: {title[:50]}")
         try:
@@ -314,7 +318,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
 def main() -> None:
     """Run the command: a user's mistake ends with one line and exit code 1."""
     try:
-        create(parse_options(sys.argv[1:]))
+        create_projects(parse_options(sys.argv[1:]))
     except (GroundedSamError, OSError) as error:
         sys.exit(f"grounded-sam-label-studio: {error}")
     except KeyboardInterrupt:

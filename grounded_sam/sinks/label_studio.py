@@ -163,9 +163,9 @@ class LabelStudioSink(DatasetSink):
         self._end_video()
         has_images, has_videos = self._image_tasks.commit(), self._video_tasks.commit()
         if has_images:
-            atomic_write_text(self.folder / "config.xml", image_config(self.vocabulary, self.kinds))
+            atomic_write_text(self.folder / "config.xml", image_labeling_config(self.vocabulary, self.kinds))
         if has_videos:
-            atomic_write_text(self.folder / "videos.xml", video_config(self.vocabulary))
+            atomic_write_text(self.folder / "videos.xml", video_labeling_config(self.vocabulary))
         if self.url == LOCAL_URL:
             atomic_write_text(self.folder / "README.txt", self._instructions(has_images, has_videos))
 
@@ -286,7 +286,7 @@ class _Video:
         return track_regions(self.tracks, "box", "video", self.size_hw, self.fps, self._last + 1)
 
 
-def image_config(vocabulary: Vocabulary, kinds: Iterable[str], smart: bool = False) -> str:
+def image_labeling_config(vocabulary: Vocabulary, kinds: Iterable[str], smart: bool = False) -> str:
     """Return the labeling config of a project of images.
 
     Args:
@@ -294,7 +294,7 @@ def image_config(vocabulary: Vocabulary, kinds: Iterable[str], smart: bool = Fal
         kinds: Kinds of regions: `rectangle`, `polygon` or `brush`.
         smart: Whether there are points and rectangles that ask an ML backend, and a field for words.
 
-    >>> image_config(Vocabulary.parse(["car"]), ["brush"]).splitlines()[2]
+    >>> image_labeling_config(Vocabulary.parse(["car"]), ["brush"]).splitlines()[2]
     '  <BrushLabels name="brush" toName="image">'
     """
     kinds = set(kinds)
@@ -315,7 +315,7 @@ def image_config(vocabulary: Vocabulary, kinds: Iterable[str], smart: bool = Fal
     return "\n".join([*lines, "</View>"]) + "\n"
 
 
-def video_config(vocabulary: Vocabulary) -> str:
+def video_labeling_config(vocabulary: Vocabulary) -> str:
     """Return the labeling config of a project of videos.
 
     Args:

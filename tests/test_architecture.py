@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "grounded_sam"
 FLOORS = (
     ("errors", "hydra_state"),
     ("output",),
-    ("files", "checks"),
+    ("files", "checks", "pages"),
     ("media", "weights"),
     ("acceleration",),
     ("structures",),

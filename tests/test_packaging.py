@@ -37,6 +37,7 @@ def test_the_wheel_has_configs_weights_and_examples(wheel):
     for part in ("detector/model.safetensors", "detector/tokenizer.json", "sam.safetensors", "sam2.safetensors"):
         assert f"grounded_sam/shapes/weights/shapes-{part}" in names
     assert "grounded_sam/shapes/examples/demo/scene-1.png" in names
+    assert {f"grounded_sam/pages/templates/{name}.html" for name in ("base", "labels", "sweep")} <= names
     assert not [n for n in names if n.startswith(("tests/", "conf/"))]
 
 

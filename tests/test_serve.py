@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import socket
 import sys
 import threading
@@ -71,6 +72,10 @@ def labeled(files, shapes) -> Path:
         Runner(model, ImageSource(files / "photos"), [CocoSink(folder, words)], folder).run()
         record = {"overrides": [f"select.score={score}"], "value": 1 - score, "images": 4, "seconds": {"all": 2.0}}
         (folder / "run.json").write_text(json.dumps(record))
+        plain = files / "plain" / str(number)  # the same without ground truth
+        shutil.copytree(folder, plain)
+        found = {"value": None, "objects": {}, "empty": 0}
+        (plain / "run.json").write_text(json.dumps({**record, **found}))
     return files
 
 
@@ -82,9 +87,8 @@ def _select(shapes, score: float):
 def client(labeled, shapes):
     """Serve with the models of the `shapes` fixture."""
     folders = f"serve.roots=[{labeled}]", f"serve.stores={{scenes: {labeled}/labels}}"
-    with running(
-        *folders, f"serve.sweeps={{scores: {labeled}/sweep}}", "serve.max_body_mb=4", load=lambda: shapes
-    ) as http:
+    sweeps = f"serve.sweeps={{scores: {labeled}/sweep, plain: {labeled}/plain}}"
+    with running(*folders, sweeps, "serve.max_body_mb=4", load=lambda: shapes) as http:
         yield http
 
 
@@ -137,7 +141,7 @@ def test_the_server_tells_what_it_is(client):
     assert client.get("/ready").json()["status"] == "ready"
     about = client.get("/v1/about").json()
     assert about["stages"] == {"detector": "GroundingDino", "segmenter": "Sam2", "tracker": "Sam2Tracker"}
-    assert about["device"] == "cpu" and about["stores"] == ["scenes"] and about["sweeps"] == ["scores"]
+    assert about["device"] == "cpu" and about["stores"] == ["scenes"] and about["sweeps"] == ["plain", "scores"]
     assert about["settings"]["select"]["score"] == 0.45 and about["limits"]["max_body_bytes"] == 4_000_000
     assert {entry["license"] for entry in about["licenses"]} == {"apache-2.0"}
     assert "builtin:demo/scene-1.png" in about["examples"] and "token" not in json.dumps(about)
@@ -178,6 +182,13 @@ def test_all_routes_are_described_and_the_page_needs_no_other_host(client):
         *("/v1/sessions/{session}", "/v1/sessions/{session}/segment", "/v1/videos/{video}/track"),
         *("/v1/jobs/{job}", "/v1/jobs/{job}/events", "/v1/videos/{video}/frames/{number}"),
         *("/v1/stores/{store}/pictures", "/v1/stores/{store}/pictures/{picture}/thumbnail"),
+        *("/v1/stores/{store}/pictures/{picture}/image", "/v1/stores/{store}/pictures/{picture}/open"),
+        *(
+            "/v1/stores/{store}/edits",
+            "/v1/stores/{store}/undo",
+            "/v1/stores/{store}/next",
+            "/v1/stores/{store}/videos",
+        ),
         *("/v1/sweeps/{sweep}", "/v1/sweeps/{sweep}/compare"),
     ]
     assert set(wanted) <= set(described["paths"])
@@ -227,6 +238,8 @@ def test_damaged_pictures_are_refused_in_the_words_of_the_command(client, tmp_pa
     whole = (DEMO / "scene-1.png").read_bytes()
     write_bomb(tmp_path / "bomb.png")
     bad = {"cut.png": whole[: len(whole) // 2], "empty.png": b"", "text.png": b"hello", "a.eps": b"%!PS-Adobe-3.0 EPSF"}
+    Image.open(DEMO / "scene-1.png").convert("RGB").save(tmp_path / "cut.jpg")
+    bad["cut.jpg"] = (tmp_path / "cut.jpg").read_bytes()[:-5000]
     bad["bomb.png"] = (tmp_path / "bomb.png").read_bytes()
     for name, content in bad.items():
         (tmp_path / name).write_bytes(content)
@@ -534,6 +547,21 @@ def test_a_client_that_leaves_takes_its_request_with_it(client):
     assert client.server.predictor.computed == computed
 
 
+def test_a_client_that_dies_while_it_sends_leaves_nothing(client):
+    uploads = client.server.uploads
+    before = len(uploads), {path.name for path in uploads.folder.iterdir()}
+    content = (DEMO / "clip.mp4").read_bytes()
+    form = (
+        b'--x\r\nContent-Disposition: form-data; name="file"; filename="a.mp4"\r\n\r\n' + content[: len(content) // 2]
+    )
+    head = "POST /v1/videos HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+    with socket.create_connection(client.address) as connection:
+        connection.sendall(f"{head}Content-Length: {len(content) + 100}\r\n\r\n".encode() + form)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")  # as a killed process does
+    assert client.get("/v1/about").status_code == 200
+    assert (len(uploads), {path.name for path in uploads.folder.iterdir()}) == before
+
+
 def test_a_full_queue_says_when_to_try_again(client, monkeypatch):
     worker, picture = client.server.worker, send(client, DEMO / "scene-3.png")
     monkeypatch.setattr(worker, "max_waiting", 2)
@@ -750,12 +778,34 @@ def test_a_store_is_browsed_by_class_score_and_reason(client, labeled):
     error_of(client.get("/v1/stores/scenes/pictures/abc"), 404)
 
 
+def test_a_click_corrects_a_mask_of_a_store(client):
+    picture = client.get("/v1/stores/scenes/pictures").json()["pictures"][0]
+    url = f"/v1/stores/scenes/pictures/{picture['id']}"
+    before = client.get(url).json()
+    found = before["detections"][0]
+    opened = client.post(f"{url}/open").json()
+    assert opened["id"] == send(client, DEMO / picture["name"]) and opened["width"] == picture["width"]
+    session = client.post("/v1/sessions", json={"picture": opened["id"]}).json()["id"]
+    x1, y1, x2, y2 = found["box"]
+    prompts = [{"class": found["class"], "points": [[(x1 + x2) / 2, (y1 + y2) / 2]], "mask": found["mask"]}]
+    mask = client.post(f"/v1/sessions/{session}/segment", json={"prompts": prompts}).json()["objects"][0]["mask"]
+    edit = {"action": "mask", "object_id": found["object_id"], "mask": mask}
+    answer = client.post("/v1/stores/scenes/edits", json={"edits": [edit], "author": "ann"}).json()
+    changed = next(e for e in client.get(url).json()["detections"] if e["object_id"] == found["object_id"])
+    assert (changed["mask"], changed["status"], changed["author"]) == (mask, "edited", "ann")
+    assert client.post("/v1/stores/scenes/undo", json={"batch": answer["batch"]}).status_code == 200
+    assert client.get(url).json() == before
+    client.delete(f"/v1/sessions/{session}")
+
+
 def test_pictures_of_a_store_outside_of_the_roots_are_not_shown(labeled, shapes):
     with running(
         f"serve.roots=[{labeled}/labels]", f"serve.stores={{s: {labeled}/labels}}", load=lambda: shapes
     ) as http:
         first = http.get("/v1/stores/s/pictures").json()["pictures"][0]["id"]
-        assert "outside" in error_of(http.get(f"/v1/stores/s/pictures/{first}/thumbnail"), 403)
+        for route in ("thumbnail", "image"):
+            assert "outside" in error_of(http.get(f"/v1/stores/s/pictures/{first}/{route}"), 403)
+        assert "outside" in error_of(http.post(f"/v1/stores/s/pictures/{first}/open"), 403)
     with pytest.raises(ConfigError, match=r"serve.stores.s: .* is in none of serve.roots"):
         Server(compose_server([f"serve.stores={{s: {labeled}/labels}}"])[0])
 
@@ -775,6 +825,22 @@ def test_the_jobs_of_a_sweep_are_compared(client):
     for job in ("2", "../labels", "/etc"):
         error_of(client.get("/v1/sweeps/scores/compare", params={"a": "0", "b": job}), 404)
     error_of(client.get("/v1/sweeps/none"), 404)
+
+
+def test_a_sweep_without_ground_truth_has_counts_and_agreement(client, files):
+    table = client.get("/v1/sweeps/plain").json()
+    assert table["metric"] is None and table["notes"] == []
+    compared = client.get("/v1/sweeps/plain/compare", params={"a": "0", "b": "1", "masks": "none"}).json()
+    different = compared["only_a"] + compared["only_b"]
+    wanted = 2 * compared["matched"] / (2 * compared["matched"] + different)
+    assert [row["agreement"] for row in table["rows"]] == [pytest.approx(wanted)] * 2
+    assert [row["empty"] for row in table["rows"]] == [0, 0] and table["rows"][0]["agrees with 1"] < 1
+    (files / "plain" / "1" / "annotations.json").write_text("damaged")
+    os.utime(files / "plain" / "1" / "run.json")
+    table = client.get("/v1/sweeps/plain").json()
+    (note,) = table["notes"]
+    assert note.startswith("no agreement of job 1: ") and str(files) not in note
+    assert "agreement" not in table["columns"] or table["rows"][0]["agreement"] is None
 
 
 # The command

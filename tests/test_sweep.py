@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -22,9 +23,11 @@ from PIL import Image
 from grounded_sam import ConfigError, Select, Vocabulary
 from grounded_sam.cli.report import write_report
 from grounded_sam.config.compose import compose
+from grounded_sam.evaluation import agreement
 from grounded_sam.pipeline.prediction_cache import LoosestSelection, PredictionCache
 from grounded_sam.pipeline.select import select_detections
 from grounded_sam.sinks.coco import CocoSink
+from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.masks import pack_masks
 from grounded_sam.structures.results import FrameResult
 
@@ -61,9 +64,10 @@ def run(labeled: Path, output: Path, *arguments: str, code: int = 0) -> subproce
     flags = [argument for argument in arguments if argument.startswith("-")]
     overrides = [argument for argument in arguments if not argument.startswith("-")]
     text = f"text=[{','.join(CLASS_NAMES)}]"
+    given = {override.split("=")[0] for override in overrides}
     settings = ["preset=shapes", f"input={labeled / 'in'}", f"truth={labeled / 'truth.json'}", text, "sink=metrics"]
     process = subprocess.run(
-        [str(COMMAND), *flags, *settings, f"output={output}", *overrides],
+        [str(COMMAND), *flags, *(s for s in settings if s.split("=")[0] not in given), f"output={output}", *overrides],
         capture_output=True,
         text=True,
         check=False,
@@ -245,3 +249,74 @@ def test_selecting_from_shared_detections_equals_selecting_directly(
 def test_a_report_on_a_folder_without_jobs_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="no job of a sweep"):
         write_report(tmp_path)
+
+
+# Without ground truth
+
+
+def test_a_sweep_without_ground_truth_ends_with_what_the_jobs_found(labeled, tmp_path):
+    scores = "select.score=0.2,0.6"
+    out = run(labeled, tmp_path / "s", "-m", "truth=null", "sink=coco", scores)
+    assert "2 jobs, without ground truth" in out.stdout and "best" not in out.stdout
+    records, rows = read_records(tmp_path / "s", 2), read_report(tmp_path / "s")
+    assert [row["select.score"] for row in rows] == ["0.2", "0.6"] and "metric" not in rows[0]
+    for record, row in zip(records, rows, strict=True):
+        assert (int(row["images"]), int(row["empty"])) == (5, record["empty"])
+        assert int(row["objects"]) == sum(record["objects"].values())
+        assert all(int(row[f"count {name}"]) == count for name, count in record["objects"].items())
+    few, many = sorted(int(row["objects"]) for row in rows)
+    assert [float(row["agreement"]) for row in rows] == [pytest.approx(2 * few / (few + many))] * 2
+    page = (tmp_path / "s" / "sweep.html").read_text()
+    assert "agreement" in page and "<img" not in page and not (tmp_path / "s" / "preset").exists()
+    shards = run(
+        labeled, tmp_path / "shards", "-m", "truth=null", "sink=coco", "source.num_shards=2", "source.shard=0,1"
+    )
+    assert "without ground truth" not in shards.stdout and not (tmp_path / "shards" / "sweep.csv").exists()
+
+
+def write_jobs(folder: Path, *jobs: list[list[tuple]] | None) -> None:
+    """Write what jobs found in images `0.png` and so on, as rows of `fakes.boxes`; None is a job that kept nothing."""
+    for number, images in enumerate(jobs):
+        output = folder / str(number)
+        output.mkdir(parents=True)
+        objects: dict[str, int] = {}
+        with CocoSink(output, CLASSES) if images else nullcontext() as sink:
+            for i, rows in enumerate(images or ()):
+                frame = Frame(pixels=np.zeros((100, 100, 3), np.uint8), index=i, name=f"{i}.png")
+                sink.write(FrameResult(frame=frame, detections=boxes(*rows)))
+                for row in rows:
+                    name = CLASSES.classes[row[5]]
+                    objects[name] = objects.get(name, 0) + 1
+        record = {"overrides": [f"select.nms=0.{number}"], "images": len(images or ()), "seconds": {}}
+        record |= {"objects": objects, "empty": sum(not rows for rows in images or ())}
+        (output / "run.json").write_text(json.dumps(record))
+
+
+def test_jobs_agree_on_objects_of_the_same_class_and_place(tmp_path):
+    a, near, other, far = (
+        (0, 0, 20, 20, 0.9, 0),
+        (0, 0, 20, 18, 0.5, 0),
+        (0, 0, 20, 20, 0.9, 1),
+        (50, 50, 70, 70, 0.9, 0),
+    )
+    write_jobs(tmp_path, [[a], [a, far], []], [[near], [a], []], [[other], [far], []], None)
+    text = write_report(tmp_path)
+    assert "4 jobs, without ground truth" in text
+    assert "no agreement of job 3, which kept no detections: add coco or store to sink" in text.replace("\n", " ")
+    rows = read_report(tmp_path)
+    wanted = [(4 / 5 + 2 / 5) / 2, (4 / 5 + 0) / 2, (2 / 5 + 0) / 2]
+    assert [float(row["agreement"]) for row in rows[:3]] == pytest.approx(wanted) and rows[3]["agreement"] == ""
+    assert [float(row["agrees with 0"] or -1) for row in rows] == pytest.approx([-1, 4 / 5, 2 / 5, -1])
+    assert [row["empty"] for row in rows] == ["1", "1", "1", "0"]
+    assert [row["count a"] for row in rows] == ["3", "2", "1", "0"]
+    (tmp_path / "1" / "annotations.json").write_text("[")
+    assert "no agreement of job 1: " in write_report(tmp_path).replace("\n", " ")
+    assert [row["agreement"] for row in read_report(tmp_path)] == ["0.4", "", "0.4", ""]
+
+
+def test_agreement_of_many_images_is_that_of_some(tmp_path, monkeypatch):
+    monkeypatch.setattr(agreement, "MAX_COMPARISONS", 10)
+    images = [[(0, 0, 20, 20, 0.9, 0)]] * 40
+    write_jobs(tmp_path, images, images)
+    assert "the agreement is that of one in 4 images" in write_report(tmp_path).replace("\n", " ")
+    assert [float(row["agreement"]) for row in read_report(tmp_path)] == [1.0, 1.0]

@@ -164,6 +164,7 @@ def _process(
     stages = pipeline.stages
     results, boxes = (stages.results, stages.boxes) if isinstance(stages, CachedStages) else (None, None)
     record |= {"images": summary.images, "seconds": dict(pipeline.seconds)}
+    record |= {"objects": dict(summary.objects), "empty": summary.empty}
     record |= {"replayed": results.replayed if results else 0, "boxes_replayed": boxes.replayed if boxes else 0}
     return summary, sinks
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import csv
-import html
 import io
 import os
 import shlex
@@ -30,12 +29,14 @@ from grounded_sam.evaluation.sweep_table import (
     Row,
     SweepTable,
     cell_text,
+    compare_unmeasured,
     make_table,
     read_jobs,
 )
 from grounded_sam.files import atomic_write
 from grounded_sam.output.claim import acquire, acquired, claim, release
 from grounded_sam.output.sweep import Sweep
+from grounded_sam.pages.rendering import render_html
 
 #: Files of a report, in the folder of the sweep.
 REPORT_FILES = ("sweep.csv", "sweep.md", "sweep.png", "sweep.html", "preset/best.yaml")
@@ -54,15 +55,19 @@ def write_report(folder: Path) -> str:
     """
     jobs = read_jobs(folder)
     with claim(folder):
-        return _write_table(folder, jobs, make_table(jobs))
+        return _write_table(folder, jobs, make_table(jobs, compare_unmeasured(folder, jobs)))
 
 
 def _write_table(folder: Path, jobs: Sequence[Job], table: SweepTable) -> str:
     _write_csv(folder / "sweep.csv", table)
     _write_markdown(folder / "sweep.md", table)
     files = ["sweep.csv", "sweep.md"]
-    best = next((row for row in table.rows if row["metric"] is not None), None)
+    best = next((row for row in table.rows if row.get("metric") is not None), None)
     usage = ""
+    if table.metric is None:
+        with atomic_write(folder / "sweep.html") as part:
+            part.write_text(_to_html(table, None), encoding="utf-8")
+        files.append("sweep.html")
     if best is not None:
         plot = _plot(table)
         with atomic_write(folder / "sweep.png") as part:
@@ -74,7 +79,8 @@ def _write_table(folder: Path, jobs: Sequence[Job], table: SweepTable) -> str:
             part.write_text(_to_preset(settings, best), encoding="utf-8")
         files += ["sweep.png", "sweep.html", "preset/best.yaml"]
         usage = f"; use the best with --config-dir {folder} preset=best"
-    return f"{_to_console(table)}\n  in {folder}: {', '.join(files)}{usage}"
+    notes = "".join(f"\n  {note}" for note in table.notes)
+    return f"{_to_console(table)}{notes}\n  in {folder}: {', '.join(files)}{usage}"
 
 
 def _write_csv(path: Path, table: SweepTable) -> None:
@@ -98,7 +104,8 @@ def _to_console(table: SweepTable) -> str:
     from rich.console import Console
     from rich.table import Table
 
-    drawn = Table(title=f"{len(table.rows)} jobs, the best first", title_justify="left")
+    order = "the best first" if table.metric is not None else "without ground truth: what they found"
+    drawn = Table(title=f"{len(table.rows)} jobs, {order}", title_justify="left")
     for column in table.columns:
         drawn.add_column(column, justify="left" if column == "error" else "right")
     for cells in table.texts:
@@ -180,19 +187,9 @@ def _to_number(value: Any) -> float | None:
         return None
 
 
-def _to_html(table: SweepTable, plot: bytes) -> str:
-    def table_row(cells: list[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}" for cell in cells) + "</tr>"
-
-    url = f"data:image/png;base64,{base64.b64encode(plot).decode()}"
-    style = (
-        "body{font:14px sans-serif;margin:2em}td,th{padding:.2em .8em;text-align:right;border-bottom:1px solid #eee}"
-    )
-    body = "".join(table_row(cells, "td") for cells in table.texts)
-    return (
-        f"<!doctype html><meta charset='utf-8'><title>Sweep</title><style>{style}</style><img src='{url}' alt='plot'>"
-        f"<table>{table_row(table.columns, 'th')}{body}</table>\n"
-    )
+def _to_html(table: SweepTable, plot: bytes | None) -> str:
+    url = None if plot is None else f"data:image/png;base64,{base64.b64encode(plot).decode()}"
+    return render_html("sweep.html", plot=url, columns=table.columns, rows=table.texts, notes=table.notes)
 
 
 class SweepReport(Callback):
@@ -237,7 +234,7 @@ class SweepReport(Callback):
         except ConfigError:
             return
         failed = [job for job in jobs if job.error is not None]
-        if failed or any(job.metrics for job in jobs):
+        if failed or any(job.metrics for job in jobs) or not _are_shards(jobs):
             print(write_report(folder))
             command = _best_command(config, folder)
             if any(job.value is not None for job in jobs) and not any(VARIABLE in word for word in command):
@@ -246,6 +243,12 @@ class SweepReport(Callback):
             sys.exit(
                 f"grounded-sam: {len(failed)} of {len(jobs)} jobs failed; see the errors in {folder / 'sweep.csv'}"
             )
+
+
+def _are_shards(jobs: Sequence[Job]) -> bool:
+    """Return whether jobs are parts of one run, or the only one, so that there is nothing to compare."""
+    others = [{key: value for key, value in job.settings.items() if key != "source.shard"} for job in jobs]
+    return all(settings == others[0] for settings in others)
 
 
 def _hide_in_config(config: Any) -> None:

@@ -35,7 +35,7 @@ max_body_mb, upload_gb, session_gb, prediction_mb, idle_s and cors. /docs lists 
 are loaded. Ctrl-C ends the server and deletes what clients have sent.
 """
 #: Packages of the extra `serve`.
-NEEDED = ("fastapi", "jinja2", "python_multipart", "uvicorn")
+NEEDED = ("fastapi", "python_multipart", "uvicorn")
 #: Seconds that open connections have to end when the server is stopped, and that idle ones are kept.
 GRACE_S, KEEP_ALIVE_S = 3, 60
 

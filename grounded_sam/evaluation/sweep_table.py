@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from grounded_sam.errors import ConfigError
+from grounded_sam.evaluation.agreement import JobAgreement, compare_jobs
+from grounded_sam.media.images import MAX_PIXELS
 from grounded_sam.output.sweep import JobEntry, Sweep
 
 #: First parts of columns that are measured, as opposed to settings.
@@ -18,6 +20,8 @@ MEASURED = ("bbox", "segm", "davis_all_frames", "sav")
 INCIDENTAL = ("output", "hydra")
 #: Groups of settings that do not change what the models cost.
 FREE = ("select", "sink", "truth", "metric")
+#: Most jobs whose agreement with each other has a column.
+MAX_PAIRED = 8
 
 Row = dict[str, Any]
 
@@ -32,6 +36,8 @@ class Job:
         metrics: Content of its `metrics.json`; empty without one.
         value: The metric that the sweep maximizes; None if the job failed.
         images: Number of images that were processed.
+        objects: Number of objects by class, in videos of tracks; None in a sweep of an earlier version.
+        empty: How many of the images have no object; None as above.
         seconds: Seconds by stage.
         peak_mib: Peak resident memory in MiB.
         replayed: Number of images whose results were taken from another job.
@@ -44,6 +50,8 @@ class Job:
     metrics: dict[str, Any] = field(default_factory=dict)
     value: float | None = None
     images: int = 0
+    objects: dict[str, int] | None = None
+    empty: int | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     peak_mib: float | None = None
     replayed: int = 0
@@ -70,6 +78,8 @@ class Job:
             metrics=json.loads(metrics.read_text(encoding="utf-8")) if has_metrics else {},
             value=record.get("value"),
             images=record.get("images", 0),
+            objects=record.get("objects"),
+            empty=record.get("empty"),
             seconds=record.get("seconds", {}),
             peak_mib=record.get("peak_mib"),
             replayed=record.get("replayed", 0),
@@ -94,13 +104,15 @@ class SweepTable:
 
     Attributes:
         columns: Names of the columns that have values.
-        rows: Values by column; the best job first, failed jobs last.
-        metric: Name of the metric that the sweep maximizes.
+        rows: Values by column; the best job first, failed jobs last. Without ground truth in the order of the jobs.
+        metric: Name of the metric that the sweep maximizes; None without ground truth.
+        notes: Sentences on what is not in the table, and why.
     """
 
     columns: list[str]
     rows: list[Row]
-    metric: str = "metric"
+    metric: str | None = "metric"
+    notes: Sequence[str] = ()
 
     @property
     def texts(self) -> list[list[str]]:
@@ -127,11 +139,31 @@ def read_jobs(folder: Path) -> list[Job]:
     return [Job.read(folder, entry, None if sweep is None else sweep.id) for entry in entries]
 
 
-def make_table(jobs: Sequence[Job]) -> SweepTable:
-    """Make the table of a sweep.
+def is_measured(jobs: Sequence[Job]) -> bool:
+    """Return whether a job of a sweep was compared with ground truth, or should have been."""
+    return any(job.value is not None or job.metrics for job in jobs) or all(job.error is not None for job in jobs)
+
+
+def compare_unmeasured(folder: Path, jobs: Sequence[Job], max_pixels: int = MAX_PIXELS) -> JobAgreement | None:
+    """Compare what the jobs of a sweep found, if there is no ground truth; else return None.
+
+    Args:
+        folder: Folder of the sweep.
+        jobs: Its jobs.
+        max_pixels: Larger images are refused.
+    """
+    if is_measured(jobs):
+        return None
+    inputs = {job.name: job.settings.get("input", "") for job in jobs if job.error is None}
+    return compare_jobs(folder, inputs, max(job.images for job in jobs), max_pixels)
+
+
+def make_table(jobs: Sequence[Job], found: JobAgreement | None = None) -> SweepTable:
+    """Make the table of a sweep: what was measured or, without ground truth, what was found.
 
     Args:
         jobs: Its jobs, at least one.
+        found: How far they agree, without ground truth.
 
     >>> jobs = [Job(name=str(i), settings={"select.score": str(i / 10)}, value=i / 4) for i in range(2)]
     >>> make_table(jobs).texts
@@ -142,18 +174,34 @@ def make_table(jobs: Sequence[Job]) -> SweepTable:
         key for key in keys if key.split(".")[0] not in INCIDENTAL and len({job.settings.get(key) for job in jobs}) > 1
     ]
     costs = _Costs(jobs, swept)
-    rows = [_make_row(job, swept, costs) for job in jobs]
-    rows.sort(key=lambda row: (row["metric"] is None, -(row["metric"] or 0.0)))
+    rows = [_make_row(job, swept, costs, None if found is None else _found(job, jobs, found)) for job in jobs]
+    if found is None:
+        rows.sort(key=lambda row: (row["metric"] is None, -(row["metric"] or 0.0)))
     columns = dict.fromkeys(column for row in rows for column in row)
     filled = [c for c in columns if c == "job" or any(row.get(c) not in (None, "") for row in rows)]
     names = {job.metrics["metric"] for job in jobs if "metric" in job.metrics}
-    return SweepTable(filled, rows, names.pop() if len(names) == 1 else "metric")
+    metric = names.pop() if len(names) == 1 else "metric"
+    return SweepTable(filled, rows, None if found is not None else metric, [] if found is None else found.notes)
 
 
-def _make_row(job: Job, swept: Sequence[str], costs: _Costs) -> Row:
+def _found(job: Job, jobs: Sequence[Job], found: JobAgreement) -> Row:
+    """Return what a job found: numbers of images and objects, and how far other jobs agree, as columns."""
+    classes = dict.fromkeys(name for other in jobs for name in other.objects or ())
+    row: Row = {}
+    if job.error is None:
+        row |= {"images": job.images, "empty": job.empty}
+    if job.error is None and job.objects is not None:
+        row |= {"objects": sum(job.objects.values())} | {f"count {name}": job.objects.get(name, 0) for name in classes}
+    row["agreement"] = found.mean(job.name)
+    if len(jobs) <= MAX_PAIRED:
+        row |= {f"agrees with {other.name}": found.values.get((job.name, other.name)) for other in jobs}
+    return row
+
+
+def _make_row(job: Job, swept: Sequence[str], costs: _Costs, found: Row | None) -> Row:
     metrics = job.metrics
     row: Row = {"job": job.name, **{key: _unquote(job.settings.get(key, "")) for key in swept}}
-    row["metric"] = job.value
+    row |= {"metric": job.value} if found is None else found
     for kind in ("bbox", "segm"):
         row |= {f"{kind}.{key}": metrics.get(kind, {}).get(key) for key in ("AP", "AP50") if kind in metrics}
     for rule in ("davis_all_frames", "sav"):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -88,25 +88,54 @@ def read_verdicts(store: StoreRows, vocabulary: Vocabulary | None = None) -> Ver
         vocabulary: Classes that candidates may have; None for those of the last run whose results are in use, followed
             by those that people gave to objects.
     """
-    words = vocabulary or _last_vocabulary(store)
-    candidates: list[Candidate] = []
-    missed: list[tuple[int, str]] = []
-    number = 0
-    for key in store.index.sorted_keys():
-        for image, rows in store.rows(key):
-            name = store.owner_and_name(key, image)[1]
-            candidates += _candidates(rows, name, number, words, (image["height"], image["width"]))
-            missed += [
-                (number, words.classes[i])
-                for row in rows
-                if row["status"] in ("added", "edited", "accepted") and row["class"] != row["predicted_class"]
-                if (i := words.index(row["class"])) is not None
-            ]
-            number += 1
-    return Verdicts(candidates, missed, number, words)
+    words = vocabulary or last_vocabulary(store)
+    images = ((key, image, rows) for key in store.index.sorted_keys() for image, rows in store.rows(key))
+    return join_verdicts(
+        (
+            image_verdicts(rows, store.owner_and_name(key, image)[1], number, words, (image["height"], image["width"]))
+            for number, (key, image, rows) in enumerate(images)
+        ),
+        words,
+    )
 
 
-def _last_vocabulary(store: StoreRows) -> Vocabulary:
+def join_verdicts(images: Iterable[Verdicts], vocabulary: Vocabulary) -> Verdicts:
+    """Return the candidates of several images together.
+
+    Args:
+        images: Those of each image, see `image_verdicts`.
+        vocabulary: The classes of all of them.
+    """
+    joined = Verdicts([], [], 0, vocabulary)
+    for image in images:
+        joined.candidates.extend(image.candidates)
+        joined.missed.extend(image.missed)
+        joined = replace(joined, num_images=joined.num_images + 1)
+    return joined
+
+
+def image_verdicts(
+    rows: Sequence[Row], name: str, number: int, vocabulary: Vocabulary, size_hw: tuple[int, int]
+) -> Verdicts:
+    """Return the candidates of one image or frame.
+
+    Args:
+        rows: Rows of its objects, also of rejected ones.
+        name: Its name.
+        number: Its number.
+        vocabulary: Classes that candidates may have.
+        size_hw: Height and width in pixels.
+    """
+    missed = [
+        (number, vocabulary.classes[i])
+        for row in rows
+        if row["status"] in ("added", "edited", "accepted") and row["class"] != row["predicted_class"]
+        if (i := vocabulary.index(row["class"])) is not None
+    ]
+    return Verdicts(_candidates(rows, name, number, vocabulary, size_hw), missed, 1, vocabulary)
+
+
+def last_vocabulary(store: StoreRows) -> Vocabulary:
     """Return the classes of the last run whose results are in use, and those that people gave to objects."""
     in_use = store.runs_in_use()
     runs = [run for key, run in store.runs.items() if key in in_use or not in_use]

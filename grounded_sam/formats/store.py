@@ -55,7 +55,7 @@ from typing import Any
 from grounded_sam.errors import ConfigError
 from grounded_sam.files import home_path
 from grounded_sam.formats.store_checks import changed_file
-from grounded_sam.formats.store_index import RowIndex, video_key
+from grounded_sam.formats.store_index import RowIndex, StoreIndex, video_key
 from grounded_sam.formats.store_objects import detections_from_rows, in_vocabulary, read_record
 from grounded_sam.formats.store_pixels import StoredPixels, StoredVideo
 from grounded_sam.formats.store_rows import StoreRows, name_in_video
@@ -115,7 +115,11 @@ class StoreReader:
     ) -> None:
         self.folder, self.max_pixels, self.root = folder, max_pixels, root
         self.rows = StoreRows(folder, max_pixels, classes)
-        self._index = self.rows.index
+
+    @property
+    def _index(self) -> StoreIndex:
+        """Where everything is, as of the last `refresh`."""
+        return self.rows.index
 
     @property
     def parts(self) -> list[Path]:
@@ -134,7 +138,6 @@ class StoreReader:
             ConfigError: As for the constructor.
         """
         self.rows.refresh()
-        self._index = self.rows.index
 
     def __len__(self) -> int:
         """Return the number of images and frames."""
@@ -200,6 +203,17 @@ class StoreReader:
         frames, video = self._index.videos[key].frames, StoredVideo(self.max_pixels)
         for number in sorted(frames):
             yield self._result(key, frames[number], vocabulary, files, video)
+
+    def read_frame(self, key: str, number: int, vocabulary: Vocabulary) -> FrameResult:
+        """Return the result of one frame of a video.
+
+        Args:
+            key: Key of the video.
+            number: Number of the frame, of those that are stored.
+            vocabulary: Classes that `class_id` refers to; objects of other classes are left out.
+        """
+        index = self._index.videos[key].frames[number]
+        return self._result(key, index, vocabulary, (), StoredVideo(self.max_pixels))
 
     def path_of(self, key: str) -> str | None:
         """Return the path of an image, or of the first frame of a video, as it is stored; None for cameras.

@@ -10,6 +10,7 @@ import datetime
 import math
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -110,10 +111,12 @@ class AppliedEdits:
     Attributes:
         object_ids: Ids of the objects that each edit changed or added, empty for edits that were left out.
         problems: Why edits were left out.
+        batch: Name of the part that was written, for `StoreEditor.undo`; None if nothing was.
     """
 
     object_ids: list[list[str]]
     problems: list[EditProblem]
+    batch: str | None = None
 
 
 class StoreEditor:
@@ -126,6 +129,7 @@ class StoreEditor:
     Args:
         store: Folder of the store, or the output folder that has one.
         max_pixels: A store with larger images is refused.
+        rows: Its rows, if they are open already.
 
     Raises:
         ConfigError: If there is no store, or it is damaged.
@@ -135,9 +139,9 @@ class StoreEditor:
         rows: Its rows, with all decisions up to the last batch.
     """
 
-    def __init__(self, store: str | Path, max_pixels: int = MAX_PIXELS) -> None:
+    def __init__(self, store: str | Path, max_pixels: int = MAX_PIXELS, rows: StoreRows | None = None) -> None:
         self.folder = find_store(store)
-        self.rows = StoreRows(self.folder, max_pixels)
+        self.rows = StoreRows(self.folder, max_pixels) if rows is None else rows
         self._list = PartList(self.folder)
 
     def apply(self, edits: Sequence[Edit], author: str = "", *, skip_invalid: bool = False) -> AppliedEdits:
@@ -155,22 +159,71 @@ class StoreEditor:
             EditError: If an edit cannot be applied, unless `skip_invalid` is set; nothing is written then.
             ConfigError: If `author` is too long, the store is damaged, or it cannot be written.
         """
-        if len(author) > MAX_TEXT or author != one_line(author):
-            raise ConfigError(f"author must be one line of at most {MAX_TEXT} characters, got {shorten(author)}")
+        with self._locked():
+            batch = _Batch(self.rows, _common_columns(author))
+            applied = [batch.add(i, edit) for i, edit in enumerate(edits)]
+            if batch.problems and not skip_invalid:
+                raise EditError([(problem.index, problem.reason) for problem in batch.problems])
+            return AppliedEdits(applied, batch.problems, self._write(batch.rows))
+
+    def undo(self, batch: str, author: str = "") -> AppliedEdits:
+        """Take a batch back: what was decided before about its objects counts again.
+
+        That writes another batch, which can be taken back too.
+
+        Args:
+            batch: Its name, see `AppliedEdits`.
+            author: Who takes it back, where nothing was decided before.
+
+        Returns:
+            Ids of the objects.
+
+        Raises:
+            EditError: If somebody decided about one of its objects since; nothing is written then.
+            ConfigError: If there is no such batch, and as for `apply`.
+        """
+        with self._locked():
+            index, common = self.rows.index, _common_columns(author)
+            number = next((i for i, part in enumerate(self.rows.parts) if part.stem == batch), None)
+            latest = [(id_, row) for decided in index.decisions.values() for id_, row in decided.items()]
+            positions = [row for row in (*index.replaced.values(), *(row for _, row in latest)) if row.part == number]
+            if not positions:
+                raise ConfigError(f"the store has no batch of edits {shorten(batch)}; an edit answers with its batch")
+            if len(changed := {row for _, row in latest if row.part == number}) < len(positions):
+                names = [self.rows.row(row)["object_id"] for row in positions if row not in changed]
+                raise EditError([(0, f"somebody decided about object {name} since") for name in names])
+            rows = []
+            for position in sorted(changed, key=lambda row: row.row):
+                row, before = self.rows.row(position), index.replaced.get(position)
+                taken_back = {"status": "predicted", "class": row["predicted_class"] or row["class"], **common}
+                rows.append({**row, **taken_back} if before is None else self.rows.row(before))
+            return AppliedEdits([[row["object_id"] for row in rows]], [], self._write(rows))
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keep other writers of decisions out, and see theirs."""
         try:
             with FileLock(self.folder / ".edits.lock", timeout=LOCK_SECONDS):
                 self.rows.refresh()
-                batch = _Batch(self.rows, author)
-                applied = [batch.add(i, edit) for i, edit in enumerate(edits)]
-                if batch.problems and not skip_invalid:
-                    raise EditError([(problem.index, problem.reason) for problem in batch.problems])
-                if batch.rows:
-                    sequence = max(map(sequence_of, self.rows.parts), default=0) + 1
-                    write_part(self.folder, sequence, batch.rows, self._list)
-                    self.rows.refresh()
+                yield
         except OSError as error:
             raise ConfigError(f"cannot write into {self.folder}: {error.strerror or error}") from error
-        return AppliedEdits(applied, batch.problems)
+
+    def _write(self, rows: list[Row]) -> str | None:
+        """Write decisions as a new part, and return its name; None if there are none."""
+        if not rows:
+            return None
+        sequence = max(map(sequence_of, self.rows.parts), default=0) + 1
+        part = write_part(self.folder, sequence, rows, self._list)
+        self.rows.refresh()
+        return part.stem
+
+
+def _common_columns(author: str) -> Row:
+    """Return the columns that all decisions of a batch share."""
+    if len(author) > MAX_TEXT or author != one_line(author):
+        raise ConfigError(f"author must be one line of at most {MAX_TEXT} characters, got {shorten(author)}")
+    return {"author": author, "edited_at": datetime.datetime.now(datetime.UTC).isoformat()}
 
 
 class _RefusedError(Exception):
@@ -182,12 +235,11 @@ class _Batch:
 
     Args:
         store: Rows of the store.
-        author: Who decided.
+        common: Columns that all of them share.
     """
 
-    def __init__(self, store: StoreRows, author: str) -> None:
-        self.store, self.rows, self.problems = store, list[Row](), list[EditProblem]()
-        self._common = {"author": author, "edited_at": datetime.datetime.now(datetime.UTC).isoformat()}
+    def __init__(self, store: StoreRows, common: Row) -> None:
+        self.store, self.rows, self.problems, self._common = store, list[Row](), list[EditProblem](), common
         self._frames: dict[str, list[tuple[Row, list[Row]]]] = {}
         self._edit_of: dict[str, int] = {}  # by object id
         self._new_tracks: dict[str, int] = {}  # highest id of a new track, by key of the video

@@ -56,6 +56,7 @@ class StoreIndex:
         videos: Newest complete pass of each video by key, see `video_key`.
         video_names: Name of each video by key.
         decisions: By key and, in a video, number of the frame: row of the latest decision by object id.
+        replaced: Row of the decision that a later one about the same object replaced, by the row of the later one.
         added_classes: Classes that objects got from people, in the order of their first use.
     """
 
@@ -64,18 +65,23 @@ class StoreIndex:
         self.videos: dict[str, VideoPass] = {}
         self.video_names: dict[str, str] = {}
         self.decisions: dict[tuple[str, int | None], dict[str, RowIndex]] = {}
+        self.replaced: dict[RowIndex, RowIndex] = {}
         self.added_classes: dict[str, None] = {}
         self._first_names: dict[str, str] = {}  # by path or video key: the name that it was first stored with
         self._skipped: dict[str, tuple[Skipped, str | None]] = {}  # by name: record and digest
         self._passes: dict[str, dict[str, VideoPass]] = {}  # by video key and id of the pass, the latest last
         self._keys_by_name: dict[str, list[str]] = {}
+        self._sorted: list[str] | None = None
 
-    def add(self, number: int, table: pa.Table) -> None:
+    def add(self, number: int, table: pa.Table) -> bool:
         """Add the images, videos, skipped files and decisions of a part.
 
         Args:
             number: Position of the part.
             table: Its rows, with `INDEX_COLUMNS`.
+
+        Returns:
+            Whether it has anything but decisions; `finish` is needed then.
         """
         rows = np.flatnonzero(np.asarray(table["kind"]) != "object")
         values = table.take(rows).to_pydict()
@@ -87,7 +93,10 @@ class StoreIndex:
                 self._skipped[file] = (Skipped(file, reason), digest)
             elif kind == "edit":
                 place = (path or file, None) if video is None else (video_key(path, video), frame)
-                self.decisions.setdefault(place, {})[object_id] = RowIndex(number, row)
+                latest, index = self.decisions.setdefault(place, {}), RowIndex(number, row)
+                if object_id in latest:
+                    self.replaced[index] = latest[object_id]
+                latest[object_id] = index
                 self.added_classes.setdefault(class_name)
             elif kind == "image" and video is None:
                 self._skipped.pop(file, None)
@@ -102,6 +111,7 @@ class StoreIndex:
                     video_pass.complete = True
                 else:
                     video_pass.frames[frame] = RowIndex(number, row)
+        return any(kind != "edit" for kind in values["kind"])
 
     def finish(self) -> StoredNames:
         """Make the index consistent after the last part, and return the names of its images and videos."""
@@ -115,6 +125,7 @@ class StoreIndex:
             self._keys_by_name.setdefault(name, []).append(key)
         for name, (_, digest) in list(self._skipped.items()):
             self._reconcile_skipped(name, digest)
+        self._sorted = None
         return StoredNames(self._first_names)
 
     def _reconcile_skipped(self, name: str, digest: str | None) -> None:
@@ -149,9 +160,11 @@ class StoreIndex:
 
     def sorted_keys(self) -> Iterator[str]:
         """Yield the keys of images in natural order of their names, then those of videos."""
-        yield from sorted(self.images, key=lambda key: (natural_key(self.images[key].name), key))
-        videos = [key for key, video in self.videos.items() if video.frames]
-        yield from sorted(videos, key=lambda key: (natural_key(self.video_names[key]), key))
+        if self._sorted is None:
+            images = sorted(self.images, key=lambda key: (natural_key(self.images[key].name), key))
+            videos = [key for key, video in self.videos.items() if video.frames]
+            self._sorted = [*images, *sorted(videos, key=lambda key: (natural_key(self.video_names[key]), key))]
+        yield from self._sorted
 
 
 def video_key(path: str | None, name: str) -> str:

@@ -51,6 +51,7 @@ class StoreRows:
         self.folder, self.max_pixels = folder, max_pixels
         self._more_classes = set(classes)
         self.parts: list[Path] = []
+        self._is_finished = False
         self.refresh()
 
     def refresh(self) -> None:
@@ -65,20 +66,22 @@ class StoreRows:
         self.missing_parts = self._manifest.missing
         parts = sorted(self.folder.glob("part-*.parquet"), key=lambda part: (sequence_of(part), part.name))
         if not self.parts or parts[: len(self.parts)] != self.parts:
-            self.parts, self.index = [], StoreIndex()
+            self.parts, self.index, self._is_finished = [], StoreIndex(), False
             self._tables: OrderedDict[int, pa.Table] = OrderedDict()
         for part in parts[len(self.parts) :]:
             self._index_part(part)
-        self.names = self.index.finish()
         self._vocabulary: Vocabulary | None = None
-        self._keys_by_owner: dict[str, list[str]] | None = None
+        if not self._is_finished:
+            self.names, self._is_finished = self.index.finish(), True
+            self._keys_by_owner: dict[str, list[str]] | None = None
 
     def _index_part(self, part: Path) -> None:
         """Check a part and add it to the index."""
         table = self._read_part(part, sorted({*INDEX_COLUMNS, *CHECKED_COLUMNS}))
         if (reason := table_problem(table, self._classes, self.max_pixels)) is not None:
             raise self._damaged(part, reason)
-        self.index.add(len(self.parts), table)
+        if self.index.add(len(self.parts), table):
+            self._is_finished = False
         self.parts.append(part)
 
     def _read_part(self, part: Path, columns: list[str] | None = None) -> pa.Table:

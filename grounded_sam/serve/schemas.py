@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from grounded_sam.serve.objects import MaskForm
+from grounded_sam.serve.store_pictures import Status
 
 Score = Annotated[float, Field(ge=0, le=1)]
 Id = Annotated[str, Field(min_length=1, max_length=64, pattern="^[0-9a-f]+$")]
@@ -197,6 +198,71 @@ class TrackBody(Words):
     masks: Literal["rle", "none"] = Field(default="rle", description="whether lines have masks")
 
 
+Whole = Annotated[int, Field(ge=-(2**53), le=2**53)]
+
+
+class EditItem(Body):
+    """What somebody decided about an object or a track of a store."""
+
+    action: Literal[
+        "accept",
+        "reject",
+        "relabel",
+        "mask",
+        "box",
+        "reset",
+        "add",
+        "merge_tracks",
+        "split_track",
+        "relabel_track",
+        "accept_track",
+        "delete_track",
+    ] = Field(description="`reset` takes back what was decided; `add` is for an object that was missed")
+    object_id: str | None = Field(default=None, max_length=64, description="object of an action on objects")
+    class_name: str | None = Field(
+        default=None, alias="class", max_length=500, description="new class of relabel, relabel_track and add"
+    )
+    mask: Rle | list[list[Coordinate]] | None = Field(
+        default=None, description="mask of `mask` and `add`: COCO RLE or polygons, of the size of the picture"
+    )
+    box: Annotated[list[Coordinate], Field(min_length=4, max_length=4)] | None = Field(
+        default=None, description="box of `box` and `add`: [x1, y1, x2, y2] in pixels, inside the picture"
+    )
+    picture: Id | None = Field(
+        default=None, description="picture of `add`; of an action on tracks, any frame of the video"
+    )
+    file: str | None = Field(
+        default=None, max_length=4096, description="instead of `picture`: its name; of an action on tracks, the video's"
+    )
+    track: Whole | None = Field(default=None, description="the track; of `add`, null is a new one")
+    into: Whole | None = Field(default=None, description="track that `merge_tracks` adds `track` to")
+    frame: Whole | None = Field(default=None, description="first frame of the new track of `split_track`")
+    looks_like: str | None = Field(
+        default=None, max_length=500, description="of `reject`: what the object is instead, for negatives"
+    )
+    new_class: bool = Field(default=False, description="whether the class may be one that the store does not have")
+
+
+Author = Annotated[str, Field(max_length=200, description="who decided, one line")]
+
+
+class EditsBody(Body):
+    """Decisions about objects and tracks of a store, applied in whole or not at all."""
+
+    edits: list[EditItem] = Field(min_length=1, max_length=10_000, description="no two about the same object")
+    author: Author = ""
+    skip_invalid: bool = Field(
+        default=False, description="apply the others if some cannot be applied, which `refused` names"
+    )
+
+
+class UndoBody(Body):
+    """Take a batch of decisions back."""
+
+    batch: str = Field(min_length=1, max_length=200, description="`batch` of an answer to edits or undo")
+    author: Author = ""
+
+
 # Answers
 
 
@@ -287,12 +353,24 @@ class StoredPictureAnswer(BaseModel):
 
     id: str = Field(description="its id in the server")
     name: str = Field(description="its name in the store")
+    video: str | None = Field(description="name of its video; null for an image")
     frame: int | None = Field(description="number of the frame; null for an image")
     width: int = Field(description="pixels")
     height: int = Field(description="pixels")
-    objects: int = Field(description="number of objects")
-    classes: dict[str, int] = Field(description="number of objects by class")
+    objects: int = Field(description="number of objects, without those that were rejected")
+    classes: dict[str, int] = Field(description="number of these by class")
+    statuses: dict[Status, int] = Field(description="number of objects by status, also of rejected ones")
     min_score: float | None = Field(description="score of the least certain object, 0 to 1")
+
+
+class ReviewCounts(BaseModel):
+    """How far the review of a store is."""
+
+    statuses: dict[Status, int] = Field(description="number of objects by status")
+    reviewed: int = Field(description="number of objects that somebody decided about")
+    unreviewed: int = Field(description="number of objects that nobody decided about")
+    reviewed_pictures: int = Field(description="number of pictures without such an object")
+    unreviewed_pictures: int = Field(description="number of pictures with one")
 
 
 class StorePage(BaseModel):
@@ -303,14 +381,112 @@ class StorePage(BaseModel):
     skipped: list[dict[str, str]] = Field(description="name and reason of files that could not be used")
     next: int | None = Field(description="cursor of the next page; null: this is the last one")
     classes: list[str] = Field(description="all classes of the store")
+    counts: ReviewCounts = Field(description="of the whole store")
+
+
+class StoredObjectAnswer(DetectedObject):
+    """An object of a store."""
+
+    id: int = Field(description="its number in this list")
+    track_id: int | None = Field(default=None, description="its track in a video")
+    object_id: str = Field(description="its id in the store, for edits")
+    status: Status = Field(description="what somebody decided")
+    author: str | None = Field(default=None, description="who decided")
+    edited_at: str | None = Field(default=None, description="when, ISO 8601 in UTC")
+    predicted_class: str | None = Field(default=None, description="class before anybody changed it")
+    looks_like: str | None = Field(default=None, description="of a rejected object: what it is instead")
+
+
+class StoredObjectsAnswer(StoredPictureAnswer):
+    """A picture of a store with its objects."""
+
+    detections: list[StoredObjectAnswer] = Field(description="its objects")
+    rejected: list[StoredObjectAnswer] = Field(description="those that somebody rejected, which are in no export")
+
+
+class NextObject(BaseModel):
+    """An object to look at."""
+
+    object_id: str = Field(description="its id in the store, for edits")
+    picture: str = Field(description="id of its picture")
+    name: str = Field(description="name of its picture")
+    class_name: str = Field(alias="class", description="its class")
+    score: float = Field(description="confidence, 0 to 1")
+    box: list[float] = Field(description="[x1, y1, x2, y2] in pixels")
+    chance: float = Field(description="estimated chance that it is right, 0 to 1")
+
+
+class NextAnswer(BaseModel):
+    """The objects whose review changes most."""
+
+    objects: list[NextObject] = Field(description="the most valuable first")
+    unreviewed: int = Field(description="number of objects that nobody decided about")
+
+
+class AppliedEdit(BaseModel):
+    """An edit that was applied."""
+
+    edit: int = Field(description="its position in the request")
+    action: str = Field(description="its action; `undo` for what was taken back")
+    objects: list[str] = Field(description="ids of the objects that it changed or added")
+
+
+class RefusedEdit(BaseModel):
+    """An edit that was left out."""
+
+    edit: int = Field(description="its position in the request")
+    reason: str = Field(description="what was expected, what was given, what is available")
+
+
+class EditsAnswer(BaseModel):
+    """What edits have changed."""
+
+    batch: str | None = Field(description="for /undo; null if nothing was applied")
+    applied: list[AppliedEdit] = Field(description="what was applied")
+    refused: list[RefusedEdit] = Field(description="what was not, with `skip_invalid`")
+    pictures: list[StoredPictureAnswer] = Field(description="the pictures that have changed, as they are now")
+    counts: ReviewCounts = Field(description="of the whole store")
+
+
+class TrackSummary(BaseModel):
+    """A track of a stored video."""
+
+    track: int = Field(description="its id")
+    class_name: str = Field(alias="class", description="its class, in most frames")
+    frames: int = Field(description="number of frames that it is seen in")
+    spans: list[list[int]] = Field(description="first and last frame of each stretch in which it is seen")
+    statuses: dict[Status, int] = Field(description="number of its objects by status")
+    min_score: float = Field(description="score of its least certain object, 0 to 1")
+
+
+class StoredVideoAnswer(BaseModel):
+    """A video of a store."""
+
+    name: str = Field(description="its name in the store, for edits of tracks")
+    frames: int = Field(description="number of frames that are stored")
+    picture: str = Field(description="id of the first of them")
+    first: int = Field(description="number of the first frame")
+    last: int = Field(description="number of the last frame")
+    width: int = Field(description="pixels")
+    height: int = Field(description="pixels")
+    tracks: list[TrackSummary] = Field(description="its tracks, in order of their ids")
+
+
+class StoredVideosAnswer(BaseModel):
+    """The videos of a store."""
+
+    videos: list[StoredVideoAnswer] = Field(description="in natural order of their names")
 
 
 class SweepTableAnswer(BaseModel):
     """The table of a sweep."""
 
-    metric: str = Field(description="what the sweep maximizes")
+    metric: str | None = Field(description="what the sweep maximizes; null without ground truth")
     columns: list[str] = Field(description="columns that have values")
-    rows: list[dict[str, Any]] = Field(description="values by column, the best job first")
+    rows: list[dict[str, Any]] = Field(
+        description="values by column, the best job first; without ground truth counts and agreement"
+    )
+    notes: list[str] = Field(description="what is not in the table, and why")
 
 
 class ComparisonAnswer(BaseModel):

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import supervision as sv
 
 from grounded_sam.errors import GroundedSamError
+from grounded_sam.evaluation.agreement import keeps_detections, read_results
 from grounded_sam.evaluation.comparison import pair_detections
-from grounded_sam.evaluation.sweep_table import make_table, read_jobs
-from grounded_sam.formats.coco import CocoFile
-from grounded_sam.formats.store import StoreReader, find_store
+from grounded_sam.evaluation.sweep_table import Job, SweepTable, compare_unmeasured, make_table, read_jobs
 from grounded_sam.serve.objects import MaskForm, object_entries
 from grounded_sam.serve.problems import RequestError, public_message
 from grounded_sam.serve.roots import Roots
-from grounded_sam.serve.stores import PAGE, named_folders
-
-#: Height and width of a picture, and its detections with masks as RLE.
-SizedDetections = tuple[tuple[int, int], sv.Detections]
+from grounded_sam.serve.store_pictures import PAGE
+from grounded_sam.serve.stores import named_folders
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +53,8 @@ class Sweeps:
     def __init__(self, folders: Mapping[str, str], roots: Roots, max_pixels: int) -> None:
         self.folders = named_folders("sweeps", folders, roots)
         self._roots, self._max_pixels = roots, max_pixels
+        self._tables: dict[str, tuple[Any, SweepTable]] = {}
+        self._lock = threading.Lock()
 
     def folder(self, name: str) -> Path:
         """Return the folder of a sweep.
@@ -68,18 +68,38 @@ class Sweeps:
         return self.folders[name]
 
     def table(self, name: str) -> dict[str, Any]:
-        """Return the table of a sweep: `metric`, `columns` and `rows`, the best job first.
+        """Return the table of a sweep: `metric`, `columns`, `rows` and `notes`.
 
         Raises:
             RequestError: If there is no such sweep (404).
             ConfigError: If its folder has no job.
         """
         folder = self.folder(name)
-        table = make_table(read_jobs(folder))
-        rows = [
-            {c: public_text(row.get(c), [folder, *self._roots.folders]) for c in table.columns} for row in table.rows
-        ]
-        return {"metric": table.metric, "columns": table.columns, "rows": rows}
+        jobs = read_jobs(folder)
+        files = [folder / job.name / "run.json" for job in jobs]
+        state = [(str(path), path.stat().st_mtime_ns) for path in files if path.is_file()]
+        with self._lock:  # one request compares, the others wait for it
+            if name not in self._tables or self._tables[name][0] != state:
+                self._tables[name] = state, self._make_table(folder, jobs)
+            table = self._tables[name][1]
+        folders = [folder, *self._roots.folders]
+        rows = [{c: public_text(row.get(c), folders) for c in table.columns} for row in table.rows]
+        return {
+            "metric": table.metric,
+            "columns": table.columns,
+            "rows": rows,
+            "notes": [public_text(note, folders) for note in table.notes],
+        }
+
+    def _make_table(self, folder: Path, jobs: Sequence[Job]) -> SweepTable:
+        """Make the table of a sweep; the detections of jobs outside of the roots are not read."""
+        inside = [job for job in jobs if self._roots.contains(folder / job.name)]
+        found = compare_unmeasured(folder, inside, self._max_pixels) if inside else None
+        table = make_table(jobs, found)
+        if found is not None and len(inside) < len(jobs):
+            note = "no agreement of jobs outside of the folders that this server may read (serve.roots)"
+            return replace(table, notes=[*table.notes, note])
+        return table
 
     def compare(self, name: str, a: str, b: str, min_iou: float, masks: MaskForm, cursor: int) -> dict[str, Any]:
         """Return a page of the pictures of two jobs, those first that differ most.
@@ -99,7 +119,7 @@ class Sweeps:
             RequestError: If there is no such sweep or job (404), or a job kept no detections (409).
         """
         jobs = [self._job(name, job) for job in (a, b)]
-        results = [dict(read_results(job, label, self._max_pixels)) for job, label in zip(jobs, (a, b), strict=True)]
+        results = [dict(read_results(job, self._max_pixels)) for job in jobs]
         names = dict.fromkeys([*results[0], *results[1]])
         compared = []
         for picture in names:
@@ -147,6 +167,10 @@ class Sweeps:
         path = folder / job
         if not self._roots.contains(path):
             raise RequestError(403, "the job is outside of the folders that this server may read (serve.roots)")
+        if not keeps_detections(path):
+            raise RequestError(
+                409, f"job {job} kept no detections; run the sweep with sink=[metrics,coco], or with a store in sink"
+            )
         return path
 
 
@@ -158,35 +182,3 @@ def _entries(detections: sv.Detections, masks: MaskForm) -> list[dict[str, Any]]
 def public_text(value: Any, folders: list[Path]) -> Any:
     """Return a cell of a table without paths of this machine; other values than texts stay as they are."""
     return public_message(GroundedSamError(value), folders) if isinstance(value, str) and value else value
-
-
-def read_results(folder: Path, job: str, max_pixels: int) -> Iterator[tuple[str, SizedDetections]]:
-    """Read what a job found in each picture, from its store or its COCO file.
-
-    Args:
-        folder: Folder of the job.
-        job: Its name, for messages.
-        max_pixels: Larger pictures are refused.
-
-    Yields:
-        Name, size (height, width) and detections with masks as RLE of each picture.
-
-    Raises:
-        RequestError: If it has neither (409).
-        ConfigError: If they are damaged.
-    """
-    if any((folder / "store").glob("_run-*.json")):
-        reader = StoreReader(find_store(folder), max_pixels)
-        keys = reader.keys()
-        for key in keys:
-            for result in reader.read(key, reader.vocabulary):
-                yield result.frame.name, (result.frame.size_hw, result.packed)
-    elif (folder / "annotations.json").is_file():
-        labels = CocoFile(folder / "annotations.json", allow_mixed=True, max_pixels=max_pixels)
-        for image in labels.images:
-            size_hw = image["height"], image["width"]
-            yield str(image["file_name"]), (size_hw, labels.packed_labels(image))
-    else:
-        raise RequestError(
-            409, f"job {job} kept no detections; run the sweep with sink=[metrics,coco], or with a store in sink"
-        )

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import supervision as sv
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from grounded_sam.errors import ImageError, count_of
 from grounded_sam.media.draw import draw_detections
+from grounded_sam.pages.rendering import render_html
 from grounded_sam.sinks.samples import RandomSample
 from grounded_sam.structures.results import FrameResult, Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
@@ -25,16 +26,6 @@ BINS = 20
 THUMBNAIL_SIDE = 240
 #: Longest lists on the page.
 MAX_GROUPS, MAX_SKIPPED = 500, 2000
-STYLE = (
-    "<style>body{font:14px/1.4 system-ui,sans-serif;margin:2em auto;max-width:1400px;padding:0 1em;color:#222}"
-    "h2{margin-top:2em;border-bottom:1px solid #ccc}table{border-collapse:collapse}"
-    "td,th{padding:.2em .8em;text-align:left;border-bottom:1px solid #eee}td.n{text-align:right}"
-    ".sheet{display:flex;flex-wrap:wrap;gap:8px}figure{margin:0;width:150px}"
-    "figure img{width:150px;height:150px;object-fit:contain;background:#f4f4f4}"
-    "figcaption{font-size:11px;color:#555;overflow-wrap:anywhere}"
-    ".dot{display:inline-block;width:.8em;height:.8em;border-radius:50%;margin-right:.4em}"
-    "ul{columns:2}svg{vertical-align:middle}</style>"
-)
 
 
 @dataclass(frozen=True)
@@ -144,30 +135,23 @@ def make_thumbnail(
 
 def render_page(content: ReportContent) -> str:
     """Return the page, one HTML file without links to others."""
-    empty = content.objects_per_image[0]
     max_objects = max(content.objects_per_image, default=0)
     per_image = np.array([content.objects_per_image[n] for n in range(min(max_objects, 59) + 1)], np.int64)
-    parts = [
-        f"<!doctype html><meta charset='utf-8'><title>Labels</title>{STYLE}",
-        f"<h1>Labels</h1><p>{_totals(content)} All files to review: <code>review.csv</code>.</p>",
-        _class_table(content),
-        f"<h2>Objects per image</h2>{_histogram(per_image, '#888', 8)}<p>from 0 to {max_objects}</p>",
-    ]
-    for name, statistics in zip(content.vocabulary.classes, content.classes, strict=True):
-        parts.append(f"<h2>{html.escape(name)}</h2>{_contact_sheet(statistics.sample.items)}")
-    parts.append(f"<h2>Least certain</h2>{_contact_sheet([t for t in content.uncertain if t.url])}")
-    parts.append(f"<h2>Most crowded</h2>{_contact_sheet(content.crowded)}")
-    parts.append(f"<h2>Without objects ({empty:,})</h2>{_contact_sheet(content.empty)}")
-    if content.duplicates:
-        items = "".join(f"<li>{html.escape(', '.join(group))}</li>" for group in content.duplicates[:MAX_GROUPS])
-        parts.append(f"<h2>Near-duplicates ({len(content.duplicates):,} groups)</h2><ul>{items}</ul>")
-    if content.skipped:
-        rows = "".join(
-            f"<tr><td>{html.escape(skipped.file)}<td>{html.escape(skipped.reason)}</tr>"
-            for skipped in content.skipped[:MAX_SKIPPED]
-        )
-        parts.append(f"<h2>Skipped ({len(content.skipped):,})</h2><table>{rows}</table>")
-    return "\n".join(parts) + "\n"
+    return render_html(
+        "labels.html",
+        totals=_totals(content),
+        classes=_class_rows(content),
+        per_image=_histogram(per_image, "#888", 8),
+        max_objects=max_objects,
+        uncertain=[thumbnail for thumbnail in content.uncertain if thumbnail.url],
+        crowded=content.crowded,
+        empty=content.empty,
+        num_empty=content.objects_per_image[0],
+        duplicates=content.duplicates[:MAX_GROUPS],
+        num_duplicates=len(content.duplicates),
+        skipped=content.skipped[:MAX_SKIPPED],
+        num_skipped=len(content.skipped),
+    )
 
 
 def _totals(content: ReportContent) -> str:
@@ -184,40 +168,27 @@ def _totals(content: ReportContent) -> str:
     )
 
 
-def _class_table(content: ReportContent) -> str:
-    """Return a table with the statistics of each class."""
-    rows = []
+def _class_rows(content: ReportContent) -> list[dict[str, Any]]:
+    """Return what the page shows of each class."""
     vocabulary = content.vocabulary
-    for name, category_id, color, statistics in zip(
-        vocabulary.classes, vocabulary.category_ids, vocabulary.palette(), content.classes, strict=True
-    ):
-        rows.append(
-            f"<tr><td><span class='dot' style='background:{html.escape(color)}'></span>{html.escape(name)}"
-            f"<td class='n'>{html.escape(str(category_id))}<td class='n'>{statistics.num_objects:,}"
-            f"<td class='n'>{statistics.num_images:,}<td>{_histogram(statistics.histogram, color)}</tr>"
+    return [
+        {
+            "name": name,
+            "category_id": category_id,
+            "color": color,
+            "num_objects": statistics.num_objects,
+            "num_images": statistics.num_images,
+            "scores": _histogram(statistics.histogram, color),
+            "sample": statistics.sample.items,
+        }
+        for name, category_id, color, statistics in zip(
+            vocabulary.classes, vocabulary.category_ids, vocabulary.palette(), content.classes, strict=True
         )
-    header = "<tr><th>class<th>id<th>objects<th>images<th>scores from 0 to 1</tr>"
-    return "\n".join([f"<h2>Classes</h2><table>{header}", *rows, "</table>"])
+    ]
 
 
-def _histogram(counts: NDArray[np.int64], color: str, bar_width: int = 12) -> str:
-    """Return a histogram as SVG."""
+def _histogram(counts: NDArray[np.int64], color: str, bar_width: int = 12) -> dict[str, Any]:
+    """Return the bars of a histogram, in pixels, 40 px high."""
     highest = max(int(counts.max(initial=0)), 1)
-    bars = "".join(
-        f"<rect x='{i * bar_width}' y='{40 - 40 * n / highest:.1f}' width='{bar_width - 1}' "
-        f"height='{40 * n / highest:.1f}' fill='{html.escape(color)}'><title>{n}</title></rect>"
-        for i, n in enumerate(counts.tolist())
-    )
-    width = len(counts) * bar_width
-    return f"<svg width='{width}' height='41'><path d='M0 40.5H{width}' stroke='#ccc'/>{bars}</svg>"
-
-
-def _contact_sheet(thumbnails: Sequence[Thumbnail]) -> str:
-    if not thumbnails:
-        return "<p>none</p>"
-    figures = (
-        f"<figure><img src='{html.escape(thumbnail.url)}' loading='lazy' alt=''>"
-        f"<figcaption>{html.escape(thumbnail.caption)}</figcaption></figure>"
-        for thumbnail in thumbnails
-    )
-    return f"<div class='sheet'>{''.join(figures)}</div>"
+    bars = [{"x": i * bar_width, "height": 40 * n / highest, "count": n} for i, n in enumerate(counts.tolist())]
+    return {"bars": bars, "bar_width": bar_width, "width": len(counts) * bar_width, "color": color}

@@ -8,15 +8,15 @@ from typing import Any
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse
 
+from grounded_sam.pages.rendering import make_environment
+
 router = APIRouter(include_in_schema=False)
 
 
 @cache
 def _templates() -> Any:
     """Return the HTML templates of the package, which escape what is put into them."""
-    from jinja2 import Environment, PackageLoader
-
-    return Environment(loader=PackageLoader("grounded_sam.serve", "page/templates"), autoescape=True)
+    return make_environment(("grounded_sam.serve", "page/templates"))
 
 
 @router.get("/")

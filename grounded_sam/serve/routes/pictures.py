@@ -31,6 +31,11 @@ router = APIRouter(tags=["pictures"])
 async def add_picture(request: Request, server: ServerOf) -> JSONResponse:
     """Read a picture as the command does: upright 8-bit RGB, damaged and oversized ones refused in the same words."""
     upload = await receive_upload(request, server, "picture", check_picture)
+    return picture_answer(upload)
+
+
+def picture_answer(upload: Upload) -> JSONResponse:
+    """Return what a client may know of a picture."""
     keys = ("id", "name", "width", "height", "notes")
     return JSONResponse({key: value for key, value in vars(upload).items() if key in keys})
 

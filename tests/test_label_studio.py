@@ -22,9 +22,10 @@ from grounded_sam.formats.label_studio import decode_brush, encode_brush, read_r
 from grounded_sam.formats.label_studio_config import read_labeling_config
 from grounded_sam.formats.label_studio_video import TrackBoxes, VideoTrack
 from grounded_sam.formats.store_rows import StoreRows
+from grounded_sam.media.mp4 import Mp4Writer
 from grounded_sam.pipeline.pipeline import Pipeline
 from grounded_sam.pipeline.runner import Runner
-from grounded_sam.shapes.examples import demo_images
+from grounded_sam.shapes.examples import demo_clip, demo_images
 from grounded_sam.sinks.store import StoreSink
 from grounded_sam.sources.images import ImageSource
 from grounded_sam.sources.video import VideoSource
@@ -37,11 +38,13 @@ for package in ("fastapi", "uvicorn", "python_multipart", "httpx"):
 DEMO = Path(__file__).parents[1] / "grounded_sam" / "shapes" / "examples" / "demo"
 RECORDED = json.loads((Path(__file__).parent / "data" / "label_studio_requests.json").read_text())
 TOKEN = RECORDED["setup"]["access_token"]
+FRAMES = 6
 WORDS = ["red circle", "blue square", "green star", "yellow triangle", "orange ring", "purple cross"]
 LABELS = "".join(f'<Label value="{word}"/>' for word in WORDS)
+POINTS = "".join(f'<Label value="{word}" alias="point on {word}"/>' for word in WORDS)
 CONFIG = f"""<View><Image name="image" value="$image"/>
 <BrushLabels name="brush" toName="image">{LABELS}</BrushLabels>
-<KeyPointLabels name="point" toName="image" smart="true" smartOnly="true">{LABELS}</KeyPointLabels>
+<KeyPointLabels name="point" toName="image" smart="true" smartOnly="true">{POINTS}</KeyPointLabels>
 <RectangleLabels name="box" toName="image" smart="true" smartOnly="true">{LABELS}</RectangleLabels>
 <TextArea name="words" toName="image" value="$words"/></View>"""
 VIDEO_CONFIG = f"""<View><Labels name="label" toName="video">{LABELS}</Labels>
@@ -92,9 +95,15 @@ def label_studio(files: dict[str, bytes], personal: bool = False):
 
 
 @pytest.fixture(scope="module")
-def studio():
+def studio(tmp_path_factory):
     """Return a Label Studio with the scenes of the demo and its clip."""
     files = {f"/data/upload/1/{path.name}": path.read_bytes() for path in DEMO.iterdir()}
+    short = tmp_path_factory.mktemp("clips") / "short.mp4"
+    video = Mp4Writer(short, crf=24)
+    for t, frame in zip(range(FRAMES), demo_clip(), strict=False):
+        video.write(frame.image, t / 24)
+    video.close()
+    files["/data/upload/1/short.mp4"] = short.read_bytes()
     with label_studio(files) as state:
         yield state
 
@@ -148,6 +157,7 @@ def scene(number):
 
 
 def point(x, y, positive=True, label="green star"):
+    label = f"point on {label}"
     value = {"x": x / 9.6, "y": y / 6.4, "width": 0.5, "keypointlabels": [label], "labels": [label]}
     result = {**RECORDED["click"]["params"]["context"]["result"][0], "value": value, "is_positive": positive}
     return result
@@ -299,7 +309,7 @@ def test_a_malformed_context_is_refused_in_words(connected):
     for result, words in (
         ("x", "context.result must be a list"),
         ([{"type": "keypointlabels", "value": {"x": "a", "y": 1}}], "a point needs x and y"),
-        ([point(1, 1, label="bus")], "no control takes masks with the label 'bus'"),
+        ([point(1, 1, label="bus")], "no control takes masks with the label 'point on bus'"),
         ([{"type": "brushlabels", "value": {"rle": []}}], "smart tools are points, rectangles and words"),
         ([{"type": "rectanglelabels", "value": {"x": 1, "y": 1, "width": -1, "height": 2}}], "a rectangle needs"),
     ):
@@ -341,8 +351,7 @@ def test_the_token_of_the_server_counts_for_label_studio(shapes):
 def test_a_video_that_takes_long_is_sent_afterwards(client, studio, monkeypatch):
     connect(client, studio, VIDEO_CONFIG)
     monkeypatch.setattr("grounded_sam.serve.label_studio.backend.ANSWER_S", 0.2)
-    monkeypatch.setattr("grounded_sam.sources.video.VideoSource.__len__", lambda self: 96)
-    task = {"video": "/data/upload/1/clip.mp4", "fps": 24}
+    task = {"video": "/data/upload/1/short.mp4", "fps": 24}
     assert predict(client, [task, task], VIDEO_CONFIG)["results"] == [[], []]
     assert predict(client, [task], VIDEO_CONFIG)["results"] == [[]]  # is not computed twice
     until(lambda: len([path for path, _ in studio.sent if path == "/api/predictions"]) == 2)
@@ -353,7 +362,7 @@ def test_a_video_that_takes_long_is_sent_afterwards(client, studio, monkeypatch)
         for region in body["result"]:
             assert region["type"] == "videorectangle" and region["from_name"] == "box"
             frames = [key["frame"] for key in region["value"]["sequence"]]
-            assert frames == sorted(set(frames)) and frames[-1] <= region["value"]["framesCount"] <= 97
+            assert frames == sorted(set(frames)) and frames[-1] <= region["value"]["framesCount"] <= FRAMES + 1
 
 
 def test_a_track_is_written_with_few_keyframes_and_read_back():

@@ -256,8 +256,8 @@ def test_smart_clicks_before_and_after_a_restart(studio, labels, backend, projec
         open_task(page, studio, project, task["id"], ready)
         page.wait_for_timeout(3000)  # predictions come when the task is opened
         page.evaluate("Htx.annotationStore.selected.deleteAllRegions()")
-        page.get_by_text("Auto-Annotation").first.click()
-        page.get_by_text("Auto-Accept Suggestions").first.click()
+        page.get_by_text("Auto-Annotation", exact=True).first.click()
+        page.get_by_text("Auto-Accept Suggestions", exact=True).first.click()
         ys, xs = np.nonzero(circle)
         (first,) = smart_click(page, "red circle", xs.mean(), ys.mean())
         assert overlap(first, circle) > 0.9

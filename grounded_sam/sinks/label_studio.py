@@ -306,7 +306,12 @@ def image_labeling_config(vocabulary: Vocabulary, kinds: Iterable[str], smart: b
     if smart:
         only = 'toName="image" smart="true" smartOnly="true"'
         lines.append('  <Header value="Smart tools, with Auto-Annotation: the label of a point" size="6"/>')
-        lines += [f'  <KeyPointLabels name="point" {only}>', *labels, "  </KeyPointLabels>"]
+        # Label Studio's COCO export merges all classes that points have, so points have names of their own.
+        lines += [
+            f'  <KeyPointLabels name="point" {only}>',
+            *_label_lines(vocabulary, "point on "),
+            "  </KeyPointLabels>",
+        ]
         if "rectangle" not in kinds:
             lines.append('  <Header value="The label of a rectangle" size="6"/>')
             lines += [f'  <RectangleLabels name="prompt" {only}>', *labels, "  </RectangleLabels>"]
@@ -326,8 +331,11 @@ def video_labeling_config(vocabulary: Vocabulary) -> str:
     return "\n".join([*lines, '  <VideoRectangle name="box" toName="video"/>', "</View>"]) + "\n"
 
 
-def _label_lines(vocabulary: Vocabulary) -> list[str]:
-    return [
-        f"    <Label value={quoteattr(encode_controls(name))} background={quoteattr(color)}/>"
-        for name, color in zip(vocabulary.classes, vocabulary.palette(), strict=True)
-    ]
+def _label_lines(vocabulary: Vocabulary, prefix: str | None = None) -> list[str]:
+    """Return the tags of the labels, with an alias where there is a prefix for it."""
+    lines = []
+    for name, color in zip(vocabulary.classes, vocabulary.palette(), strict=True):
+        value = encode_controls(name)
+        alias = "" if prefix is None else f" alias={quoteattr(prefix + value)}"
+        lines.append(f"    <Label value={quoteattr(value)}{alias} background={quoteattr(color)}/>")
+    return lines

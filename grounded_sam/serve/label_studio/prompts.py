@@ -57,7 +57,7 @@ def read_context(
         kind, value = str(result.get("type", "")).removesuffix("labels"), result.get("value")
         if not isinstance(value, Mapping):
             raise RequestError(422, f"the value of a region must be an object, got {shorten(value)}")
-        names += _names(result, value)
+        names += _names(config, result, value)
         if kind == "keypoint":
             points.append(_point(value, size_hw))
             labels.append(0 if result.get("is_positive") is False else 1)
@@ -77,13 +77,16 @@ def read_context(
     return SmartTool(entries, label, words)
 
 
-def _names(result: Mapping[str, Any], value: Mapping[str, Any]) -> list[str]:
-    """Return the labels of a region."""
+def _names(config: LabelingConfig, result: Mapping[str, Any], value: Mapping[str, Any]) -> list[str]:
+    """Return the labels of a region, by their values where the control has them."""
     found: list[Any] = []
     for key in (result.get("type"), "labels"):
         given = value.get(key) if isinstance(key, str) else None
         found += given if isinstance(given, list) else []
-    return [name for name in found if isinstance(name, str)]
+    names = [name for name in found if isinstance(name, str)]
+    control = next((control for control in config.controls if control.name == result.get("from_name")), None)
+    tags = [None if control is None else control.find(name) for name in names]
+    return [name if tag is None else tag.value for name, tag in zip(names, tags, strict=True)]
 
 
 def _label(config: LabelingConfig, obj: ObjectTag, names: Sequence[str]) -> str | None:

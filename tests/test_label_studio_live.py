@@ -234,7 +234,7 @@ def test_the_backend_is_connected_and_tasks_are_predicted_and_shown(studio, proj
     versions = {p["model_version"]: len(p["result"]) for p in task["predictions"]}
     assert len(versions) == 2 and backend["model_version"] in versions and all(versions.values())
     open_task(page, studio, project, task["id"], "Htx.annotationStore.selected.regions.length > 3")
-    assert page.locator(".lsf-outliner-item, [class*=outliner-item]").count() > 3
+    page.locator(".lsf-outliner-item").nth(3).wait_for()
 
 
 def test_smart_clicks_before_and_after_a_restart(studio, labels, backend, projects, page):
@@ -285,9 +285,8 @@ def test_a_video_prediction_is_on_the_timeline(studio, projects, page):
     page.wait_for_function("Htx.annotationStore.selected.names.get('video').length > 1")
     length = page.evaluate("Htx.annotationStore.selected.names.get('video').length")
     assert abs(length - FRAMES) <= 1
-    rows = page.locator("[class*=keyframes]")
-    rows.first.wait_for()
-    assert rows.count() >= 4
+    page.locator(".lsf-keypoints").nth(3).wait_for()
+    assert page.locator(".lsf-keypoints__point").count() >= len(regions)
 
 
 def test_an_annotation_comes_back_into_the_store_and_as_coco(studio, labels, projects, page):

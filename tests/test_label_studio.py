@@ -485,7 +485,9 @@ def test_a_webhook_that_cannot_be_applied_says_why(client):
         answer = webhook(client, [], store, file)
         assert answer.status_code == status and words in answer.json()["error"]
     bad = [brush("x", np.ones((4, 4), bool), "red circle"), {"id": "e", "type": "ellipselabels", "value": {}}]
-    notes = webhook(client, bad, "images", "scene-1.png").json()["notes"]
+    answer = webhook(client, bad, "images", "scene-1.png").json()
+    notes = answer["notes"]
+    assert answer["edits"] == 0 and notes[-1] == "so nothing is rejected"
     assert "64 belong" not in notes[0] and "the brush has 64 bytes" in notes[0] and "ellipselabels" in notes[1]
 
 

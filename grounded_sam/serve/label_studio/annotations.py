@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from grounded_sam.errors import ImageError, one_line, shorten
 from grounded_sam.formats.label_studio import Region, read_region
 from grounded_sam.formats.label_studio_config import LabelingConfig, read_labeling_config
 from grounded_sam.formats.label_studio_video import DEFAULT_FPS, TrackBoxes
+from grounded_sam.formats.segmentations import is_number
 from grounded_sam.formats.store import find_store
 from grounded_sam.formats.store_edits import MAX_TEXT, Edit, StoreEditor
 from grounded_sam.formats.store_objects import Row, box_of
@@ -22,6 +25,8 @@ from grounded_sam.serve.label_studio.bodies import WebhookBody
 from grounded_sam.serve.problems import RequestError
 from grounded_sam.structures.masks import encode_rle
 from grounded_sam.structures.vocabulary import name_key
+
+log = logging.getLogger(__name__)
 
 #: IoU from which a region is an object of the store, and from which it is as it was; of the boxes of a track likewise.
 SAME_IOU, UNCHANGED_IOU, UNCHANGED_BOX_IOU = 0.5, 0.97, 0.85
@@ -63,6 +68,7 @@ class Annotations:
     def __init__(self, stores: Mapping[str, Path], max_pixels: int) -> None:
         self._stores, self._max_pixels = stores, max_pixels
         self._editors: dict[Path, StoreEditor] = {}
+        self._lock = threading.Lock()
 
     def take(self, body: WebhookBody) -> dict[str, Any]:
         """Apply what a webhook says.
@@ -71,7 +77,8 @@ class Annotations:
             body: Its body.
 
         Returns:
-            `edits`, how many were applied, and `notes`: what was not, and why.
+            `edits`, how many were applied, and `notes`: what was not, and why. Where a region cannot be read, no object is
+            rejected.
 
         Raises:
             RequestError: If there is no such store (404), or the body is malformed (422).
@@ -84,15 +91,15 @@ class Annotations:
             return {"edits": 0, "notes": [note]}
         annotations = body.annotation if isinstance(body.annotation, list) else [body.annotation]
         tasks = body.task if isinstance(body.task, list) else [body.task]
-        by_id = {task.get("id"): task for task in tasks if isinstance(task, dict)}
         edits, notes = 0, list[str]()
         for annotation in annotations:
-            task = (
-                None if annotation is None else by_id.get(annotation.get("task"), tasks[0] if len(tasks) == 1 else None)
-            )
+            number_of = None if annotation is None else annotation.get("task")
+            of_it = (task for task in tasks if task is not None and task.get("id") == number_of)
+            task = next(of_it, tasks[0] if len(tasks) == 1 else None)
             if not isinstance(annotation, dict) or not isinstance(task, dict) or not isinstance(task.get("data"), dict):
                 raise RequestError(422, "the webhook must send its payload: an annotation with its task")
-            number, found = self._take(annotation, task, str((body.project or {}).get("label_config") or ""))
+            with self._lock:  # an editor is for one thread
+                number, found = self._take(annotation, task, str((body.project or {}).get("label_config") or ""))
             edits += number
             notes += found
         return {"edits": edits, "notes": notes}
@@ -113,11 +120,16 @@ class Annotations:
         names = _class_names(xml)
         notes: list[str] = []
         edits: list[list[Edit]] = [[], []]
+        unread = 0
         for image, rows, drawn in _frames(editor, key, results, names, data, notes):
             name = editor.rows.owner_and_name(key, image)[1]
             first, second = edits_of(rows, drawn, name, (image["height"], image["width"]))
+            if unread := len(notes):  # what is missing may be what could not be read
+                first = [edit for edit in first if edit.action != "reject"]
             edits[0] += first
             edits[1] += second
+        if unread:
+            notes.append("so nothing is rejected")
         author, count = _author(annotation), 0
         for batch in edits:
             if batch:
@@ -171,7 +183,7 @@ def _frames(
         return
     size_hw = frames[0][0]["height"], frames[0][0]["width"]
     given = data.get("fps")
-    fps = float(given) if isinstance(given, int | float) and given > 0 else DEFAULT_FPS
+    fps = float(given) if is_number(given, 1e-3, 1e5) else DEFAULT_FPS
     last = max([row["tracker_id"] or 0 for _, rows in frames for row in rows], default=0)
     tracks: list[tuple[int | None, int, TrackBoxes, Mapping[str, Any]]] = []
     for result in results:
@@ -186,7 +198,7 @@ def _frames(
         last += 1
         tracks.append((int(number) if number.isdecimal() else None, last, boxes, result))
         if boxes.is_rotated:
-            notes.append(f"the rotation of track {number} is left out: boxes of a store are upright")
+            log.warning("the rotation of track %s is left out: boxes of a store are upright", number)
     for image, rows in frames:
         drawn = []
         for track, new, boxes, result in tracks:

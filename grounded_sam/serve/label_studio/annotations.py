@@ -77,8 +77,8 @@ class Annotations:
             body: Its body.
 
         Returns:
-            `edits`, how many were applied, and `notes`: what was not, and why. Where a region cannot be read, no object is
-            rejected.
+            `edits`, how many were applied, and `notes`: what was not, and why. Where a region cannot be read, no object
+            is rejected.
 
         Raises:
             RequestError: If there is no such store (404), or the body is malformed (422).
@@ -182,7 +182,7 @@ def _frames(
         yield image, rows, _drawn_in_image(results, names, (image["height"], image["width"]), notes)
         return
     size_hw = frames[0][0]["height"], frames[0][0]["width"]
-    given = data.get("fps")
+    given: Any = data.get("fps")
     fps = float(given) if is_number(given, 1e-3, 1e5) else DEFAULT_FPS
     last = max([row["tracker_id"] or 0 for _, rows in frames for row in rows], default=0)
     tracks: list[tuple[int | None, int, TrackBoxes, Mapping[str, Any]]] = []

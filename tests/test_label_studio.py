@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from command import run_command
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -21,11 +22,13 @@ from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.formats.label_studio import decode_brush, encode_brush, read_region, region_value
 from grounded_sam.formats.label_studio_config import read_labeling_config
 from grounded_sam.formats.label_studio_video import TrackBoxes, VideoTrack
+from grounded_sam.formats.store import StoreReader
 from grounded_sam.formats.store_rows import StoreRows
 from grounded_sam.media.mp4 import Mp4Writer
 from grounded_sam.pipeline.pipeline import Pipeline
 from grounded_sam.pipeline.runner import Runner
 from grounded_sam.shapes.examples import demo_clip, demo_images
+from grounded_sam.sinks.label_studio import LabelStudioSink
 from grounded_sam.sinks.store import StoreSink
 from grounded_sam.sources.images import ImageSource
 from grounded_sam.sources.video import VideoSource
@@ -530,3 +533,63 @@ def test_configs_are_read():
     ):
         with pytest.raises(ConfigError, match=words):
             read_labeling_config(text)
+
+
+# The sink, and the command
+
+
+def test_a_video_is_one_task_with_a_track_for_each_object(stored, tmp_path):
+    reader = StoreReader(stored / "video" / "store")
+    with LabelStudioSink(tmp_path, reader.vocabulary) as sink:
+        for key in reader.keys():  # noqa: SIM118
+            for result in reader.read(key, reader.vocabulary):
+                sink.write(result)
+    folder = tmp_path / "label_studio"
+    assert not (folder / "tasks.json").exists() and (folder / "videos" / "clip.mp4").is_file()
+    assert "1 video for Label Studio" in sink.summary() and "videos.json" in (folder / "README.txt").read_text()
+    (task,) = json.loads((folder / "videos.json").read_text())
+    assert task["data"] == {"video": "/data/local-files/?d=videos/clip.mp4", "file": "clip.mp4", "fps": 24.0}
+    config = read_labeling_config((folder / "videos.xml").read_text())
+    assert set(config.outputs(config.objects[0])) == set(WORDS) and config.objects[0].fps(task["data"]) == 24
+    frames = rows_of(stored / "video", "clip.mp4")
+    regions = {region["id"]: region["value"] for region in task["predictions"][0]["result"]}
+    for image, rows in frames:
+        for row in (row for row in rows if row["status"] != "rejected"):
+            value = regions[f"track-{row['tracker_id']}"]
+            box = TrackBoxes(value, (image["height"], image["width"])).at(image["frame"] + 1)
+            wanted = [row[key] for key in ("x1", "y1", "x2", "y2")]
+            assert np.abs(np.subtract(box, wanted)).max() < 0.006 * image["width"]
+
+
+def test_frames_of_a_video_can_be_images_with_masks(stored, tmp_path):
+    reader = StoreReader(stored / "video" / "store")
+    with LabelStudioSink(tmp_path, reader.vocabulary, videos="frames") as sink:
+        for key in reader.keys():  # noqa: SIM118
+            for result in reader.read(key, reader.vocabulary):
+                sink.write(result)
+    tasks = json.loads((tmp_path / "label_studio" / "tasks.json").read_text())
+    assert len(tasks) == FRAMES and not (tmp_path / "label_studio" / "videos.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "a command is missing: create"),
+        (["create", "labels"], "the following arguments are required: --url"),
+        (
+            ["create", "labels", "--url", "localhost"],
+            "must be an address such as http://localhost:8080, got 'localhost'",
+        ),
+        (["create", "labels", "--url", "http://127.0.0.1:9"], "Label Studio cannot be reached at http://127.0.0.1:9: "),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path, words, message):
+    result = run_command("grounded_sam.cli.label_studio", words, tmp_path)
+    assert result.returncode == 1 and message in result.stderr, result.stderr
+    assert result.stderr.startswith("grounded-sam-label-studio: ") and result.stderr.count("\n") == 1
+
+
+def test_a_token_that_is_not_accepted_is_named(tmp_path, studio):
+    words = ["create", "labels", "--url", studio.address]
+    result = run_command("grounded_sam.cli.label_studio", words, tmp_path, {"LABEL_STUDIO_API_KEY": "wrong-token"})
+    assert "does not accept the token; set LABEL_STUDIO_API_KEY" in result.stderr and "wrong-token" not in result.stderr

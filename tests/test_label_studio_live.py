@@ -208,6 +208,7 @@ def click_on(page, x, y):
 def smart_click(page, label, x, y):
     """Choose the smart point and a label, click, and wait for what comes back."""
     with page.expect_response(lambda answer: "interactive-annotating" in answer.url) as waiting:
+        page.locator(".lsf-toolbar > *").last.hover()  # opens the list of the smart tools
         page.locator("[class*=tool_smart][aria-label=key-point-tool]").first.click()
         page.locator(".lsf-label", has_text=label).nth(1).click()
         click_on(page, x, y)

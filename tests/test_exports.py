@@ -28,11 +28,12 @@ from pycocotools.coco import COCO
 from grounded_sam import ConfigError, Vocabulary
 from grounded_sam.config.build import build_node
 from grounded_sam.config.compose import compose
+from grounded_sam.formats.label_studio import encode_brush
 from grounded_sam.media.images import read_image
 from grounded_sam.sinks.coco import CocoSink
 from grounded_sam.sinks.cvat import CvatSink
 from grounded_sam.sinks.imagefolder import ImageFolderSink
-from grounded_sam.sinks.label_studio import LabelStudioSink, encode_brush
+from grounded_sam.sinks.label_studio import LabelStudioSink
 from grounded_sam.sinks.labelme import LabelMeSink
 from grounded_sam.sinks.report import ReportSink
 from grounded_sam.sinks.splits import Splits

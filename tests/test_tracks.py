@@ -152,6 +152,15 @@ def test_a_lost_track_is_recovered_near_its_last_box():
         assert match.corrected.tracker_id.tolist() == recovered and len(match.new) == 1 - len(recovered)
 
 
+def test_a_track_that_was_last_seen_as_a_sliver_is_recovered_by_the_size_of_the_whole_object():
+    tracks = TrackManager(TrackSettings(max_center_distance=1))
+    sliver = square(5, 5) & (np.arange(SIZE[1]) < 7)
+    start(tracks, (sliver, 0.6, 0))
+    tracks.update(tracked({}))
+    match = tracks.match(tracked({}), detected((square(15, 5), 0.8, 0)))
+    assert match.corrected.tracker_id.tolist() == [1] and not len(match.new)
+
+
 def test_a_track_that_jumps_is_hidden_until_it_is_confirmed():
     tracks = TrackManager(TrackSettings(min_step_iou=0.5))
     masks = start(tracks, (square(5, 5), 0.6, 0))

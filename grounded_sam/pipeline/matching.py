@@ -114,7 +114,8 @@ def match_by_distance(
             if track.box is None or not same_class:
                 continue
             centers = [(box[:2] + box[2:]) / 2 for box in (detections.xyxy[row], track.box)]
-            diagonal = float(np.hypot(*(track.box[2:] - track.box[:2])))
+            # The last box of an object that went behind something is that of a small part of it.
+            diagonal = max(float(np.hypot(*(box[2:] - box[:2]))) for box in (detections.xyxy[row], track.box))
             distance[n, column] = float(np.hypot(*(centers[0] - centers[1]))) / max(diagonal, 1.0)
     pairs = zip(*linear_sum_assignment(distance), strict=True)
     limit = settings.max_center_distance

@@ -21,7 +21,7 @@ class TrackSettings:
             younger one is hidden.
         max_lost_frames: Number of frames in a row that a track may be lost or hidden before it ends.
         max_center_distance: How far from its last box a lost track may be matched with a detection of its class, as a
-            multiple of the diagonal of that box.
+            multiple of the diagonal of the larger one of the two boxes.
         min_step_iou: Mask IoU from one frame to the next below which a track has jumped to something else; it is
             hidden until a detection confirms it. Leave None if objects may move by their own size.
         max_objects: Largest number of tracks at a time, most confident detections first; None for no limit.

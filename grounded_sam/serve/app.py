@@ -17,8 +17,9 @@ from grounded_sam.errors import GroundedSamError
 from grounded_sam.formats.store_runs import package_version
 from grounded_sam.serve.answers import error_answer
 from grounded_sam.serve.guards import Guard
+from grounded_sam.serve.label_studio.backend import Backend
 from grounded_sam.serve.problems import ClientGoneError
-from grounded_sam.serve.routes import about, pages, pictures, sessions, stores, sweeps, videos
+from grounded_sam.serve.routes import about, label_studio, pages, pictures, sessions, stores, sweeps, videos
 from grounded_sam.serve.server import Server
 
 DESCRIPTION = """\
@@ -50,8 +51,8 @@ def create_app(server: Server) -> FastAPI:
         docs_url=None,  # FastAPI's own page loads its script from another host
         redoc_url=None,
     )
-    app.state.server = server
-    for module in (about, pictures, sessions, videos, stores, sweeps, pages):
+    app.state.server, app.state.backend = server, Backend(server)
+    for module in (about, pictures, sessions, videos, stores, sweeps, label_studio, pages):
         app.include_router(module.router)
     app.mount("/static", StaticFiles(directory=Path(__file__).parent / "page" / "static"), name="static")
     for kind in (GroundedSamError, ClientGoneError, RequestValidationError, HTTPException):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,13 +92,17 @@ class Server:
         self._predictor: Predictor | None = None
         self._sessions: OpenSessions | None = None
 
+    def digest_of(self, keys: Iterable[str]) -> str:
+        """Return a fingerprint of sections of the config, and of the weights of the package if they are in it."""
+        return fingerprint({key: self._plain[key] for key in keys}, Vocabulary.parse(["thing"]))
+
     def _loaded(self, pipeline: Pipeline | None, error: BaseException | None) -> None:
         """Make what needs the models; called on the thread of the worker."""
         if pipeline is None:
             self.on_failure(error)
             return
         keys = ("detector", "segmenter", "tiles", "refine")
-        digest = fingerprint({key: self._plain[key] for key in keys}, Vocabulary.parse(["thing"]))
+        digest = self.digest_of(keys)
         self._predictor = Predictor(pipeline, digest, int(self.settings.prediction_mb * 1e6), self.max_pixels)
         self._sessions = OpenSessions(pipeline, int(self.settings.session_gb * 1e9), self.max_pixels)
         self._licenses = self._find_licenses()

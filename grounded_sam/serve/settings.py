@@ -35,6 +35,8 @@ class ServeSettings:
         prediction_mb: Largest memory of all predictions, in MB.
         idle_s: Seconds that a video is tracked on while no client listens.
         cors: Origins of pages of other servers that may send requests.
+        label_studio: Address of the Label Studio whose ML backend the server is, the only host that it fetches files
+            from; None for the one that a project says when it connects.
 
     Raises:
         ConfigError: If a value is out of range, or the address needs a token.
@@ -57,6 +59,7 @@ class ServeSettings:
     prediction_mb: float = 512
     idle_s: float = 60
     cors: Sequence[str] = ()
+    label_studio: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.host, str) or not self.host:

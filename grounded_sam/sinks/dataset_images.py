@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from grounded_sam.checks import check_choice
-from grounded_sam.errors import ConfigError
+from grounded_sam.errors import ConfigError, ImageError
 from grounded_sam.files import UniqueNames, atomic_write, atomic_write_text, keep_output
 from grounded_sam.formats.coco import read_json
 from grounded_sam.media.files import is_video_file
@@ -101,6 +101,37 @@ class DatasetImages:
             else:
                 assert frame.file is not None
                 self._link_or_copy(frame.file, part)
+        return name
+
+    def save_video(self, frame: Frame, folder: Path) -> str:
+        """Link or copy the video file that a frame comes from.
+
+        Args:
+            frame: The frame.
+            folder: Folder of the videos.
+
+        Returns:
+            Its path in the folder; with mode `none` the one that it would have.
+
+        Raises:
+            ImageError: If the file is gone.
+        """
+        assert frame.file is not None and frame.video is not None
+        suffix = frame.file.suffix
+        name = self._names(frame.video.removesuffix(suffix), suffix, frame.video).as_posix()
+        path = folder / name
+        if self.mode == "none":
+            return name
+        if path.exists() and frame.file.exists() and path.samefile(frame.file):
+            keep_output(path)
+            return name
+        try:
+            with atomic_write(path, is_copy=True) as part:
+                self._link_or_copy(frame.file, part)
+        except FileNotFoundError as error:
+            raise ImageError(
+                f"{frame.file}: no such file; sink.label_studio.images=none writes its labels alone"
+            ) from error
         return name
 
     def _link_or_copy(self, file: Path, path: Path) -> None:

@@ -1,0 +1,1 @@
+"""An ML backend of Label Studio: its tasks, its smart tools and its webhook."""

@@ -139,7 +139,7 @@ def run_next(folder: Path, count: int, path: Path | None) -> None:
         ],
     )
     classes = Counter(candidate.class_name for candidate in candidates)
-    found = ", ".join(f"{number} {name}" for name, number in classes.most_common()) or "there is nothing left to look at"
+    found = ", ".join(f"{number} {name}" for name, number in classes.most_common()) or "nothing is left to look at"
     print(f"{count_of(len(chosen), 'object')} to look at: {path}: {found}")
     if len(chosen):
         expected = sum(chance[chosen])
@@ -236,7 +236,7 @@ def parse_review(arguments: Sequence[str]) -> argparse.Namespace:
         command.add_argument("folder", type=home_path, help="output folder, or folder of the store")
     parsers["import"].add_argument("list", type=home_path, help="the list, such as review.csv")
     parsers["import"].add_argument("--author", default=_user(), help="who decided; by default the name of the user")
-    parsers["import"].add_argument("--new-classes", action="store_true", help="allow classes that the store does not have")
+    parsers["import"].add_argument("--new-classes", action="store_true", help="allow new classes")
     parsers["next"].add_argument("--count", type=_positive, default=200, help="number of objects")
     parsers["next"].add_argument("--to", type=home_path, metavar="FILE", help="CSV file to write")
     parsers["tune"].add_argument("--to", type=home_path, metavar="FILE", help="YAML file to write")

@@ -157,7 +157,7 @@ def test_the_readme_renders_and_is_short():
     from readme_renderer.markdown import render
 
     page = render(NAMES["README.md"])
-    assert page is not None and "<table>" in page and page.count("<img") == 2
+    assert page is not None and "<table>" in page and page.count("<img") == 3
     assert len(NAMES["README.md"].splitlines()) <= 160
 
 

@@ -26,6 +26,7 @@ from test_guarded_files import write_bomb
 
 from grounded_sam import ImageError
 from grounded_sam.cli.serve import check_extra, compose_server
+from grounded_sam.config.compose import compose
 from grounded_sam.errors import ConfigError
 from grounded_sam.media.images import read_image
 from grounded_sam.media.video import VideoDecoder
@@ -142,7 +143,8 @@ def test_the_server_tells_what_it_is(client):
     about = client.get("/v1/about").json()
     assert about["stages"] == {"detector": "GroundingDino", "segmenter": "Sam2", "tracker": "Sam2Tracker"}
     assert about["device"] == "cpu" and about["stores"] == ["scenes"] and about["sweeps"] == ["plain", "scores"]
-    assert about["settings"]["select"]["score"] == 0.45 and about["limits"]["max_body_bytes"] == 4_000_000
+    score = compose(["preset=shapes"]).select.score
+    assert about["settings"]["select"]["score"] == score and about["limits"]["max_body_bytes"] == 4_000_000
     assert {entry["license"] for entry in about["licenses"]} == {"apache-2.0"}
     assert "builtin:demo/scene-1.png" in about["examples"] and "token" not in json.dumps(about)
 

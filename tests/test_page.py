@@ -213,7 +213,7 @@ SELECTIONS = [
 
 def test_the_page_selects_what_the_server_selects(page, folders):
     open_picture(page, folders / "photos" / "0.png", TEXT)
-    page.run("() => { const v = groundedSam.views.try; v.floor = 0.05; v.prediction = null; v.find(); }")
+    page.run("() => { const v = groundedSam.views.try; v.floor = 0.002; v.prediction = null; v.find(); }")
     page.until("() => groundedSam.views.try.prediction")
     assert page.run("() => groundedSam.views.try.objects.base.length") > 5
     script = """async (selections) => {
@@ -235,7 +235,7 @@ def test_the_page_selects_what_the_server_selects(page, folders):
     answers = page.run(script, [*SELECTIONS, *rest])
     for values, (mine, selected) in zip([*SELECTIONS, *rest], answers, strict=True):
         assert mine == selected, values
-    assert len({tuple(mine) for mine, _ in answers}) > 4
+    assert len({tuple(mine) for mine, _ in answers}) > 3
 
 
 def test_points_change_the_mask_as_expected(page, folders, truth):
@@ -448,10 +448,13 @@ def test_compare_finds_the_pictures_that_differ(page, folders):
     page.until("() => groundedSam.views.compare.picture?.shapes")
     script = "() => groundedSam.views.compare.pictures.map((p) => [p.name, p.only_a.length + p.only_b.length])"
     pictures = page.run(script)
-    stored = json.loads((folders / "sweep" / "0" / "annotations.json").read_text())
-    counts = {image["file_name"]: 0 for image in stored["images"]}
-    for entry in stored["annotations"]:
-        counts[stored["images"][entry["image_id"] - 1]["file_name"]] += 1
+    counts: dict[str, int] = {}
+    for job, sign in (("0", 1), ("1", -1)):  # what the second job has, the first one has too
+        stored = json.loads((folders / "sweep" / job / "annotations.json").read_text())
+        names = {image["id"]: image["file_name"] for image in stored["images"]}
+        counts = {name: 0 for name in names.values()} | counts
+        for entry in stored["annotations"]:
+            counts[names[entry["image_id"]]] += sign
     assert dict(pictures) == counts and [n for _, n in pictures] == sorted(counts.values(), reverse=True)
     assert page.run("() => groundedSam.views.compare.viewers.map((v) => v.outlined.length)") == [pictures[0][1], 0]
     assert page.run("() => groundedSam.views.compare.viewers[0].image.naturalWidth") == 400

@@ -452,7 +452,7 @@ def test_compare_finds_the_pictures_that_differ(page, folders):
     for job, sign in (("0", 1), ("1", -1)):  # what the second job has, the first one has too
         stored = json.loads((folders / "sweep" / job / "annotations.json").read_text())
         names = {image["id"]: image["file_name"] for image in stored["images"]}
-        counts = {name: 0 for name in names.values()} | counts
+        counts = dict.fromkeys(names.values(), 0) | counts
         for entry in stored["annotations"]:
             counts[names[entry["image_id"]]] += sign
     assert dict(pictures) == counts and [n for _, n in pictures] == sorted(counts.values(), reverse=True)

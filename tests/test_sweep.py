@@ -94,7 +94,7 @@ def read_report(sweep: Path) -> list[dict[str, str]]:
 
 
 def test_every_job_of_a_sweep_equals_a_run_of_its_own(labeled, tmp_path):
-    out = run(labeled, tmp_path / "s", "-m", "select.score=0.2,0.5", "select.nms=0.3,0.7", "select.top_k=2,null")
+    out = run(labeled, tmp_path / "s", "-m", "select.score=0.02,0.99", "select.nms=0.3,0.7", "select.top_k=2,null")
     records = read_records(tmp_path / "s", 8)
     assert [job["replayed"] for job in records] == [0] + [5] * 7
     for i in (0, 3, 6):

@@ -10,9 +10,10 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 from urllib.parse import quote, unquote
 
+from grounded_sam.cli.arguments import ArgumentParser
 from grounded_sam.errors import ConfigError, GroundedSamError, count_of
 from grounded_sam.files import home_path
 from grounded_sam.formats.store import StoreReader, find_store
@@ -271,14 +272,6 @@ def _parts(tasks: Sequence[Any]) -> Iterator[list[Any]]:
         yield part
 
 
-class _ArgumentParser(argparse.ArgumentParser):
-    """An argument parser whose errors are `ConfigError`s."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of exiting."""
-        raise ConfigError(f"{message}; --help shows examples")
-
-
 def parse_options(arguments: Sequence[str]) -> Options:
     """Parse the command line.
 
@@ -286,10 +279,10 @@ def parse_options(arguments: Sequence[str]) -> Options:
         ConfigError: If a command or an option is unknown, or one is missing.
     """
     raw = argparse.RawDescriptionHelpFormatter
-    parser = _ArgumentParser(
+    parser = ArgumentParser(
         prog="grounded-sam-label-studio", description=HELP, epilog=CREATE_HELP, formatter_class=raw, allow_abbrev=False
     )
-    commands = parser.add_subparsers(dest="command", metavar="create", parser_class=_ArgumentParser)
+    commands = parser.add_subparsers(dest="command", metavar="create", parser_class=ArgumentParser)
     command = commands.add_parser("create", allow_abbrev=False, epilog=CREATE_HELP, formatter_class=raw)
     command.add_argument("folder", type=home_path, help="output folder with a store, or folder of the store")
     command.add_argument("--url", required=True, help="address of Label Studio, such as http://localhost:8080")

@@ -10,8 +10,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from grounded_sam.cli.arguments import ArgumentParser
 from grounded_sam.config.compose import to_override
 from grounded_sam.config.weights import all_weights, required_weights
 from grounded_sam.errors import CheckpointError, ConfigError, GroundedSamError
@@ -250,14 +251,6 @@ def run_path(overrides: Sequence[str], typed: Sequence[str]) -> None:
     if missing:
         command = shlex.join(["grounded-sam-models", "fetch", *typed])
         raise CheckpointError(f"not in the cache: {', '.join(missing)}; download with: {command}")
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """An argument parser whose errors are `ConfigError`s."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of exiting."""
-        raise ConfigError(f"{message}; --help shows examples")
 
 
 def parse_arguments(arguments: Sequence[str]) -> argparse.Namespace:

@@ -8,8 +8,9 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
+from grounded_sam.cli.arguments import ArgumentParser
 from grounded_sam.errors import ConfigError, GroundedSamError, count_of
 from grounded_sam.files import home_path
 from grounded_sam.formats.review_list import edit_of_line, read_review_list, write_review_list
@@ -192,14 +193,6 @@ def _verdicts(folder: Path) -> Verdicts:
     return read_verdicts(StoreRows(find_store(folder)))
 
 
-class _ArgumentParser(argparse.ArgumentParser):
-    """An argument parser whose errors are `ConfigError`s."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise instead of exiting."""
-        raise ConfigError(f"{message}; --help shows examples")
-
-
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
@@ -223,14 +216,14 @@ def parse_review(arguments: Sequence[str]) -> argparse.Namespace:
     Raises:
         ConfigError: If a command or an option is unknown.
     """
-    parser = _ArgumentParser(
+    parser = ArgumentParser(
         prog="grounded-sam-review",
         description=HELP,
         epilog=COMMANDS_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    commands = parser.add_subparsers(dest="command", metavar="import|status|next|tune", parser_class=_ArgumentParser)
+    commands = parser.add_subparsers(dest="command", metavar="import|status|next|tune", parser_class=ArgumentParser)
     parsers = {name: commands.add_parser(name, allow_abbrev=False) for name in COMMANDS}
     for command in parsers.values():
         command.add_argument("folder", type=home_path, help="output folder, or folder of the store")

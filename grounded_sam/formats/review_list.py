@@ -120,7 +120,7 @@ def _unescaped(cell: str) -> str:
 
 
 def edit_of_line(line: ReviewLine, store: StoreRows, new_class: bool) -> Edit | str | None:
-    """Return what a line changes; None if it changes nothing, or why it cannot be applied.
+    """Return the edit that a line asks for, None if it asks for none, or a message if it cannot be applied.
 
     Args:
         line: The line.

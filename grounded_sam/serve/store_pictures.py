@@ -127,7 +127,7 @@ class PictureFilter:
         return self.unreviewed or not (self.class_name is self.max_score is self.status is None)
 
     def apply(self, pictures: Sequence[StoredPicture], alike: set[str]) -> list[StoredPicture]:
-        """Return the pictures that pass, in order.
+        """Return the pictures that match a filter, in the order asked for.
 
         Args:
             pictures: All pictures, in order of their names.

@@ -355,7 +355,7 @@ def name_key(name: str) -> str:
 
 
 def default_colors() -> list[str]:
-    """Return the colors of classes that have none of their own, in order, `#rrggbb`.
+    """Return the default colors of classes, `#rrggbb`, in class order.
 
     >>> default_colors()[:2]
     ['#a351fb', '#ff4040']

@@ -13,8 +13,12 @@ from grounded_sam.errors import GroundedSamError, one_line, shorten
 
 #: Environment variable with the token of Label Studio, as in its own SDK.
 TOKEN_VARIABLE = "LABEL_STUDIO_API_KEY"
-#: Seconds to wait for an answer; bytes that are read at a time; largest answer in JSON.
-TIMEOUT_S, CHUNK, MAX_JSON = 30.0, 1 << 20, 64_000_000
+#: Seconds after which a request is given up.
+TIMEOUT_S = 30.0
+#: Bytes that are read at a time.
+CHUNK = 1 << 20
+#: Largest JSON response, in bytes.
+MAX_JSON = 64_000_000
 
 
 class LabelStudioError(GroundedSamError):

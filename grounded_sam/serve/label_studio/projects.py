@@ -1,4 +1,4 @@
-"""The projects that have this server as their ML backend: where their files are, and which session is of which."""
+"""Label Studio projects connected to this server: the addresses of their files, and their open sessions."""
 
 from __future__ import annotations
 

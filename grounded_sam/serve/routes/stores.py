@@ -41,12 +41,12 @@ Masks = Annotated[MaskForm, Query(description="form of masks")]
 async def list_pictures(
     server: ServerOf,
     store: StoreName,
-    class_name: Annotated[str | None, Query(alias="class", max_length=500, description="with an object of it")] = None,
+    class_name: Annotated[str | None, Query(alias="class", max_length=500, description="with this class")] = None,
     max_score: Annotated[float | None, Query(ge=0, le=1, description="with an object of at most this score")] = None,
     status: Annotated[Status | None, Query(description="with an object of this status")] = None,
     unreviewed: Annotated[bool, Query(description="with an object that nobody decided about")] = False,
     video: Annotated[str | None, Query(max_length=4096, description="frames of this video")] = None,
-    reason: Annotated[Reason | None, Query(description="why it is worth a look; those that are it most first")] = None,
+    reason: Annotated[Reason | None, Query(description="why to look at it; strongest cases first")] = None,
     order: Annotated[Order, Query(description="by name, or those with the least certain object first")] = "name",
     cursor: Cursor = 0,
 ) -> JSONResponse:

@@ -132,6 +132,8 @@ def notebook(folder: Path) -> None:
     cells = [nbformat.v4.new_code_cell("\n".join(lines))]
     executed = nbformat.v4.new_notebook(cells=cells)
     NotebookClient(executed, resources={"metadata": {"path": str(folder)}}).execute()
+    for cell in executed.cells:  # warnings name folders of this machine
+        cell.outputs = [output for output in cell.outputs if output.get("name") != "stderr"]
     html, _ = HTMLExporter(template_name="lab", embed_images=True).from_notebook_node(executed)
     (folder / "notebook.html").write_text(html, encoding="utf-8")
     screenshot(folder / "notebook.html", "notebook.png", (1100, 860))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
+from command import run_command
 
 from grounded_sam import load
-from grounded_sam.shapes.examples import demo_clip, demo_images
+from grounded_sam.shapes.examples import demo_clip, demo_images, demo_labels
 from grounded_sam.structures.masks import mask_iou
 
 DEMO = Path(__file__).parents[1] / "grounded_sam" / "shapes" / "examples" / "demo"
@@ -54,3 +56,24 @@ def test_the_objects_of_the_clip_keep_their_ids(demo):
                 found += bool(large[best])
     assert len(owners) == 6 and all(len(ids) == 1 for ids in owners.values()), owners
     assert found >= 0.93 * expected
+
+
+def test_the_ground_truth_of_the_demo_is_what_was_drawn():
+    assert json.loads((DEMO / "instances.json").read_text()) == demo_labels()
+
+
+def test_thresholds_are_swept_against_the_ground_truth_of_the_demo(tmp_path):
+    command = ["-m", "preset=demo", "truth=builtin:demo", "sink=metrics", "metric=at_threshold.f1"]
+    command += ["source=images", "select.score=0.5,0.95", f"output={tmp_path}"]
+    result = run_command("grounded_sam.cli.main", command, tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "at_threshold.f1" in (tmp_path / "sweep.md").read_text()
+    best = (tmp_path / "preset" / "best.yaml").read_text()
+    assert "score: 0.5" in best
+
+
+def test_ground_truth_that_is_not_part_of_the_package_is_named(tmp_path):
+    command = ["preset=demo", "truth=builtin:../demo", "sink=metrics", f"output={tmp_path}"]
+    result = run_command("grounded_sam.cli.main", command, tmp_path)
+    assert result.returncode == 1
+    assert "truth=builtin:../demo is not part of the package; available: builtin:demo" in result.stderr

@@ -203,9 +203,9 @@ def test_class_files_of_other_tools_are_read(name, content, classes, ids, tmp_pa
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.yaml", "car: [car]\ndog: []\ncar: [auto]", "'car' is a key twice"),
-        ("a.yaml", "classes: {car: {id: 1, id: 2}}", "'id' is a key twice"),
-        ("a.json", '{"car": "a", "car": "b"}', "'car' is a key twice"),
+        ("a.yaml", "car: [car]\ndog: []\ncar: [auto]", "the key 'car' appears twice"),
+        ("a.yaml", "classes: {car: {id: 1, id: 2}}", "the key 'id' appears twice"),
+        ("a.json", '{"car": "a", "car": "b"}', "the key 'car' appears twice"),
         ("a.yaml", 'classes: {"": {phrases: [x]}, car: {}}', "a class has an empty name"),
         ("a.yaml", '"": [x]\ncar: [car]', "a class has an empty name"),
         ("a.json", '{"categories": [{"id": 1, "name": ""}]}', "must have an id and a name"),

@@ -12,6 +12,7 @@ from grounded_sam.formats.coco import CocoFile
 from grounded_sam.formats.video_masks import LabelledVideos
 from grounded_sam.formats.voc import read_voc
 from grounded_sam.formats.yolo import read_yolo
+from grounded_sam.media.files import builtin_folder
 from grounded_sam.media.images import MAX_PIXELS
 from grounded_sam.structures.documents import read_json
 
@@ -21,7 +22,7 @@ def read_ground_truth(path: str | Path, max_pixels: int = MAX_PIXELS) -> CocoFil
 
     Args:
         path: For images a COCO file, a YOLO `data.yaml` or its folder, or a folder of Pascal VOC; for videos a folder
-            of DAVIS, or JSON of SA-V or YouTube-VIS.
+            of DAVIS, or JSON of SA-V or YouTube-VIS. `builtin:demo` for the images of the demo.
         max_pixels: Larger images and masks are refused.
 
     Returns:
@@ -30,7 +31,8 @@ def read_ground_truth(path: str | Path, max_pixels: int = MAX_PIXELS) -> CocoFil
     Raises:
         ConfigError: If there is no such file, it is in none of these formats, or it cannot be read.
     """
-    labels = home_path(str(path))
+    is_builtin = str(path).startswith("builtin:")
+    labels = builtin_folder("truth", str(path)) / "instances.json" if is_builtin else home_path(str(path))
     if not labels.exists():
         raise ConfigError(f"truth={path}: no such file or folder")
     if labels.is_file() and labels.suffix.lower() == ".json":

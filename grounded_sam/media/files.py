@@ -177,10 +177,7 @@ def find_files(given: str) -> InputFiles:
     4
     """
     if given.startswith("builtin:"):
-        folder = _EXAMPLES / given.removeprefix("builtin:")
-        if not folder.is_dir():
-            names = ", ".join(f"builtin:{path.name}" for path in sorted(_EXAMPLES.iterdir()) if path.is_dir())
-            raise ConfigError(f"input={given} is not part of the package; available: {names}")
+        folder = builtin_folder("input", given)
         return _select_media(_walk(folder), folder)
     path = home_path(given)
     if path.is_dir():
@@ -201,6 +198,27 @@ def find_files(given: str) -> InputFiles:
             raise ConfigError(f"no file matches {given}")
         return _select_media(found, common_folder([*found.files, *found.unread] or found.outputs))
     raise ConfigError(f"no such file or folder: {given}")
+
+
+def builtin_folder(key: str, given: str) -> Path:
+    """Return the folder of examples that `builtin:NAME` stands for.
+
+    Args:
+        key: Key that it was given for, for messages.
+        given: `builtin:NAME`.
+
+    Raises:
+        ConfigError: If the package has no such examples.
+
+    >>> sorted(path.name for path in builtin_folder("input", "builtin:demo").glob("*.json"))
+    ['instances.json']
+    """
+    folder = _EXAMPLES / given.removeprefix("builtin:")
+    names = [path.name for path in sorted(_EXAMPLES.iterdir()) if path.is_dir()]
+    if folder.name not in names or folder.parent != _EXAMPLES:
+        available = ", ".join(f"builtin:{name}" for name in names)
+        raise ConfigError(f"{key}={given} is not part of the package; available: {available}")
+    return folder
 
 
 def match_files(pattern: str) -> FoundFiles:

@@ -6,6 +6,7 @@ ground truth too, which the labels of the demo are compared with.
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from grounded_sam.files import atomic_write
+from grounded_sam.files import atomic_write, atomic_write_text
+from grounded_sam.formats.coco import annotation_from_mask
 from grounded_sam.media.mp4 import Mp4Writer
 from grounded_sam.shapes.scenes import COLORS, EXTRA_COLORS, Scene, SceneObject, draw_scene
 from grounded_sam.structures.masks import masks_to_xyxy
@@ -182,13 +184,44 @@ def _scene_object(item: Item) -> SceneObject:
     )
 
 
+def demo_labels() -> dict[str, Any]:
+    """Return the ground truth of the images of the demo as COCO, with masks.
+
+    >>> len(demo_labels()["images"])
+    4
+    """
+    scenes = demo_images()
+    names = sorted({" ".join(pair) for scene in scenes for pair in scene.pairs})
+    content: dict[str, Any] = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(names, 1)],
+    }
+    for image_id, scene in enumerate(scenes, 1):
+        height, width = scene.image.shape[:2]
+        content["images"].append(
+            {"id": image_id, "file_name": f"scene-{image_id}.png", "width": width, "height": height}
+        )
+        for pair, mask in zip(scene.pairs, scene.masks, strict=True):
+            content["annotations"].append(
+                {
+                    "id": len(content["annotations"]) + 1,
+                    "image_id": image_id,
+                    "category_id": names.index(" ".join(pair)) + 1,
+                    **annotation_from_mask(mask),
+                }
+            )
+    return content
+
+
 def main() -> None:
-    """Write the images and the clip to the folder on the command line."""
+    """Write the images, their ground truth and the clip to the folder on the command line."""
     folder = Path(sys.argv[1])
     folder.mkdir(parents=True, exist_ok=True)
     for number, scene in enumerate(demo_images(), 1):
         with atomic_write(folder / f"scene-{number}.png") as part:
             Image.fromarray(scene.image).save(part, format="PNG", optimize=True)
+    atomic_write_text(folder / "instances.json", json.dumps(demo_labels(), indent=1))
     video = Mp4Writer(folder / "clip.mp4", crf=24)
     for t, scene in enumerate(demo_clip()):
         video.write(scene.image, t / FPS)

@@ -251,12 +251,12 @@ class Clicks:
         if i in self._empty:
             return f"the mask of the click is empty in {self._empty[i]}; move it, add points, or draw a box"
         if self._last_frame is None and self.key == "track.clicks":
-            return "a click that no frame took, since no video was tracked; for images use detector=clicks"
+            return "click not applied: no video was tracked; for images use detector=clicks"
         if click.image is not None and i not in self._named:
-            return f"a click that no image or frame took: none is named {click.image!r}; names are those in the output"
+            return f"click not applied: no image or frame is named {click.image!r}; names are those in the output"
         if click.frame is not None and self._last_frame is not None and click.frame > self._last_frame:
-            return f"a click that no frame took: frame {click.frame} is after the last one, {self._last_frame}"
-        return f"a click that no frame took: frame {click.frame} was not processed; see source.start and source.stride"
+            return f"click not applied: frame {click.frame} is after the last one, {self._last_frame}"
+        return f"click not applied: frame {click.frame} was not processed; see source.start and source.stride"
 
     def to_detections(self, clicks: Sequence[Click], frame: Frame, vocabulary: Vocabulary) -> sv.Detections:
         """Convert entries to detections of a frame, as prompts for a segmenter or tracker.

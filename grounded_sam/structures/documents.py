@@ -129,7 +129,7 @@ def _unique_keys(pairs: Sequence[tuple[Any, Any]], where: str) -> dict[Any, Any]
     names = [str(key) for key, _ in pairs]
     if len(set(names)) < len(names):
         twice = next(name for name in names if names.count(name) > 1)
-        raise ConfigError(f"{where}: {twice!r} is a key twice; put both under one key, or rename one")
+        raise ConfigError(f"{where}: the key {twice!r} appears twice; put both under one key, or rename one")
     return dict(pairs)
 
 

@@ -18,13 +18,7 @@ from grounded_sam.evaluation.calibration import Calibration, write_diagram
 from grounded_sam.evaluation.coco_scores import CocoEvaluator
 from grounded_sam.evaluation.image_matching import ImageMatcher
 from grounded_sam.evaluation.mistakes import WorstImages
-from grounded_sam.evaluation.phrase_metrics import (
-    COLUMNS,
-    RANKING,
-    PhraseMetrics,
-    check_has_pairs,
-    phrase_rows,
-)
+from grounded_sam.evaluation.phrase_metrics import MAX_ROWS, RANKING, PhraseMetrics, check_has_pairs, phrase_table
 from grounded_sam.evaluation.thresholds import write_ontology
 from grounded_sam.evaluation.values import check_classes, metric_value, precision_recall, render_table
 from grounded_sam.files import atomic_write
@@ -36,8 +30,6 @@ from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.results import FrameResult
 from grounded_sam.structures.vocabulary import Vocabulary
 
-#: Most classes that the printed tables list; `metrics.json` has all.
-MAX_ROWS = 40
 DETECTIONS_OF_UNLISTED = "detections of classes that are not labeled in their image"
 PAIRS_LEFT_OUT = "pairs of an image and a phrase that are not labeled completely"
 
@@ -229,9 +221,7 @@ class ImageMetrics:
         title = f"{count_of(len(self._coco), 'image')} against {self.ground_truth.path}"
         columns = ["class", *averages, "precision", "recall", "F1", "labels"]
         table = render_table(title, columns, rows[: MAX_ROWS + 1], width=110)
-        by_class = {name: values["phrases"] for name, values in self.values["classes"].items()}
-        shown = phrase_rows(self.values["phrases"], by_class)[: MAX_ROWS + 1]
-        phrases = render_table("phrases, where they are and where they are absent", COLUMNS, shown, width=110)
+        phrases, hidden = phrase_table(self.values), len(self.vocabulary) - MAX_ROWS
         left_out = [
             (len(self._without_labels), "image without labels", "images without labels"),
             (len(self._not_requested()), "class that was not requested", "classes that were not requested"),
@@ -247,8 +237,8 @@ class ImageMetrics:
         note = f" (left out: {', '.join(texts)})" if texts else ""
         errors = {name: curve["error"] for name, curve in self.values["calibration"].items() if curve["count"]}
         files = [f"  calibration error {', '.join(f'{v:.3f} of {n}' for n, v in errors.items())}"] if errors else []
-        if len(by_class) > MAX_ROWS:
-            files.append(f"  {len(by_class) - MAX_ROWS} more classes in metrics.json")
+        if hidden > 0:
+            files.append(f"  {count_of(hidden, 'more class', 'more classes')} in metrics.json")
         files.append(f"  metrics in {self.output / 'metrics.json'}{note}")
         files.append(f"  best threshold of each class in {self.output / 'classes.yaml'}")
         return "\n".join([table, phrases, *files])

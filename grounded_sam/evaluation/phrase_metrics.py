@@ -13,12 +13,16 @@ from grounded_sam.errors import ConfigError
 from grounded_sam.evaluation.calibration import Calibration, calibrate
 from grounded_sam.evaluation.image_matching import label_overlaps, probabilities
 from grounded_sam.evaluation.phrase_scores import PairMatch, best_match, match_pair, phrase_scores
+from grounded_sam.evaluation.values import render_table
 from grounded_sam.formats.coco import CocoFile
 from grounded_sam.structures.detections import select_rows
 from grounded_sam.structures.vocabulary import Vocabulary
 
 #: Metrics that a sweep can maximize.
 RANKING = ("cgF1", "cgF1_50", "pmF1", "pmF1_50", "IL_MCC", "IL_F1")
+#: Most classes that printed tables list; `metrics.json` has all.
+MAX_ROWS = 40
+_COLUMNS = ("class", "present", "absent", "found", "false", "MCC", "false/absent", "pmF1", "cgF1")
 #: Metrics that are 0 whatever was found where there is no negative pair, or no positive one.
 _NEED_BOTH = ("IL_MCC", "cgF1", "cgF1_50", "cgF1_75")
 
@@ -146,13 +150,15 @@ def _match(detections: sv.Detections, labels: sv.Detections, name: str) -> PairM
     return match_pair(label_overlaps(detections, select_rows(labels, [str(other) == name for other in names])))
 
 
-def phrase_rows(overall: Mapping[str, Any], by_class: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
-    """Return the cells of the table of phrases: name, pairs, rates of presence, false detections and F1."""
-    return [_row("all", overall), *(_row(name, values) for name, values in by_class.items())]
+def phrase_table(values: Mapping[str, Any]) -> str:
+    """Render the table of phrases: pairs, presence, false detections and F1, of all and by class.
 
-
-#: Columns of `phrase_rows`.
-COLUMNS = ("class", "present", "absent", "found", "false", "MCC", "false/absent", "pmF1", "cgF1")
+    Args:
+        values: Content of `metrics.json`.
+    """
+    rows = [_row("all", values["phrases"])]
+    rows += [_row(name, of_class["phrases"]) for name, of_class in list(values["classes"].items())[:MAX_ROWS]]
+    return render_table("each class, where it is and where it is absent", _COLUMNS, rows, width=110)
 
 
 def _row(name: str, values: Mapping[str, Any]) -> list[str]:

@@ -63,7 +63,8 @@ def best_match(matches: Sequence[PairMatch]) -> PairMatch:
     """
     best = matches[0]
     for match in matches[1:]:
-        if (not match.labels and not match.detections) or ((best.labels or best.detections) and match.f1.mean() > best.f1.mean()):
+        is_empty, best_is_empty = (not (pair.labels or pair.detections) for pair in (match, best))
+        if is_empty or (not best_is_empty and match.f1.mean() > best.f1.mean()):
             best = match
     return best
 

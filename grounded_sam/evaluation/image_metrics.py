@@ -124,8 +124,12 @@ class ImageMetrics:
                 f"{self.ground_truth.path}; its file names do not distinguish them"
             )
         labels, known = self.ground_truth.packed_labels(image), self.ground_truth.known[image["id"]]
-        measured = {name for i, name in enumerate(self.ground_truth.vocabulary.classes) if known.measures(i)}
-        kept, labels = (_of_classes(side, measured) for side in (detections, labels))
+        kept = detections
+        if known.listed is not None or known.incomplete:
+            classes = self.ground_truth.vocabulary.classes
+            among = range(len(classes)) if known.listed is None else known.listed
+            measured = {classes[i] for i in among if known.measures(i)}
+            kept, labels = (_of_classes(side, measured) for side in (detections, labels))
         self._unlisted += len(detections) - len(kept)
         self._coco.add(image, kept)
         self._phrases.add(image, kept)

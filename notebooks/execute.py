@@ -46,7 +46,7 @@ def clean(output: Any) -> Any:
     if "image/png" in data:
         data["image/jpeg"] = reduce_image(data.pop("image/png"))
         data.pop("text/plain", None)
-    if "application/vnd.jupyter.widget-view+json" in data:  # a progress bar
+    if output.output_type == "display_data" and "image/jpeg" not in data:  # a progress bar
         return None
     output.get("metadata", {}).clear()
     return output

@@ -183,7 +183,9 @@ def check_has_pairs(metric: str, values: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: If there are no positive or no negative pairs, and it needs both.
     """
-    pairs = values["phrases"]
+    pairs = values.get("phrases")
+    if pairs is None:  # nothing was measured, or a video without classes
+        return
     for kind in ("positive", "negative"):
         if metric.rpartition(".")[2] in _NEED_BOTH and metric.startswith("phrases.") and not pairs[f"{kind}_pairs"]:
             raise ConfigError(

@@ -11,6 +11,7 @@ import io
 import re
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,13 @@ def execute(path: Path) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         resources = {"metadata": {"path": folder}}
         NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources).execute()
+        names = (f"{Path(folder).resolve()}/", f"{folder}/")
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
             cell.outputs = [output for output in map(clean, cell.outputs) if output is not None]
+            for output in cell.outputs:
+                relative(output, names)
     notebook.metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
     return notebook
 
@@ -50,6 +54,15 @@ def clean(output: Any) -> Any:
         return None
     output.get("metadata", {}).clear()
     return output
+
+
+def relative(output: Any, folders: Sequence[str]) -> None:
+    """Make the paths in the texts of an output relative to the folder that the notebook ran in."""
+    texts = [(output, "text")] if "text" in output else [(output.data, key) for key in output.get("data", {})]
+    for place, key in texts:
+        if key.startswith("text"):
+            for folder in folders:
+                place[key] = place[key].replace(folder, "")
 
 
 def reduce_image(png: str) -> str:

@@ -278,29 +278,13 @@ class VideoMetrics:
             cells = [*(f"{score:.3f}" for score in scores), *(f"{values['tracking'][key]:.4g}" for key in tracking)]
             rows.append([name, str(count), *cells])
         title = f"{count_of(self.values['frames'], 'frame')} against {self.ground_truth.path}"
-        notes = self._notes()
+        notes = _notes(self.values)
         note = f" ({'; '.join(notes)})" if notes else ""
         tables = [render_table(title, columns, rows, width=120)]
         if self._phrases is not None:
             tables.append(phrase_table(self.values))
         tables_text = "\n".join(tables)
         return f"{tables_text}\n  metrics in {self.output / 'metrics.json'}{note}"
-
-    def _notes(self) -> list[str]:
-        """Return what was not measured, for the summary."""
-        notes = []
-        if frames := sum(values["not_processed"] for values in self.values["by_video"].values()):
-            notes.append(f"not processed: {count_of(frames, 'labeled frame')}")
-        if self.values["videos_not_processed"]:
-            notes.append(f"not processed: {count_of(len(self.values['videos_not_processed']), 'labeled video')}")
-        if self._unlisted:
-            one, several = (f"{word} of classes that are not labeled in their video" for word in ("track", "tracks"))
-            notes.append(f"left out: {count_of(len(self._unlisted), one, several)}")
-        if self._without_labels:
-            notes.append(f"{count_of(len(self._without_labels), 'video or image', 'videos or images')} without labels")
-        if not self.values["tracking"]:
-            notes.append("install trackeval for HOTA, IDF1 and identity switches")
-        return notes
 
 
 def _check_ids(measured: Mapping[str, VideoScores], path: Path) -> None:
@@ -317,3 +301,20 @@ def _check_ids(measured: Mapping[str, VideoScores], path: Path) -> None:
             f"{', '.join(map(str, objects[:5]))}, tracks {', '.join(map(str, tracks[:5]))}; choose best to assign "
             "tracks by overlap, or one to measure all masks of a frame together"
         )
+
+
+def _notes(values: Mapping[str, Any]) -> list[str]:
+    """Return what was not measured, for the summary."""
+    notes = []
+    if frames := sum(video["not_processed"] for video in values["by_video"].values()):
+        notes.append(f"not processed: {count_of(frames, 'labeled frame')}")
+    if values["videos_not_processed"]:
+        notes.append(f"not processed: {count_of(len(values['videos_not_processed']), 'labeled video')}")
+    if unlisted := values.get("tracks_left_out"):
+        one, several = (f"{word} of classes that are not labeled in their video" for word in ("track", "tracks"))
+        notes.append(f"left out: {count_of(unlisted, one, several)}")
+    if values["without_labels"]:
+        notes.append(f"{count_of(len(values['without_labels']), 'video or image', 'videos or images')} without labels")
+    if not values["tracking"]:
+        notes.append("install trackeval for HOTA, IDF1 and identity switches")
+    return notes

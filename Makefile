@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-label-studio cases fuzz lint help docs pictures clean
+.PHONY: demo test test-label-studio cases fuzz lint help docs pictures notebooks clean
 
 # sam2 is built from source, which needs torch. Installing torch first and building without isolation avoids downloading
 # it twice. The CUDA extension of sam2 is not needed.
@@ -58,6 +58,10 @@ docs: $(VENV)/installed-dev
 # Screenshots need chromium.
 pictures: $(VENV)/installed-dev
 	$(BIN)/python docs/pictures.py
+
+# Runs the notebooks and stores their outputs in them.
+notebooks: $(VENV)/installed-dev
+	$(BIN)/python notebooks/execute.py
 
 clean:
 	rm -rf $(VENV) build dist outputs multirun site *.egg-info

@@ -110,7 +110,7 @@ def check_overrides(overrides: Sequence[str], is_sweep: bool = False) -> None:
                 raise ConfigError(_several_values(word))
             continue
         value, (key, _, raw) = parsed.value(), word.partition("=")
-        if key in _PATH_KEYS and isinstance(value, list):
+        if key in _PATH_KEYS - {"truth"} and isinstance(value, list):
             raise ConfigError(f"{word}: {key} takes one path, got a list; {_SEVERAL_PATHS}")
         if key in {*_PATH_KEYS, "text"} and isinstance(value, bool | int | float) and str(value) != raw.strip():
             kind = "true or false" if isinstance(value, bool) else f"the number {value}"

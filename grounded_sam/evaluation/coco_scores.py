@@ -108,13 +108,15 @@ class CocoEvaluator:
         return self._evaluate(labels, results, kind)
 
     def _labels(self) -> list[dict[str, Any]]:
-        """Return the annotations of the images so far, of classes of the run."""
+        """Return the annotations of the images so far, of classes of the run that are labeled completely."""
+        index_of = {number: i for i, number in enumerate(self.ground_truth.vocabulary.category_ids)}
         category_ids = set(self.category_ids)
         sizes = {image["id"]: (image["height"], image["width"]) for image in self.ground_truth.images}
         labels: list[dict[str, Any]] = []
         for image_id in self._image_ids:
             for annotation in self.ground_truth.annotations(image_id):
-                if annotation["category_id"] not in category_ids:
+                number = annotation["category_id"]
+                if number not in category_ids or not self.ground_truth.known[image_id].measures(index_of[number]):
                     continue
                 box = annotation.get("bbox") or segmentation_box(annotation["segmentation"], sizes[image_id])
                 defaults = {"iscrowd": 0, "area": box[2] * box[3]}

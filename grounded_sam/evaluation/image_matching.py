@@ -9,6 +9,7 @@ import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
+from grounded_sam.evaluation.calibration import Calibration, calibrate
 from grounded_sam.evaluation.thresholds import BestThreshold, best_threshold
 from grounded_sam.structures.detections import select_rows
 from grounded_sam.structures.vocabulary import Vocabulary
@@ -16,10 +17,11 @@ from grounded_sam.structures.vocabulary import Vocabulary
 
 @dataclass(frozen=True, slots=True)
 class _ScoredDetection:
-    """Image number and confidence of a detection, and whether it matches a label."""
+    """Image number, confidence and probability of a detection, and whether it matches a label."""
 
     image: int
     score: float
+    probability: float
     is_match: bool
 
 
@@ -84,7 +86,7 @@ class ImageMatcher:
         ignored = in_crowd.max(1, initial=0.0) >= self.iou
         missed = np.flatnonzero(~is_crowd & ~np.isin(np.arange(len(labels)), matches))
         false = np.flatnonzero((matches < 0) & ~ignored)
-        self._count_scored(class_ids, detections.confidence, matches, ignored)
+        self._count_scored(class_ids, detections, matches, ignored)
         for class_id, counts in enumerate(self._label_counts):
             counts.append(int(((label_ids == class_id) & ~is_crowd).sum()))
         for column, ids in enumerate((class_ids[matches >= 0], label_ids[missed], class_ids[false])):
@@ -107,14 +109,15 @@ class ImageMatcher:
     def _count_scored(
         self,
         class_ids: NDArray[np.int64],
-        confidence: NDArray[Any],
+        detections: sv.Detections,
         matches: NDArray[np.int64],
         ignored: NDArray[np.bool_],
     ) -> None:
-        """Remember the confidence of detections that count, for the best thresholds."""
-        image = len(self._label_counts[0])
+        """Remember the scores of detections that count, for the best thresholds and the calibration error."""
+        image, confidence, probability = len(self._label_counts[0]), detections.confidence, probabilities(detections)
+        assert confidence is not None
         for i in np.flatnonzero(~ignored | (matches >= 0)).tolist():
-            scored = _ScoredDetection(image, float(confidence[i]), bool(matches[i] >= 0))
+            scored = _ScoredDetection(image, float(confidence[i]), float(probability[i]), bool(matches[i] >= 0))
             self._scored[class_ids[i]].append(scored)
 
     def _count_confusion(
@@ -149,6 +152,11 @@ class ImageMatcher:
                 entry["score"] = float(detections.confidence[i])
             self.mistakes.append(entry)
 
+    def calibration(self) -> Calibration:
+        """Compare the scores of all detections with the rate at which they match a label."""
+        scored = [detection for detections in self._scored for detection in detections]
+        return calibrate([detection.probability for detection in scored], [detection.is_match for detection in scored])
+
     def best_thresholds(self, precision: float | None) -> list[BestThreshold | None]:
         """Find the best threshold of each class.
 
@@ -162,6 +170,12 @@ class ImageMatcher:
             is_match = np.array([detection.is_match for detection in scored], bool)
             best.append(best_threshold(image, score, is_match, np.array(label_counts, np.int64), precision))
         return best
+
+
+def probabilities(detections: sv.Detections) -> NDArray[Any]:
+    """Return the probability `(n,)` that each detection is right: the calibrated one, or else its confidence."""
+    scores = detections.data.get("calibrated_score", detections.confidence)
+    return np.asarray(np.zeros(len(detections)) if scores is None else scores)
 
 
 def label_overlaps(

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import numpy as np
+import supervision as sv
+
 from grounded_sam.errors import ConfigError, count_of
+from grounded_sam.evaluation.calibration import Calibration, write_diagram
 from grounded_sam.evaluation.coco_scores import CocoEvaluator
 from grounded_sam.evaluation.image_matching import ImageMatcher
 from grounded_sam.evaluation.mistakes import WorstImages
+from grounded_sam.evaluation.phrase_metrics import MAX_ROWS, RANKING, PhraseMetrics, check_has_pairs, phrase_table
 from grounded_sam.evaluation.thresholds import write_ontology
 from grounded_sam.evaluation.values import check_classes, metric_value, precision_recall, render_table
 from grounded_sam.files import atomic_write
 from grounded_sam.formats.coco import CocoFile
 from grounded_sam.media.files import path_ends
 from grounded_sam.output.claim import check_output
+from grounded_sam.structures.detections import select_rows
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.results import FrameResult
 from grounded_sam.structures.vocabulary import Vocabulary
+
+DETECTIONS_OF_UNLISTED = "detections of classes that are not labeled in their image"
+PAIRS_LEFT_OUT = "pairs of an image and a phrase that are not labeled completely"
 
 
 class ImageMetrics:
@@ -37,6 +46,13 @@ class ImageMetrics:
     an ontology in `classes.yaml` that can be used as `text`. The choice is among the detections that the run kept, so
     `select.score` should be low.
 
+    Whether each class was found in the images that show it, and only there, is measured by
+    `phrase_metrics.PhraseMetrics`. How far scores are probabilities is in `metrics.json` and drawn in
+    `calibration.png`, both for detections (right if they match a label) and for presence.
+
+    Where labels do not list all classes of an image (see `formats.known_phrases`), detections of the others are left
+    out, as are labels and detections of classes that are not labeled completely.
+
     Args:
         output: Output folder of the run.
         vocabulary: Classes of the run.
@@ -46,6 +62,7 @@ class ImageMetrics:
             `bbox.AP`.
         errors: Number of images drawn under `errors/`.
         precision: Precision that the best thresholds reach, with the highest recall; None for the highest F1.
+        others: Labels of the same images by other people, for the phrase metrics.
 
     Attributes:
         values: Content of `metrics.json`, at the end of the run.
@@ -63,6 +80,7 @@ class ImageMetrics:
         metric: str | None = None,
         errors: int = 24,
         precision: float | None = None,
+        others: Sequence[CocoFile] = (),
     ) -> None:
         if find_spec("faster_coco_eval") is None:
             raise ConfigError("sink=metrics needs faster-coco-eval: pip install 'grounded_sam[metrics]'")
@@ -75,10 +93,12 @@ class ImageMetrics:
         self._without_labels: list[str] = []
         self._coco = CocoEvaluator(ground_truth, vocabulary)
         self._matcher = ImageMatcher(vocabulary, iou)
+        self._phrases = PhraseMetrics(vocabulary, ground_truth, others)
         self._worst = WorstImages(errors)
+        self._unlisted = 0  # detections of classes that the labels of their image do not decide on
 
     def __enter__(self) -> ImageMetrics:
-        for name in ("metrics.json", "classes.yaml"):
+        for name in ("metrics.json", "classes.yaml", "calibration.png"):
             check_output(self.output / name)
         return self
 
@@ -103,8 +123,17 @@ class ImageMetrics:
                 f"{self._measured[image['id']]} and {frame.name} both match {image['file_name']} in "
                 f"{self.ground_truth.path}; its file names do not distinguish them"
             )
-        self._coco.add(image, detections)
-        missed, false = self._matcher.add(frame.name, detections, self.ground_truth.packed_labels(image))
+        labels, known = self.ground_truth.packed_labels(image), self.ground_truth.known[image["id"]]
+        kept = detections
+        if known.listed is not None or known.incomplete:
+            classes = self.ground_truth.vocabulary.classes
+            among = range(len(classes)) if known.listed is None else known.listed
+            measured = {classes[i] for i in among if known.measures(i)}
+            kept, labels = (_of_classes(side, measured) for side in (detections, labels))
+        self._unlisted += len(detections) - len(kept)
+        self._coco.add(image, kept)
+        self._phrases.add(image, kept)
+        missed, false = self._matcher.add(frame.name, kept, labels)
         self._worst.offer(result, missed, false)
 
     def own_folder(self) -> Path:
@@ -129,10 +158,13 @@ class ImageMetrics:
             "images": len(self._coco),
             **{kind_: scores_.overall for kind_, scores_ in scores.items()},
             "at_threshold": {"iou": self.iou, **precision_recall(*counts.sum(0).tolist())},
+            "phrases": self._phrases.values(),
+            "calibration": {name: asdict(curve) for name, curve in self._curves().items()},
             "classes": {
                 name: {
                     **{kind_: scores_.by_class[i] for kind_, scores_ in scores.items()},
                     **precision_recall(*counts[i].tolist()),
+                    "phrases": self._phrases.values_of(i),
                 }
                 for i, name in enumerate(names)
             },
@@ -145,6 +177,7 @@ class ImageMetrics:
                 "counts": self._matcher.confusion.tolist(),
             },
             "mistakes": self._matcher.mistakes,
+            "detections_left_out": self._unlisted,
             "not_asked_for": self._not_requested(),
             "without_labels": self._without_labels,
             "labels_left_out": [asdict(note) for note in self.ground_truth.notes],
@@ -155,7 +188,12 @@ class ImageMetrics:
         goal = "the highest F1" if self.precision is None else f"a precision of at least {self.precision:g}"
         comment = f"Lowest confidence of each class for {goal}, on {count_of(len(self._coco), 'labeled image')}."
         write_ontology(self.output / "classes.yaml", self.vocabulary, thresholds, comment)
+        write_diagram(self.output / "calibration.png", self._curves())
         self._worst.write(self.output / "errors")
+
+    def _curves(self) -> dict[str, Calibration]:
+        """Return how far the scores of detections and of presence are probabilities."""
+        return {"detections": self._matcher.calibration(), "presence": self._phrases.calibration()}
 
     def _not_requested(self) -> list[str]:
         """Return the classes of the labels that the run did not request."""
@@ -172,6 +210,8 @@ class ImageMetrics:
         """
         choices = [f"{kind}.{key}" for kind in ("bbox", "segm") if kind in self.values for key in self.values[kind]]
         choices += [f"at_threshold.{key}" for key in ("precision", "recall", "f1")]
+        choices += [f"phrases.{key}" for key in RANKING]
+        check_has_pairs(self._metric_path(), self.values)
         return metric_value(self.values, self._metric_path(), f"{', '.join(choices)}, and classes.NAME.*")
 
     def summary(self) -> str:
@@ -183,17 +223,29 @@ class ImageMetrics:
         rows = [self._table_row("all", self.values, self.values["at_threshold"])]
         rows += [self._table_row(name, values, values) for name, values in self.values["classes"].items()]
         title = f"{count_of(len(self._coco), 'image')} against {self.ground_truth.path}"
-        table = render_table(title, ["class", *averages, "precision", "recall", "F1", "labels"], rows, width=110)
+        columns = ["class", *averages, "precision", "recall", "F1", "labels"]
+        table = render_table(title, columns, rows[: MAX_ROWS + 1], width=110)
+        phrases, hidden = phrase_table(self.values), len(self.vocabulary) - MAX_ROWS
         left_out = [
             (len(self._without_labels), "image without labels", "images without labels"),
             (len(self._not_requested()), "class that was not requested", "classes that were not requested"),
             (len(self.ground_truth.notes), "label with a problem", "labels with problems"),
+            (self._unlisted, "detection of a class that is not labeled in its image", DETECTIONS_OF_UNLISTED),
+            (
+                self.values["phrases"]["pairs_left_out"],
+                "pair of an image and a phrase that is not labeled completely",
+                PAIRS_LEFT_OUT,
+            ),
         ]
         texts = [f"{count} {one if count == 1 else several}" for count, one, several in left_out if count]
         note = f" (left out: {', '.join(texts)})" if texts else ""
-        files = [f"  metrics in {self.output / 'metrics.json'}{note}"]
+        errors = {name: curve["error"] for name, curve in self.values["calibration"].items() if curve["count"]}
+        files = [f"  calibration error {', '.join(f'{v:.3f} of {n}' for n, v in errors.items())}"] if errors else []
+        if hidden > 0:
+            files.append(f"  {count_of(hidden, 'more class', 'more classes')} in metrics.json")
+        files.append(f"  metrics in {self.output / 'metrics.json'}{note}")
         files.append(f"  best threshold of each class in {self.output / 'classes.yaml'}")
-        return "\n".join([table, *files])
+        return "\n".join([table, phrases, *files])
 
     @staticmethod
     def _table_row(name: str, averages: Mapping[str, Any], counts: Mapping[str, Any]) -> list[str]:
@@ -201,6 +253,12 @@ class ImageMetrics:
         numbers = [averages[kind][key] for kind in ("bbox", "segm") if kind in averages for key in ("AP", "AP50")]
         numbers += [counts[key] for key in ("precision", "recall", "f1")]
         return [name, *(f"{number:.3f}" for number in numbers), str(counts["matched"] + counts["missed"])]
+
+
+def _of_classes(detections: sv.Detections, names: Collection[str]) -> sv.Detections:
+    """Return the detections or labels of some classes."""
+    rows = [str(name) in names for name in detections.data.get("class_name", [])]
+    return detections if all(rows) else select_rows(detections, np.array(rows, bool))
 
 
 class _LabeledImages:

@@ -15,7 +15,7 @@ from grounded_sam.media.images import MAX_PIXELS
 from grounded_sam.output.sweep import JobEntry, Sweep
 
 #: First parts of columns that are measured, as opposed to settings.
-MEASURED = ("bbox", "segm", "davis_all_frames", "sav")
+MEASURED = ("bbox", "segm", "phrases", "davis_all_frames", "sav")
 #: Settings that do not count as a difference between jobs.
 INCIDENTAL = ("output", "hydra")
 #: Groups of settings that do not change what the models cost.
@@ -204,6 +204,9 @@ def _make_row(job: Job, swept: Sequence[str], costs: _Costs, found: Row | None) 
     row |= {"metric": job.value} if found is None else found
     for kind in ("bbox", "segm"):
         row |= {f"{kind}.{key}": metrics.get(kind, {}).get(key) for key in ("AP", "AP50") if kind in metrics}
+    phrases = metrics.get("phrases", {})
+    if phrases.get("positive_pairs") and phrases.get("negative_pairs"):  # otherwise they are 0 in each job
+        row |= {f"phrases.{key}": phrases.get(key) for key in ("cgF1", "IL_MCC")}
     for rule in ("davis_all_frames", "sav"):
         row |= {f"{rule}.JF": metrics[rule]["JF"]} if rule in metrics else {}
     row |= {key: metrics.get("tracking", {}).get(key) for key in ("HOTA", "IDF1", "IDSW") if "tracking" in metrics}

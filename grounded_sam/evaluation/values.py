@@ -11,7 +11,10 @@ from grounded_sam.errors import ConfigError
 from grounded_sam.structures.vocabulary import Vocabulary
 
 #: Metrics that a sweep cannot maximize.
-LOWER_IS_BETTER = ("missed", "false", "IDSW", "Frag")
+LOWER_IS_BETTER = (
+    *("missed", "false", "IDSW", "Frag", "error", "false_per_negative_pair", "false_per_image_without_objects"),
+    *("IL_FPR", "IL_FP", "IL_FN"),
+)
 
 
 def precision_recall(matched: int, missed: int, false: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from scipy.optimize import linear_sum_assignment
 from grounded_sam.errors import ConfigError, count_of
 from grounded_sam.evaluation.frame_matching import FrameMatcher
 from grounded_sam.evaluation.mistakes import WorstImages
+from grounded_sam.evaluation.phrase_metrics import RANKING, check_has_pairs, phrase_table
 from grounded_sam.evaluation.values import (
     LOWER_IS_BETTER,
     check_classes,
@@ -23,6 +24,7 @@ from grounded_sam.evaluation.values import (
     precision_recall,
     render_table,
 )
+from grounded_sam.evaluation.video_phrases import VideoPhrases
 from grounded_sam.evaluation.video_scores import VideoScores, has_trackeval, mean_scores, trackeval_metrics
 from grounded_sam.files import atomic_write
 from grounded_sam.formats.video_masks import FrameKey, LabelledVideo, LabelledVideos, Mask
@@ -43,7 +45,9 @@ class VideoMetrics:
     without the first and last frame), `davis_all_frames` (unsupervised) and `sav`; see `VideoScores.by_object`. With
     trackeval installed, so are HOTA, MOTA, IDF1 and identity switches. Precision, recall and F1 are of masks frame by
     frame. Labels with classes are matched with tracks of the same class name; labels of classes that the run did not
-    request are left out. Frames without labels are not measured; labeled frames that were not processed are counted.
+    request are left out. Labels with classes also give the phrase metrics, see `video_phrases.VideoPhrases`; HOTA is
+    then the phrase-HOTA of SA-Co, since only tracks and objects of one class match. Frames without labels are not
+    measured; labeled frames that were not processed are counted.
 
     Args:
         output: Output folder of the run.
@@ -84,6 +88,10 @@ class VideoMetrics:
         self._remaining: dict[str, dict[FrameKey, None]] = {}  # by video, labeled frames not processed yet
         self._without_labels: list[str] = []
         self._counts = np.zeros(3, np.int64)  # matched, missed, false
+        # Without classes there are no phrases, and merged masks have no class.
+        has_phrases = ground_truth.vocabulary is not None and objects != "one"
+        self._phrases = VideoPhrases(vocabulary) if has_phrases else None
+        self._unlisted: set[tuple[str, int]] = set()  # tracks of classes that the labels of their video do not list
         self._worst = WorstImages(errors)
 
     def __enter__(self) -> VideoMetrics:
@@ -124,9 +132,15 @@ class VideoMetrics:
         tracks: dict[int, Mask] = {}
         if detections.tracker_id is not None and detections.mask is not None:
             rows = {int(k): i for i, k in enumerate(detections.tracker_id) if detections.mask[i].any()}
+            if video.asked is not None:
+                unlisted = {k for k, i in rows.items() if str(detections.data["class_name"][i]) not in video.asked}
+                self._unlisted |= {(video.name, k) for k in unlisted}
+                rows = {k: i for k, i in rows.items() if k not in unlisted}
             tracks = {k: np.asarray(detections.mask[i], bool) for k, i in rows.items()}
         track_classes = {k: str(detections.data["class_name"][i]) for k, i in rows.items()}
         iou = scores.add(objects, tracks, track_classes)
+        if self._phrases is not None:
+            self._phrases.add(video, objects, tracks, track_classes, iou)
         self._count(result, video, objects, list(rows.values()), iou)
 
     def _is_requested(self, video: LabelledVideo, number: int) -> bool:
@@ -188,7 +202,7 @@ class VideoMetrics:
                 )
             return
         if self.objects == "ids":
-            self._check_ids(measured)
+            _check_ids(measured, self.ground_truth.path)
         self.values = self._collect_values(measured)
         self.values["metric"] = self._metric_path()
         with atomic_write(self.output / "metrics.json") as part:
@@ -212,6 +226,7 @@ class VideoMetrics:
             **mean_scores(all_objects),
             "tracking": tracking,
             "at_threshold": {"iou": self.iou, **precision_recall(*self._counts.tolist())},
+            **self._phrase_values(),
             "by_video": {
                 name: {
                     "frames": len(measured[name]),
@@ -226,20 +241,12 @@ class VideoMetrics:
             "videos_not_processed": [name for name in self.ground_truth.videos if name not in measured],
         }
 
-    def _check_ids(self, measured: Mapping[str, VideoScores]) -> None:
-        """Check that some track has the id of an object.
-
-        Raises:
-            ConfigError: If none has, since ids then cannot match tracks to objects.
-        """
-        objects = sorted({n for scores in measured.values() for n in scores.object_ids()})
-        tracks = sorted({k for scores in measured.values() for k in scores.track_ids()})
-        if objects and tracks and not set(objects) & set(tracks):
-            raise ConfigError(
-                f"sink.metrics.objects=ids: no track has the id of an object; objects of {self.ground_truth.path} are "
-                f"{', '.join(map(str, objects[:5]))}, tracks {', '.join(map(str, tracks[:5]))}; choose best to assign "
-                "tracks by overlap, or one to measure all masks of a frame together"
-            )
+    def _phrase_values(self) -> dict[str, Any]:
+        """Return the metrics of phrases, overall and by class; none without classes."""
+        if self._phrases is None:
+            return {}
+        classes = {name: {"phrases": values} for name, values in self._phrases.by_class().items()}
+        return {"phrases": self._phrases.values(), "classes": classes, "tracks_left_out": len(self._unlisted)}
 
     def _metric_path(self) -> str:
         return self.metric or "davis_all_frames.JF"
@@ -253,6 +260,9 @@ class VideoMetrics:
         choices = [f"{rule}.JF" for rule in RULES]
         choices += [f"tracking.{key}" for key in self.values.get("tracking", {}) if key not in LOWER_IS_BETTER]
         choices.append("at_threshold.f1")
+        if "phrases" in self.values:
+            choices += [f"phrases.{key}" for key in RANKING]
+            check_has_pairs(self._metric_path(), self.values)
         return metric_value(self.values, self._metric_path(), f"{', '.join(choices)}, and by_video.NAME.*")
 
     def summary(self) -> str:
@@ -268,19 +278,43 @@ class VideoMetrics:
             cells = [*(f"{score:.3f}" for score in scores), *(f"{values['tracking'][key]:.4g}" for key in tracking)]
             rows.append([name, str(count), *cells])
         title = f"{count_of(self.values['frames'], 'frame')} against {self.ground_truth.path}"
-        notes = self._notes()
+        notes = _notes(self.values)
         note = f" ({'; '.join(notes)})" if notes else ""
-        return f"{render_table(title, columns, rows, width=120)}\n  metrics in {self.output / 'metrics.json'}{note}"
+        tables = [render_table(title, columns, rows, width=120)]
+        if self._phrases is not None:
+            tables.append(phrase_table(self.values))
+        tables_text = "\n".join(tables)
+        return f"{tables_text}\n  metrics in {self.output / 'metrics.json'}{note}"
 
-    def _notes(self) -> list[str]:
-        """Return what was not measured, for the summary."""
-        notes = []
-        if frames := sum(values["not_processed"] for values in self.values["by_video"].values()):
-            notes.append(f"not processed: {count_of(frames, 'labeled frame')}")
-        if self.values["videos_not_processed"]:
-            notes.append(f"not processed: {count_of(len(self.values['videos_not_processed']), 'labeled video')}")
-        if self._without_labels:
-            notes.append(f"{count_of(len(self._without_labels), 'video or image', 'videos or images')} without labels")
-        if not self.values["tracking"]:
-            notes.append("install trackeval for HOTA, IDF1 and identity switches")
-        return notes
+
+def _check_ids(measured: Mapping[str, VideoScores], path: Path) -> None:
+    """Check that some track has the id of an object.
+
+    Raises:
+        ConfigError: If none has, since ids then cannot match tracks to objects.
+    """
+    objects = sorted({n for scores in measured.values() for n in scores.object_ids()})
+    tracks = sorted({k for scores in measured.values() for k in scores.track_ids()})
+    if objects and tracks and not set(objects) & set(tracks):
+        raise ConfigError(
+            f"sink.metrics.objects=ids: no track has the id of an object; objects of {path} are "
+            f"{', '.join(map(str, objects[:5]))}, tracks {', '.join(map(str, tracks[:5]))}; choose best to assign "
+            "tracks by overlap, or one to measure all masks of a frame together"
+        )
+
+
+def _notes(values: Mapping[str, Any]) -> list[str]:
+    """Return what was not measured, for the summary."""
+    notes = []
+    if frames := sum(video["not_processed"] for video in values["by_video"].values()):
+        notes.append(f"not processed: {count_of(frames, 'labeled frame')}")
+    if values["videos_not_processed"]:
+        notes.append(f"not processed: {count_of(len(values['videos_not_processed']), 'labeled video')}")
+    if unlisted := values.get("tracks_left_out"):
+        one, several = (f"{word} of classes that are not labeled in their video" for word in ("track", "tracks"))
+        notes.append(f"left out: {count_of(unlisted, one, several)}")
+    if values["without_labels"]:
+        notes.append(f"{count_of(len(values['without_labels']), 'video or image', 'videos or images')} without labels")
+    if not values["tracking"]:
+        notes.append("install trackeval for HOTA, IDF1 and identity switches")
+    return notes

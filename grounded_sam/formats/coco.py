@@ -13,6 +13,8 @@ import supervision as sv
 from numpy.typing import NDArray
 
 from grounded_sam.errors import ConfigError, shorten
+from grounded_sam.formats.known_phrases import KnownPhrases, read_known_phrases
+from grounded_sam.formats.sa_co import is_sa_co, read_sa_co
 from grounded_sam.formats.segmentations import (
     box_problem,
     cut_polygons,
@@ -59,6 +61,8 @@ class _Problem:
 class CocoFile:
     """The images of a COCO instances file, and the annotations of each that can be used.
 
+    In a file of SA-Co, whose images are pairs of an image and a phrase, each phrase is a class; see `sa_co`.
+
     An invalid image (without an id, a usable name or a size of at most `max_pixels`) is left out and noted, with its
     annotations. So is an invalid annotation (of no image or category, with a box that is not finite, a mask of another
     size, a polygon of fewer than three points, or an id that occurred before); one that extends outside its image is
@@ -77,6 +81,7 @@ class CocoFile:
         vocabulary: The categories in the order of the file, with their ids.
         images: The entries of `images`.
         has_masks: Whether annotations have masks.
+        known: Which classes the annotations decide on, by image id; see `known_phrases`.
         notes: Which annotations were left out or changed, and why.
 
     Raises:
@@ -94,10 +99,12 @@ class CocoFile:
     ) -> None:
         self.path = path
         content = _check_content(read_json(path) if content is None else content, path, dataset)
+        self.notes: list[Skipped] = []
+        if is_sa_co(content):
+            content, self.notes = read_sa_co(content)
         categories = without_root(content["categories"], content["annotations"])
         self.vocabulary = Vocabulary.from_categories(categories, str(path))
         self.images: list[dict[str, Any]] = []
-        self.notes: list[Skipped] = []
         self._class_ids = {number: i for i, number in enumerate(self.vocabulary.category_ids)}
         self._annotations: dict[Any, list[dict[str, Any]]] = {}  # by image id
         self._packed: dict[Any, sv.Detections] = {}  # by image id
@@ -111,6 +118,20 @@ class CocoFile:
         self._add_images(content["images"], max_pixels)
         self.has_masks = self._check_masks(content["annotations"], allow_mixed)
         self._add_annotations(content["annotations"])
+        self.known = {image["id"]: self._known_phrases(image) for image in self.images}
+
+    def _known_phrases(self, image: Mapping[str, Any]) -> KnownPhrases:
+        """Return which classes the annotations of an image decide on, and note lists of it that cannot be used."""
+        annotations = self._annotations[image["id"]]
+        ids = [self._class_ids[annotation["category_id"]] for annotation in annotations]
+        crowds = [i for i, a in zip(ids, annotations, strict=True) if a.get("iscrowd") or a.get("ignore")]
+        known, notes = read_known_phrases(image, ids, crowds, self._category_index)
+        self.notes += notes
+        return known
+
+    def _category_index(self, category_id: Any) -> int | None:
+        """Return the index of the class with an id; None if there is none."""
+        return self._class_ids.get(_to_id(category_id)) if _is_id(category_id) else None
 
     def _add_images(self, images: Sequence[Any], max_pixels: int) -> None:
         """Check the entries of `images`, add those that can be used, and note the others."""

@@ -53,7 +53,7 @@ def read_ground_truth(path: str | Path, max_pixels: int = MAX_PIXELS) -> CocoFil
     )
 
 
-@lru_cache(maxsize=1)  # all jobs of a sweep read the same file
+@lru_cache(maxsize=3)  # all jobs of a sweep read the same files
 def _read_json_labels(path: Path, mtime_ns: int, size: int, max_pixels: int) -> CocoFile | LabelledVideos:
     """Read a JSON file of labels; the time and size of the file are part of the cache key."""
     content = read_json(path)

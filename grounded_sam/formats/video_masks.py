@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import glob
 from pathlib import Path, PurePosixPath
 from sys import maxsize
@@ -72,6 +72,7 @@ class LabelledVideo:
         read: Returns the masks `(H, W) bool` of a frame by object id, without empty ones.
         classes: Class name by object id; None if the labels have no classes.
         frame_names: Names of frames by key, without suffix; None if the labels have no names.
+        asked: Names of the classes that the labels decide on, as SA-Co/VEval lists them; None for all.
     """
 
     name: str
@@ -80,6 +81,7 @@ class LabelledVideo:
     read: Callable[[FrameKey], dict[int, Mask]]
     classes: dict[int, str] | None = None
     frame_names: dict[FrameKey, str] | None = None
+    asked: frozenset[str] | None = None
 
 
 class LabelledVideos:
@@ -92,7 +94,8 @@ class LabelledVideos:
     - Evaluation sets of SA-V: the same with a folder per object, `VIDEO/OBJECT/00000.png`.
     - SA-V (Ravi et al. 2024): `*_manual.json` and `*_auto.json`, one file or a folder of them; manual labels are
       preferred where there are both.
-    - YouTube-VIS (Yang et al. 2019): one JSON file.
+    - YouTube-VIS (Yang et al. 2019): one JSON file, also with the `video_np_pairs` of SA-Co/VEval, which list the
+      phrases that people were asked for in each video.
 
     Args:
         path: The file or folder.
@@ -159,9 +162,11 @@ class LabelledVideos:
         self.vocabulary = Vocabulary.from_categories(content["categories"], str(path))
         class_names = dict(zip(self.vocabulary.category_ids, self.vocabulary.classes, strict=True))
         try:
+            asked = _read_asked(content, class_names)
             for video in content["videos"]:
                 tracks = [track for track in content["annotations"] if track["video_id"] == video["id"]]
-                self._add(_read_youtube_vis_video(path, video, tracks, class_names, self.max_pixels))
+                labels = _read_youtube_vis_video(path, video, tracks, class_names, self.max_pixels)
+                self._add(labels if asked is None else replace(labels, asked=frozenset(asked.get(video["id"], ()))))
         except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
             raise ConfigError(f"{path}: not YouTube-VIS ({type(error).__name__}: {error})") from error
 
@@ -252,6 +257,16 @@ def _read_youtube_vis_video(
         classes=classes,
         frame_names={key: PurePosixPath(file).stem for key, file in zip(keys, files, strict=True)},
     )
+
+
+def _read_asked(content: Mapping[str, Any], class_names: Mapping[int, str]) -> dict[Any, set[str]] | None:
+    """Return the classes that were asked for, by video id; None if the file lists none."""
+    if "video_np_pairs" not in content:
+        return None
+    asked: dict[Any, set[str]] = {}
+    for pair in content["video_np_pairs"]:
+        asked.setdefault(pair["video_id"], set()).add(class_names[pair["category_id"]])
+    return asked
 
 
 def _object_id(value: Any) -> int:

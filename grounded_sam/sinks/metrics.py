@@ -5,6 +5,7 @@ The sink itself is `evaluation.image_metrics.ImageMetrics` or `evaluation.video_
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -12,6 +13,7 @@ from grounded_sam.checks import check_choice, check_int, check_number
 from grounded_sam.errors import ConfigError
 from grounded_sam.evaluation.image_metrics import ImageMetrics
 from grounded_sam.evaluation.video_metrics import VideoMetrics
+from grounded_sam.formats.coco import CocoFile
 from grounded_sam.formats.labels import read_ground_truth
 from grounded_sam.formats.video_masks import LabelledVideos
 from grounded_sam.hydra_state import in_sweep
@@ -22,7 +24,7 @@ from grounded_sam.structures.vocabulary import Vocabulary
 def metrics_sink(
     output: Path,
     vocabulary: Vocabulary,
-    truth: str | Path | None = None,
+    truth: str | Path | Sequence[str | Path] | None = None,
     iou: float = 0.5,
     metric: str | None = None,
     errors: int | None = None,
@@ -36,7 +38,8 @@ def metrics_sink(
     Args:
         output: Folder of the run.
         vocabulary: Classes of the run.
-        truth: Path of the ground truth; see `read_ground_truth` for its formats.
+        truth: Path of the ground truth; see `read_ground_truth` for its formats. Of several files, in which people
+            labeled the same images, the first is the ground truth, and the phrase metrics use the best of all.
         iou: IoU at or above which a detection matches a label, above 0 and up to 1.
         metric: Name of the value that a sweep optimizes.
         errors: Number of images that are drawn in `errors/`; None for 24, or 0 in a sweep.
@@ -57,7 +60,13 @@ def metrics_sink(
     check_int("sink.metrics.frame_offset", frame_offset, -(2**31), optional=True)
     if errors is None:
         errors = 0 if in_sweep() else 24
-    labels = read_ground_truth(truth, max_pixels)
+    paths = [truth] if isinstance(truth, str | Path) else list(truth)
+    if not paths:
+        raise ConfigError("sink=metrics needs ground truth: truth=instances.json")
+    labels, *more = (read_ground_truth(path, max_pixels) for path in paths)
+    others = [file for file in more if isinstance(file, CocoFile)]
+    if len(others) < len(more) or (more and not isinstance(labels, CocoFile)):
+        raise ConfigError(f"several files of ground truth must have labels of images, got {', '.join(map(str, paths))}")
     if isinstance(labels, LabelledVideos):
         return VideoMetrics(output, vocabulary, labels, float(iou), metric, errors, objects, frame_offset)
-    return ImageMetrics(output, vocabulary, labels, float(iou), metric, errors, precision)
+    return ImageMetrics(output, vocabulary, labels, float(iou), metric, errors, precision, others)

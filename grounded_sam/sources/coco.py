@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -32,7 +32,7 @@ class CocoSource:
         images: Folder that file names are relative to; None for the folder of the file, or `images` in it. If a name
             is not found there, the beginning of its path is left out, as far as is needed (`C:\\data\\a.png`,
             `../upload/a.png`).
-        dataset: For results, the COCO file with their images and categories.
+        dataset: For results, the COCO file with their images and categories; of several, the first.
         max_pixels: Larger images are refused before they are decoded.
         shard: Which part of the images to take, from 0.
         num_shards: Number of parts.
@@ -49,7 +49,7 @@ class CocoSource:
         self,
         input: str | os.PathLike[str] | None,
         images: str | os.PathLike[str] | None = None,
-        dataset: str | os.PathLike[str] | None = None,
+        dataset: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None = None,
         max_pixels: int = MAX_PIXELS,
         shard: int = 0,
         num_shards: int = 1,
@@ -57,6 +57,8 @@ class CocoSource:
         path = home_path(check_input(input, "a COCO file, e.g. input=instances.json"))
         check_shard(shard, num_shards)
         check_int("source.max_pixels", max_pixels, 1)
+        if dataset is not None and not isinstance(dataset, str | os.PathLike):
+            dataset = next(iter(dataset), None)
         dataset_path = None if dataset is None else home_path(str(dataset))
         self.file = CocoFile(path, dataset_path, max_pixels=max_pixels)
         self.vocabulary = self.file.vocabulary

@@ -340,16 +340,37 @@ def stir_sam3(model: torch.nn.Module, deviation: float) -> None:
 
 def sam3(folder: Path, full: bool = False, seed: int = 0) -> Path:
     """Save a SAM 3 with random weights, of real size or small."""
-    from transformers import Sam3Config, Sam3ImageProcessor, Sam3Model
+    from transformers import Sam3Config, Sam3Model
 
     torch.manual_seed(seed)
     side, words = 1008 if full else 112, sam3_words(full)
     model = Sam3Model(Sam3Config(**({} if full else sam3_config(side, words)))).eval()
+    return save_sam3(model, words, side, folder, full)
+
+
+def save_sam3(model: Any, words: Any, side: int, folder: Path, full: bool) -> Path:
+    """Save a SAM 3, or one with a smaller text encoder, for images of `side` px."""
+    from transformers import Sam3ImageProcessor
+
     stir_sam3(model, 0.05 if full else 0.2)
     model.save_pretrained(folder)
     Sam3ImageProcessor(size={"height": side, "width": side}).save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
+
+
+def sam3_lite_text(folder: Path, full: bool = False, seed: int = 0) -> Path:
+    """Save a SAM3-LiteText with random weights, of real size or small."""
+    from transformers import Sam3LiteTextConfig, Sam3LiteTextModel
+
+    torch.manual_seed(seed)
+    side, words = 1008 if full else 112, sam3_words(full)
+    small = {} if full else sam3_config(side, words)
+    if not full:
+        small["text_config"] = {"vocab_size": 600, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+        small["text_config"] |= {"num_attention_heads": 2, "max_position_embeddings": 32, "projection_dim": 16}
+    model = Sam3LiteTextModel(Sam3LiteTextConfig(**small)).eval()
+    return save_sam3(model, words, side, folder, full)
 
 
 def sam3_video(folder: Path, full: bool = False, seed: int = 0, **settings: Any) -> Path:

@@ -159,12 +159,14 @@ def sam3(tmp_path_factory):
     return checkpoints.sam3(tmp_path_factory.mktemp("models") / "sam3")
 
 
-def sam3_upstream(folder):
+def sam3_upstream(folder, kind="Sam3Model"):
     """Return model and processor of transformers."""
-    from transformers import AutoTokenizer, Sam3ImageProcessor, Sam3Model, Sam3Processor
+    import transformers
+    from transformers import AutoTokenizer, Sam3ImageProcessor, Sam3Processor
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return Sam3Model.from_pretrained(folder), Sam3Processor(Sam3ImageProcessor.from_pretrained(folder), tokenizer)
+    model = getattr(transformers, kind).from_pretrained(folder)
+    return model, Sam3Processor(Sam3ImageProcessor.from_pretrained(folder), tokenizer)
 
 
 def assert_same_instances(detections, expected, size_hw):
@@ -176,9 +178,16 @@ def assert_same_instances(detections, expected, size_hw):
     return inside
 
 
-def test_sam3_equals_its_processor(sam3, frames):
-    model, processor = sam3_upstream(sam3)
-    detector = Sam3(str(sam3), min_score=0.0)
+@pytest.fixture(scope="module")
+def sam3_lite_text(tmp_path_factory):
+    return checkpoints.sam3_lite_text(tmp_path_factory.mktemp("models") / "sam3_lite_text")
+
+
+@pytest.mark.parametrize("kind", ["Sam3Model", "Sam3LiteTextModel"])
+def test_sam3_equals_its_processor(kind, sam3, sam3_lite_text, frames):
+    folder = sam3 if kind == "Sam3Model" else sam3_lite_text
+    model, processor = sam3_upstream(folder, kind)
+    detector = Sam3(str(folder), min_score=0.0)
     for frame in frames:
         detections = detector.detect([frame], Vocabulary.parse(PHRASES))[0]
         for class_id, phrase in enumerate(PHRASES):
@@ -199,6 +208,12 @@ def test_sam3_needs_no_segmenter_but_can_use_one(sam3, frames):
     assert detections.mask.shape == (len(detections), *frames[0].size_hw) and "mask_score" not in detections.data
     pipeline = load(*overrides, "detector.own_masks=false", preset="shapes", detector="sam3")
     assert "mask_score" in pipeline.segment(frames[0].image, PHRASES[:1]).data
+
+
+def test_the_choice_sam3_lite_text_runs(sam3_lite_text, frames):
+    overrides = (f"checkpoints.sam3_lite_text={sam3_lite_text}", "select.score=0", "detector.min_score=0")
+    detections = load(*overrides, detector="sam3_lite_text").segment(frames[0].image, PHRASES)
+    assert len(detections) and detections.mask.shape == (len(detections), *frames[0].size_hw)
 
 
 def test_sam3_drops_low_scores_and_detections_of_negatives(sam3, frames):

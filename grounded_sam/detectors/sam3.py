@@ -1,4 +1,7 @@
-"""SAM 3's concept segmentation (Carion et al. 2025), with transformers: text to masks in one model."""
+"""SAM 3's concept segmentation (Carion et al. 2025), with transformers: text to masks in one model.
+
+SAM3-LiteText (Zeng et al. 2026) is the same with a text encoder that is up to 88% smaller.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ class Sam3:
     dropped.
 
     Args:
-        checkpoint: Hub id or local folder of a `Sam3Model`.
+        checkpoint: Hub id or local folder of a `Sam3Model` or `Sam3LiteTextModel`.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`...
         dtype: Type of weights and activations: `float32`, `bfloat16` or `float16`.
         own_masks: Return SAM 3's masks; False returns boxes, for a segmenter.
@@ -75,12 +78,14 @@ class Sam3:
         check_number("detector.min_score", min_score, 0, 1)
         self.exemplars = read_exemplars(exemplars)
         import torch
+        import transformers
         from transformers import AutoImageProcessor, AutoTokenizer, Sam3Model
 
         self.device, self.dtype = pick_device(device), getattr(torch, dtype)
         self.own_masks, self.min_score = own_masks, min_score
-        kinds, parts = ("sam3", "sam3_video"), [AutoImageProcessor, AutoTokenizer]
-        loaded = load_checkpoint(checkpoint, kinds, Sam3Model, parts, self.dtype)
+        classes = {"sam3": Sam3Model, "sam3_video": Sam3Model}
+        classes["sam3_lite_text"] = getattr(transformers, "Sam3LiteTextModel", None)  # not in older versions
+        loaded = load_checkpoint(checkpoint, list(classes), classes, [AutoImageProcessor, AutoTokenizer], self.dtype)
         model, self.image_processor, self.tokenizer = loaded
         self.model = model.to(self.device)
         self._queries: dict[Vocabulary, list[_Query]] = {}

@@ -100,6 +100,14 @@ class GroupsBySize(Protocol):
         """Return what is equal for frames that share a forward pass, from their height and width in pixels."""
 
 
+@runtime_checkable
+class RefusesAnswers(Protocol):
+    """A detector that may refuse a part of what its model says about a frame."""
+
+    def take_refused(self) -> list[Skipped]:
+        """Return what was refused since the last call, at most one entry per frame, and forget it."""
+
+
 @dataclass(frozen=True)
 class DetectorTraits:
     """What a detector does besides boxes, known from its settings before weights are loaded.

@@ -58,10 +58,11 @@ class Sam3:
         exemplars: Boxes of example objects, in addition to text, each used in its own image: a JSON file, or
             entries with `class`, `box` (`[x1, y1, x2, y2]` in pixels), optionally `negative: true` for a
             counterexample, and `image` (a name as in the output, or the end of one; by default every image).
+        examples: Must be None: SAM 3 cannot use examples from other images.
 
     Raises:
         CheckpointError: If the checkpoint is missing, or of another model family.
-        ConfigError: If an exemplar is malformed.
+        ConfigError: If an exemplar is malformed, or there are examples from other images.
     """
 
     def __init__(
@@ -72,8 +73,14 @@ class Sam3:
         own_masks: bool = True,
         min_score: float = 0.05,
         exemplars: str | Sequence[Mapping[str, Any]] | None = None,
+        examples: Any = None,
     ) -> None:
         check_model_settings(dtype)
+        if examples is not None:  # its geometry encoder pools the features of the image that is segmented
+            raise ConfigError(
+                "SAM 3 compares with boxes in the same image only (detector.exemplars); for detector.examples from "
+                "other images use detector=owlv2"
+            )
         check_bool("detector.own_masks", own_masks)
         check_number("detector.min_score", min_score, 0, 1)
         self.exemplars = read_exemplars(exemplars)

@@ -628,3 +628,28 @@ def train_to_answer(model: Any, processor: Any, answers: dict[str, str], steps: 
             model.eval()
             return
     raise RuntimeError(f"the loss is still {max(map(float, losses)):.3f}")
+
+
+def rf_detr(folder: Path, full: bool = False, seed: int = 0) -> Path:
+    """Save an RF-DETR with masks and random weights, of the size of rf-detr-seg-medium or small."""
+    from transformers import RfDetrConfig, RfDetrForInstanceSegmentation, RfDetrImageProcessor
+
+    torch.manual_seed(seed)
+    names = ["N/A", "car", "wheel", "traffic light", "N/A", "dog"]
+    labels: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+    side = 432 if full else 96
+    small = {"d_model": 32, "decoder_ffn_dim": 64, "decoder_layers": 2, "num_queries": 20, "intermediate_size": 64}
+    small |= {"decoder_self_attention_heads": 2, "decoder_cross_attention_heads": 4, "group_detr": 2}
+    backbone = {"model_type": "rf_detr_dinov2", "num_attention_heads": 6 if full else 2, "image_size": side}
+    backbone |= {"hidden_size": 384 if full else 32, "patch_size": 12, "num_register_tokens": 0, "num_windows": 2}
+    backbone |= {"out_features": ["stage3", "stage6", "stage9", "stage12"] if full else ["stage1", "stage2"]}
+    backbone |= {} if full else {"num_hidden_layers": 2}
+    sizes = {"num_queries": 200, "decoder_layers": 5} if full else small
+    model = RfDetrForInstanceSegmentation(RfDetrConfig(backbone_config=backbone, **sizes, **labels)).eval()
+    with torch.no_grad():  # initial heads give all queries one score and one box
+        for name, weight in model.named_parameters():
+            if any(part in name for part in ("class_embed", "bbox_embed", "query_features", "spatial_features")):
+                weight.normal_(0, 0.02 if full else 0.3)
+    model.save_pretrained(folder)
+    RfDetrImageProcessor(size={"height": side, "width": side}, do_pad=False).save_pretrained(folder)
+    return folder

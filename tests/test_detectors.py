@@ -14,6 +14,7 @@ from grounded_sam import CheckpointError, ConfigError, ImageError, Vocabulary, V
 from grounded_sam.detectors.florence2 import Florence2
 from grounded_sam.detectors.omdet_turbo import OmdetTurbo
 from grounded_sam.detectors.owlv2 import Owlv2
+from grounded_sam.detectors.rf_detr import RfDetr
 from grounded_sam.detectors.sam3 import Sam3
 from grounded_sam.media.images import read_image
 from grounded_sam.structures.frame import Frame
@@ -341,3 +342,60 @@ def test_florence2_refuses_other_checkpoints_and_wrong_settings(owlv2):
         Florence2("no/where", task="boxes")
     with pytest.raises(ConfigError, match="detector.beams"):
         Florence2("no/where", beams=0)
+
+
+@pytest.fixture(scope="module")
+def rf_detr(tmp_path_factory):
+    return checkpoints.rf_detr(tmp_path_factory.mktemp("models") / "rf_detr")
+
+
+def test_rf_detr_equals_its_processor(rf_detr, frames):
+    from transformers import RfDetrForInstanceSegmentation, RfDetrImageProcessor
+
+    model = RfDetrForInstanceSegmentation.from_pretrained(rf_detr)
+    processor = RfDetrImageProcessor.from_pretrained(rf_detr)
+    detector = RfDetr(str(rf_detr), min_score=0.0)
+    assert detector.vocabulary.classes == ("car", "wheel", "traffic light", "dog")
+    for frame in frames:
+        detections = detector.detect([frame], detector.vocabulary)[0]
+        inputs = processor(images=frame.image, return_tensors="pt")
+        with torch.no_grad():
+            out = model(**inputs)
+        out.logits[..., [0, 4]] = -50  # labels that are no class
+        (boxes,) = processor.post_process_object_detection(out, threshold=0.0, target_sizes=[frame.size_hw])
+        names = [model.config.id2label[int(label)] for label in boxes["labels"]]
+        boxes["labels"] = torch.tensor([detector.vocabulary.classes.index(name) for name in names])
+        assert_same(detections, boxes, frame.size_hw)
+        (masks,) = processor.post_process_instance_segmentation(
+            out, threshold=0.0, target_sizes=[frame.size_hw], return_binary_maps=True
+        )
+        scores = np.array([info["score"] for info in masks["segments_info"]])  # of those whose mask is not empty
+        for mask, confidence in zip(detections.mask, detections.confidence, strict=True):
+            if mask.any():
+                same = np.flatnonzero(np.abs(scores - confidence) < 1e-5)
+                assert any((masks["segmentation"][i].numpy() == mask).mean() > 0.9999 for i in same)
+
+
+def test_rf_detr_names_the_phrases_that_it_does_not_know(rf_detr, frames, tmp_path):
+    detector = RfDetr(str(rf_detr), min_score=0.0)
+    words = Vocabulary.parse({"vehicle": ["Car", "truck"], "light": "Traffic  Light", "helmet": "helmet"})
+    detections = detector.detect(frames[:1], words)[0]
+    assert set(detections.data["class_name"]) == {"vehicle", "light"}
+    detector.detect(frames[1:], words)
+    (skipped,) = detector.take_refused()
+    assert skipped.file == "text" and "does not know 'truck', 'helmet'; its classes are car, wheel" in skipped.reason
+    with pytest.raises(ConfigError, match="knows none of 'helmet'; its classes are car, wheel, traffic light, dog"):
+        detector.detect(frames[:1], Vocabulary.parse(["helmet"]))
+    positive = detector.detect(frames[:1], Vocabulary.parse(["car"], ["dog"]))[0]
+    every = detector.detect(frames[:1], Vocabulary.parse(["car"]))[0]
+    assert len(positive) < len(every)
+    overrides = (f"checkpoints.rf_detr={rf_detr}", "select.score=0", "detector.min_score=0")
+    pipeline = load(*overrides, detector="rf_detr")
+    assert pipeline.segmenter is None and pipeline.segment(frames[0].image).mask.any()
+    boxes = load(*overrides, "detector.own_masks=false", preset="shapes", detector="rf_detr", segmenter="none")
+    assert boxes.segment(frames[0].image, ["car"]).mask is None
+
+
+def test_rf_detr_refuses_other_checkpoints(owlv2):
+    with pytest.raises(CheckpointError, match="is a owlv2 checkpoint; expected rf_detr"):
+        RfDetr(str(owlv2))

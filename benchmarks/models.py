@@ -52,10 +52,11 @@ warnings.simplefilter("ignore")
 
 GROUPS = ("detector", "segmenter", "tracker")
 TEXT = ["car", "wheel", "sign"]
-#: Choices that are not models.
-EXCLUDED = ("none", "stored")
+#: Choices that are not models, or need examples.
+EXCLUDED = ("none", "stored", "prototypes")
 #: Functions of `tests/checkpoints.py` that are not named after the checkpoint, and their arguments.
-MAKERS = {name: ("grounding_dino", {"mm": True}) for name in ("mm_grounding_dino", "llmdet")}
+MAKERS: dict[str, tuple[str, dict[str, Any]]] = {"vlm": ("qwen3_vl", {})}
+MAKERS |= {name: ("grounding_dino", {"mm": True}) for name in ("mm_grounding_dino", "llmdet")}
 #: Overrides with which random weights finish in reasonable time, and what the table says about them.
 SETTINGS = {
     "detector=florence2": (["detector.max_new_tokens=32"], "answers of 32 tokens, 3 beams"),

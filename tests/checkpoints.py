@@ -653,3 +653,37 @@ def rf_detr(folder: Path, full: bool = False, seed: int = 0) -> Path:
     model.save_pretrained(folder)
     RfDetrImageProcessor(size={"height": side, "width": side}, do_pad=False).save_pretrained(folder)
     return folder
+
+
+def embedder(folder: Path, kind: str = "dinov2", seed: int = 0) -> Path:
+    """Save a small DINOv2 (`dinov2`), SigLIP (`siglip`) or CLIP (`clip`) with random weights, without a tokenizer."""
+    from transformers import (
+        BitImageProcessor,
+        CLIPConfig,
+        CLIPImageProcessor,
+        CLIPModel,
+        Dinov2Config,
+        Dinov2Model,
+        SiglipConfig,
+        SiglipImageProcessor,
+        SiglipModel,
+    )
+
+    torch.manual_seed(seed)
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision, side = {**small, "intermediate_size": 64, "image_size": 32, "patch_size": 8}, {"height": 32, "width": 32}
+    text = {**small, "intermediate_size": 64, "vocab_size": 100}
+    model: Any
+    images: Any
+    if kind == "dinov2":
+        model = Dinov2Model(Dinov2Config(**small, mlp_ratio=2, image_size=32, patch_size=8))
+        images = BitImageProcessor(size={"shortest_edge": 32}, crop_size=side)
+    elif kind == "siglip":
+        model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
+        images = SiglipImageProcessor(size=side)
+    else:
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24))
+        images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=side)
+    model.eval().save_pretrained(folder)
+    images.save_pretrained(folder)
+    return folder

@@ -108,6 +108,14 @@ class RefusesAnswers(Protocol):
         """Return what was refused since the last call, at most one entry per frame, and forget it."""
 
 
+@runtime_checkable
+class EmbedsCrops(Protocol):
+    """A model that embeds crops of objects, to compare them."""
+
+    def embed_crops(self, crops: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        """Return the normalized embeddings `(n, d)` of crops `(h, w, 3) uint8`."""
+
+
 @dataclass(frozen=True)
 class DetectorTraits:
     """What a detector does besides boxes, known from its settings before weights are loaded.

@@ -78,8 +78,8 @@ def parse_answer(text: str, form: Form, size_wh: tuple[float, float]) -> ParsedA
 
     >>> parse_answer('```json\\n[{"bbox_2d": [10, 20, 30, 40], "label": "cup"}]\\n```', "boxes", (1000, 1000)).objects
     [WrittenObject(label='cup', numbers=(10.0, 20.0, 30.0, 40.0), start=21, stop=37)]
-    >>> parse_answer('[{"bbox_2d": [10, 20, 30, NaN]}]', "boxes", (1000, 1000)).refused
-    ["no valid JSON: '{\\"bbox_2d\\": [10, 20, 30, NaN]}'"]
+    >>> parse_answer('[{"bbox_2d": [10, 20, 30]}]', "boxes", (1000, 1000)).refused
+    ['bbox_2d must be 4 finite numbers, got [10, 20, 30]']
     """
     if len(text) > MAX_CHARACTERS:
         return ParsedAnswer(refused=[f"an answer of {len(text):,} characters; at most {MAX_CHARACTERS:,} are read"])

@@ -51,7 +51,7 @@ class Example:
     def with_context(self) -> Example:
         """Return the example with as much of its image as is needed: its box, and half of its longer side around it.
 
-        >>> example = Example(np.zeros((90, 90, 3), np.uint8), np.array([40, 40, 50, 60]))
+        >>> example = Example(np.zeros((90, 90, 3), np.uint8), np.array([40.0, 40, 50, 60]))
         >>> example.with_context().image.shape, example.with_context().box.tolist()
         ((40, 30, 3), [10.0, 10.0, 20.0, 30.0])
         """

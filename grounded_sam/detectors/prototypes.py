@@ -15,7 +15,8 @@ from grounded_sam.formats.examples import read_example_classes
 from grounded_sam.structures.detections import make_detections, select_rows, validate_detections
 from grounded_sam.structures.examples import Example
 from grounded_sam.structures.frame import Frame
-from grounded_sam.structures.protocols import Detector, EmbedsCrops
+from grounded_sam.structures.protocols import Detector, EmbedsCrops, RefusesAnswers
+from grounded_sam.structures.results import Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
 
 
@@ -95,6 +96,10 @@ class PrototypeDetector:
                 f"{', '.join(map(repr, vocabulary.classes))}; both must have the same classes, or leave text out"
             )
         return [self._detect(frame, vocabulary) for frame in frames]
+
+    def take_refused(self) -> list[Skipped]:
+        """Return what the detector of the proposals refused."""
+        return self.proposals.take_refused() if isinstance(self.proposals, RefusesAnswers) else []
 
     def _detect(self, frame: Frame, vocabulary: Vocabulary) -> sv.Detections:
         (found,) = self.proposals.detect([frame], self._words)

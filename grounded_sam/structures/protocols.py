@@ -102,7 +102,10 @@ class GroupsBySize(Protocol):
 
 @runtime_checkable
 class RefusesAnswers(Protocol):
-    """A detector that may refuse a part of what its model says about a frame."""
+    """A detector that may not use all of what it is asked, or of what its model says.
+
+    These are parts of answers that cannot be read, and phrases that the model does not know.
+    """
 
     def take_refused(self) -> list[Skipped]:
         """Return what was refused since the last call, at most one entry per frame, and forget it."""

@@ -15,8 +15,8 @@ the detector (for end-to-end trackers the mean of all frames). Abilities are tri
 that are prompted), `masks` (masks of the detector's own), `clicks` (a point as prompt; for trackers boxes),
 `everything` (the segmenter under detector=everything), `video` (ids that persist from frame to frame; trackers are made
 to predict that objects are present, since random weights may not).
-Licenses of code are from the metadata of the Python distribution that has the model's class, those of weights from
-`grounded_sam/weights/models.yaml`.
+Licenses of code are from the metadata of the Python distribution that has the model's class, those of weights and the
+published accuracy (LVIS AP) from `grounded_sam/weights/models.yaml`.
 
 With `--json`, rows are saved as they are measured, and a later run measures only those that are missing, failed, had
 other weights or are named by `--only`. `--page` replaces the tables between two marker lines of a Markdown file.
@@ -52,19 +52,22 @@ warnings.simplefilter("ignore")
 
 GROUPS = ("detector", "segmenter", "tracker")
 TEXT = ["car", "wheel", "sign"]
-#: Choices that are not models.
-EXCLUDED = ("none", "stored")
+#: Choices that are not models, or need examples.
+EXCLUDED = ("none", "stored", "prototypes")
 #: Functions of `tests/checkpoints.py` that are not named after the checkpoint, and their arguments.
-MAKERS = {name: ("grounding_dino", {"mm": True}) for name in ("mm_grounding_dino", "llmdet")}
+MAKERS: dict[str, tuple[str, dict[str, Any]]] = {"vlm": ("qwen3_vl", {})}
+MAKERS |= {name: ("grounding_dino", {"mm": True}) for name in ("mm_grounding_dino", "llmdet")}
 #: Overrides with which random weights finish in reasonable time, and what the table says about them.
 SETTINGS = {
     "detector=florence2": (["detector.max_new_tokens=32"], "answers of 32 tokens, 3 beams"),
+    "detector=vlm": (["detector.max_new_tokens=32"], "answers of 32 tokens, bfloat16"),
     "detector=everything": ([], "32x32 points"),
 }
 #: Overrides with which random weights detect something, to find out whether a choice can.
 PERMISSIVE = {
     "everything": ["detector.points_per_side=4", "detector.pred_iou_thresh=0", "detector.stability_score_thresh=0"],
     "sam3": ["detector.min_score=0"],
+    "sam3_lite_text": ["detector.min_score=0"],
 }
 REPLACEMENTS = {
     "edgetam": "Hiera-T for timm's RepViT-M1",
@@ -496,13 +499,22 @@ def describe_conditions(threads: int) -> str:
     return f"{today}, {machine}, {threads} threads, Python {platform.python_version()}, {', '.join(packages)}"
 
 
-def weights_license(hub_ids: list[str]) -> str:
+def read_known_models() -> dict[str, dict[str, Any]]:
     """Return what `grounded_sam/weights/models.yaml` says about repositories on the hub."""
     import yaml
 
     path = Path(__file__).parents[1] / "grounded_sam" / "weights" / "models.yaml"
-    models = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
-    licenses = []
+    return (yaml.safe_load(path.read_text(encoding="utf-8")) or {}) if path.is_file() else {}
+
+
+def published_accuracy(hub_ids: list[str]) -> str:
+    """Return the published zero-shot accuracy of a detector; empty if there is none, or it has several models."""
+    return str((read_known_models().get(hub_ids[0]) or {}).get("lvis", "")) if len(hub_ids) == 1 else ""
+
+
+def weights_license(hub_ids: list[str]) -> str:
+    """Return the licenses of repositories on the hub."""
+    models, licenses = read_known_models(), []
     for hub_id in hub_ids:
         entry = models.get(hub_id) or {}
         licenses.append(str(entry.get("license") or "?") + (", gated" if entry.get("gated") else ""))
@@ -518,13 +530,14 @@ ABILITIES = ["text", "masks", "clicks", "everything", "video"]
 
 def format_tables(rows: dict[str, dict[str, Any]]) -> str:
     """Format the rows as two Markdown tables, of abilities and of costs, with a line on the conditions."""
-    abilities = [["stage", "choice", *ABILITIES, "license of code", "license of weights"]]
+    abilities = [["stage", "choice", *ABILITIES, "LVIS AP", "license of code", "license of weights"]]
     costs = [["stage", "choice", "weights", "parameters", "seconds", "peak MiB", "note"]]
     for name, row in rows.items():
         group, _, choice = name.partition("=")
         start, hub_ids = [group, f"`{choice}`"], row.get("hub", [])
         tried = [{True: "yes", False: "no", None: ""}[row.get(key)] for key in ABILITIES]
-        abilities.append([*start, *tried, row.get("code", ""), weights_license(hub_ids)])
+        accuracy = published_accuracy(hub_ids) if group == "detector" else ""
+        abilities.append([*start, *tried, accuracy, row.get("code", ""), weights_license(hub_ids)])
         costs.append([*start, ", ".join(hub_ids), *format_costs(row)])
     measured = [row for row in rows.values() if "failed" not in row]
     photos, clips = ({row[key] for row in measured if key in row} for key in ("photo", "clip"))

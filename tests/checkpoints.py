@@ -340,16 +340,37 @@ def stir_sam3(model: torch.nn.Module, deviation: float) -> None:
 
 def sam3(folder: Path, full: bool = False, seed: int = 0) -> Path:
     """Save a SAM 3 with random weights, of real size or small."""
-    from transformers import Sam3Config, Sam3ImageProcessor, Sam3Model
+    from transformers import Sam3Config, Sam3Model
 
     torch.manual_seed(seed)
     side, words = 1008 if full else 112, sam3_words(full)
     model = Sam3Model(Sam3Config(**({} if full else sam3_config(side, words)))).eval()
+    return save_sam3(model, words, side, folder, full)
+
+
+def save_sam3(model: Any, words: Any, side: int, folder: Path, full: bool) -> Path:
+    """Save a SAM 3, or one with a smaller text encoder, for images of `side` px."""
+    from transformers import Sam3ImageProcessor
+
     stir_sam3(model, 0.05 if full else 0.2)
     model.save_pretrained(folder)
     Sam3ImageProcessor(size={"height": side, "width": side}).save_pretrained(folder)
     words.save_pretrained(folder)
     return folder
+
+
+def sam3_lite_text(folder: Path, full: bool = False, seed: int = 0) -> Path:
+    """Save a SAM3-LiteText with random weights, of real size or small."""
+    from transformers import Sam3LiteTextConfig, Sam3LiteTextModel
+
+    torch.manual_seed(seed)
+    side, words = 1008 if full else 112, sam3_words(full)
+    small = {} if full else sam3_config(side, words)
+    if not full:
+        small["text_config"] = {"vocab_size": 600, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+        small["text_config"] |= {"num_attention_heads": 2, "max_position_embeddings": 32, "projection_dim": 16}
+    model = Sam3LiteTextModel(Sam3LiteTextConfig(**small)).eval()
+    return save_sam3(model, words, side, folder, full)
 
 
 def sam3_video(folder: Path, full: bool = False, seed: int = 0, **settings: Any) -> Path:
@@ -437,4 +458,232 @@ def florence2(folder: Path, full: bool = False, seed: int = 0) -> Path:
     kinds = ("ocr", "phrase_grounding", "pure_text", "description_with_bboxes", "description_with_polygons")
     kinds += ("polygons", "bboxes", "description_with_bboxes_or_polygons")
     Florence2Processor(images, words, post_processor_config={kind: {} for kind in kinds}).save_pretrained(folder)
+    return folder
+
+
+#: A chat template that shows an image and a text, as those of Qwen and Molmo do.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{% for part in message.content %}"
+    "{% if part.type == 'image' %}IMAGE{% else %}{{ part.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def byte_tokenizer(special: list[str], size: int = 0) -> Any:
+    """Return a tokenizer of single bytes, with special tokens after them, padded to `size` tokens."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    pieces = sorted(ByteLevel.alphabet())
+    pieces += [f"[unused{i}]" for i in range(max(0, size - len(pieces) - len(special)))]
+    words = Qwen2Tokenizer(
+        vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], eos_token="<|im_end|>", pad_token="<|im_end|>"
+    )
+    words.add_tokens(special, special_tokens=True)
+    return words
+
+
+def qwen3_vl(folder: Path, full: bool = False, seed: int = 0, answers: dict[str, str] | None = None) -> Path:
+    """Save a Qwen3-VL with random weights, of the size of Qwen3-VL-2B or small; see `train_to_answer`."""
+    from transformers import Qwen2VLImageProcessor, Qwen3VLConfig, Qwen3VLForConditionalGeneration, Qwen3VLProcessor
+    from transformers.models.qwen3_vl.video_processing_qwen3_vl import Qwen3VLVideoProcessor
+
+    torch.manual_seed(seed)
+    marks = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    words = byte_tokenizer(marks, 151936 if full else 0)
+    text: dict[str, Any] = {"vocab_size": len(words), "max_position_embeddings": 4096}
+    vision: dict[str, Any] = {}
+    if full:
+        text |= {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28, "num_attention_heads": 16}
+        text |= {"num_key_value_heads": 8, "head_dim": 128}
+        vision = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "num_heads": 16, "out_hidden_size": 2048}
+        vision |= {"deepstack_visual_indexes": [5, 11, 17]}
+    else:
+        text |= {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+        text |= {"num_key_value_heads": 2, "head_dim": 16}
+        vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
+        vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 64}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 5e6, "mrope_interleaved": True}
+    text["rope_parameters"]["mrope_section"] = [24, 20, 20] if full else [4, 2, 2]
+    ids = words.convert_tokens_to_ids(marks)
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    config = Qwen3VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=True, **dict(zip(names, ids[2:], strict=True))
+    )
+    model = Qwen3VLForConditionalGeneration(config).eval()
+    pixels = {"min_pixels": 32 * 32, "max_pixels": (1024 if full else 96) ** 2, "patch_size": 16}
+    template = CHAT_TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+    images, videos = Qwen2VLImageProcessor(**pixels), Qwen3VLVideoProcessor()
+    return save_vlm(model, Qwen3VLProcessor(images, words, videos, chat_template=template), folder, answers)
+
+
+def qwen2_5_vl(folder: Path, seed: int = 0, answers: dict[str, str] | None = None) -> Path:
+    """Save a small Qwen2.5-VL with random weights; see `train_to_answer`."""
+    from transformers import (
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        Qwen2VLImageProcessor,
+        Qwen2VLVideoProcessor,
+    )
+
+    torch.manual_seed(seed)
+    marks = ["<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    words = byte_tokenizer(marks)
+    text = {"vocab_size": len(words), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 2, 2]}
+    vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "out_hidden_size": 64}
+    vision |= {"fullatt_block_indexes": [1], "window_size": 56}
+    ids = words.convert_tokens_to_ids(marks)
+    names = ("vision_start_token_id", "vision_end_token_id", "image_token_id", "video_token_id")
+    config = Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=True, **dict(zip(names, ids[2:], strict=True))
+    )
+    model = Qwen2_5_VLForConditionalGeneration(config).eval()
+    template = CHAT_TEMPLATE.replace("IMAGE", "<|vision_start|><|image_pad|><|vision_end|>")
+    images = Qwen2VLImageProcessor(min_pixels=28 * 28, max_pixels=84**2)
+    processor = Qwen2_5_VLProcessor(images, words, Qwen2VLVideoProcessor(), chat_template=template)
+    return save_vlm(model, processor, folder, answers)
+
+
+def molmo2(folder: Path, seed: int = 0, answers: dict[str, str] | None = None) -> Path:
+    """Save a small Molmo 2 with random weights; see `train_to_answer`."""
+    from transformers import (
+        Molmo2Config,
+        Molmo2ForConditionalGeneration,
+        Molmo2ImageProcessor,
+        Molmo2Processor,
+        Molmo2VideoProcessor,
+    )
+
+    torch.manual_seed(seed)
+    marks = ["<|im_start|>", "<|im_end|>", "<im_start>", "<im_end>", "<im_patch>", "<im_col>", "<low_res_im_start>"]
+    marks += ["<|image|>", "<im_low>", "<frame_start>", "<frame_end>", "<|video|>"]
+    words = byte_tokenizer(marks)
+    text = {"vocab_size": len(words), "additional_vocab_size": 0, "hidden_size": 64, "intermediate_size": 128}
+    text |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"num_key_value_heads": 2, "head_dim": 16, "image_size": [56, 56]}
+    adapter = {"vision_feature_layer": [1, 0], "hidden_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    adapter |= {"head_dim": 16, "intermediate_size": 64, "text_hidden_size": 64}
+    ids = {mark: words.convert_tokens_to_ids(mark) for mark in marks}
+    config = Molmo2Config(
+        text_config=text,
+        vision_config=vision,
+        adapter_config=adapter,
+        image_start_token_id=ids["<im_start>"],
+        low_res_image_start_token_id=ids["<low_res_im_start>"],
+        image_end_token_id=ids["<im_end>"],
+        image_patch_id=ids["<im_patch>"],
+        frame_start_token_id=ids["<frame_start>"],
+        frame_end_token_id=ids["<frame_end>"],
+    )
+    model = Molmo2ForConditionalGeneration(config).eval()
+    images = Molmo2ImageProcessor(size={"height": 56, "width": 56}, max_crops=1, overlap_margins=[1, 1])
+    template = CHAT_TEMPLATE.replace("IMAGE", "<|image|>")
+    processor = Molmo2Processor(images, Molmo2VideoProcessor(), words, chat_template=template)
+    return save_vlm(model, processor, folder, answers)
+
+
+def save_vlm(model: Any, processor: Any, folder: Path, answers: dict[str, str] | None) -> Path:
+    """Save a vision-language model, trained to give some answers."""
+    model.generation_config.eos_token_id = processor.tokenizer.eos_token_id
+    model.generation_config.pad_token_id = processor.tokenizer.pad_token_id
+    if answers:
+        train_to_answer(model, processor, answers)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+def train_to_answer(model: Any, processor: Any, answers: dict[str, str], steps: int = 300) -> None:
+    """Train a small vision-language model until it gives each question its answer, whatever the image.
+
+    Raises:
+        RuntimeError: If it does not learn them.
+    """
+    from PIL import Image
+
+    optimizer, batches = torch.optim.AdamW(model.parameters(), 5e-3), []
+    for question, answer in answers.items():
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
+        )
+        image = Image.new("RGB", (96, 64), "gray")
+        start = processor(text=[text], images=[image], return_tensors="pt")["input_ids"].shape[1]
+        inputs = processor(text=[f"{text}{answer}<|im_end|>"], images=[image], return_tensors="pt")
+        labels = inputs["input_ids"].clone()
+        labels[:, :start] = -100
+        batches.append({**inputs, "labels": labels})
+    model.train()
+    for _ in range(steps):
+        losses = [model(**batch).loss for batch in batches]
+        sum(losses).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if max(float(loss) for loss in losses) < 0.01:
+            model.eval()
+            return
+    raise RuntimeError(f"the loss is still {max(map(float, losses)):.3f}")
+
+
+def rf_detr(folder: Path, full: bool = False, seed: int = 0) -> Path:
+    """Save an RF-DETR with masks and random weights, of the size of rf-detr-seg-medium or small."""
+    from transformers import RfDetrConfig, RfDetrForInstanceSegmentation, RfDetrImageProcessor
+
+    torch.manual_seed(seed)
+    names = ["N/A", "car", "wheel", "traffic light", "N/A", "dog"]
+    labels: dict[str, Any] = {"id2label": dict(enumerate(names)), "label2id": {n: i for i, n in enumerate(names)}}
+    side = 432 if full else 96
+    small = {"d_model": 32, "decoder_ffn_dim": 64, "decoder_layers": 2, "num_queries": 20, "intermediate_size": 64}
+    small |= {"decoder_self_attention_heads": 2, "decoder_cross_attention_heads": 4, "group_detr": 2}
+    backbone = {"model_type": "rf_detr_dinov2", "num_attention_heads": 6 if full else 2, "image_size": side}
+    backbone |= {"hidden_size": 384 if full else 32, "patch_size": 12, "num_register_tokens": 0, "num_windows": 2}
+    backbone |= {"out_features": ["stage3", "stage6", "stage9", "stage12"] if full else ["stage1", "stage2"]}
+    backbone |= {} if full else {"num_hidden_layers": 2}
+    sizes = {"num_queries": 200, "decoder_layers": 5} if full else small
+    model = RfDetrForInstanceSegmentation(RfDetrConfig(backbone_config=backbone, **sizes, **labels)).eval()
+    with torch.no_grad():  # initial heads give all queries one score and one box
+        for name, weight in model.named_parameters():
+            if any(part in name for part in ("class_embed", "bbox_embed", "query_features", "spatial_features")):
+                weight.normal_(0, 0.02 if full else 0.3)
+    model.save_pretrained(folder)
+    RfDetrImageProcessor(size={"height": side, "width": side}, do_pad=False).save_pretrained(folder)
+    return folder
+
+
+def embedder(folder: Path, kind: str = "dinov2", seed: int = 0) -> Path:
+    """Save a small DINOv2 (`dinov2`), SigLIP (`siglip`) or CLIP (`clip`) with random weights, without a tokenizer."""
+    from transformers import (
+        BitImageProcessor,
+        CLIPConfig,
+        CLIPImageProcessor,
+        CLIPModel,
+        Dinov2Config,
+        Dinov2Model,
+        SiglipConfig,
+        SiglipImageProcessor,
+        SiglipModel,
+    )
+
+    torch.manual_seed(seed)
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision, side = {**small, "intermediate_size": 64, "image_size": 32, "patch_size": 8}, {"height": 32, "width": 32}
+    text = {**small, "intermediate_size": 64, "vocab_size": 100}
+    model: Any
+    images: Any
+    if kind == "dinov2":
+        model = Dinov2Model(Dinov2Config(**small, mlp_ratio=2, image_size=32, patch_size=8))
+        images = BitImageProcessor(size={"shortest_edge": 32}, crop_size=side)
+    elif kind == "siglip":
+        model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
+        images = SiglipImageProcessor(size=side)
+    else:
+        model = CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=24))
+        images = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=side)
+    model.eval().save_pretrained(folder)
+    images.save_pretrained(folder)
     return folder

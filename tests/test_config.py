@@ -95,6 +95,10 @@ def test_choices_and_presets_compose(overrides, check):
     ("override", "message"),
     [
         ("selct.score=1", "unknown key 'selct.score'; did you mean 'select'?"),
+        (
+            "detector.examples={cup: [a.jpg]}",
+            "unknown key 'detector.examples'; it is a key of detector=owlv2 or detector=",
+        ),
         ("select.scor=1", "unknown key 'select.scor'; did you mean 'select.score'?"),
         (
             "detector=yolo",

@@ -14,6 +14,7 @@ from grounded_sam import CheckpointError, ConfigError, ImageError, Vocabulary, V
 from grounded_sam.detectors.florence2 import Florence2
 from grounded_sam.detectors.omdet_turbo import OmdetTurbo
 from grounded_sam.detectors.owlv2 import Owlv2
+from grounded_sam.detectors.rf_detr import RfDetr
 from grounded_sam.detectors.sam3 import Sam3
 from grounded_sam.media.images import read_image
 from grounded_sam.structures.frame import Frame
@@ -159,12 +160,14 @@ def sam3(tmp_path_factory):
     return checkpoints.sam3(tmp_path_factory.mktemp("models") / "sam3")
 
 
-def sam3_upstream(folder):
+def sam3_upstream(folder, kind="Sam3Model"):
     """Return model and processor of transformers."""
-    from transformers import AutoTokenizer, Sam3ImageProcessor, Sam3Model, Sam3Processor
+    import transformers
+    from transformers import AutoTokenizer, Sam3ImageProcessor, Sam3Processor
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return Sam3Model.from_pretrained(folder), Sam3Processor(Sam3ImageProcessor.from_pretrained(folder), tokenizer)
+    model = getattr(transformers, kind).from_pretrained(folder)
+    return model, Sam3Processor(Sam3ImageProcessor.from_pretrained(folder), tokenizer)
 
 
 def assert_same_instances(detections, expected, size_hw):
@@ -176,9 +179,16 @@ def assert_same_instances(detections, expected, size_hw):
     return inside
 
 
-def test_sam3_equals_its_processor(sam3, frames):
-    model, processor = sam3_upstream(sam3)
-    detector = Sam3(str(sam3), min_score=0.0)
+@pytest.fixture(scope="module")
+def sam3_lite_text(tmp_path_factory):
+    return checkpoints.sam3_lite_text(tmp_path_factory.mktemp("models") / "sam3_lite_text")
+
+
+@pytest.mark.parametrize("kind", ["Sam3Model", "Sam3LiteTextModel"])
+def test_sam3_equals_its_processor(kind, sam3, sam3_lite_text, frames):
+    folder = sam3 if kind == "Sam3Model" else sam3_lite_text
+    model, processor = sam3_upstream(folder, kind)
+    detector = Sam3(str(folder), min_score=0.0)
     for frame in frames:
         detections = detector.detect([frame], Vocabulary.parse(PHRASES))[0]
         for class_id, phrase in enumerate(PHRASES):
@@ -199,6 +209,12 @@ def test_sam3_needs_no_segmenter_but_can_use_one(sam3, frames):
     assert detections.mask.shape == (len(detections), *frames[0].size_hw) and "mask_score" not in detections.data
     pipeline = load(*overrides, "detector.own_masks=false", preset="shapes", detector="sam3")
     assert "mask_score" in pipeline.segment(frames[0].image, PHRASES[:1]).data
+
+
+def test_the_choice_sam3_lite_text_runs(sam3_lite_text, frames):
+    overrides = (f"checkpoints.sam3_lite_text={sam3_lite_text}", "select.score=0", "detector.min_score=0")
+    detections = load(*overrides, detector="sam3_lite_text").segment(frames[0].image, PHRASES)
+    assert len(detections) and detections.mask.shape == (len(detections), *frames[0].size_hw)
 
 
 def test_sam3_drops_low_scores_and_detections_of_negatives(sam3, frames):
@@ -326,3 +342,60 @@ def test_florence2_refuses_other_checkpoints_and_wrong_settings(owlv2):
         Florence2("no/where", task="boxes")
     with pytest.raises(ConfigError, match="detector.beams"):
         Florence2("no/where", beams=0)
+
+
+@pytest.fixture(scope="module")
+def rf_detr(tmp_path_factory):
+    return checkpoints.rf_detr(tmp_path_factory.mktemp("models") / "rf_detr")
+
+
+def test_rf_detr_equals_its_processor(rf_detr, frames):
+    from transformers import RfDetrForInstanceSegmentation, RfDetrImageProcessor
+
+    model = RfDetrForInstanceSegmentation.from_pretrained(rf_detr)
+    processor = RfDetrImageProcessor.from_pretrained(rf_detr)
+    detector = RfDetr(str(rf_detr), min_score=0.0)
+    assert detector.vocabulary.classes == ("car", "wheel", "traffic light", "dog")
+    for frame in frames:
+        detections = detector.detect([frame], detector.vocabulary)[0]
+        inputs = processor(images=frame.image, return_tensors="pt")
+        with torch.no_grad():
+            out = model(**inputs)
+        out.logits[..., [0, 4]] = -50  # labels that are no class
+        (boxes,) = processor.post_process_object_detection(out, threshold=0.0, target_sizes=[frame.size_hw])
+        names = [model.config.id2label[int(label)] for label in boxes["labels"]]
+        boxes["labels"] = torch.tensor([detector.vocabulary.classes.index(name) for name in names])
+        assert_same(detections, boxes, frame.size_hw)
+        (masks,) = processor.post_process_instance_segmentation(
+            out, threshold=0.0, target_sizes=[frame.size_hw], return_binary_maps=True
+        )
+        scores = np.array([info["score"] for info in masks["segments_info"]])  # of those whose mask is not empty
+        for mask, confidence in zip(detections.mask, detections.confidence, strict=True):
+            if mask.any():
+                same = np.flatnonzero(np.abs(scores - confidence) < 1e-5)
+                assert any((masks["segmentation"][i].numpy() == mask).mean() > 0.9999 for i in same)
+
+
+def test_rf_detr_names_the_phrases_that_it_does_not_know(rf_detr, frames, tmp_path):
+    detector = RfDetr(str(rf_detr), min_score=0.0)
+    words = Vocabulary.parse({"vehicle": ["Car", "truck"], "light": "Traffic  Light", "helmet": "helmet"})
+    detections = detector.detect(frames[:1], words)[0]
+    assert set(detections.data["class_name"]) == {"vehicle", "light"}
+    detector.detect(frames[1:], words)
+    (skipped,) = detector.take_refused()
+    assert skipped.file == "text" and "does not know 'truck', 'helmet'; its classes are car, wheel" in skipped.reason
+    with pytest.raises(ConfigError, match="knows none of 'helmet'; its classes are car, wheel, traffic light, dog"):
+        detector.detect(frames[:1], Vocabulary.parse(["helmet"]))
+    positive = detector.detect(frames[:1], Vocabulary.parse(["car"], ["dog"]))[0]
+    every = detector.detect(frames[:1], Vocabulary.parse(["car"]))[0]
+    assert len(positive) < len(every)
+    overrides = (f"checkpoints.rf_detr={rf_detr}", "select.score=0", "detector.min_score=0")
+    pipeline = load(*overrides, detector="rf_detr")
+    assert pipeline.segmenter is None and pipeline.segment(frames[0].image).mask.any()
+    boxes = load(*overrides, "detector.own_masks=false", preset="shapes", detector="rf_detr", segmenter="none")
+    assert boxes.segment(frames[0].image, ["car"]).mask is None
+
+
+def test_rf_detr_refuses_other_checkpoints(owlv2):
+    with pytest.raises(CheckpointError, match="is a owlv2 checkpoint; expected rf_detr"):
+        RfDetr(str(owlv2))

@@ -11,7 +11,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Literal
@@ -75,6 +75,14 @@ class BackendSettings:
                 ) from error
 
 
+def _version(package: str) -> str:
+    """Return the version of a package; `none` where it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
 def convert_backbone(backbone: nn.Module, settings: BackendSettings, precision: Precision) -> None:
     """Run the `forward` of a backbone, whose only input is a batch of images, in another back end.
 
@@ -98,7 +106,7 @@ def convert_backbone(backbone: nn.Module, settings: BackendSettings, precision: 
         precision = "exact"
     original = backbone.forward
     # The graph depends on the weights and on the code that produces it.
-    versions = [f"{package} {version(package)}" for package in ("torch", "transformers", "sam2", "segment_anything")]
+    versions = [f"{package} {_version(package)}" for package in ("torch", "transformers", "sam2", "segment_anything")]
     origin = f"{type(backbone).__name__} {weights_digest(backbone.state_dict())} {versions}"
     loaded: OrderedDict[str, Callable[[Tensor], Any]] = OrderedDict()
 

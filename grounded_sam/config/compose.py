@@ -23,6 +23,13 @@ GROUPS = ("source", "detector", "segmenter", "tracker", "sink", "preset")
 RENAMED = {"phrasing": "prompt_template", "exports": "export_dir"} | {
     f"{group}.{old}": f"{group}.{new}" for group, keys in GROUP_KEYS.items() for old, new in keys.items()
 }
+#: Keys that only some choices have, which people look for with others.
+KEYS_OF_CHOICES = {
+    "detector.examples": "detector=owlv2 or detector=prototypes",
+    "detector.negative_examples": "detector=owlv2 or detector=prototypes",
+    "detector.exemplars": "detector=sam3",
+    "detector.prompts": "detector=clicks",
+}
 _STAGE_KEY = re.compile(r"(detector|segmenter|tracker)\.(.*\.)?(\w+)")
 
 
@@ -136,6 +143,8 @@ def _suggest(key: str, overrides: Sequence[str]) -> str:
     elsewhere = _synonym(whole, key.rpartition(".")[2]) or _keys_named(whole, last)
     meant = (close or elsewhere) if parent else (elsewhere or close)
     hint = f"did you mean {' or '.join(map(repr, meant[:3]))}? " if meant else ""
+    if key in KEYS_OF_CHOICES:
+        hint = f"it is a key of {KEYS_OF_CHOICES[key]}; "
     return f"{hint}the keys of {parent or 'the config'} are {', '.join(sorted(known))}"
 
 

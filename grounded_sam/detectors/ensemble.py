@@ -13,7 +13,8 @@ from grounded_sam.checks import check_choice, check_number
 from grounded_sam.errors import ConfigError
 from grounded_sam.structures.detections import make_detections, select_rows, validate_detections
 from grounded_sam.structures.frame import Frame
-from grounded_sam.structures.protocols import BatchDetector, Detector
+from grounded_sam.structures.protocols import BatchDetector, Detector, RefusesAnswers
+from grounded_sam.structures.results import Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
 
 
@@ -73,6 +74,11 @@ class EnsembleDetector:
             self._merge(frame, [detections[i] for detections in by_detector], vocabulary)
             for i, frame in enumerate(frames)
         ]
+
+    def take_refused(self) -> list[Skipped]:
+        """Return what the detectors refused of the answers of their models."""
+        detectors = (detector for detector in self.detectors.values() if isinstance(detector, RefusesAnswers))
+        return [skipped for detector in detectors for skipped in detector.take_refused()]
 
     def _detect(self, name: str, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
         """Run one detector in batches of its own size; apply `min_score` and NMS."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import supervision as sv
@@ -17,7 +16,7 @@ from grounded_sam.detectors.queries import (
     phrases_of,
 )
 from grounded_sam.errors import ConfigError, VocabularyError
-from grounded_sam.media.images import read_image
+from grounded_sam.formats.examples import read_example_classes
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.vocabulary import Vocabulary
 from grounded_sam.weights.loading import pick_device
@@ -37,9 +36,11 @@ class Owlv2:
         checkpoint: Hub id or local folder.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`...
         dtype: Type of weights and activations: `float32`, `bfloat16` or `float16`.
-        examples: Image examples by class, with or without text: an image, or a box in one, such as
-            `{cup: [cup.jpg, {image: table.jpg, box: [40, 60, 90, 300]}]}`.
+        examples: Examples by class, with or without text, such as
+            `{cup: [cup.jpg, {image: table.jpg, box: [40, 60, 90, 300]}]}`; or a folder, a COCO file or a store: see
+            `formats.examples`.
         batch_size: Images per forward pass.
+        negative_examples: Examples of look-alikes: what is more similar to one of them is dropped.
 
     Raises:
         CheckpointError: If the checkpoint is missing, or of another model family.
@@ -52,11 +53,12 @@ class Owlv2:
         checkpoint: str,
         device: str = "auto",
         dtype: Dtype = "float32",
-        examples: Mapping[str, Any] | None = None,
+        examples: Mapping[str, Any] | str | None = None,
         batch_size: int = 1,
+        negative_examples: Any = None,
     ) -> None:
         check_model_settings(dtype, batch_size)
-        crops = {str(name): _read_examples(str(name), entries) for name, entries in (examples or {}).items()}
+        self.examples = read_example_classes(examples, negative_examples, "detector.examples")
         import torch
 
         self.device, self.dtype, self.batch_size = pick_device(device), getattr(torch, dtype), batch_size
@@ -64,10 +66,13 @@ class Owlv2:
         self.model = model.to(self.device)
         self.image_processor, self.tokenizer = processor.image_processor, processor.tokenizer
         #: Classes of the examples, for runs without text.
-        self.vocabulary = Vocabulary(tuple(crops), tuple((name,) for name in crops), queried=False) if crops else None
+        names = tuple(self.examples.classes)
+        self.vocabulary = Vocabulary(names, tuple((name,) for name in names), queried=False) if names else None
         self._examples = {
-            name: torch.cat([self._embed_example(image) for image in images]) for name, images in crops.items()
+            name: torch.cat([self._embed_example(example.crop()) for example in examples])
+            for name, examples in self.examples.classes.items()
         }
+        self._look_alikes = [self._embed_example(example.crop()) for example in self.examples.negatives]
         self._queries: dict[Vocabulary, tuple[Tensor, list[int]]] = {}
 
     def _preprocess(self, images: Sequence[Any]) -> Tensor:
@@ -105,18 +110,28 @@ class Owlv2:
         """Return the embeddings of all phrases and examples, `(n, d)`, and the class id of each, -1 for negatives.
 
         Raises:
+            ConfigError: If the vocabulary lacks a class with examples.
             VocabularyError: If a phrase is longer than the model takes.
         """
         import torch
 
         if vocabulary not in self._queries:
+            unknown = self.examples.unknown_classes(vocabulary)
+            if unknown:
+                raise ConfigError(
+                    f"detector.examples name classes that are not in text: {', '.join(map(repr, unknown))}; "
+                    f"text has {', '.join(map(repr, vocabulary.classes))}"
+                )
             # Without text, the class names come from the examples and are not used as phrases.
             phrases, owners = ([], []) if vocabulary is self.vocabulary else phrases_of(vocabulary)
             parts = [self._embed_phrases(phrases)] if phrases else []
-            for i, name in enumerate(vocabulary.classes):
-                if name in self._examples:
-                    parts.append(self._examples[name])
-                    owners += [i] * len(self._examples[name])
+            for name, embeddings in self._examples.items():
+                owner = vocabulary.index(name)
+                assert owner is not None
+                parts.append(embeddings)
+                owners += [owner] * len(embeddings)
+            parts += self._look_alikes
+            owners += [-1] * len(self._look_alikes)
             self._queries[vocabulary] = torch.cat(parts), owners
         return self._queries[vocabulary]
 
@@ -138,29 +153,3 @@ class Owlv2:
             xyxy = cxcywh_to_xyxy(boxes_, scale)
             results.append(detections_from_queries(scores, owners, xyxy, vocabulary, frame.size_hw))
         return results
-
-
-def _read_examples(name: str, entries: Any) -> list[Any]:
-    """Read the image examples of a class, RGB arrays."""
-    crops = []
-    for entry in entries if isinstance(entries, list | tuple) else [entries]:
-        if isinstance(entry, str | Path):
-            crops.append(read_image(entry))
-            continue
-        box = entry.get("box") if isinstance(entry, Mapping) else None
-        if box is None or not isinstance(box, list | tuple) or len(box) != 4 or "image" not in entry:
-            raise ConfigError(
-                f"detector.examples.{name}: expected an image or {{image: ..., box: [x1, y1, x2, y2]}}, got {entry!r}"
-            )
-        image = read_image(entry["image"])
-        x1, y1, x2, y2 = (round(float(v)) for v in box)
-        crop = image[max(0, y1) : max(0, y2), max(0, x1) : max(0, x2)]
-        if not crop.size:
-            raise ConfigError(
-                f"detector.examples.{name}: the box {list(box)} lies outside {entry['image']}, which is "
-                f"{image.shape[1]}x{image.shape[0]} px"
-            )
-        crops.append(crop)
-    if not crops:
-        raise ConfigError(f"detector.examples.{name} has no example")
-    return crops

@@ -1,4 +1,7 @@
-"""SAM 3's concept segmentation (Carion et al. 2025), with transformers: text to masks in one model."""
+"""SAM 3's concept segmentation (Carion et al. 2025), with transformers: text to masks in one model.
+
+SAM3-LiteText (Zeng et al. 2026) is the same with a text encoder that is up to 88% smaller.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +50,7 @@ class Sam3:
     dropped.
 
     Args:
-        checkpoint: Hub id or local folder of a `Sam3Model`.
+        checkpoint: Hub id or local folder of a `Sam3Model` or `Sam3LiteTextModel`.
         device: `auto`, `cpu`, `cuda`, `cuda:1`, `mps`...
         dtype: Type of weights and activations: `float32`, `bfloat16` or `float16`.
         own_masks: Return SAM 3's masks; False returns boxes, for a segmenter.
@@ -55,10 +58,11 @@ class Sam3:
         exemplars: Boxes of example objects, in addition to text, each used in its own image: a JSON file, or
             entries with `class`, `box` (`[x1, y1, x2, y2]` in pixels), optionally `negative: true` for a
             counterexample, and `image` (a name as in the output, or the end of one; by default every image).
+        examples: Must be None: SAM 3 cannot use examples from other images.
 
     Raises:
         CheckpointError: If the checkpoint is missing, or of another model family.
-        ConfigError: If an exemplar is malformed.
+        ConfigError: If an exemplar is malformed, or there are examples from other images.
     """
 
     def __init__(
@@ -69,18 +73,26 @@ class Sam3:
         own_masks: bool = True,
         min_score: float = 0.05,
         exemplars: str | Sequence[Mapping[str, Any]] | None = None,
+        examples: Any = None,
     ) -> None:
         check_model_settings(dtype)
+        if examples is not None:  # its geometry encoder pools the features of the image that is segmented
+            raise ConfigError(
+                "SAM 3 compares with boxes in the same image only (detector.exemplars); for detector.examples from "
+                "other images use detector=owlv2"
+            )
         check_bool("detector.own_masks", own_masks)
         check_number("detector.min_score", min_score, 0, 1)
         self.exemplars = read_exemplars(exemplars)
         import torch
+        import transformers
         from transformers import AutoImageProcessor, AutoTokenizer, Sam3Model
 
         self.device, self.dtype = pick_device(device), getattr(torch, dtype)
         self.own_masks, self.min_score = own_masks, min_score
-        kinds, parts = ("sam3", "sam3_video"), [AutoImageProcessor, AutoTokenizer]
-        loaded = load_checkpoint(checkpoint, kinds, Sam3Model, parts, self.dtype)
+        classes = {"sam3": Sam3Model, "sam3_video": Sam3Model}
+        classes["sam3_lite_text"] = getattr(transformers, "Sam3LiteTextModel", None)  # not in older versions
+        loaded = load_checkpoint(checkpoint, list(classes), classes, [AutoImageProcessor, AutoTokenizer], self.dtype)
         model, self.image_processor, self.tokenizer = loaded
         self.model = model.to(self.device)
         self._queries: dict[Vocabulary, list[_Query]] = {}

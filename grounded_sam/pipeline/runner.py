@@ -32,6 +32,7 @@ from grounded_sam.structures.protocols import (
     OwnsFolder,
     PreparesResults,
     RecordsSkipped,
+    RefusesAnswers,
     ResultStore,
     Resumable,
     Sharded,
@@ -170,6 +171,7 @@ class Runner:
 
     def _run(self, claimed: ClaimedFolder) -> Summary:
         start = time.perf_counter()
+        _take_refused(self.pipeline.detector)  # that of an earlier run with the same models
         try:
             with ExitStack() as stack:
                 for sink in self.sinks:
@@ -186,7 +188,8 @@ class Runner:
                 self.cache.close()
         self.pipeline.seconds["all"] = time.perf_counter() - start
         self.summary.objects.update(self._tracks.values())
-        self.summary.skipped = [*self._skipped(), *_listed_by_sinks(self.sinks), *self._unused_clicks()]
+        refused = _take_refused(self.pipeline.detector)
+        self.summary.skipped = [*self._skipped(), *refused, *_listed_by_sinks(self.sinks), *self._unused_clicks()]
         if self.store is not None:
             self.summary.skipped += self.store.not_searched()
         self._write_skipped()
@@ -384,6 +387,11 @@ def _listed_by_sinks(sinks: Sequence[Sink]) -> list[Skipped]:
     """Return what sinks left out of what they wrote, each once."""
     parts = (sink.skipped for sink in sinks if isinstance(sink, ListsSkipped))
     return list(dict.fromkeys(skipped for part in parts for skipped in part))
+
+
+def _take_refused(detector: object) -> list[Skipped]:
+    """Return what a detector refused of the answers of its model."""
+    return detector.take_refused() if isinstance(detector, RefusesAnswers) else []
 
 
 def _own_folders(sinks: Sequence[Sink]) -> list[Path]:

@@ -84,6 +84,9 @@ class Tiles:
 
         Returns:
             One detection per object, in pixels of the frame.
+
+        Raises:
+            ConfigError: If the detector gives points.
         """
         height, width = frame.size_hw
         if self.size is None or max(height, width) <= self.size:
@@ -94,6 +97,8 @@ class Tiles:
             x1, y1, x2, y2 = tile.tolist()
             crop = Frame(pixels=np.ascontiguousarray(image[y1:y2, x1:x2]), index=frame.index, name=frame.name)
             detections = detect([crop])[0]
+            if "points" in detections.data:
+                raise ConfigError("tiles.size needs a detector of boxes, but this one gives points; remove tiles.size")
             detections.xyxy = detections.xyxy + np.array([x1, y1, x1, y1], np.float32)
             detections.mask = None  # made on the whole image, so that objects that a tile cuts get whole masks
             parts.append(detections)

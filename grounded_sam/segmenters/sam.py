@@ -15,6 +15,7 @@ from grounded_sam.segmenters.base import DecodedMasks, PromptedSegmenter, Prompt
 from grounded_sam.segmenters.options import SegmenterOptions
 from grounded_sam.weights.hub import HubFile
 from grounded_sam.weights.loading import builtin_settings, find_file, load_into
+from grounded_sam.weights.packages import import_package
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +52,7 @@ class Sam(PromptedSegmenter):
 
     Raises:
         CheckpointError: If the weights are missing, damaged, or of another model.
-        ConfigError: If an option is not allowed.
+        ConfigError: If an option is not allowed, or the package `segment_anything` is not installed.
     """
 
     def __init__(
@@ -63,8 +64,9 @@ class Sam(PromptedSegmenter):
     ) -> None:
         super().__init__(SegmenterOptions(**options))
         file = self.hub_file({"checkpoint": checkpoint, "size": size})
+        instead = "segmenter=sam_hq or segmenter=sam2_hf, which run with transformers"
+        package: Any = import_package("segment_anything", "segmenter=sam", instead, install="segment-anything")
         path = find_file(checkpoint, "sam", file.name, sha256 or file.sha256)
-        from segment_anything import SamPredictor, sam_model_registry
 
         self.mask_generator_settings: Mapping[str, Any] = {}
         settings = builtin_settings(path, "sam")
@@ -74,11 +76,11 @@ class Sam(PromptedSegmenter):
             model = instantiate(settings["model"], _convert_="all")
             self.mask_generator_settings = settings["mask_generator"]
         else:
-            model = sam_model_registry[size]()
+            model = package.sam_model_registry[size]()
         load_into(model, path, f"SAM {size}")
         self.model: Any = model.to(self.options.torch_device).eval()
         speed_up_encoder(self.model, self.options.precision, self.options.compile, self.options.backend_settings)
-        self.predictor = SamPredictor(self.model)
+        self.predictor = package.SamPredictor(self.model)
 
     @classmethod
     def hub_file(cls, settings: Mapping[str, Any]) -> HubFile:

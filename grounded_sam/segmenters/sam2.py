@@ -24,6 +24,7 @@ from grounded_sam.segmenters.base import DecodedMasks, Prompts, SharableSegmente
 from grounded_sam.segmenters.options import SegmenterOptions, model_identity
 from grounded_sam.weights.hub import HubFile
 from grounded_sam.weights.loading import BUILTIN_DIR, builtin_settings, find_file, load_into
+from grounded_sam.weights.packages import import_package
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -56,6 +57,8 @@ SIZES = {
     ),
 }
 Size = Literal["tiny", "small", "base_plus", "large"]
+#: What to choose where the package `sam2` cannot be installed.
+INSTEAD = "segmenter=sam2_hf and tracker=sam2_hf, which run the same weights with transformers"
 #: Feature maps `(b, C, h, w)` of images, from fine to coarse: `backbone_fpn` of `SAM2Base.forward_image`.
 ImageFeatures = tuple[Any, Any, Any]
 #: Columns of detections that are prompted with more than their boxes; see `segmenters.base.group_prompts`.
@@ -186,7 +189,7 @@ class Sam2(SharableSegmenter):
 
     Raises:
         CheckpointError: If the weights are missing, damaged, or of another model.
-        ConfigError: If an option is not allowed.
+        ConfigError: If an option is not allowed, or the package `sam2` is not installed.
     """
 
     def __init__(
@@ -201,11 +204,10 @@ class Sam2(SharableSegmenter):
         parsed = SegmenterOptions(**options)
         super().__init__(parsed, model_identity(parsed, checkpoint, size))
         file = sam2_hub_file({"checkpoint": checkpoint, "size": size})
+        package = import_package("sam2", "segmenter=sam2", INSTEAD)  # before anything is downloaded
         path = find_file(file.repo, "sam2", file.name, sha256 or file.sha256)
         with preserve_hydra_state():
-            import sam2
-
-            architecture = Path(sam2.__file__).parent / "configs" / "sam2.1" / SIZES[size][3]
+            architecture = Path(str(package.__file__)).parent / "configs" / "sam2.1" / SIZES[size][3]
             self.mask_generator_settings: Mapping[str, Any] = {}
             settings = builtin_settings(path, "sam2")
             if settings is not None:

@@ -100,6 +100,25 @@ class GroupsBySize(Protocol):
         """Return what is equal for frames that share a forward pass, from their height and width in pixels."""
 
 
+@runtime_checkable
+class RefusesAnswers(Protocol):
+    """A detector that may not use all of what it is asked, or of what its model says.
+
+    These are parts of answers that cannot be read, and phrases that the model does not know.
+    """
+
+    def take_refused(self) -> list[Skipped]:
+        """Return what was refused since the last call, at most one entry per frame, and forget it."""
+
+
+@runtime_checkable
+class EmbedsCrops(Protocol):
+    """A model that embeds crops of objects, to compare them."""
+
+    def embed_crops(self, crops: Sequence[NDArray[np.uint8]]) -> NDArray[np.float32]:
+        """Return the normalized embeddings `(n, d)` of crops `(h, w, 3) uint8`."""
+
+
 @dataclass(frozen=True)
 class DetectorTraits:
     """What a detector does besides boxes, known from its settings before weights are loaded.

@@ -17,13 +17,14 @@ from grounded_sam.acceleration.transfer import Download
 from grounded_sam.checks import check_int
 from grounded_sam.segmenters.base import upsample_masks
 from grounded_sam.segmenters.options import model_identity
-from grounded_sam.segmenters.sam2 import ImageFeatures, Sam2, Size, sam2_hub_file
+from grounded_sam.segmenters.sam2 import INSTEAD, ImageFeatures, Sam2, Size, sam2_hub_file
 from grounded_sam.structures.detections import tracked_detections
 from grounded_sam.trackers.base import MemorySession, MemoryTracker, find_shared
 from grounded_sam.trackers.options import TrackerOptions
 from grounded_sam.trackers.prompting import mask_prompt, oldest_dispensable, to_mask_input, to_pixels, to_points
 from grounded_sam.trackers.sam2_model import Memories, ObjectModel, Propagated, join_memories
 from grounded_sam.weights.hub import HubFile
+from grounded_sam.weights.packages import import_package
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -361,7 +362,7 @@ class Sam2Tracker(MemoryTracker):
 
     Raises:
         CheckpointError: If the weights are missing, damaged, or of another model.
-        ConfigError: If an option is not allowed.
+        ConfigError: If an option is not allowed, or the package `sam2` is not installed.
     """
 
     def __init__(
@@ -378,6 +379,7 @@ class Sam2Tracker(MemoryTracker):
         shared = find_shared(segmenter, Sam2, model_identity(parsed, checkpoint, size))
         super().__init__(parsed, shared)
         if shared is None:
+            import_package("sam2", "tracker=sam2", INSTEAD)
             model_options = {option.name: getattr(parsed, option.name) for option in fields(ModelOptions)}
             shared = Sam2(checkpoint, size, sha256, **model_options)
         self.model, self.encode = shared.model, shared.encode

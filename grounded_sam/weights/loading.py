@@ -181,7 +181,7 @@ def load_checkpoint(
     Args:
         checkpoint: Hub id, local folder, or `builtin:NAME`.
         kinds: Values of `model_type` that are accepted.
-        model_class: Class that loads the model.
+        model_class: Class that loads the model, or such a class by `model_type`.
         part_classes: Classes that load the rest.
         dtype: Torch dtype of the weights; None for float32.
         builtin_kind: Kind of the model, for `builtin:`.
@@ -203,7 +203,8 @@ def load_checkpoint(
             raise CheckpointError(f"{checkpoint} is a {kind} checkpoint; expected {' or '.join(kinds)}")
         parts = [part_class.from_pretrained(folder, **safe) for part_class in part_classes]
         safe["dtype"] = dtype or torch.float32
-        return *model_class.from_pretrained(folder, output_loading_info=True, **safe), *parts
+        chosen: Any = model_class[kind] if isinstance(model_class, Mapping) else model_class
+        return *chosen.from_pretrained(folder, output_loading_info=True, **safe), *parts
 
     try:
         model, info, *parts = load(True) if Path(folder).is_dir() else from_cache_or_hub(folder, load)

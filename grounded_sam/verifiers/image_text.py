@@ -15,7 +15,7 @@ from grounded_sam.checks import check_bool, check_choice, check_number
 from grounded_sam.errors import CheckpointError, ConfigError
 from grounded_sam.structures.detections import select_rows
 from grounded_sam.structures.vocabulary import Vocabulary
-from grounded_sam.verifiers.calibration import ScoreWeights, to_logit, to_probability
+from grounded_sam.verifiers.calibration import MAX_MARGIN, ScoreWeights, to_logit, to_probability
 from grounded_sam.verifiers.crops import crop_square, dim_surroundings
 from grounded_sam.verifiers.embedding import ImageTextModel
 from grounded_sam.verifiers.prototypes import Prototypes
@@ -50,7 +50,8 @@ class ImageTextVerifier:
     zero-shot classification of the phrase against them: published models rank phrases well, but their sigmoids are
     not probabilities for crops.
 
-    `data["calibrated_score"]` combines it with the other scores, see `calibration.ScoreWeights`, and
+    `data["verify_margin"]` is how far the logit of the class is above that of the best other one, -10 to 10.
+    `data["calibrated_score"]` combines these with the other scores, see `calibration.ScoreWeights`, and
     `metadata["presence"]` maps each class that was detected to the probability that it is in the image at all: the same
     combination for its best box, which has the largest product of confidence and verify score. If the detector
     estimates presence (SAM 3), the logits of both are averaged.
@@ -243,7 +244,11 @@ class ImageTextVerifier:
         mask_score = detections.data.get("mask_score")
         calibrated = self.calibration.probability(detections.confidence, verify_score, margin, mask_score)
         judged = select_rows(detections, rows)
-        judged.data |= {"verify_score": verify_score, "calibrated_score": calibrated}
+        judged.data |= {
+            "verify_score": verify_score,
+            "verify_margin": margin.clip(-MAX_MARGIN, MAX_MARGIN).astype(np.float32),
+            "calibrated_score": calibrated,
+        }
         return judged, margin
 
     def _presence(

@@ -295,6 +295,30 @@ def phrase_loss(logits: Tensor, batch: VerifierBatch) -> Tensor:
     return (weight * losses).sum() / len(logits)
 
 
+class Composition:
+    """Compute how far phrases of a color and a shape are from the sum of those of the color and of the shape.
+
+    Without this term, phrases of pairs that training does not use score lower than others.
+
+    Args:
+        tokenizer: Tokenizer of the model.
+    """
+
+    def __init__(self, tokenizer: BertTokenizerFast) -> None:
+        texts = [*(f"{color} object" for color in ALL_COLORS), *ALL_SHAPES]
+        self.ids = tokenize(tokenizer, texts)
+
+    def __call__(self, siglip: SiglipModel, batch: VerifierBatch) -> Tensor:
+        """Return the mean cosine distance of the phrases of a batch that name both."""
+        is_pair = (batch.named >= 0).all(1)
+        ids = torch.cat([batch.ids[is_pair], self.ids.to(batch.ids.device)])
+        texts = F.normalize(siglip.text_model(input_ids=ids).pooler_output, dim=1)
+        pairs, colors, shapes = texts.split([int(is_pair.sum()), len(ALL_COLORS), len(ALL_SHAPES)])
+        named = batch.named[is_pair]
+        sums = F.normalize(colors[named[:, 0]] + shapes[named[:, 1]], dim=1)
+        return (1 - (pairs * sums).sum(1)).mean()
+
+
 def outline_loss(embeddings: Tensor, labels: Tensor, temperature: float = 0.1) -> Tensor:
     """Compute the supervised contrastive loss among the crops of outlines."""
     rows = labels[:, 1] >= FIRST_OUTLINE
@@ -360,6 +384,7 @@ def load_backbone(checkpoint: str) -> Any:
 
 def train_teacher(cfg: DictConfig, teacher: Teacher, batches: VerifierBatches, validation: Validation) -> None:
     """Train the teacher and the text tower."""
+    composition = Composition(batches.tokenizer)
     names = nn.Linear(DIM, len(ALL_COLORS) + len(ALL_SHAPES))
     outlines = nn.Linear(DIM, 64)
     teacher.siglip.vision_model.requires_grad_(False)
@@ -369,8 +394,10 @@ def train_teacher(cfg: DictConfig, teacher: Teacher, batches: VerifierBatches, v
         phrases = phrase_loss(compare(teacher.siglip, embeddings, batch.ids), batch)
         contrast = outline_loss(outlines(embeddings), batch.labels)
         named, accuracy = name_loss(names(embeddings * 10), batch.labels)
-        total = phrases + 0.5 * contrast + 0.5 * named
-        return total, {"phrases": phrases.item(), "outlines": contrast.item(), "shape_accuracy": accuracy}
+        apart = composition(teacher.siglip, batch)
+        total = phrases + 0.5 * contrast + 0.5 * named + 10 * apart
+        metrics = {"phrases": phrases.item(), "outlines": contrast.item(), "composition": apart.item()}
+        return total, {**metrics, "shape_accuracy": accuracy}
 
     fit(
         teacher,

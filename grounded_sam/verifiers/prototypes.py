@@ -23,7 +23,7 @@ WHITENING = "whitening.safetensors"
 
 
 @dataclass(frozen=True)
-class Example:
+class _Example:
     """An image of an object.
 
     Attributes:
@@ -79,11 +79,11 @@ class Prototypes:
             return
         self._mean, self._whitening = self._read_whitening()
         means = [
-            self._prototype(read_examples(entries, f"verify.examples.{name}"))
+            self._prototype(_read_examples(entries, f"verify.examples.{name}"))
             for name, entries in examples.items()  # type: ignore[union-attr]
         ]
         self._prototypes = np.stack(means)
-        others = read_examples(negative_examples, "verify.negative_examples") if negative_examples else []
+        others = _read_examples(negative_examples, "verify.negative_examples") if negative_examples else []
         self._negatives = np.stack([self._prototype([example]) for example in others]) if others else None
 
     def check_classes(self, vocabulary: Vocabulary) -> None:
@@ -114,13 +114,13 @@ class Prototypes:
             return classes, np.zeros(len(embeddings))
         return classes, np.maximum((self._scale * (whitened @ self._negatives.T) + self._offset).max(1), 0.0)
 
-    def _prototype(self, examples: list[Example]) -> NDArray[np.float64]:
+    def _prototype(self, examples: list[_Example]) -> NDArray[np.float64]:
         """Return the normalized mean of the embeddings of examples, `(d,)`."""
         crops = [crop for example in examples for crop in self._crops(example)]
         mean = self._whiten(self._network.embed_crops(crops)).mean(0)
         return np.asarray(mean / max(float(np.linalg.norm(mean)), 1e-9), np.float64)
 
-    def _crops(self, example: Example) -> list[NDArray[np.uint8]]:
+    def _crops(self, example: _Example) -> list[NDArray[np.uint8]]:
         """Return the crop of an example, and its turned and mirrored copies."""
         size = self._network.size
         crop = crop_square(example.image, example.box, MARGIN, size)
@@ -167,7 +167,7 @@ def _read_settings(settings: Any) -> tuple[float, float, bool]:
         ) from None
 
 
-def read_examples(entries: Any, where: str) -> list[Example]:
+def _read_examples(entries: Any, where: str) -> list[_Example]:
     """Read example images.
 
     Args:
@@ -178,7 +178,7 @@ def read_examples(entries: Any, where: str) -> list[Example]:
         ConfigError: If an entry is malformed, or there is none.
         ImageError: If an image cannot be read.
 
-    >>> read_examples(np.zeros((8, 6, 3), np.uint8), "verify.examples.cup")[0].box.tolist()
+    >>> _read_examples(np.zeros((8, 6, 3), np.uint8), "verify.examples.cup")[0].box.tolist()
     [0.0, 0.0, 6.0, 8.0]
     """
     listed = entries if isinstance(entries, list | tuple) else [entries]
@@ -187,7 +187,7 @@ def read_examples(entries: Any, where: str) -> list[Example]:
     return [_read_example(entry, f"{where}[{i}]") for i, entry in enumerate(listed)]
 
 
-def _read_example(entry: Any, where: str) -> Example:
+def _read_example(entry: Any, where: str) -> _Example:
     fields = dict(entry) if isinstance(entry, Mapping) else {"image": entry}
     unknown = sorted(set(fields) - {"image", "box", "mask"})
     if unknown or fields.get("image") is None:
@@ -204,7 +204,7 @@ def _read_example(entry: Any, where: str) -> Example:
         mask = np.asarray(mask, bool)
     box = fields.get("box")
     if box is None:
-        return Example(image, _box_of(mask) if mask is not None else np.array([0.0, 0, width, height]), mask)
+        return _Example(image, _box_of(mask) if mask is not None else np.array([0.0, 0, width, height]), mask)
     try:
         xyxy = np.array([float(value) for value in box])
     except (TypeError, ValueError):
@@ -213,7 +213,7 @@ def _read_example(entry: Any, where: str) -> Example:
         raise ConfigError(f"{where}: expected a box [x1, y1, x2, y2], got {box!r}")
     if xyxy[2] <= 0 or xyxy[3] <= 0 or xyxy[0] >= width or xyxy[1] >= height:
         raise ConfigError(f"{where}: the box {list(box)} lies outside its image, which is {width}x{height} px")
-    return Example(image, xyxy, mask)
+    return _Example(image, xyxy, mask)
 
 
 def _box_of(mask: NDArray[np.bool_]) -> NDArray[np.float64]:

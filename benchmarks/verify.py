@@ -11,8 +11,9 @@ Parts:
 - `together`: all phrases in one prompt. Printed are Matthews' correlation coefficient (MCC) of presence, over all pairs
   of a scene and a phrase and over the pairs that no training has seen; F1 of boxes at the threshold; AP50 of all boxes;
   the expected calibration error; and false detections per empty scene.
-- `alone`: each phrase in a prompt of its own, MCC only, on a third of the scenes.
-- `examples`: shapes that have no name, found by three example crops each: AP50, and false detections per scene without.
+- `alone`: each phrase in a prompt of its own, MCC only, on a sixth of the scenes.
+- `examples`: shapes that have no name, found by three example crops each, among the boxes that the detector proposes
+  for colors and other shapes: AP50, and false detections per scene without the shape.
 - `cost`: seconds per image of a verifier of real size with random weights, for 8 boxes.
 """
 
@@ -22,7 +23,7 @@ import argparse
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ import supervision as sv
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 sys.path.insert(0, str(Path(__file__).parent))
 
-from independent import HELD_OUT_PAIRS, NEW_SHAPES, SHAPES, LabeledShape, photo_files, random_scene
+from independent import COLORS, HELD_OUT_PAIRS, NEW_SHAPES, SHAPES, LabeledShape, photo_files, random_scene
 from shapes import PAIRS, average_precision, box_iou, match_detections, name_of, to_xywh
 
 from grounded_sam import Pipeline, Select, load
@@ -46,6 +47,8 @@ from grounded_sam.structures.vocabulary import Vocabulary
 
 #: Lowest score of the detections that AP and the calibration error count.
 FLOOR = 0.02
+#: Lowest confidence of the boxes that are compared with examples.
+EXAMPLE_FLOOR = 0.05
 UNSEEN = sorted(HELD_OUT_PAIRS)
 
 
@@ -92,10 +95,9 @@ class Tally:
         return correlation(found, shown), correlation(found[unseen], shown[unseen])
 
 
-def judge(model: Pipeline, image: np.ndarray, phrases: Sequence[str]) -> sv.Detections:
-    """Return all detections that the verifier judged, with the confidence of the detector."""
-    vocabulary, frame = Vocabulary.parse(list(phrases)), Frame(pixels=image)
-    stages = model.stages.with_select(Select(score=0.0, nms=None))
+def judge(model: Pipeline, image: np.ndarray, vocabulary: Vocabulary, floor: float = 0.0) -> sv.Detections:
+    """Return all detections above a confidence of the detector, judged if there is a verifier."""
+    frame, stages = Frame(pixels=image), model.stages.with_select(Select(score=floor, nms=None))
     return stages.segment([frame], stages.detect([frame], vocabulary), vocabulary, stages.segmenter)[0]
 
 
@@ -145,7 +147,7 @@ def measure(scenes: list[Any], verified: Pipeline, alone: Select) -> dict[str, T
     tallies = {"detector alone": Tally(), "verified": Tally()}
     judging = without_rescoring(verified)
     for number, scene in enumerate(scenes, 1):
-        found = judge(judging, scene[0], scene[2])
+        found = judge(judging, scene[0], Vocabulary.parse(scene[2]))
         best: dict[str, float] = {}
         for name, score in zip(found.data["class_name"], found.confidence, strict=True):
             best[str(name)] = max(best.get(str(name), 0.0), float(score))
@@ -196,8 +198,7 @@ def print_alone(scenes: list[Any], verified: Pipeline, alone: Select) -> None:
 
 def example_scenes(count: int, seed: int, photos: list[Path]) -> Iterator[tuple[np.ndarray, list[LabeledShape]]]:
     """Yield scenes of shapes with and without a name."""
-    colors = list(dict.fromkeys(color for color, _ in PAIRS))
-    pairs = [(color, shape) for color in colors for shape in NEW_SHAPES * 2 + SHAPES]
+    pairs = [(color, shape) for color in COLORS for shape in NEW_SHAPES * 2 + SHAPES]
     for i in range(count):
         yield random_scene(np.random.default_rng([seed, 5, i]), photos, pairs, count=1 + i % 5)
 
@@ -215,39 +216,34 @@ def draw_examples(shape: str, seed: int, photos: list[Path]) -> list[dict[str, A
 
 def print_examples(count: int, seed: int, photos: list[Path], checkpoint: str) -> None:
     """Print what the part `examples` measures, with the threshold that ships: a verify score of 0.5."""
+    from grounded_sam.verifiers.image_text import ImageTextVerifier
+
     scenes = list(example_scenes(count, seed, photos))
+    model = load(preset="shapes", verify="none")
+    words = Vocabulary.parse({"object": [*(f"{color} shape" for color in COLORS), *SHAPES]})  # where to look
+    finder = Pipeline(model.detector, model.segmenter)
+    proposals = [judge(finder, image, words, EXAMPLE_FLOOR) for image, _ in scenes]
     precision, false, without = [], 0, 0
     for shape in NEW_SHAPES:
-        model = load(preset="shapes")
-        verifier = type(model.stages.verifier)(  # type: ignore[misc]
-            **(verifier_settings() | {"checkpoint": checkpoint}), examples={shape: draw_examples(shape, seed, photos)}
-        )
-        words = Vocabulary.parse({shape: [*SHAPES, "shape"]})
-        pipeline = Pipeline(model.detector, model.segmenter, verifier=verifier)
+        settings = verifier_settings() | {"checkpoint": checkpoint}
+        verifier = ImageTextVerifier(**settings, examples={"object": draw_examples(shape, seed, photos)})
         boxes, truth = [], []
-        for number, (image, objects) in enumerate(scenes, 1):
-            found = with_confidence(judge_words(pipeline, image, words), "verify_score")
-            kept = select_detections(found, Select(score=FLOOR, nms=0.5), words)
+        for number, ((image, objects), proposed) in enumerate(zip(scenes, proposals, strict=True), 1):
+            judged = with_confidence(verifier.verify([image], [proposed], words)[0], "verify_score")
+            kept = select_detections(judged, Select(score=FLOOR, nms=0.5), words)
+            scores = [] if kept.confidence is None else kept.confidence.tolist()
             boxes += [
-                {"image_id": number, "category_id": 1, "score": float(score), "bbox": to_xywh(box)}
-                for score, box in zip(kept.confidence, kept.xyxy, strict=True)
+                {"image_id": number, "category_id": 1, "score": score, "bbox": to_xywh(box)}
+                for score, box in zip(scores, kept.xyxy, strict=True)
             ]
-            own = [item for item in objects if item.shape == shape]
-            for item in own:
-                box = to_xywh(item.box)
-                truth.append({"image_id": number, "category_id": 1, "bbox": box, "area": box[2] * box[3]})
+            own = [to_xywh(item.box) for item in objects if item.shape == shape]
+            truth += [{"image_id": number, "category_id": 1, "bbox": box, "area": box[2] * box[3]} for box in own]
             if not own:
                 without += 1
-                false += int((kept.confidence >= 0.5).sum())
+                false += sum(score >= 0.5 for score in scores)
         precision.append(average_precision(truth, boxes, len(scenes), [shape])[shape])
         print(f"three examples of a {shape}: AP50 {precision[-1]:.3f} ({len(truth)} objects)", flush=True)
     print(f"mean AP50 {np.mean(precision):.3f}, false detections per scene without {false / max(without, 1):.3f}")
-
-
-def judge_words(model: Pipeline, image: np.ndarray, vocabulary: Vocabulary) -> sv.Detections:
-    """As `judge`, for a vocabulary."""
-    frame, stages = Frame(pixels=image), model.stages.with_select(Select(score=0.0, nms=None))
-    return stages.segment([frame], stages.detect([frame], vocabulary), vocabulary, stages.segmenter)[0]
 
 
 def verifier_settings() -> dict[str, Any]:
@@ -307,7 +303,7 @@ def main() -> None:
         elif part == "cost":
             print_cost()
         else:
-            count = args.scenes if part == "together" else max(args.scenes // 3, 1)
+            count = args.scenes if part == "together" else max(args.scenes // 6, 1)
             scenes = [sample_scene(np.random.default_rng([args.seed, i]), photos) for i in range(count)]
             (print_together if part == "together" else print_alone)(scenes, verified, alone)
 

@@ -56,7 +56,7 @@ class ScoreWeights:
         mask: Weight of the estimated IoU, from which 0.9 is subtracted; without masks it is 0.9.
 
     >>> weights = ScoreWeights()
-    >>> weights.probability([0.8, 0.8], [0.8, 0.2], [0.0, 0.0], None).round(2).tolist()
+    >>> [round(float(p), 2) for p in weights.probability([0.8, 0.8], [0.8, 0.2], [0.0, 0.0], None)]
     [0.8, 0.5]
     """
 

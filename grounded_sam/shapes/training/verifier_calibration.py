@@ -61,7 +61,7 @@ from grounded_sam.verifiers.prototypes import WHITENING
 
 log = logging.getLogger(__name__)
 
-PAIRS = TRAIN_PAIRS * 2 + VALIDATION_PAIRS * 4
+PAIRS = TRAIN_PAIRS * 4 + VALIDATION_PAIRS * 2
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,8 @@ class Judged:
         best: Features of the best detection of each image and phrase, `(m, 5)`.
         present: Whether the image shows what the phrase says, `(m,) bool`.
         best_unseen: As `unseen`, for `best`.
-        missed: Number of image and phrase pairs with an object and without a detection.
+        missed: Number of image and phrase pairs without a detection: with an object, and without; of all pairs, and
+            of those that training does not use.
         objects: Number of objects that phrases ask for: of pairs that were trained, and of others.
     """
 
@@ -85,7 +86,7 @@ class Judged:
     best: NDArray[np.float64]
     present: NDArray[np.bool_]
     best_unseen: NDArray[np.bool_]
-    missed: int
+    missed: NDArray[np.int64]
     objects: tuple[int, int]
 
 
@@ -105,9 +106,8 @@ def sample_prompt(rng: np.random.Generator, scene: Scene) -> list[Phrase]:
         names = [(None, str(value)) if kind == "shapes" else (str(value), None) for value in chosen]
     else:
         for _ in range(count):
-            source: Sequence[Pair] = (
-                present if present and rng.random() < 0.5 else alike if rng.random() < 0.7 else absent
-            )
+            is_present = present and rng.random() < 0.5
+            source: Sequence[Pair] = present if is_present else alike if rng.random() < 0.8 else absent
             names.append(source[int(rng.integers(len(source)))])
     phrases = {name: Phrase(*name, sample_text(rng, *name)) for name in dict.fromkeys(names)}
     return list({phrase.text: phrase for phrase in phrases.values()}.values())
@@ -118,7 +118,7 @@ def judge(pipeline: Pipeline, seed: int, count: int, photos: Sequence[NDArray[np
     verifier = pipeline.stages.verifier
     assert verifier is not None
     parts: dict[str, list[Any]] = {name: [] for name in ("x", "correct", "unseen", "best", "present", "best_unseen")}
-    missed, objects = 0, [0, 0]
+    missed, objects = np.zeros((2, 2), np.int64), [0, 0]
     everything = Select(score=0.0, nms=0.7)
     for i in range(count):
         rng = np.random.default_rng([seed, i])
@@ -134,7 +134,9 @@ def judge(pipeline: Pipeline, seed: int, count: int, photos: Sequence[NDArray[np
         for pair in scene.pairs:
             objects[pair in VALIDATION_PAIRS] += any(phrase.matches(pair) for phrase in phrases)
         ids = np.asarray(detections.class_id)
-        missed += int((shown & ~np.isin(np.arange(len(phrases)), ids)).sum())
+        nothing = ~np.isin(np.arange(len(phrases)), ids)
+        for row, group in enumerate((nothing, nothing & is_unseen)):
+            missed[row] += ((group & shown).sum(), (group & ~shown).sum())
         if not len(detections):
             continue
         assert detections.confidence is not None
@@ -177,14 +179,20 @@ def fit_weights(x: NDArray[np.float64], is_right: NDArray[np.bool_], penalty: fl
     return ScoreWeights(*(round(float(value), 4) for value in fitted))
 
 
-def correlation(predicted: NDArray[np.bool_], actual: NDArray[np.bool_], missed: int = 0) -> float:
-    """Compute Matthews' correlation coefficient; `missed` are more positives that were predicted negative.
+def correlation(predicted: NDArray[np.bool_], actual: NDArray[np.bool_], negatives: Sequence[int] = (0, 0)) -> float:
+    """Compute Matthews' correlation coefficient.
+
+    Args:
+        predicted: What is predicted, `(n,) bool`.
+        actual: What is true, `(n,) bool`.
+        negatives: Number of further cases that are predicted to be negative: wrongly, and rightly.
 
     >>> correlation(np.array([True, False]), np.array([True, False]))
     1.0
     """
     hit, false = int((predicted & actual).sum()), int((predicted & ~actual).sum())
-    miss, rejected = int((~predicted & actual).sum()) + missed, int((~predicted & ~actual).sum())
+    miss, rejected = int((~predicted & actual).sum()), int((~predicted & ~actual).sum())
+    miss, rejected = miss + int(negatives[0]), rejected + int(negatives[1])
     bottom = float(hit + false) * (hit + miss) * (rejected + false) * (rejected + miss)
     return (hit * rejected - false * miss) / bottom**0.5 if bottom else 0.0
 
@@ -325,9 +333,9 @@ def report(measured: Judged, weights: ScoreWeights, presence: ScoreWeights) -> N
     for name, score in scores.items():
         texts = []
         for threshold in (0.3, 0.4, 0.5, 0.6, 0.7):
-            both = correlation(score >= threshold, measured.present, measured.missed)
+            both = correlation(score >= threshold, measured.present, measured.missed[0].tolist())
             rows = measured.best_unseen
-            unseen = correlation(score[rows] >= threshold, measured.present[rows])
+            unseen = correlation(score[rows] >= threshold, measured.present[rows], measured.missed[1].tolist())
             texts.append(f"{threshold}: {both:.3f}/{unseen:.3f}")
         log.info("MCC by %s, of all and of pairs that were not trained, by threshold: %s", name, "  ".join(texts))
 

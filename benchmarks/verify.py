@@ -48,7 +48,7 @@ from grounded_sam.structures.vocabulary import Vocabulary
 #: Lowest score of the detections that AP and the calibration error count.
 FLOOR = 0.02
 #: Lowest confidence of the boxes that are compared with examples.
-EXAMPLE_FLOOR = 0.05
+EXAMPLE_FLOOR = 0.1
 UNSEEN = sorted(HELD_OUT_PAIRS)
 
 

@@ -361,3 +361,92 @@ def test_tracks_have_the_mean_verify_score_of_their_keyframes():
         Levels(), None, Select(verify=0.9), CLASSES, tracker=ByLevel(), track=settings, verifier=OfFrame()
     )
     assert all(not len(result.detections) for result in strict.track(frames))
+
+
+# The small model
+
+
+@pytest.fixture(scope="module")
+def scene_images() -> list[tuple[np.ndarray, list]]:
+    """Scenes of an independent generator, with their objects."""
+    from independent import random_scene
+
+    return [random_scene(np.random.default_rng([71, i]), [], count=4) for i in range(6)]
+
+
+def test_the_small_model_tells_colors_and_shapes(scene_images):
+    """On true boxes and masks: the right pair scores high, those of another color or shape low."""
+    from independent import COLORS, SHAPES
+
+    from grounded_sam.structures.detections import make_detections
+    from grounded_sam.verifiers.image_text import ImageTextVerifier
+
+    verifier = ImageTextVerifier("builtin:shapes", crops="masked", dim=1.0, score="sigmoid", device="cpu")
+    names = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
+    words = Vocabulary.parse(names)
+    right, wrong = [], []
+    for image, objects in scene_images:
+        for item in objects:
+            alike = [i for i, name in enumerate(names) if item.color in name or item.shape in name]
+            count = len(alike)
+            detections = make_detections(
+                [item.box] * count, [0.5] * count, alike, words, image.shape[:2], mask=np.stack([item.mask] * count)
+            )
+            for i, score in zip(
+                alike, verifier.verify([image], [detections], words)[0].data["verify_score"], strict=True
+            ):
+                (right if names[i] == f"{item.color} {item.shape}" else wrong).append(score)
+    assert np.mean(np.array(right) > 0.5) > 0.9
+    assert np.mean(np.array(wrong) < 0.5) > 0.9
+
+
+def test_the_weights_of_the_small_model_are_small_and_load_as_transformers_saves_them():
+    from transformers import AutoModel, AutoProcessor, SiglipModel
+
+    from grounded_sam.weights.loading import builtin_path
+
+    folder = builtin_path("shapes", "siglip")
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 5_000_000
+    assert isinstance(AutoModel.from_pretrained(folder), SiglipModel)
+    processor = AutoProcessor.from_pretrained(folder)
+    assert processor.tokenizer.tokenize("red circles") == ["red", "circle", "##s"]
+    assert set(AutoModel.from_pretrained(folder).config.verification) == {"calibration", "presence", "examples"}
+
+
+def test_a_sweep_of_the_command_verifies_once(tmp_path, scene_images):
+    """Each job of a sweep over thresholds of the verifier equals a run of its own, and no model runs twice."""
+    from command import run_command
+
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for i, (image, _) in enumerate(scene_images[:3]):
+        Image.fromarray(image).save(folder / f"{i}.png")
+    classes = "text=[red circle, blue square, green star, yellow ring]"
+    common = ["preset=shapes", "verify=shapes", f"input={folder}", classes, "sink=jsonl", "device=cpu"]
+    swept = [*common, "-m", f"output={tmp_path / 's'}", "select.verify=0.3,0.9", "select.score=0.02"]
+    process = run_command("grounded_sam.cli.main", swept, tmp_path)
+    assert process.returncode == 0, process.stdout + process.stderr
+    for number, threshold in enumerate(("0.3", "0.9")):
+        out = tmp_path / threshold
+        alone = [*common, f"output={out}", f"select.verify={threshold}", "select.score=0.02"]
+        process = run_command("grounded_sam.cli.main", alone, tmp_path)
+        assert process.returncode == 0, process.stdout + process.stderr
+        one = (out / "results.jsonl").read_text()
+        assert (tmp_path / "s" / str(number) / "results.jsonl").read_text() == one
+        assert '"verify_score"' in one
+        record = json.loads((tmp_path / "s" / str(number) / "run.json").read_text())
+        assert record["replayed"] == (3 if number else 0)
+
+
+def test_a_saved_config_verifies_again(tmp_path, scene_images):
+    from command import run_command
+
+    Image.fromarray(scene_images[0][0]).save(tmp_path / "a.png")
+    overrides = ["preset=shapes", "verify=shapes", "text=[red circle]", f"input={tmp_path / 'a.png'}", "sink=jsonl"]
+    overrides += ["verify.margin=1.3", "select.verify=0.4", f"output={tmp_path / 'one'}"]
+    assert run_command("grounded_sam.cli.main", overrides, tmp_path).returncode == 0
+    again = [f"--config-dir={tmp_path / 'one' / '.hydra'}", "--config-name=config", f"output={tmp_path / 'two'}"]
+    process = run_command("grounded_sam.cli.main", again, tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "one" / "results.jsonl").read_text() == (tmp_path / "two" / "results.jsonl").read_text()
+    assert "margin: 1.3" in (tmp_path / "two" / ".hydra" / "config.yaml").read_text()

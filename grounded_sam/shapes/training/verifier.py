@@ -350,7 +350,7 @@ class Validation:
     """
 
     def __init__(self, cfg: DictConfig, tokenizer: BertTokenizerFast, photos: list) -> None:
-        crops = draw_objects(cfg.seed + 1000, 1200, TRAIN_PAIRS * 2 + VALIDATION_PAIRS * 4, photos)
+        crops = draw_objects(cfg.seed + 1000, cfg.validation, TRAIN_PAIRS * 2 + VALIDATION_PAIRS * 4, photos)
         gray = OmegaConf.merge(cfg, {"gray": 1.0})
         assert isinstance(gray, DictConfig)
         self.pixels = vary(crops.pixels, crops.masks, gray, torch.Generator().manual_seed(1))

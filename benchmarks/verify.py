@@ -4,7 +4,7 @@
 
 Every scene is asked for the pairs in it and for as many that are absent, half of these look-alikes that share a color
 or a shape with an object; pairs that no training has seen are more frequent than others. One scene in five is empty.
-The detector alone and the verified preset are measured in the same run, with the settings that ship.
+The detector alone (`preset=shapes`) and `preset=shapes_verified` are measured in the same run, with their settings.
 
 Parts:
 
@@ -174,7 +174,7 @@ def print_together(scenes: list[Any], verified: Pipeline, alone: Select) -> None
     empty = sum(not objects for _, objects, _ in scenes)
     unseen = [f"{color} {shape}" for color, shape in UNSEEN]
     for name, tally in measure(scenes, verified, alone).items():
-        threshold = alone.score if name == "detector alone" else verified.select.presence or 0.5
+        threshold = alone.score if name == "detector alone" else verified.select.presence
         score, right = (np.array(column) for column in zip(*tally.scores, strict=True))
         ap = average_precision(truth, tally.boxes, len(scenes), PAIR_NAMES)
         f1 = [2 * matched / max(found + asked, 1) for matched, found, asked in tally.counts]
@@ -192,7 +192,7 @@ def print_alone(scenes: list[Any], verified: Pipeline, alone: Select) -> None:
     """Print what the part `alone` measures."""
     apart = [(image, objects, [phrase]) for image, objects, phrases in scenes for phrase in phrases]
     for name, tally in measure(apart, verified, alone).items():
-        mcc = tally.mcc(alone.score if name == "detector alone" else verified.select.presence or 0.5)
+        mcc = tally.mcc(alone.score if name == "detector alone" else verified.select.presence)
         print(f"each phrase alone, {name:15} MCC {mcc[0]:.3f}, unseen {mcc[1]:.3f}", flush=True)
 
 
@@ -219,7 +219,7 @@ def print_examples(count: int, seed: int, photos: list[Path], checkpoint: str) -
     from grounded_sam.verifiers.image_text import ImageTextVerifier
 
     scenes = list(example_scenes(count, seed, photos))
-    model = load(preset="shapes", verify="none")
+    model = load(preset="shapes")
     words = Vocabulary.parse({"object": [*(f"{color} shape" for color in COLORS), *SHAPES]})  # where to look
     finder = Pipeline(model.detector, model.segmenter)
     proposals = [judge(finder, image, words, EXAMPLE_FLOOR) for image, _ in scenes]
@@ -251,7 +251,7 @@ def verifier_settings() -> dict[str, Any]:
     from grounded_sam.config.build import to_plain
     from grounded_sam.config.compose import compose
 
-    settings = dict(to_plain(compose(["preset=shapes", "verify=shapes"]))["verify"])
+    settings = dict(to_plain(compose(["preset=shapes_verified"]))["verify"])
     return {key: value for key, value in settings.items() if key not in ("_target_", "examples")}
 
 
@@ -295,8 +295,8 @@ def main() -> None:
     parser.add_argument("--only", choices=parts, help="measure only this part")
     args = parser.parse_args()
     photos = photo_files(args.photos) if args.photos else []
-    verified = load(f"verify.checkpoint={args.checkpoint}", preset="shapes", verify="shapes")
-    alone = load(preset="shapes", verify="none", segmenter="none").select
+    verified = load(f"verify.checkpoint={args.checkpoint}", preset="shapes_verified")
+    alone = load(preset="shapes", segmenter="none").select
     for part in [args.only] if args.only else parts:
         if part == "examples":
             print_examples(max(args.scenes // 3, 1), args.seed, photos, args.checkpoint)

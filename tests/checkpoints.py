@@ -687,3 +687,63 @@ def embedder(folder: Path, kind: str = "dinov2", seed: int = 0) -> Path:
     model.eval().save_pretrained(folder)
     images.save_pretrained(folder)
     return folder
+
+
+def image_text(folder: Path, kind: str, full: bool = False, seed: int = 0) -> Path:
+    """Save a SigLIP (`siglip`), SigLIP 2 of any aspect ratio (`siglip2`) or CLIP (`clip`) with random weights.
+
+    Args:
+        folder: Where to save it.
+        kind: Which model.
+        full: Whether it has the size of the base models with patches of 16 px, else of 32 px images.
+        seed: Seed of the weights.
+    """
+    from transformers import (
+        CLIPConfig,
+        CLIPImageProcessor,
+        CLIPModel,
+        CLIPProcessor,
+        CLIPTokenizer,
+        Siglip2Config,
+        Siglip2ImageProcessor,
+        Siglip2Model,
+        Siglip2Processor,
+        SiglipConfig,
+        SiglipImageProcessor,
+        SiglipModel,
+        SiglipProcessor,
+    )
+
+    torch.manual_seed(seed)
+    # The processor of SigLIP 2 always makes 256 patches of 16 px.
+    side, patch = (256, 16) if kind == "siglip2" else (224, 16) if full else (32, 8)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes = {} if full else small
+    words: Any = clip_tokenizer(CLIPTokenizer) if kind == "clip" else tokenizer()
+    text = {**sizes, "vocab_size": len(words), "pad_token_id": words.pad_token_id}
+    vision = {**sizes, "image_size": side, "patch_size": patch}
+    images: Any
+    if kind == "clip":
+        text |= {"max_position_embeddings": 77, "bos_token_id": words.bos_token_id, "eos_token_id": words.eos_token_id}
+        config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=512 if full else 24)
+        images = CLIPImageProcessor(size={"shortest_edge": side}, crop_size={"height": side, "width": side})
+        model, processor = CLIPModel(config), CLIPProcessor(images, words)
+    elif kind == "siglip":
+        text |= {"bos_token_id": words.cls_token_id, "eos_token_id": words.sep_token_id, "max_position_embeddings": 64}
+        images = SiglipImageProcessor(size={"height": side, "width": side})
+        model = SiglipModel(SiglipConfig(text_config=text, vision_config=vision))
+        processor = SiglipProcessor(images, words)
+    else:
+        text |= {"bos_token_id": words.cls_token_id, "eos_token_id": words.sep_token_id, "max_position_embeddings": 64}
+        patches = (side // patch) ** 2
+        del vision["image_size"]
+        images = Siglip2ImageProcessor(patch_size=patch, max_num_patches=patches)
+        model = Siglip2Model(Siglip2Config(text_config=text, vision_config={**vision, "num_patches": patches}))
+        processor = Siglip2Processor(images, words)
+    with torch.no_grad():
+        model.logit_scale.fill_(3.0)  # SigLIP's own initial values are zero
+        if kind != "clip":
+            model.logit_bias.fill_(-1.0)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder

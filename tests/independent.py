@@ -22,6 +22,8 @@ COLORS = {
     "orange": (245, 140, 30),
 }
 SHAPES = ["circle", "square", "triangle", "star", "ring", "cross"]
+#: Shapes that no training names, for measuring examples.
+NEW_SHAPES = ["pentagon", "L", "half disc", "crescent"]
 #: Pairs that training never uses.
 HELD_OUT_PAIRS = {("green", "triangle"), ("purple", "cross"), ("red", "ring"), ("blue", "star")}
 OVERSAMPLING = 4
@@ -65,8 +67,18 @@ def shape_mask(
         pen.ellipse((x - r, y - r, x + r, y + r), fill=255)
         if shape == "ring":
             pen.ellipse((x - 0.58 * r, y - 0.58 * r, x + 0.58 * r, y + 0.58 * r), fill=0)
-    elif shape == "square":
-        pen.polygon(corners(4, r), fill=255)
+    elif shape in ("half disc", "crescent"):
+        pen.pieslice((x - r, y - r, x + r, y + r), degrees, degrees + (180 if shape == "half disc" else 360), fill=255)
+        if shape == "crescent":
+            angle = math.radians(degrees)
+            u, v, bite = x + 0.45 * r * math.cos(angle), y + 0.45 * r * math.sin(angle), 0.8 * r
+            pen.ellipse((u - bite, v - bite, u + bite, v + bite), fill=0)
+    elif shape == "L":
+        cos, sin = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+        outline = [(-0.7, -0.7), (-0.25, -0.7), (-0.25, 0.25), (0.7, 0.25), (0.7, 0.7), (-0.7, 0.7)]
+        pen.polygon([(x + r * (u * cos - v * sin), y + r * (u * sin + v * cos)) for u, v in outline], fill=255)
+    elif shape in ("square", "pentagon"):
+        pen.polygon(corners(4 if shape == "square" else 5, r), fill=255)
     elif shape == "triangle":
         pen.polygon(corners(3, r), fill=255)
     elif shape == "star":

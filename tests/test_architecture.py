@@ -19,7 +19,7 @@ FLOORS = (
     ("acceleration",),
     ("structures",),
     ("formats",),
-    ("sources", "detectors", "segmenters"),
+    ("sources", "detectors", "segmenters", "verifiers"),
     ("trackers",),
     ("pipeline", "evaluation"),
     ("sinks",),

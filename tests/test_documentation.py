@@ -119,7 +119,7 @@ def test_there_are_many_commands():
 
 @pytest.mark.parametrize("page", ["README.md", "docs/reference/stages.md"])
 def test_every_choice_is_named(page):
-    for group in ("detector", "segmenter", "tracker", "source", "sink", "preset", "sweep"):
+    for group in ("detector", "segmenter", "verify", "tracker", "source", "sink", "preset", "sweep"):
         for path in (ROOT / "conf" / group).glob("*.yaml"):
             assert f"`{path.stem}`" in NAMES[page], f"{group}={path.stem}"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -208,15 +209,15 @@ def test_the_list_covers_every_choice_with_weights():
     specs, errors = all_weights()
     assert not errors
     listed = {(spec.stage, spec.choice) for spec in specs}
-    for stage in ("detector", "segmenter", "tracker"):
+    for stage in ("detector", "segmenter", "verify", "tracker"):
         for file in (conf_dir() / stage).glob("*.yaml"):
-            if "\ncheckpoint:" in file.read_text(encoding="utf-8"):
+            if re.search(r"\n *checkpoint:", file.read_text(encoding="utf-8")):
                 assert (stage, file.stem) in listed
             elif file.stem in ("none", "clicks", "stored"):
                 assert (stage, file.stem) not in listed
     assert ("detector", "everything") in listed
     for spec in specs:  # classes that load a single file say so
-        assert spec.repo is not None
+        assert spec.repo is not None or spec.checkpoint == "builtin:shapes"
         assert (spec.file is not None) == (spec.choice in ("sam", "sam2", "everything")), spec
 
 

@@ -34,7 +34,13 @@ def test_the_wheel_has_configs_weights_and_examples(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     for path in (ROOT / "conf").rglob("*.yaml"):
         assert f"grounded_sam/conf/{path.relative_to(ROOT / 'conf').as_posix()}" in names
-    for part in ("detector/model.safetensors", "detector/tokenizer.json", "sam.safetensors", "sam2.safetensors"):
+    for part in (
+        "detector/model.safetensors",
+        "detector/tokenizer.json",
+        "sam.safetensors",
+        "sam2.safetensors",
+        "siglip/config.json",
+    ):
         assert f"grounded_sam/shapes/weights/shapes-{part}" in names
     assert "grounded_sam/shapes/examples/demo/scene-1.png" in names
     assert {f"grounded_sam/pages/templates/{name}.html" for name in ("base", "labels", "sweep")} <= names

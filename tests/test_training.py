@@ -72,6 +72,29 @@ def test_the_tracker_trains_its_memory_but_not_its_image_encoder(tmp_path):
     assert "image_encoder" not in changed
 
 
+def test_the_verifier_trains_resumes_loads_and_is_calibrated(tmp_path):
+    from grounded_sam.shapes.training.verifier_calibration import calibrate_crops, whiten
+    from grounded_sam.verifiers.image_text import ImageTextVerifier
+
+    overrides = [f"out={tmp_path}", "objects=120", "outlines=96", "validation=40", "log_every=1"]
+    overrides += ["teacher.batch=8", "teacher.groups=2", "student.batch=8", "student.groups=2", "teacher.steps=2"]
+    assert "step 1/1" in train("verifier", *overrides, "student.steps=1")
+    resumed = train("verifier", *overrides, "student.steps=2")
+    assert "resumed" in resumed and "stage student" in resumed and "step 1/2" not in resumed
+    folder = tmp_path / "model"
+    before = ImageTextVerifier(str(folder), score="sigmoid", device="cpu")
+    calibrate_crops(folder, [], 60)
+    whiten(folder, [], 120)
+    after = ImageTextVerifier(
+        str(folder), score="sigmoid", device="cpu", examples={"thing": [np.zeros((9, 9, 3), np.uint8)]}
+    )
+    assert after.network.bias != before.network.bias
+    words, crops = ["red circle", "a star"], [np.full((48, 48, 3), 90, np.uint8)]
+    np.testing.assert_allclose(after.network.embed_texts(words), before.network.embed_texts(words), atol=1e-3)
+    np.testing.assert_allclose(after.network.embed_crops(crops), before.network.embed_crops(crops), atol=1e-3)
+    assert (folder / "whitening.safetensors").stat().st_size < 100_000
+
+
 def test_the_learning_rate_warms_up_stays_constant_and_decays_to_zero():
     factors = [learning_rate_factor(step, 100, 10, 0.3) for step in range(101)]
     assert factors[0] == pytest.approx(0.1)

@@ -196,9 +196,12 @@ def build(cfg: DictConfig, reuse: dict[str, tuple[Any, Any]] | None = None) -> P
     tiles, refine = build_node(cfg, "tiles"), build_node(cfg, "refine")
     traits = detector_traits(cfg.detector)
     _check_choices(cfg, select, traits, refines=refine.changes, tiled=tiles.size is not None)
+    _check_verify(cfg, select, refine.verifies)
     groups = [] if cfg.detector is None else ["detector"]
     if cfg.segmenter is not None and not traits.replaces_segmenter:
         groups.append("segmenter")
+    if cfg.verify is not None:
+        groups.append("verify")
     stages: dict[str, Any] = {}
     with ProgressBar("Loading models", len(groups)) as bar:
         for number, group in enumerate(groups):
@@ -222,7 +225,33 @@ def build(cfg: DictConfig, reuse: dict[str, tuple[Any, Any]] | None = None) -> P
         prompt_template=str(plain["prompt_template"]),
         tiles=tiles,
         refine=refine,
+        verifier=stages.get("verify"),
     )
+
+
+def _check_verify(cfg: DictConfig, select: Select, verifies: bool) -> None:
+    """Check that what needs a verifier has one, and that the verifier has something to judge.
+
+    Raises:
+        ConfigError: If not, with the keys to change.
+    """
+    from grounded_sam.detectors.sam3 import Sam3
+    from grounded_sam.detectors.stored import StoredDetector
+
+    if cfg.verify is not None:
+        if cfg.detector is None:
+            raise ConfigError("verify judges what a detector finds, and there is none; choose one, or verify=none")
+        return
+    detector = _class_of(cfg.detector, "detector")
+    is_stored = isinstance(detector, type) and issubclass(detector, StoredDetector)
+    estimates = is_stored or (isinstance(detector, type) and issubclass(detector, Sam3))
+    choose = "choose one, e.g. verify=siglip2"
+    if verifies and not is_stored:  # what a store has keeps its confidence
+        raise ConfigError(f"refine.score={cfg.refine.score} needs a verifier; {choose}")
+    if select.verify is not None and not is_stored:
+        raise ConfigError(f"select.verify needs a verifier; {choose}")
+    if select.presence is not None and not estimates:
+        raise ConfigError(f"select.presence needs a verifier, or detector=sam3; {choose}")
 
 
 def _check_choices(cfg: DictConfig, select: Select, traits: DetectorTraits, refines: bool, tiled: bool) -> None:
@@ -299,17 +328,21 @@ def share_predictions(cfg: DictConfig, pipeline: Pipeline, vocabulary: Vocabular
     has_store = any(_is_store(node, name) for name, node in (cfg.sink or {}).items())
     if has_store or isinstance(pipeline.detector, StoredDetector):  # their detections come from elsewhere
         return
-    if stages.tiles.size is not None or stages.refine.changes:  # what is selected depends on more than thresholds
-        return
+    candidates = None if stages.verifier is None else stages.before_masks()
+    if stages.tiles.size is not None or (stages.refine.changes and candidates is None):
+        return  # what is selected depends on more than thresholds
     loosest, plain = LoosestSelection.read(folder), to_plain(cfg)
     settings = {"detector": plain["detector"], "max_side": plain["source"].get("max_side")}
     max_pixels = plain["source"].get("max_pixels", MAX_PIXELS)
     boxes = results = None
     if loosest.boxes and pipeline.segmenter is not None:
-        boxes = PredictionCache(folder, vocabulary, {**settings, "segmenter": None}, pipeline.select, max_pixels)
+        of_boxes = {**settings, "segmenter": None}
+        boxes = PredictionCache(folder, vocabulary, of_boxes, pipeline.select, max_pixels, candidates)
     if loosest.results:
         settings["segmenter"] = plain["segmenter"]
-        results = PredictionCache(folder, vocabulary, settings, pipeline.select, max_pixels)
+        if candidates is not None:
+            settings |= {"verify": plain["verify"], "refine": plain["refine"]}
+        results = PredictionCache(folder, vocabulary, settings, pipeline.select, max_pixels, candidates)
     if boxes is not None or results is not None:
         pipeline.stages = CachedStages(stages, results, boxes)
 

@@ -19,7 +19,7 @@ from grounded_sam.weights.hub import HubFile, WeightsSpec
 from grounded_sam.weights.loading import find_file, find_folder
 
 #: Config groups whose choices load weights.
-STAGES = ("detector", "segmenter", "tracker")
+STAGES = ("detector", "segmenter", "verify", "tracker")
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _locate(stage: str, choice: str, key: str, node: Mapping[str, Any], file: Hu
     if file is not None:
         return WeightsSpec(stage, choice, key, checkpoint, path=find_file(checkpoint, file.kind))
     role = next(part for part in reversed(key.split(".")) if part in STAGES)  # a detector may contain a segmenter
-    kind = "detector" if role == "detector" else "sam2"
+    kind = {"detector": "detector", "verify": "siglip"}.get(role, "sam2")
     return WeightsSpec(stage, choice, key, checkpoint, path=Path(find_folder(checkpoint, kind)))
 
 

@@ -121,7 +121,10 @@ class Sam3:
         return self._queries[vocabulary]
 
     def detect(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
-        """Return the detections with at least `min_score`, with masks if `own_masks` is set."""
+        """Return the detections with at least `min_score`, with masks if `own_masks` is set.
+
+        Their `metadata["presence"]` is the model's own estimate of whether the image shows each class at all.
+        """
         return [self._detect(frame, vocabulary) for frame in frames]
 
     def _exemplar_inputs(self, frame: Frame, vocabulary: Vocabulary) -> dict[int, dict[str, Tensor]]:
@@ -168,6 +171,7 @@ class Sam3:
         height, width = frame.size_hw
         exemplars = self._exemplar_inputs(frame, vocabulary)
         parts: list[sv.Detections] = []
+        presence: dict[str, float] = {}
         negatives: list[tuple[float, Any]] = []  # confidence and box
         with torch.inference_mode():
             features = self.model.get_vision_features(pixels.to(self.device, self.dtype))
@@ -180,7 +184,11 @@ class Sam3:
                 )
                 scores = output.pred_logits.float().sigmoid()
                 if output.presence_logits is not None:
-                    scores = scores * output.presence_logits.float().sigmoid()
+                    present = output.presence_logits.float().sigmoid()
+                    scores = scores * present
+                    if query.owner >= 0:
+                        name = vocabulary.classes[query.owner]
+                        presence[name] = max(presence.get(name, 0.0), float(present[0, 0]))
                 rows = scores[0] > self.min_score
                 confidence = scores[0][rows].cpu().numpy()
                 boxes = output.pred_boxes[0][rows].float().cpu().numpy() * np.array([width, height, width, height])
@@ -191,6 +199,8 @@ class Sam3:
                 ids = np.full(len(confidence), query.owner)
                 parts.append(make_detections(boxes, confidence, ids, vocabulary, frame.size_hw, masks))
         detections = merge_detections(parts, vocabulary)
+        if presence:
+            detections.metadata["presence"] = presence
         return drop_negatives(
             detections, np.array([box for _, box in negatives]), np.array([score for score, _ in negatives])
         )

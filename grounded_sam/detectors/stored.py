@@ -51,7 +51,9 @@ class StoredDetector:
         found = [class_ids.get(name, by_key.get(name_key(name), -1)) for name in names]
         detections = select_rows(frame.annotations, np.array([i >= 0 for i in found], bool))
         if not len(detections):
-            return empty_detections(vocabulary)
+            empty = empty_detections(vocabulary)
+            empty.metadata.update(frame.annotations.metadata)
+            return empty
         ids = np.array([i for i in found if i >= 0], np.int64)
         data = {**detections.data, "class_name": np.array(vocabulary.classes, dtype=str)[ids]}
         if not self.masks:
@@ -63,4 +65,5 @@ class StoredDetector:
             class_id=ids,
             tracker_id=detections.tracker_id,
             data=data,
+            metadata=dict(detections.metadata),
         )

@@ -173,6 +173,8 @@ def write_ontology(
             entry["score"] = round(threshold.score, 4)
         classes[name] = entry
     content: dict[str, Any] = {"classes": classes}
+    if vocabulary.exclusive:
+        content["exclusive"] = [list(group) for group in vocabulary.exclusive]
     if vocabulary.negatives:
         content["negatives"] = list(vocabulary.negatives)
     text = "".join(f"# {line}\n" for line in comment.splitlines())

@@ -30,6 +30,8 @@ what a run found. Schema version 2; the kind of a row decides which columns are 
 | `class` | string |  |
 | `score` | float32 | 0 to 1 |
 | `mask_score` | float32 | the segmenter's estimate of IoU; null for masks that somebody drew |
+| `verify_score` | float32 | whether the object is what its class says, by the verifier; null without one |
+| `presence` | string | of an image, JSON: by class the probability that it shows one at all, if a model estimated it |
 | `x1`, `y1`, `x2`, `y2` | float32 | box in pixels, right and bottom exclusive |
 | `area` | int64 | pixels of the mask |
 | `counts` | string | mask as compressed COCO RLE, of the image's height and width |
@@ -56,7 +58,7 @@ from grounded_sam.errors import ConfigError
 from grounded_sam.files import home_path
 from grounded_sam.formats.store_checks import changed_file
 from grounded_sam.formats.store_index import RowIndex, StoreIndex, video_key
-from grounded_sam.formats.store_objects import detections_from_rows, in_vocabulary, read_record
+from grounded_sam.formats.store_objects import detections_from_rows, in_vocabulary, read_presence, read_record
 from grounded_sam.formats.store_pixels import StoredPixels, StoredVideo
 from grounded_sam.formats.store_rows import StoreRows, name_in_video
 from grounded_sam.formats.store_runs import StoreRun
@@ -266,6 +268,8 @@ class StoreReader:
         )
         tracked = image["video"] is not None
         detections = detections_from_rows(in_vocabulary(objects, vocabulary), size_hw, vocabulary, tracked)
+        if (presence := read_presence(image)) is not None:
+            detections.metadata["presence"] = presence
         return FrameResult(frame=frame, detections=detections, stored=True)
 
     def named(self, frame: Frame, path: str | None) -> Frame:

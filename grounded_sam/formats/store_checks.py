@@ -18,7 +18,7 @@ from grounded_sam.formats.store_schema import STATUSES
 #: Columns that `table_problem` needs.
 CHECKED_COLUMNS = (
     *("kind", "file", "reason", "video", "take", "frame", "time_s", "width", "height", "objects", "class", "score"),
-    *("mask_score", "x1", "y1", "x2", "y2", "object_id", "status"),
+    *("mask_score", "verify_score", "x1", "y1", "x2", "y2", "object_id", "status"),
 )
 _KINDS = {"image", "object", "skipped", "video", "edit"}
 
@@ -95,6 +95,9 @@ def _object_problem(table: pa.Table, rows: NDArray[np.bool_]) -> str | None:
     mask_score = _numbers(table, "mask_score", rows)
     if np.isinf(mask_score).any():
         return "a mask_score is not finite"
+    verify_score = _numbers(table, "verify_score", rows)
+    if not (np.isnan(verify_score) | ((verify_score >= 0) & (verify_score <= 1))).all():
+        return "a verify_score is not from 0 to 1"
     return None
 
 

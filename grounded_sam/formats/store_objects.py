@@ -185,6 +185,9 @@ def detections_from_rows(
     ):
         scores = [1.0 if row["mask_score"] is None else row["mask_score"] for row in rows]
         data["mask_score"] = np.array(scores, np.float32)
+    if any(row["verify_score"] is not None for row in rows):  # a person's object needs no verification
+        scores = [1.0 if row["verify_score"] is None else row["verify_score"] for row in rows]
+        data["verify_score"] = np.array(scores, np.float32)
     detections = sv.Detections(
         xyxy=np.array([box_of(row) for row in rows], np.float32),
         confidence=np.array([row["score"] for row in rows], np.float32),
@@ -247,6 +250,19 @@ def read_detector_scores(row: Mapping[str, Any]) -> dict[str, float]:
         return {}
 
 
+def read_presence(row: Mapping[str, Any]) -> dict[str, float] | None:
+    """Read the `presence` of an image row; None if there is none, or it is no numbers by name.
+
+    >>> read_presence({"presence": '{"car": 0.25}'})
+    {'car': 0.25}
+    """
+    try:
+        presence = json.loads(row["presence"] or "null")
+        return None if presence is None else {str(k): min(max(float(v), 0.0), 1.0) for k, v in presence.items()}
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return None
+
+
 def object_rows(detections: sv.Detections) -> list[Row]:
     """Convert detections to the columns of object rows that belong to an object alone.
 
@@ -271,6 +287,8 @@ def _object_row(detections: sv.Detections, i: int) -> Row:
         columns |= {"area": mask_area(detections, i), "counts": counts}
     if "mask_score" in detections.data:
         columns["mask_score"] = float(detections.data["mask_score"][i])
+    if "verify_score" in detections.data:
+        columns["verify_score"] = float(detections.data["verify_score"][i])
     if "record" in detections.data:
         columns["record"] = json.dumps({**detections.data["record"][i], "iscrowd": int(is_crowd(detections, i))})
     if "detector_scores" in detections.data:

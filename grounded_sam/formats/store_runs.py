@@ -29,7 +29,7 @@ INCIDENTAL = {"device", "batch_size", "chunk", "points_per_batch", "exports", "e
 LIBRARIES = ("grounded_sam", "torch", "transformers", "sam2", "segment-anything")
 
 #: Settings that later versions added, with the value that means what was done before; it is not recorded.
-ADDED_SETTINGS: dict[str, Any] = {"status": None}
+ADDED_SETTINGS: dict[str, Any] = {"status": None, "verify": None, "presence": None}
 
 _COLOR = re.compile(r"#[0-9a-fA-F]{6}")
 
@@ -63,6 +63,8 @@ class StoreRun:
         columns = asdict(vocabulary)
         del columns["queried"]
         columns["colours"] = columns.pop("colors")
+        if not columns["exclusive"]:  # which earlier versions do not know
+            del columns["exclusive"]
         return cls(essential_settings(settings), columns, package_version("grounded_sam"))
 
     @cached_property
@@ -80,7 +82,8 @@ class StoreRun:
     def vocabulary(self) -> Vocabulary:
         """Classes of the results, not meant for querying a detector."""
         columns: dict[str, Any] = {key: tuple(values) for key, values in self.classes.items()}
-        columns["phrases"] = tuple(map(tuple, columns["phrases"]))
+        for name in ("phrases", "exclusive"):
+            columns[name] = tuple(map(tuple, columns.get(name, ())))
         columns["colors"] = columns.pop("colours", ())
         return Vocabulary(**columns, queried=False)
 

@@ -22,6 +22,8 @@ SCHEMA = pa.schema(
         ("class", pa.string()),
         ("score", pa.float32()),
         ("mask_score", pa.float32()),
+        ("verify_score", pa.float32()),
+        ("presence", pa.string()),
         *((name, pa.float32()) for name in ("x1", "y1", "x2", "y2")),
         ("area", pa.int64()),
         ("counts", pa.string()),

@@ -203,6 +203,8 @@ class StoreWriter:
         columns = self._frame_columns(frame)
         record = json.dumps(dict(frame.record)) if frame.record else None
         self._rows.append({"kind": "image", **columns, "objects": len(detections), "record": record})
+        if (presence := detections.metadata.get("presence")) is not None:
+            self._rows[-1]["presence"] = json.dumps(presence)
         self._rows += [{"kind": "object", **columns, **row} for row in object_rows(detections)]
         if frame.name in self._noted:  # used in part; a note before the image would be taken for one of an earlier run
             self._rows.append(self._noted[frame.name])

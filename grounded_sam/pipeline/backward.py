@@ -34,10 +34,13 @@ class _Object:
     class_id: int
     confidence: float
     mask_score: float
+    verify_score: float | None
     rle: dict[str, Any]
 
     @classmethod
-    def from_row(cls, detections: sv.Detections, i: int, class_id: int, confidence: float) -> _Object:
+    def from_row(
+        cls, detections: sv.Detections, i: int, class_id: int, confidence: float, verify_score: float | None
+    ) -> _Object:
         """Take the id and the mask of row `i`."""
         from pycocotools import mask as coco_mask
 
@@ -47,6 +50,7 @@ class _Object:
             class_id=class_id,
             confidence=confidence,
             mask_score=float(detections.data["mask_score"][i]),
+            verify_score=verify_score,
             rle=coco_mask.encode(np.asfortranarray(detections.mask[i], dtype=np.uint8)),
         )
 
@@ -72,6 +76,10 @@ class _BufferedFrame:
         self.pixels.unlink()
         masks = self.masks()
         classes = np.array([item.class_id for item in self.objects], np.int64)
+        verified = [item.verify_score for item in self.objects]
+        columns = {}
+        if any(score is not None for score in verified):
+            columns["verify_score"] = np.array([1.0 if score is None else score for score in verified], np.float32)
         detections = sv.Detections(
             xyxy=masks_to_xyxy(masks),
             mask=masks,
@@ -81,6 +89,7 @@ class _BufferedFrame:
             data={
                 "class_name": np.array(vocabulary.classes, dtype=str)[classes],
                 "mask_score": np.array([item.mask_score for item in self.objects], np.float32),
+                **columns,
             },
         )
         return FrameResult(frame=frame, detections=detections)
@@ -88,11 +97,14 @@ class _BufferedFrame:
 
 def _objects(detections: sv.Detections) -> list[_Object]:
     """Convert the labeled detections of a frame."""
+    return [_Object.from_row(detections, i, *_label(detections, i)) for i in range(len(detections))]
+
+
+def _label(detections: sv.Detections, i: int) -> tuple[int, float, float | None]:
+    """Return the class id, the confidence and the verify score, if any, of a labeled detection."""
     assert detections.class_id is not None and detections.confidence is not None
-    return [
-        _Object.from_row(detections, i, int(detections.class_id[i]), float(detections.confidence[i]))
-        for i in range(len(detections))
-    ]
+    verified = float(detections.data["verify_score"][i]) if "verify_score" in detections.data else None
+    return int(detections.class_id[i]), float(detections.confidence[i]), verified
 
 
 def track_both_ways(
@@ -134,13 +146,8 @@ def _track_back(
     settings: TrackSettings,
 ) -> None:
     """Track objects from the frame they start in to earlier ones, and add them there."""
-    assert started.tracker_id is not None and started.class_id is not None and started.confidence is not None
-    labels = {
-        int(tracker_id): (int(class_id), float(confidence))
-        for tracker_id, class_id, confidence in zip(
-            started.tracker_id, started.class_id, started.confidence, strict=True
-        )
-    }
+    assert started.tracker_id is not None
+    labels = {int(tracker_id): _label(started, i) for i, tracker_id in enumerate(started.tracker_id)}
     missed = dict.fromkeys(labels, 0)  # frames in a row, of the objects that are still tracked
     session = tracker.open(result.frame.size_hw)
     try:

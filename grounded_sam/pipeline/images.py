@@ -33,6 +33,7 @@ from grounded_sam.structures.protocols import (
     GroupsBySize,
     RunsModel,
     Segmenter,
+    Verifier,
 )
 from grounded_sam.structures.results import FrameResult, Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
@@ -104,6 +105,10 @@ class ImageStages(Protocol):
         """The segmenter, if any."""
 
     @property
+    def verifier(self) -> Verifier | None:
+        """The verifier, if any."""
+
+    @property
     def batch_size(self) -> int:
         """Number of frames per detector call."""
 
@@ -130,15 +135,16 @@ class ImageStages(Protocol):
 
 
 class DetectThenSegment:
-    """Run the detector and the segmenter, with selection before and after masks.
+    """Run the detector, the segmenter and the verifier, with selection before masks and at the end.
 
     Args:
         detector: Detector; None for video-only runs whose tracker needs no detector.
         segmenter: Segmenter; None for boxes alone.
         select: Which detections to keep.
         tiles: How large images are tiled for the detector.
-        refine: How masks change boxes and scores.
-        timer: Where to count the time of `detect` and `segment`.
+        refine: How masks and the verifier change boxes and scores.
+        timer: Where to count the time of `detect`, `segment` and `verify`.
+        verifier: Judges detections once they have masks; None without one.
     """
 
     def __init__(
@@ -149,8 +155,9 @@ class DetectThenSegment:
         tiles: Tiles,
         refine: Refine,
         timer: StageTimer,
+        verifier: Verifier | None = None,
     ) -> None:
-        self.detector, self.segmenter = detector, segmenter
+        self.detector, self.segmenter, self.verifier = detector, segmenter, verifier
         self.select, self.tiles, self.refine, self.timer = select, tiles, refine, timer
 
     @property
@@ -169,7 +176,17 @@ class DetectThenSegment:
 
     def with_select(self, select: Select) -> DetectThenSegment:
         """Return the same stages with another selection."""
-        return DetectThenSegment(self.detector, self.segmenter, select, self.tiles, self.refine, self.timer)
+        return DetectThenSegment(
+            self.detector, self.segmenter, select, self.tiles, self.refine, self.timer, self.verifier
+        )
+
+    def before_masks(self) -> Select:
+        """Return which boxes get masks: those that may be selected, or all that the verifier is to judge."""
+        if self.verifier is not None:
+            return self.select.candidates(self.verifier.min_score)
+        before = self.select.before_masks()
+        # NMS and top_k have to wait for new boxes and scores.
+        return replace(before, nms=None, max_ios=None, top_k=None) if self.refine.changes else before
 
     def detect(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
         """Run the detector on whole frames, or on their tiles.
@@ -184,13 +201,16 @@ class DetectThenSegment:
         def detect_and_threshold(crops: list[Frame]) -> list[sv.Detections]:
             with convert_errors(detector):
                 found = list(zip(crops, detector.detect(crops, vocabulary), strict=True))
-            return [select_detections(self._validate(d, vocabulary, crop), before, vocabulary) for crop, d in found]
+            return [
+                select_detections(self._validate(d, vocabulary, crop), before, vocabulary.overlapping)
+                for crop, d in found
+            ]
 
         with self.timer("detect"):
             if self.tiles.size is None:
                 with convert_errors(detector):
                     return detector.detect(frames, vocabulary)
-            before = self.select.before_masks()
+            before = self.select.before_masks() if self.verifier is None else self.before_masks()
             return [self.tiles.detect(frame, detect_and_threshold, vocabulary) for frame in frames]
 
     def _validate(self, detections: sv.Detections, vocabulary: Vocabulary, frame: Frame) -> sv.Detections:
@@ -203,7 +223,7 @@ class DetectThenSegment:
         vocabulary: Vocabulary,
         segmenter: Segmenter | None,
     ) -> list[sv.Detections]:
-        """Select boxes, add masks, and select again.
+        """Select boxes, add masks, verify them, and select again.
 
         Args:
             frames: The frames.
@@ -215,15 +235,41 @@ class DetectThenSegment:
             ImageError: If the pixels of a frame cannot be read.
         """
         detections = [self._validate(part, vocabulary, frame) for part, frame in zip(boxes, frames, strict=True)]
-        if segmenter is not None:
-            before = self.select.before_masks()
-            if self.refine.changes:  # NMS and top_k have to wait for the new boxes and scores
-                before = replace(before, nms=None, max_ios=None, top_k=None)
-            selected = [
-                part if part.mask is not None else select_detections(part, before, vocabulary) for part in detections
-            ]
-            detections = self.add_masks(frames, selected, vocabulary, segmenter)
+        if segmenter is not None or self.verifier is not None:
+            chosen = [self.choose(part, vocabulary) for part in detections]
+            detections = self.verify(frames, self.add_masks(frames, chosen, vocabulary, segmenter), vocabulary)
         return [select_detections(part, self.select, vocabulary) for part in detections]
+
+    def choose(self, detections: sv.Detections, vocabulary: Vocabulary) -> sv.Detections:
+        """Return the detections that are segmented and verified; what is stored with these is not selected here."""
+        is_done = detections.mask is not None if self.verifier is None else "verify_score" in detections.data
+        return detections if is_done else select_detections(detections, self.before_masks(), vocabulary.overlapping)
+
+    def verify(
+        self, frames: Sequence[Frame], detections: Sequence[sv.Detections], vocabulary: Vocabulary
+    ) -> list[sv.Detections]:
+        """Judge detections, and set their confidence if that comes from the verifier.
+
+        Those that have a verify score, such as those of a store, are left as they are.
+
+        Raises:
+            ImageError: If the pixels of a frame cannot be read.
+        """
+        results, verifier = list(detections), self.verifier
+        if verifier is None:
+            return results
+        for part in results:
+            if not len(part):
+                part.metadata.setdefault("presence", {})
+        rows = [i for i, part in enumerate(results) if len(part) and "verify_score" not in part.data]
+        if not rows:
+            return results
+        with self.timer("verify"), convert_errors(verifier):
+            judged = verifier.verify([frames[i].image for i in rows], [results[i] for i in rows], vocabulary)
+        name = type(verifier).__name__
+        for i, part in zip(rows, judged, strict=True):
+            results[i] = validate_detections(self.refine.rescore(part), vocabulary, frames[i].size_hw, name)
+        return results
 
     def add_masks(
         self,

@@ -23,6 +23,7 @@ class Track:
     Attributes:
         tracker_id: Id of the object.
         votes: By class id, how often keyframes gave that class, and the sum of their confidences.
+        verified: How often keyframes verified it, and the sum of their verify scores.
         class_id: Class with the highest sum of confidences; -1 before the first vote.
         lost: Number of frames in a row in which the track was not visible.
         hidden: Whether the track jumped, drifted or duplicates another (see `tracks.TrackManager`), so that it is not
@@ -34,6 +35,7 @@ class Track:
 
     tracker_id: int
     votes: dict[int, tuple[int, float]] = field(default_factory=dict)
+    verified: tuple[int, float] = (0, 0.0)
     class_id: int = -1
     lost: int = 0
     hidden: bool = False
@@ -47,6 +49,17 @@ class Track:
         self.votes[class_id] = count + 1, total + confidence
         if self.class_id < 0 or self.votes[class_id][1] > self.votes[self.class_id][1]:
             self.class_id = class_id
+
+    def verify(self, score: float) -> None:
+        """Count the verify score of a keyframe."""
+        count, total = self.verified
+        self.verified = count + 1, total + score
+
+    @property
+    def verify_score(self) -> float:
+        """Mean verify score of the keyframes; 1 for a track that only clicks have confirmed."""
+        count, total = self.verified
+        return total / count if count else 1.0
 
     @property
     def confidence(self) -> float:

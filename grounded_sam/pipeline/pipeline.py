@@ -31,6 +31,7 @@ from grounded_sam.structures.protocols import (
     Segmenter,
     TextTracker,
     Tracker,
+    Verifier,
 )
 from grounded_sam.structures.request import Request
 from grounded_sam.structures.results import FrameResult
@@ -53,7 +54,8 @@ class Pipeline:
         prompt_template: Template for each phrase, such as `a photo of a {}`; used only by calls that pass their own
             text.
         tiles: How large images are tiled for the detector.
-        refine: How masks change boxes and scores.
+        refine: How masks and the verifier change boxes and scores.
+        verifier: Judges detections once they have masks; None without one.
 
     Attributes:
         stages: Detector and segmenter with selection, as they are applied to images and keyframes.
@@ -76,6 +78,7 @@ class Pipeline:
         prompt_template: str = "{}",
         tiles: Tiles | None = None,
         refine: Refine | None = None,
+        verifier: Verifier | None = None,
     ) -> None:
         self.detector, self.vocabulary = detector, vocabulary
         self.negatives, self.prompt_template = negatives, prompt_template
@@ -83,12 +86,12 @@ class Pipeline:
         self.timer = StageTimer()
         self.seconds = self.timer.seconds
         self.stages: ImageStages = DetectThenSegment(
-            detector, segmenter, self.select, tiles or Tiles(), refine or Refine(), self.timer
+            detector, segmenter, self.select, tiles or Tiles(), refine or Refine(), self.timer, verifier
         )
         self._tracker = tracker
 
     def __repr__(self) -> str:
-        parts = {"detector": self.detector, "segmenter": self.segmenter}
+        parts = {"detector": self.detector, "segmenter": self.segmenter, "verifier": self.stages.verifier}
         texts = [f"{name}={_describe(stage)}" for name, stage in parts.items() if stage is not None]
         if self._tracker is not None:
             is_built = isinstance(self._tracker, Tracker | EndToEndTracker | TextTracker)

@@ -24,7 +24,7 @@ from grounded_sam.pipeline.images import DetectThenSegment
 from grounded_sam.pipeline.select import Select, select_detections
 from grounded_sam.structures.detections import select_rows, validate_detections
 from grounded_sam.structures.frame import Frame
-from grounded_sam.structures.protocols import Segmenter
+from grounded_sam.structures.protocols import Segmenter, Verifier
 from grounded_sam.structures.results import FrameResult
 from grounded_sam.structures.vocabulary import Vocabulary
 
@@ -115,6 +115,8 @@ class LoosestSelection:
             top_k=None,
             min_area=0.0,
             max_area=None,
+            verify=None,
+            presence=None,
         )
         return [replace(loosest, nms=threshold) for threshold in thresholds]
 
@@ -136,6 +138,7 @@ class PredictionCache:
         settings: All settings that decide what the models find, without `select`.
         select: Selection of the run.
         max_pixels: Largest image of the run.
+        candidates: What a verifier is to judge, which does not depend on the selection of a job; None without one.
 
     Attributes:
         replayed: Number of images found in the cache.
@@ -148,8 +151,10 @@ class PredictionCache:
         settings: dict[str, Any],
         select: Select,
         max_pixels: int = MAX_PIXELS,
+        candidates: Select | None = None,
     ) -> None:
-        self.selections = LoosestSelection.read(folder).selections(select, vocabulary)
+        loosest = LoosestSelection.read(folder)
+        self.selections = loosest.selections(select, vocabulary) if candidates is None else [candidates]
         settings = {**settings, "select": [asdict(selection) for selection in self.selections]}
         key = fingerprint(settings, vocabulary)
         self._store = StoreWriter(folder / key[:16] / "store", vocabulary, settings, max_pixels=max_pixels)
@@ -188,6 +193,7 @@ class PredictionCache:
 
     def keep_selectable(self, detections: sv.Detections, vocabulary: Vocabulary) -> sv.Detections:
         """Keep all detections that a job of the sweep may select, most confident first."""
+        vocabulary = vocabulary.overlapping
         if len(self.selections) == 1:
             return select_detections(detections, self.selections[0], vocabulary)
         detections.data["row"] = np.arange(len(detections))
@@ -226,6 +232,11 @@ class CachedStages:
     def segmenter(self) -> Segmenter | None:
         """Segmenter of the wrapped stages."""
         return self.stages.segmenter
+
+    @property
+    def verifier(self) -> Verifier | None:
+        """Verifier of the wrapped stages."""
+        return self.stages.verifier
 
     @property
     def batch_size(self) -> int:
@@ -272,6 +283,7 @@ class CachedStages:
             selected = self.stages.segment(frames, selectable, vocabulary, segmenter)
         else:
             segmented = self.stages.add_masks(frames, selectable, vocabulary, segmenter)
+            segmented = self.stages.verify(frames, segmented, vocabulary)
             selected = [self.select(detections, vocabulary) for detections in segmented]
             _write(self.results, frames, segmented)
         if self.boxes is not None and all(set(part.data) <= {"class_name"} for part in selectable):
@@ -281,8 +293,9 @@ class CachedStages:
     def select(self, detections: sv.Detections, vocabulary: Vocabulary) -> sv.Detections:
         """Select from cached detections exactly what the job would have selected alone."""
         settings = self.stages.select
-        if self.segmenter is not None and settings.top_k is not None:  # which counts before masks are made
-            detections = select_detections(detections, settings.before_masks(), vocabulary)
+        if self.verifier is None and self.segmenter is not None and settings.top_k is not None:
+            # The number counts before masks are made.
+            detections = select_detections(detections, settings.before_masks(), vocabulary.overlapping)
         return select_detections(detections, settings, vocabulary)
 
     def select_stored(self, result: FrameResult, vocabulary: Vocabulary) -> FrameResult:

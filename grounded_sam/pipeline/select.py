@@ -20,6 +20,8 @@ from grounded_sam.structures.vocabulary import Vocabulary
 
 #: Statuses of objects that `select.status` can keep; the others are those of `formats.store_schema`.
 KEPT_STATUSES = ("predicted", "accepted", "edited", "added")
+#: IoU of boxes from which detections of classes that exclude each other are one object.
+EXCLUSIVE_IOU = 0.5
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,9 @@ class Select:
         max_area: Largest area in pixels; None for no limit.
         status: With `source=stored`, keep only objects of this status, or of one of these: `predicted`, `accepted`,
             `edited` or `added`; None keeps all. Rejected objects are never kept.
+        verify: Lowest score of the verifier to keep, 0 to 1; None for any.
+        presence: Lowest probability that a class is in the image at all, 0 to 1, below which none of its detections is
+            kept; None for any. It comes from a verifier, or from SAM 3.
 
     Raises:
         ConfigError: If a value is out of range; the message names the key.
@@ -57,6 +62,8 @@ class Select:
     min_area: float = 1.0
     max_area: float | None = None
     status: str | Sequence[str] | None = None
+    verify: float | None = None
+    presence: float | None = None
 
     def __post_init__(self) -> None:
         if self.class_score is not None and not isinstance(self.class_score, Mapping):
@@ -71,6 +78,8 @@ class Select:
         check_int("select.top_k", self.top_k, 0, optional=True)
         check_number("select.min_area", self.min_area, 0)
         check_number("select.max_area", self.max_area, 0, optional=True)
+        check_number("select.verify", self.verify, 0, 1, optional=True)
+        check_number("select.presence", self.presence, 0, 1, optional=True)
         if isinstance(self.status, str):
             check_choice("select.status", self.status, KEPT_STATUSES)
         elif self.status is not None:
@@ -92,7 +101,13 @@ class Select:
             top_k=None if by_mask or needs_area else self.top_k,
             min_area=0.0,
             max_area=None,
+            verify=None,
+            presence=None,
         )
+
+    def candidates(self, min_score: float) -> Select:
+        """Return a selection by a lowest confidence alone, of what a verifier is to judge."""
+        return Select(score=min_score, nms=None, min_area=0.0, status=self.status)
 
 
 class SelectOptions(TypedDict, total=False):
@@ -108,6 +123,8 @@ class SelectOptions(TypedDict, total=False):
     min_area: float
     max_area: float | None
     status: str | Sequence[str] | None
+    verify: float | None
+    presence: float | None
 
 
 def override_select(settings: Select, options: SelectOptions) -> Select:
@@ -129,8 +146,9 @@ def override_select(settings: Select, options: SelectOptions) -> Select:
 def select_detections(detections: sv.Detections, settings: Select, vocabulary: Vocabulary) -> sv.Detections:
     """Keep the detections that pass, most confident first.
 
-    Steps, in this order: status, score, NMS, IoS, area, number. Applying the function twice equals applying it once.
-    What a person accepted, edited or added passes all steps but the first, and suppresses like the most confident.
+    Steps, in this order: status, score, verify score, presence, exclusive classes, NMS, IoS, area, number. Applying the
+    function twice equals applying it once. What a person accepted, edited or added passes all steps but the first, and
+    suppresses like the most confident.
 
     Args:
         detections: With `confidence` and `class_id`; masks as arrays, as RLE, or none.
@@ -139,7 +157,7 @@ def select_detections(detections: sv.Detections, settings: Select, vocabulary: V
 
     Raises:
         ConfigError: If `class_score` names a class that the vocabulary lacks, `nms_by` is `mask` and there are no
-            masks, or `status` is set and nothing is known about the status of the detections.
+            masks, or `status`, `verify` or `presence` is set and nothing is known about that.
     """
     unknown = sorted(set(settings.class_score or {}) - set(vocabulary.classes))
     if unknown:
@@ -159,7 +177,10 @@ def select_detections(detections: sv.Detections, settings: Select, vocabulary: V
         kept = (settings.status,) if isinstance(settings.status, str) else tuple(settings.status)
         rows = rows[np.isin(detections.data["status"][rows], kept)]
     always = rows[decided[rows]]
-    rows = rows[decided[rows] | (detections.confidence[rows] >= min_score[detections.class_id[rows]])]
+    passes = (detections.confidence >= min_score[detections.class_id]) & _verified(detections, settings)
+    rows = rows[(decided | passes)[rows]]
+    if vocabulary.exclusive and len(rows) > 1:
+        rows = rows[_wins(detections, rows, decided, vocabulary)]
     if settings.nms is not None and len(rows) > 1:
         rows = rows[_nms(detections, rows, settings)]
     if settings.max_ios is not None and len(rows) > 1:
@@ -188,6 +209,50 @@ def _decided(detections: sv.Detections, settings: Select) -> NDArray[np.bool_]:
             raise ConfigError("select.status needs objects that somebody reviewed: use source=stored, or remove it")
         return np.zeros(len(detections), bool)
     return np.asarray(np.asarray(status) != "predicted", bool)
+
+
+def _verified(detections: sv.Detections, settings: Select) -> NDArray[np.bool_]:
+    """Return which detections pass the thresholds of a verifier, `(n,) bool`."""
+    passes = np.ones(len(detections), bool)
+    way_out = "choose a verifier, e.g. verify=siglip2, or replay results that were verified"
+    if settings.verify is not None:
+        if "verify_score" not in detections.data:
+            raise ConfigError(f"select.verify needs detections with a verify score: {way_out}")
+        passes &= np.asarray(detections.data["verify_score"]) >= np.float32(settings.verify)
+    if settings.presence is not None:
+        presence = detections.metadata.get("presence")
+        if presence is None:
+            raise ConfigError(f"select.presence needs to know which classes are present: {way_out}")
+        names = map(str, detections.data["class_name"])
+        passes &= np.array([presence.get(name, 0.0) >= settings.presence for name in names], bool)
+    return passes
+
+
+def _wins(
+    detections: sv.Detections, rows: NDArray[np.intp], decided: NDArray[np.bool_], vocabulary: Vocabulary
+) -> NDArray[np.bool_]:
+    """Return which rows are not suppressed by another class that excludes theirs, `(n,) bool`.
+
+    Of two detections whose boxes have an IoU of `EXCLUSIVE_IOU` or more, the one with the higher verify score stays, or
+    the more confident one where there are no verify scores.
+    """
+    assert detections.confidence is not None and detections.class_id is not None
+    score = np.asarray(detections.data.get("verify_score", detections.confidence), np.float64)
+    score = np.where(decided, np.inf, score)
+    wins = np.ones(len(rows), bool)
+    for group in vocabulary.exclusive:
+        ids = [vocabulary.classes.index(name) for name in group]
+        members = np.flatnonzero(np.isin(detections.class_id[rows], ids))
+        order = members[np.argsort(-score[rows[members]], kind="stable")]
+        overlap = sv.box_iou_batch(detections.xyxy[rows], detections.xyxy[rows])
+        for n, first in enumerate(order):
+            if not wins[first]:
+                continue
+            later = order[n + 1 :]
+            rivals = detections.class_id[rows[later]] != detections.class_id[rows[first]]
+            lost = later[rivals & (overlap[first, later] >= EXCLUSIVE_IOU)]
+            wins[lost] &= decided[rows[lost]]
+    return wins
 
 
 def _nms_table(detections: sv.Detections, rows: NDArray[np.intp], settings: Select) -> NDArray[np.float64]:

@@ -93,23 +93,26 @@ class Tiles:
             return detect([frame])[0]
         image = frame.image
         parts, tiles = [], []
-        for tile in self.boxes((height, width)):
+        presence: dict[str, float] = {}  # of each class in the tile that most probably shows it
+        for tile in [*self.boxes((height, width)), *([np.array([0, 0, width, height])] if self.whole else [])]:
             x1, y1, x2, y2 = tile.tolist()
+            is_whole = (x2 - x1, y2 - y1) == (width, height)
             crop = Frame(pixels=np.ascontiguousarray(image[y1:y2, x1:x2]), index=frame.index, name=frame.name)
-            detections = detect([crop])[0]
+            detections = detect([frame if is_whole else crop])[0]
             if "points" in detections.data:
                 raise ConfigError("tiles.size needs a detector of boxes, but this one gives points; remove tiles.size")
             detections.xyxy = detections.xyxy + np.array([x1, y1, x1, y1], np.float32)
             detections.mask = None  # made on the whole image, so that objects that a tile cuts get whole masks
+            for name, value in detections.metadata.pop("presence", {}).items():
+                presence[name] = max(presence.get(name, 0.0), value)
             parts.append(detections)
             tiles += [tile] * len(detections)
-        if self.whole:
-            detections = detect([frame])[0]
-            detections.mask = None
-            parts.append(detections)
-            tiles += [np.array([0, 0, width, height])] * len(detections)
-        merged = merge_detections(parts, vocabulary)
-        return merge_tiles(merged, np.array(tiles).reshape(-1, 4), vocabulary, (height, width))
+        merged = merge_tiles(
+            merge_detections(parts, vocabulary), np.array(tiles).reshape(-1, 4), vocabulary, (height, width)
+        )
+        if presence:
+            merged.metadata["presence"] = presence
+        return merged
 
 
 def merge_tiles(

@@ -148,6 +148,7 @@ class TrackManager:
             rows.append(row)
             tracker_id = self._ids_by_foreign_id[foreign_ids[row]]
             self.start_or_confirm(tracker_id, int(detections.class_id[row]), float(detections.confidence[row]))
+            self._verify(tracker_id, detections, row)
         visible = _with_ids(detections, rows, [self._ids_by_foreign_id[foreign_ids[row]] for row in rows])
         duplicates = find_duplicates(visible, self.live, self.settings)
         visible = select_rows(visible, [i not in duplicates for i in tracker_ids(visible).tolist()])
@@ -195,6 +196,7 @@ class TrackManager:
         for row, tracker_id in owners.items():
             self.live[tracker_id].box = detections.xyxy[row]
             self.start_or_confirm(tracker_id, int(detections.class_id[row]), float(detections.confidence[row]))
+            self._verify(tracker_id, detections, row)
         hidden = [i for i in duplicates if i not in owners.values()]
         drifted = find_drifted(overlap, detections, tracks, owners, self.settings)
         hidden += [tracker_id for tracker_id in drifted if self._can_be_confirmed(self.live[tracker_id])]
@@ -246,7 +248,13 @@ class TrackManager:
             started[row] = self.new_id()
             self.start_or_confirm(started[row], int(detections.class_id[row]), float(detections.confidence[row]))
             self.live[started[row]].box = detections.xyxy[row]
+            self._verify(started[row], detections, row)
         return started
+
+    def _verify(self, tracker_id: int, detections: sv.Detections, row: int) -> None:
+        """Count the verify score of a detection that started or confirmed a track, if it has one."""
+        if "verify_score" in detections.data:
+            self.live[tracker_id].verify(float(detections.data["verify_score"][row]))
 
     def _is_full(self) -> bool:
         return self.settings.max_objects is not None and len(self.live) >= self.settings.max_objects
@@ -285,6 +293,8 @@ class TrackManager:
         tracks = [self.live[int(ids[i])] for i in order]
         classes = np.array([track.class_id for track in tracks], np.int64)
         columns = {key: np.asarray(value)[order] for key, value in detections.data.items() if key == "mask_score"}
+        if any(track.verified[0] for track in tracks):
+            columns["verify_score"] = np.array([track.verify_score for track in tracks], np.float32)
         return sv.Detections(
             xyxy=detections.xyxy[order].astype(np.float32),
             mask=None if detections.mask is None else detections.mask[order],

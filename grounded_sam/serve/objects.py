@@ -29,7 +29,7 @@ def object_entries(detections: sv.Detections, rows: Iterable[int], masks: MaskFo
 
     Returns:
         `id`, `class`, `class_id`, `score`, `box` (xyxy in pixels), `area` (pixels), and where they exist `track_id`,
-        `mask_score`, `detector_score` (before the mask changed it) and `mask`.
+        `mask_score`, `verify_score`, `detector_score` (before the mask or the verifier changed it) and `mask`.
     """
     assert detections.class_id is not None and detections.confidence is not None
     entries = []
@@ -46,7 +46,7 @@ def object_entries(detections: sv.Detections, rows: Iterable[int], masks: MaskFo
         }
         if detections.tracker_id is not None:
             entry["track_id"] = int(detections.tracker_id[i])
-        for key in ("mask_score", "detector_score"):
+        for key in ("mask_score", "verify_score", "detector_score"):
             if key in detections.data:
                 entry[key] = round(float(detections.data[key][i]), 6)
         if has_mask and masks != "none":

@@ -182,7 +182,8 @@ class Predictor:
             ConfigError: If the settings name an unknown class, or select by masks and there are none.
             RequestError: If candidates that the settings may select were not kept (409).
         """
-        if not covers(prediction.kept, select, prediction.vocabulary, self.is_tiled):
+        verifies = self.stages.verifier is not None  # then candidates do not depend on the selection
+        if not verifies and not covers(prediction.kept, select, prediction.vocabulary, self.is_tiled):
             raise RequestError(
                 409,
                 "this prediction has too few candidates for these settings; predict again with min_score="
@@ -193,12 +194,14 @@ class Predictor:
         before = select.before_masks()
         if self.stages.refine.changes:
             before = replace(before, nms=None, max_ios=None, top_k=None)
-        if DETECTOR_SCORE in candidates.data:
+        if verifies:
+            pass
+        elif DETECTOR_SCORE in candidates.data:
             scored = replace_confidence(candidates, candidates.data[DETECTOR_SCORE])
-            rows = rows[_select_rows(scored, rows, before, vocabulary, prediction.size_hw)]
+            rows = rows[_select_rows(scored, rows, before, vocabulary.overlapping, prediction.size_hw)]
             rows.sort()  # as after the masks: in the order in which the candidates are
         elif self.pipeline.segmenter is not None:
-            rows = rows[_select_rows(candidates, rows, before, vocabulary, prediction.size_hw)]
+            rows = rows[_select_rows(candidates, rows, before, vocabulary.overlapping, prediction.size_hw)]
         return [int(i) for i in rows[_select_rows(candidates, rows, select, vocabulary, prediction.size_hw)]]
 
 
@@ -214,7 +217,9 @@ class CandidateStages(DetectThenSegment):
     """
 
     def __init__(self, stages: DetectThenSegment, kept: Select) -> None:
-        super().__init__(stages.detector, stages.segmenter, kept, stages.tiles, stages.refine, StageTimer())
+        super().__init__(
+            stages.detector, stages.segmenter, kept, stages.tiles, stages.refine, StageTimer(), stages.verifier
+        )
         self.floors: dict[int, float] = {}
 
     def segment(
@@ -224,19 +229,22 @@ class CandidateStages(DetectThenSegment):
         vocabulary: Vocabulary,
         segmenter: Segmenter | None,
     ) -> list[sv.Detections]:
-        """Add masks to the candidates; see `DetectThenSegment.segment`."""
+        """Add masks to the candidates, and verify them; see `DetectThenSegment.segment`."""
         name = type(self.detector).__name__
         kept = self.select
-        if self.refine.changes:
+        if self.verifier is not None:
+            kept = self.before_masks()
+        elif self.refine.changes:
             kept = replace(kept, nms=None, max_ios=None, top_k=None)
+        changes_score = self.refine.changes or self.refine.verifies
         candidates = []
         for frame, part in zip(frames, boxes, strict=True):
             valid = validate_detections(part, vocabulary, frame.size_hw, name)
-            chosen = select_detections(valid, kept, vocabulary)
-            if self.refine.changes and chosen.confidence is not None:
+            chosen = select_detections(valid, kept, vocabulary.overlapping)
+            if changes_score and chosen.confidence is not None:
                 chosen.data = {**chosen.data, DETECTOR_SCORE: chosen.confidence.copy()}
             candidates.append(self._limited(frame, chosen))
-        return self.add_masks(frames, candidates, vocabulary, segmenter)
+        return self.verify(frames, self.add_masks(frames, candidates, vocabulary, segmenter), vocabulary)
 
     def _limited(self, frame: Frame, detections: sv.Detections) -> sv.Detections:
         """Return the most confident detections, as many as a picture of this size may have."""

@@ -290,6 +290,7 @@ class DetectedObject(BaseModel):
     class_id: int = Field(description="index into `classes`")
     score: float = Field(description="confidence, 0 to 1")
     mask_score: float | None = Field(default=None, description="the segmenter's estimate of IoU")
+    verify_score: float | None = Field(default=None, description="how well the object fits its class, by the verifier")
     detector_score: float | None = Field(default=None, description="confidence before the mask changed it")
     box: list[float] = Field(description="[x1, y1, x2, y2] in pixels, right and bottom exclusive")
     area: float = Field(description="pixels of the mask, or of the box without one")

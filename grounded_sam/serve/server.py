@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 #: Threads that read uploads and encode answers at the same time; each may hold a decoded picture.
 MAX_THREADS = 2
 #: Groups of the config whose choices are stages.
-STAGES = ("detector", "segmenter", "tracker")
+STAGES = ("detector", "segmenter", "verify", "tracker")
 #: Sections of the config that a client may see.
 SECTIONS = ("select", "refine", "tiles", "track")
 
@@ -101,7 +101,7 @@ class Server:
         if pipeline is None:
             self.on_failure(error)
             return
-        keys = ("detector", "segmenter", "tiles", "refine")
+        keys = ("detector", "segmenter", "tiles", "refine", "verify")
         digest = self.digest_of(keys)
         self._predictor = Predictor(pipeline, digest, int(self.settings.prediction_mb * 1e6), self.max_pixels)
         self._sessions = OpenSessions(pipeline, int(self.settings.session_gb * 1e9), self.max_pixels)

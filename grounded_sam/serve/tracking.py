@@ -41,7 +41,9 @@ class InTurnStages(DetectThenSegment):
     """
 
     def __init__(self, stages: DetectThenSegment, select: Select) -> None:
-        super().__init__(stages.detector, stages.segmenter, select, stages.tiles, stages.refine, stages.timer)
+        super().__init__(
+            stages.detector, stages.segmenter, select, stages.tiles, stages.refine, stages.timer, stages.verifier
+        )
 
     def can_overlap(self, stage: object) -> bool:
         """Return False."""

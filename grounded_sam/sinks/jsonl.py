@@ -22,8 +22,8 @@ class JsonLinesSink:
     """Write a line to `results.jsonl` as soon as a frame is done, for programs that follow a run.
 
     A line has `file`, `frame` (its number), `time_s` (in a video), `width`, `height` and `objects`, each with `class`,
-    `class_id`, `score`, `bbox` (x, y, width, height), and where they exist `track_id`, `mask_score` and `segmentation`
-    (COCO RLE). The file is not written under a temporary name, so that it can be read during the run.
+    `class_id`, `score`, `bbox` (x, y, width, height), and where they exist `track_id`, `mask_score`, `verify_score` and
+    `segmentation` (COCO RLE). The file is not written under a temporary name, so that it can be read during the run.
 
     Args:
         output: Output folder of the run.
@@ -90,8 +90,9 @@ def _object(detections: sv.Detections, i: int, masks: bool) -> dict[str, Any]:
     }
     if detections.tracker_id is not None:
         entry["track_id"] = int(detections.tracker_id[i])
-    if "mask_score" in detections.data:
-        entry["mask_score"] = round(float(detections.data["mask_score"][i]), 6)
+    for name in ("mask_score", "verify_score"):
+        if name in detections.data:
+            entry[name] = round(float(detections.data[name][i]), 6)
     if masks and "rle" in detections.data:
         entry["segmentation"] = coco_segmentation(detections, i)
     return entry

@@ -9,6 +9,10 @@
 | `data["rle"]` | (n,) object, dicts `{size: [H, W], counts: bytes}` of COCO RLE; only where masks are packed |
 | `data["class_name"]` | (n,) str |
 | `data["mask_score"]` | (n,) float32, the segmenter's own estimate of IoU, after segmentation |
+| `data["verify_score"]` | (n,) float32, 0 to 1, how well the object fits its phrase, after verification |
+| `data["calibrated_score"]` | (n,) float32, 0 to 1, probability that the detection is right, after verification |
+| `metadata["presence"]` | probability by class name, 0 to 1, that the image shows one at all; classes that were not \
+detected are missing, and without a model that estimates it so is the key |
 | `tracker_id` | (n,) int64, one per object and video, or None without tracking |
 """
 
@@ -193,7 +197,7 @@ def coco_annotation(detections: sv.Detections, i: int, category_ids: Sequence[in
 
     Returns:
         `category_id`, `bbox` (xywh in pixels), `area`, `iscrowd`, `score`, where there are any `segmentation` (RLE),
-        `track_id` and `mask_score`, and the other keys that a label came with.
+        `track_id`, `mask_score` and `verify_score`, and the other keys that a label came with.
     """
     assert detections.class_id is not None and detections.confidence is not None
     x1, y1, x2, y2 = (round(float(value), 3) for value in detections.xyxy[i])
@@ -209,6 +213,7 @@ def coco_annotation(detections: sv.Detections, i: int, category_ids: Sequence[in
         entry |= {"area": mask_area(detections, i), "segmentation": coco_segmentation(detections, i)}
     if detections.tracker_id is not None:
         entry["track_id"] = int(detections.tracker_id[i])
-    if "mask_score" in detections.data:
-        entry["mask_score"] = round(float(detections.data["mask_score"][i]), 6)
+    for name in ("mask_score", "verify_score"):
+        if name in detections.data:
+            entry[name] = round(float(detections.data[name][i]), 6)
     return entry

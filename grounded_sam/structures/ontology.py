@@ -54,14 +54,16 @@ class Ontology:
     Attributes:
         classes: The classes in order.
         negatives: Phrases whose detections are dropped.
+        exclusive: Groups of class names, of which an object can be only one each.
     """
 
     classes: tuple[OntologyClass, ...]
     negatives: tuple[str, ...]
+    exclusive: tuple[tuple[str, ...], ...] = ()
 
 
 def read_ontology(content: Mapping[str, Any], where: str) -> Ontology:
-    """Read a mapping with `classes` and, if there are any, `negatives`; see `ontology.schema.json`.
+    """Read a mapping with `classes` and, if there are any, `negatives` and `exclusive`; see `ontology.schema.json`.
 
     Args:
         content: The mapping.
@@ -93,7 +95,8 @@ def read_ontology(content: Mapping[str, Any], where: str) -> Ontology:
         )
         for name, entry in entries.items()
     )
-    return Ontology(classes, tuple(dict.fromkeys(parse_phrases(negatives, "negatives"))))
+    groups = tuple(tuple(map(str, group)) for group in content.get("exclusive") or ())
+    return Ontology(classes, tuple(dict.fromkeys(parse_phrases(negatives, "negatives"))), groups)
 
 
 def _named_entries(classes: Any, where: str) -> dict[str, dict[str, Any]]:

@@ -1,9 +1,9 @@
 """What a stage must implement, and what it may add.
 
 A class of your own needs no base class: having the methods is enough. A source must be a `Source`, a detector a
-`Detector`, a segmenter a `Segmenter`, a sink a `Sink`, and a tracker one of `Tracker` (whose sessions are
-`TrackSession`s), `EndToEndTracker` and `TextTracker`. All other protocols are optional, and the pipeline tests for them
-with `isinstance`.
+`Detector`, a segmenter a `Segmenter`, a verifier a `Verifier`, a sink a `Sink`, and a tracker one of `Tracker` (whose
+sessions are `TrackSession`s), `EndToEndTracker` and `TextTracker`. All other protocols are optional, and the pipeline
+tests for them with `isinstance`.
 """
 
 from __future__ import annotations
@@ -239,6 +239,32 @@ class GeneratesMasks(Protocol):
 
     def mask_generator(self, **settings: Any) -> Any:
         """Return an object whose `generate(image)` returns the records of `SamAutomaticMaskGenerator`."""
+
+
+# Verifiers
+
+
+@runtime_checkable
+class Verifier(Protocol):
+    """Judges on crops whether detections are what their phrases say.
+
+    Attributes:
+        min_score: Detections whose confidence is lower are dropped instead of judged, 0 to 1.
+    """
+
+    min_score: float
+
+    def verify(
+        self, images: Sequence[NDArray[np.uint8]], detections: Sequence[sv.Detections], vocabulary: Vocabulary
+    ) -> list[sv.Detections]:
+        """Judge the detections of images `(H, W, 3) uint8`.
+
+        Returns:
+            As many detections in the same order, with `data["verify_score"]` and `data["calibrated_score"]`, both
+            `(n,) float32` from 0 to 1: whether the crop shows what the phrase says, and whether the detection is right,
+            given all scores. `metadata["presence"]` has the probability of each class that was detected to be in the
+            image at all, by name.
+        """
 
 
 # Trackers

@@ -54,12 +54,14 @@ class Vocabulary:
         scores: Lowest confidence of each class, None for `select.score`; or empty.
         colors: Color of each class, `#rrggbb` or None; or empty.
         supercategories: COCO supercategory of each class, or None; or empty.
+        exclusive: Groups of class names; an object can be of only one class of a group. All other classes may overlap.
         queried: Whether a detector is queried with the phrases, which must then be distinct. The classes of labels and
             of results may share phrases.
 
     Raises:
         VocabularyError: If there are no classes, a phrase has no letters, two classes have the same name or id, or a
-            phrase (compared without case and punctuation) belongs to two classes, or to a class and a negative.
+            phrase (compared without case and punctuation) belongs to two classes, or to a class and a negative, or a
+            group of exclusive classes names others or fewer than two.
 
     >>> Vocabulary(("vehicle", "dog"), (("car", "truck"), ("dog",))).category_ids
     (1, 2)
@@ -72,6 +74,7 @@ class Vocabulary:
     scores: tuple[float | None, ...] = ()
     colors: tuple[str | None, ...] = ()
     supercategories: tuple[str | None, ...] = ()
+    exclusive: tuple[tuple[str, ...], ...] = ()
     queried: bool = field(default=True, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -89,21 +92,8 @@ class Vocabulary:
         for text in (*self.classes, *(phrase for phrases in self.phrases for phrase in phrases), *self.negatives):
             if any("\ud800" <= char <= "\udfff" for char in text):  # bytes of a command line, or an escape in JSON
                 raise VocabularyError(f"{text!r} has bytes that are not UTF-8; write it as text in UTF-8")
-        self._check_phrases()
-
-    def _check_phrases(self) -> None:
-        """Check that there are phrases for all classes, and no phrase for two of them."""
-        owners: dict[str, str] = {}
-        named = list(zip(self.classes, self.phrases, strict=True))
-        for name, phrases in [*named, *((f"negative {phrase!r}", (phrase,)) for phrase in self.negatives)]:
-            if not phrases:
-                raise VocabularyError(f"class {name!r} has no phrase")
-            for phrase in phrases:
-                key = _normalized(phrase)
-                if not key:
-                    raise VocabularyError(f"class {name!r} has a phrase without letters: {phrase!r}")
-                if owners.setdefault(key, name) != name and self.queried:
-                    raise VocabularyError(f"phrase {phrase!r} belongs to both {owners[key]!r} and {name!r}")
+        _check_groups(self.exclusive, self.classes)
+        _check_phrases(self)
 
     def __len__(self) -> int:
         return len(self.classes)
@@ -117,6 +107,11 @@ class Vocabulary:
     def class_score(self) -> dict[str, float]:
         """Lowest confidence by class name, of the classes that have their own."""
         return {name: score for name, score in zip(self.classes, self.scores, strict=False) if score is not None}
+
+    @cached_property
+    def overlapping(self) -> Vocabulary:
+        """The same vocabulary without groups of exclusive classes."""
+        return replace(self, exclusive=()) if self.exclusive else self
 
     def index(self, name: str) -> int | None:
         """Return the index of a class; of one that differs only in case and spacing if none has just this name."""
@@ -198,6 +193,7 @@ class Vocabulary:
             scores=merged(self.scores, other.scores),
             colors=merged(self.colors, other.colors),
             supercategories=merged(self.supercategories, other.supercategories),
+            exclusive=_merged_groups(self, other, [other.classes[i] for i in new]),
             queried=False,
         )
 
@@ -287,6 +283,7 @@ class Vocabulary:
             scores=_column([item.score for item in classes]),
             colors=_column([item.color for item in classes]),
             supercategories=_column([item.supercategory for item in classes]),
+            exclusive=ontology.exclusive,
         )
 
 
@@ -343,6 +340,45 @@ def _new_classes(words: Vocabulary, other: Vocabulary) -> list[int]:
         for i, name in enumerate(other.classes)
         if name not in words.classes and (words.index(name) is None or keys[name_key(name)] > 1)
     ]
+
+
+def _check_phrases(words: Vocabulary) -> None:
+    """Check that there are phrases for all classes, and no phrase for two of them."""
+    owners: dict[str, str] = {}
+    named = list(zip(words.classes, words.phrases, strict=True))
+    for name, phrases in [*named, *((f"negative {phrase!r}", (phrase,)) for phrase in words.negatives)]:
+        if not phrases:
+            raise VocabularyError(f"class {name!r} has no phrase")
+        for phrase in phrases:
+            key = _normalized(phrase)
+            if not key:
+                raise VocabularyError(f"class {name!r} has a phrase without letters: {phrase!r}")
+            if owners.setdefault(key, name) != name and words.queried:
+                raise VocabularyError(f"phrase {phrase!r} belongs to both {owners[key]!r} and {name!r}")
+
+
+def _check_groups(groups: Sequence[Sequence[str]], classes: Sequence[str]) -> None:
+    """Check groups of exclusive classes."""
+    for group in groups:
+        unknown = [name for name in group if name not in classes]
+        if unknown or len(set(group)) < 2:
+            problem = f"{unknown[0]!r} is no class" if unknown else "a group needs two or more classes"
+            raise VocabularyError(f"exclusive: {problem}, in {list(group)}; the classes are {list(classes)}")
+
+
+def _merged_groups(words: Vocabulary, other: Vocabulary, new: Sequence[str]) -> tuple[tuple[str, ...], ...]:
+    """Return the groups of exclusive classes of two vocabularies, under the names that the merged one has.
+
+    Args:
+        words: The first vocabulary, whose names are kept.
+        other: The second one.
+        new: Classes that the first one lacks.
+    """
+    groups = list(words.exclusive)
+    for group in other.exclusive:
+        indices = {name: None if name in new else words.index(name) for name in group}
+        groups.append(tuple(name if i is None else words.classes[i] for name, i in indices.items()))
+    return tuple(dict.fromkeys(groups))
 
 
 def name_key(name: str) -> str:

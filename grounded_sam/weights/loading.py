@@ -28,7 +28,7 @@ def builtin_path(name: str, kind: str) -> Path:
 
     Args:
         name: Name of the model, such as `shapes`.
-        kind: Kind of the model: `detector`, `sam` or `sam2`.
+        kind: Kind of the model: `detector`, `sam`, `sam2` or `siglip`.
 
     Raises:
         CheckpointError: If the package has no such model; the message lists those it has.

@@ -40,7 +40,7 @@ AT_ONCE, MAX_SESSIONS = 4, 10_000
 #: Seconds between two looks whether a video is done, or the models have time.
 POLL_S = 0.1
 #: Sections of the config that decide what is found.
-_STAGES = ("detector", "segmenter", "tracker", "tiles", "refine", "select", "track")
+_STAGES = ("detector", "segmenter", "verify", "tracker", "tiles", "refine", "select", "track")
 SETTINGS = (*_STAGES, "text", "negative", "prompt_template", "precision")
 
 

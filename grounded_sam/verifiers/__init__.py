@@ -1,0 +1,1 @@
+"""Verifiers: whether a detection is what its phrase says, judged by a second model on crops."""

@@ -96,6 +96,7 @@ class StoreReader:
         max_pixels: Larger images are refused before they are decoded.
         root: Folder of the images, if they were moved; their names are relative to it.
         classes: Classes that objects may have, besides those of the runs.
+        set_aside: Leave out parts that are damaged, and name them in `lost_parts`, instead of raising an error.
 
     Raises:
         ConfigError: If the store is of a later version, or one of its files is damaged; the message names it.
@@ -112,9 +113,11 @@ class StoreReader:
         max_pixels: int = MAX_PIXELS,
         root: str | None = None,
         classes: Iterable[str] = (),
+        *,
+        set_aside: bool = False,
     ) -> None:
         self.folder, self.max_pixels, self.root = folder, max_pixels, root
-        self.rows = StoreRows(folder, max_pixels, classes)
+        self.rows = StoreRows(folder, max_pixels, classes, set_aside=set_aside)
 
     @property
     def _index(self) -> StoreIndex:
@@ -180,10 +183,20 @@ class StoreReader:
         index = self._index
         return index.images[key].name if key in index.images else index.video_names[key]
 
-    def lost_parts(self) -> list[Skipped]:
-        """Return a note for each part that is missing."""
-        reason = "a part of the store that is missing, with its images; run the command that made the store again"
-        return [Skipped(name, reason) for name in self.missing_parts]
+    def lost_parts(self, rerun: bool = False) -> list[Skipped]:
+        """Return a note for each part that is missing, or damaged and set aside.
+
+        Args:
+            rerun: Whether this is the run that processes their images again.
+        """
+        if rerun:
+            missing = "a part of the store that was missing; its images were processed again if they are in the input"
+            damaged = "its images were processed again if they are in the input, so delete it"
+        else:
+            missing = "a part of the store that is missing, with its images; run the command that made the store again"
+            damaged = "its images are left out; run the command that made the store again, and delete this part"
+        notes = [Skipped(name, missing) for name in self.missing_parts]
+        return notes + [Skipped(name, f"{reason}; {damaged}") for name, reason in self.rows.damaged_parts.items()]
 
     def count(self, key: str) -> int:
         """Return how many results `read` yields."""

@@ -92,6 +92,7 @@ class Manifest:
 
     Attributes:
         missing: Names of parts that are listed and gone.
+        lost: Names of parts whose images were processed again, because they were gone or damaged.
 
     Raises:
         ConfigError: If a list is damaged.
@@ -99,12 +100,15 @@ class Manifest:
 
     def __init__(self, folder: Path) -> None:
         self._records: dict[str, _Record] = {}
-        lost = set()
+        self.lost: set[str] = set()
         for path in sorted(folder.glob("_parts-*.jsonl")):
             for record in _read_list(path):
-                self._records[record.name] = record
-                lost |= {record.name} if record.lost else set()
-        self.missing = [name for name in self._records if name not in lost and not (folder / name).exists()]
+                if record.lost:
+                    self.lost.add(record.name)
+                else:
+                    self._records[record.name] = record
+        known = (name for name in self._records if name not in self.lost)
+        self.missing = [name for name in known if not (folder / name).exists()]
 
     def read(self, part: Path) -> bytes:
         """Read a part.

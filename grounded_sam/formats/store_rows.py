@@ -26,6 +26,25 @@ from grounded_sam.structures.vocabulary import Vocabulary
 MAX_CACHED_PARTS = 16
 
 
+class DamagedPartError(ConfigError):
+    """Raised for a part that cannot be used.
+
+    Args:
+        part: The part.
+        reason: Why.
+
+    Attributes:
+        reason: As above.
+    """
+
+    def __init__(self, part: Path, reason: str) -> None:
+        self.reason = f"cannot be read ({reason})"
+        super().__init__(
+            f"{part} {self.reason}; delete it, and its images are processed again when the command that made the store "
+            "is run again"
+        )
+
+
 class StoreRows:
     """Read the rows of a store. Only an index of its images is kept in memory.
 
@@ -33,6 +52,7 @@ class StoreRows:
         folder: Folder of the store; may be missing or empty.
         max_pixels: A store with larger images is refused.
         classes: Classes that objects may have, besides those of the runs.
+        set_aside: Leave out parts that are damaged, and list them in `damaged_parts`, instead of raising an error.
 
     Raises:
         ConfigError: If the store is of a later version, or one of its files is damaged; the message names it.
@@ -40,6 +60,8 @@ class StoreRows:
     Attributes:
         parts: The part files in the order in which they were written.
         missing_parts: Names of parts that were written and are gone.
+        damaged_parts: Why parts cannot be used, by their name; empty unless `set_aside`.
+        known_lost: Names of parts that were missing or damaged when a run processed their images again.
         runs: Runs by the first 16 digits of their fingerprint.
         index: Where images, videos and decisions are.
         names: Function from key and stored name of an image or video to its name, which no other one has.
@@ -47,10 +69,14 @@ class StoreRows:
             None if there is no run.
     """
 
-    def __init__(self, folder: Path, max_pixels: int = MAX_PIXELS, classes: Iterable[str] = ()) -> None:
-        self.folder, self.max_pixels = folder, max_pixels
+    def __init__(
+        self, folder: Path, max_pixels: int = MAX_PIXELS, classes: Iterable[str] = (), *, set_aside: bool = False
+    ) -> None:
+        self.folder, self.max_pixels, self.set_aside = folder, max_pixels, set_aside
         self._more_classes = set(classes)
         self.parts: list[Path] = []
+        self.damaged_parts: dict[str, str] = {}
+        self._listed: list[Path] = []
         self._is_finished = False
         self.refresh()
 
@@ -64,12 +90,20 @@ class StoreRows:
         self._classes = {name for run in self.runs.values() for name in run.vocabulary.classes} | self._more_classes
         self._manifest = Manifest(self.folder)
         self.missing_parts = self._manifest.missing
+        self.known_lost = self._manifest.lost
         parts = sorted(self.folder.glob("part-*.parquet"), key=lambda part: (sequence_of(part), part.name))
-        if not self.parts or parts[: len(self.parts)] != self.parts:
-            self.parts, self.index, self._is_finished = [], StoreIndex(), False
+        if not self._listed or parts[: len(self._listed)] != self._listed:
+            self.parts, self.damaged_parts, self._listed = [], {}, []
+            self.index, self._is_finished = StoreIndex(), False
             self._tables: OrderedDict[int, pa.Table] = OrderedDict()
-        for part in parts[len(self.parts) :]:
-            self._index_part(part)
+        for part in parts[len(self._listed) :]:
+            try:
+                self._index_part(part)
+            except DamagedPartError as error:
+                if not self.set_aside:
+                    raise
+                self.damaged_parts[part.name] = error.reason
+            self._listed.append(part)
         self._vocabulary: Vocabulary | None = None
         if not self._is_finished:
             self.names, self._is_finished = self.index.finish(), True
@@ -92,11 +126,8 @@ class StoreRows:
         except (pa.ArrowException, OSError, ValueError) as error:
             raise self._damaged(part, " ".join(str(error).split())[:200]) from error
 
-    def _damaged(self, part: Path, reason: str) -> ConfigError:
-        return ConfigError(
-            f"{part} cannot be read ({reason}); delete it, and its images are processed again when the command that "
-            "made the store is run again"
-        )
+    def _damaged(self, part: Path, reason: str) -> DamagedPartError:
+        return DamagedPartError(part, reason)
 
     @property
     def vocabulary(self) -> Vocabulary:

@@ -83,7 +83,7 @@ class StoreWriter:
         self.part_images, self.part_seconds = part_images, part_seconds
         self.images = self.objects = 0
         self._run, self._replaces = StoreRun.current(settings, vocabulary), resume == "replace"
-        self._reader = StoreReader(folder, max_pixels, classes=vocabulary.classes)
+        self._reader = StoreReader(folder, max_pixels, classes=vocabulary.classes, set_aside=True)
         if resume == "same":
             _check_settings(self._run, self._reader)
         has_classes = len(self._reader) and any(folder.glob("_run-*.json"))  # a damaged one may have been deleted
@@ -145,9 +145,8 @@ class StoreWriter:
         return [_unsearched_note(class_name, names) for class_name, names in self._unsearched.items()]
 
     def lost_parts(self) -> list[Skipped]:
-        """Return a note for each part of the store that is missing; images in it are processed again."""
-        reason = "a part of the store that was missing; its images were processed again if they are in the input"
-        return [Skipped(name, reason) for name in self._reader.missing_parts]
+        """Return a note for each part of the store that is missing or damaged; images in it are processed again."""
+        return self._reader.lost_parts(rerun=True)
 
     def note(self, name: str) -> Skipped | None:
         """Return the problem that an earlier run recorded for a file, such as a truncated video; None without one."""
@@ -254,7 +253,8 @@ class StoreWriter:
             self._end_video()
         self._flush()
         if complete and self.folder.is_dir():
-            for name in self._reader.missing_parts:
+            rows = self._reader.rows
+            for name in {*rows.missing_parts, *rows.damaged_parts} - rows.known_lost:
                 self._list.add_lost(name)
             if all(run.fingerprint != self._run.fingerprint for run in read_runs(self.folder)):  # it was deleted
                 self._run.write(self.folder, datetime.datetime.now(datetime.UTC).isoformat())

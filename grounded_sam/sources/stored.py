@@ -31,10 +31,11 @@ class StoreSource:
 
     Attributes:
         vocabulary: Classes of the store.
-        skipped: Files that could not be used then, and those that `check_files` leaves out; parts that are missing.
+        skipped: Files that could not be used then, and those that `check_files` leaves out; parts that are missing or
+            damaged.
 
     Raises:
-        ConfigError: If there is no store, it is of a newer version, or a part of it is damaged.
+        ConfigError: If there is no store, or it is of a newer version.
     """
 
     def __init__(
@@ -50,7 +51,8 @@ class StoreSource:
         check_shard(shard, num_shards)
         check_int("source.max_pixels", max_pixels, 1)
         check_bool("source.check_files", check_files)
-        self._reader = StoreReader(find_store(folder), max_pixels, None if root is None else str(root))
+        place = find_store(folder)
+        self._reader = StoreReader(place, max_pixels, None if root is None else str(root), set_aside=True)
         self.vocabulary = self._reader.vocabulary
         self.check_files = check_files
         self.skipped: list[Skipped] = [*self._reader.skipped.values(), *self._reader.lost_parts()]

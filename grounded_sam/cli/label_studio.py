@@ -127,8 +127,9 @@ def write_tasks(options: Options) -> LabelStudioSink:
     Raises:
         ConfigError: If there is no store, or the folder is in use.
     """
-    reader = StoreReader(find_store(options.folder))
-    output = reader.folder.parent if reader.folder.name == "store" else reader.folder
+    folder = find_store(options.folder)
+    reader = StoreReader(folder)
+    output = folder.parent if folder.name == "store" else folder
     with claim(output):
         sink = LabelStudioSink(
             output,

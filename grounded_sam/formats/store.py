@@ -50,10 +50,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from grounded_sam.errors import ConfigError
-from grounded_sam.files import home_path
+from grounded_sam.files import home_path, store_path
 from grounded_sam.formats.store_checks import changed_file
 from grounded_sam.formats.store_index import RowIndex, StoreIndex, video_key
 from grounded_sam.formats.store_objects import detections_from_rows, in_vocabulary, read_record
@@ -62,21 +62,30 @@ from grounded_sam.formats.store_rows import StoreRows, name_in_video
 from grounded_sam.formats.store_runs import StoreRun
 from grounded_sam.media.files import common_folder, is_video_file
 from grounded_sam.media.images import MAX_PIXELS
+from grounded_sam.output.paths import OutputPath
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.results import FrameResult, Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
 
 
-def find_store(path: str | Path) -> Path:
+@overload
+def find_store(path: Path) -> Path: ...
+
+
+@overload
+def find_store(path: str | OutputPath) -> OutputPath: ...
+
+
+def find_store(path: str | OutputPath) -> OutputPath:
     """Return the folder of a store.
 
     Args:
-        path: The folder itself, or the output folder that contains it as `store`.
+        path: The folder itself, or the output folder that contains it as `store`; on this machine or at an address.
 
     Raises:
         ConfigError: If neither is a store.
     """
-    folder = home_path(path)
+    folder = store_path(path)
     for candidate in (folder, folder / "store"):
         if any(candidate.glob("_run-*.json")):
             return candidate
@@ -109,7 +118,7 @@ class StoreReader:
 
     def __init__(
         self,
-        folder: Path,
+        folder: OutputPath,
         max_pixels: int = MAX_PIXELS,
         root: str | None = None,
         classes: Iterable[str] = (),
@@ -125,7 +134,7 @@ class StoreReader:
         return self.rows.index
 
     @property
-    def parts(self) -> list[Path]:
+    def parts(self) -> list[OutputPath]:
         """The part files; see the class."""
         return self.rows.parts
 

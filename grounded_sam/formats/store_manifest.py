@@ -12,12 +12,15 @@ import json
 import os
 import re
 import uuid
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 from grounded_sam.errors import ConfigError
-from grounded_sam.files import require_regular
+from grounded_sam.files import read_file
+from grounded_sam.output.paths import OutputPath, RemotePath
 
+#: Lines of a list at an address, where each new line writes the list anew; then another one begins.
+MAX_REMOTE_LINES = 200
 _NAME = re.compile(r"part-(\d{8})-.*\.parquet")
 
 
@@ -44,7 +47,7 @@ def part_name(sequence: int, stamp: str) -> str:
     return f"part-{sequence:08d}-{stamp}.parquet"
 
 
-def sequence_of(part: Path) -> int:
+def sequence_of(part: OutputPath) -> int:
     """Return the position of a part in its store; 0 for those of earlier versions, whose names begin with a time.
 
     >>> sequence_of(Path("part-00000007-a.parquet")), sequence_of(Path("part-20261127T021344.083252-93c3.parquet"))
@@ -61,16 +64,23 @@ class PartList:
         folder: Folder of the store.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._path = folder / f"_parts-{uuid.uuid4().hex[:16]}.jsonl"
+    def __init__(self, folder: OutputPath) -> None:
+        self._folder, self._lines = folder, list[str]()
+        self._path = self._new_path()
 
-    def add(self, part: Path) -> None:
+    def _new_path(self) -> OutputPath:
+        return self._folder / f"_parts-{uuid.uuid4().hex[:16]}.jsonl"
+
+    def add(self, part: OutputPath, content: bytes) -> None:
         """Add a part that is complete.
+
+        Args:
+            part: The part.
+            content: What was written into it.
 
         Raises:
             OSError: If it cannot be written.
         """
-        content = part.read_bytes()
         self._write(_Record(part.name, len(content), hashlib.sha256(content).hexdigest()))
 
     def add_lost(self, name: str) -> None:
@@ -78,8 +88,15 @@ class PartList:
         self._write(_Record(name, 0, "", lost=True))
 
     def _write(self, record: _Record) -> None:
+        line = json.dumps(asdict(record)) + "\n"
+        if isinstance(self._path, RemotePath):
+            if len(self._lines) >= MAX_REMOTE_LINES:
+                self._path, self._lines = self._new_path(), []
+            self._lines.append(line)
+            self._path.write_bytes("".join(self._lines).encode())
+            return
         with self._path.open("a", encoding="utf-8") as lines:
-            lines.write(json.dumps(asdict(record)) + "\n")
+            lines.write(line)
             lines.flush()
             os.fsync(lines.fileno())
 
@@ -89,6 +106,7 @@ class Manifest:
 
     Args:
         folder: Folder of the store.
+        parts: Names of its parts, listed before.
 
     Attributes:
         missing: Names of parts that are listed and gone.
@@ -98,27 +116,27 @@ class Manifest:
         ConfigError: If a list is damaged.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: OutputPath, parts: Collection[str]) -> None:
         self._records: dict[str, _Record] = {}
         self.lost: set[str] = set()
-        for path in sorted(folder.glob("_parts-*.jsonl")):
+        lists: list[OutputPath] = list(folder.glob("_parts-*.jsonl"))
+        for path in sorted(lists, key=str):
             for record in _read_list(path):
                 if record.lost:
                     self.lost.add(record.name)
                 else:
                     self._records[record.name] = record
-        known = (name for name in self._records if name not in self.lost)
-        self.missing = [name for name in known if not (folder / name).exists()]
+        unknown = [name for name in self._records if name not in self.lost and name not in parts]
+        self.missing = [name for name in unknown if not (folder / name).exists()]  # unless it was written just now
 
-    def read(self, part: Path) -> bytes:
+    def read(self, part: OutputPath) -> bytes:
         """Read a part.
 
         Raises:
             ValueError: If it is not as it was written.
             OSError: If it cannot be read.
         """
-        require_regular(part)
-        content, record = part.read_bytes(), self._records.get(part.name)
+        content, record = read_file(part), self._records.get(part.name)
         if record is not None and len(content) != record.bytes:
             raise ValueError(f"it has {len(content)} bytes, but was written with {record.bytes}")
         if record is not None and hashlib.sha256(content).hexdigest() != record.sha256:
@@ -126,11 +144,10 @@ class Manifest:
         return content
 
 
-def _read_list(path: Path) -> list[_Record]:
+def _read_list(path: OutputPath) -> list[_Record]:
     """Read a list; a last line that is incomplete, of a process that was killed, is left out."""
     try:
-        require_regular(path)
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        lines = read_file(path).decode().split("\n")[:-1]
         return [_Record(**json.loads(line)) for line in lines]
     except (OSError, ValueError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -19,6 +18,7 @@ from grounded_sam.formats.store_objects import Row, merge_decisions, owner_id, w
 from grounded_sam.formats.store_runs import runs_by_fingerprint, store_vocabulary
 from grounded_sam.formats.store_schema import SCHEMA
 from grounded_sam.media.images import MAX_PIXELS
+from grounded_sam.output.paths import OutputPath
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.vocabulary import Vocabulary
 
@@ -37,7 +37,7 @@ class DamagedPartError(ConfigError):
         reason: As above.
     """
 
-    def __init__(self, part: Path, reason: str) -> None:
+    def __init__(self, part: OutputPath, reason: str) -> None:
         self.reason = f"cannot be read ({reason})"
         super().__init__(
             f"{part} {self.reason}; delete it, and its images are processed again when the command that made the store "
@@ -70,13 +70,13 @@ class StoreRows:
     """
 
     def __init__(
-        self, folder: Path, max_pixels: int = MAX_PIXELS, classes: Iterable[str] = (), *, set_aside: bool = False
+        self, folder: OutputPath, max_pixels: int = MAX_PIXELS, classes: Iterable[str] = (), *, set_aside: bool = False
     ) -> None:
         self.folder, self.max_pixels, self.set_aside = folder, max_pixels, set_aside
         self._more_classes = set(classes)
-        self.parts: list[Path] = []
+        self.parts: list[OutputPath] = []
         self.damaged_parts: dict[str, str] = {}
-        self._listed: list[Path] = []
+        self._listed: list[OutputPath] = []
         self._is_finished = False
         self.refresh()
 
@@ -88,10 +88,11 @@ class StoreRows:
         """
         self.runs = runs_by_fingerprint(self.folder)  # checks the version
         self._classes = {name for run in self.runs.values() for name in run.vocabulary.classes} | self._more_classes
-        self._manifest = Manifest(self.folder)
+        parts: list[OutputPath] = list(self.folder.glob("part-*.parquet"))
+        parts.sort(key=lambda part: (sequence_of(part), part.name))
+        self._manifest = Manifest(self.folder, {part.name for part in parts})
         self.missing_parts = self._manifest.missing
         self.known_lost = self._manifest.lost
-        parts = sorted(self.folder.glob("part-*.parquet"), key=lambda part: (sequence_of(part), part.name))
         if not self._listed or parts[: len(self._listed)] != self._listed:
             self.parts, self.damaged_parts, self._listed = [], {}, []
             self.index, self._is_finished = StoreIndex(), False
@@ -109,7 +110,7 @@ class StoreRows:
             self.names, self._is_finished = self.index.finish(), True
             self._keys_by_owner: dict[str, list[str]] | None = None
 
-    def _index_part(self, part: Path) -> None:
+    def _index_part(self, part: OutputPath) -> None:
         """Check a part and add it to the index."""
         table = self._read_part(part, sorted({*INDEX_COLUMNS, *CHECKED_COLUMNS}))
         if (reason := table_problem(table, self._classes, self.max_pixels)) is not None:
@@ -118,7 +119,7 @@ class StoreRows:
             self._is_finished = False
         self.parts.append(part)
 
-    def _read_part(self, part: Path, columns: list[str] | None = None) -> pa.Table:
+    def _read_part(self, part: OutputPath, columns: list[str] | None = None) -> pa.Table:
         """Read a part, and compare it with its checksums."""
         try:
             content = pa.BufferReader(self._manifest.read(part))
@@ -126,7 +127,7 @@ class StoreRows:
         except (pa.ArrowException, OSError, ValueError) as error:
             raise self._damaged(part, " ".join(str(error).split())[:200]) from error
 
-    def _damaged(self, part: Path, reason: str) -> DamagedPartError:
+    def _damaged(self, part: OutputPath, reason: str) -> DamagedPartError:
         return DamagedPartError(part, reason)
 
     @property

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property, reduce
 from importlib.metadata import PackageNotFoundError
@@ -17,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from grounded_sam.errors import ConfigError, VocabularyError, redact, shorten
-from grounded_sam.files import atomic_write, home_path, require_regular
+from grounded_sam.files import atomic_write_text, home_path, read_file, require_regular
 from grounded_sam.formats.store_migrations import class_name, migrate_settings, migrate_vocabulary
+from grounded_sam.output.paths import OutputPath, RemotePath
 from grounded_sam.structures.vocabulary import Vocabulary, name_key
 
 #: Version of the format. Readers refuse stores of later versions.
@@ -98,7 +100,7 @@ class StoreRun:
             line for key in common for line in _changes(self.classes[key], current.classes[key], f"vocabulary.{key}")
         ]
 
-    def write(self, folder: Path, now: str) -> None:
+    def write(self, folder: OutputPath, now: str) -> None:
         """Write the run file, unless it exists.
 
         Args:
@@ -117,8 +119,12 @@ class StoreRun:
             "vocabulary": self.classes,
             "versions": {name: package_version(name) for name in LIBRARIES},
         }
-        with atomic_write(path, shared=True) as part:  # shards start together
-            part.write_text(json.dumps(content, ensure_ascii=False, indent=1, default=str), encoding="utf-8")
+        text = json.dumps(content, ensure_ascii=False, indent=1, default=str)
+        if isinstance(path, RemotePath):
+            with suppress(FileExistsError):  # shards start together
+                path.write_bytes(text.encode(), create=True)
+        else:
+            atomic_write_text(path, text, shared=True)
 
 
 def fingerprint(settings: Mapping[str, Any], vocabulary: Vocabulary) -> str:
@@ -196,7 +202,7 @@ def package_version(name: str) -> str:
         return "unknown"
 
 
-def read_runs(folder: Path) -> list[StoreRun]:
+def read_runs(folder: OutputPath) -> list[StoreRun]:
     """Read the settings of the runs that wrote into a store, oldest first, under the names of the current version.
 
     Raises:
@@ -210,7 +216,7 @@ def oldest_first(runs: Iterable[StoreRun]) -> list[StoreRun]:
     return sorted(runs, key=lambda run: (run.number, run.created, run.fingerprint))
 
 
-def runs_by_fingerprint(folder: Path) -> dict[str, StoreRun]:
+def runs_by_fingerprint(folder: OutputPath) -> dict[str, StoreRun]:
     """Read the runs that wrote into a store, by the first 16 digits of the fingerprint that their rows have.
 
     Raises:
@@ -219,8 +225,7 @@ def runs_by_fingerprint(folder: Path) -> dict[str, StoreRun]:
     runs = {}
     for path in folder.glob("_run-*.json"):
         try:
-            require_regular(path)
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(read_file(path).decode())
             if (schema := content["schema"]) > VERSION:
                 raise ConfigError(
                     f"{folder} has schema version {schema}; this version of grounded_sam reads up to {VERSION}"
@@ -246,7 +251,7 @@ def runs_by_fingerprint(folder: Path) -> dict[str, StoreRun]:
     return runs
 
 
-def store_vocabulary(folder: Path) -> Vocabulary:
+def store_vocabulary(folder: OutputPath) -> Vocabulary:
     """Return the classes of all runs of a store, those of the first run first.
 
     Raises:

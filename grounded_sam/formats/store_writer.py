@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import io
 import json
 import os
 import time
@@ -32,6 +33,7 @@ from grounded_sam.formats.store_objects import (
 from grounded_sam.formats.store_runs import StoreRun, file_digest, oldest_first, read_runs
 from grounded_sam.formats.store_schema import SCHEMA
 from grounded_sam.media.images import MAX_PIXELS
+from grounded_sam.output.paths import OutputPath, RemotePath
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.masks import replace_masks
 from grounded_sam.structures.results import FrameResult, Skipped
@@ -65,7 +67,7 @@ class StoreWriter:
 
     def __init__(
         self,
-        folder: Path,
+        folder: OutputPath,
         vocabulary: Vocabulary,
         settings: Mapping[str, Any],
         part_images: int = 512,
@@ -74,7 +76,7 @@ class StoreWriter:
         resume: Literal["same", "extend", "replace"] = "same",
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        if folder.is_symlink():
+        if isinstance(folder, Path) and folder.is_symlink():
             raise ConfigError(
                 f"{folder} is a link to {os.readlink(folder)}, and nothing is written through links inside an output; "
                 "remove the link, or choose another output"
@@ -326,8 +328,11 @@ def _object_rows(result: FrameResult) -> list[Row]:
     return [{**dict.fromkeys(SCHEMA.names), **row} for row in object_rows(result.packed)]
 
 
-def write_part(folder: Path, sequence: int, rows: list[dict[str, Any]], parts: PartList) -> Path:
-    """Write rows as a part, which is renamed into the store when it is complete, and list it with its checksum.
+def write_part(folder: OutputPath, sequence: int, rows: list[dict[str, Any]], parts: PartList) -> OutputPath:
+    """Write rows as a part, and list it with its checksum.
+
+    It appears in the store when it is complete: on this machine it is renamed into place, and at an address it is made
+    in memory and written with one request.
 
     Args:
         folder: Folder of the store.
@@ -342,12 +347,19 @@ def write_part(folder: Path, sequence: int, rows: list[dict[str, Any]], parts: P
         OSError: If it cannot be written.
     """
     stamp = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S.%f}-{uuid.uuid4().hex[:8]}"
-    path = folder / part_name(sequence, stamp)
-    with atomic_write(path) as part:
-        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), part, compression="zstd", write_page_checksum=True)
-        with part.open("rb") as written:
-            os.fsync(written.fileno())
-    parts.add(path)
+    path, table = folder / part_name(sequence, stamp), pa.Table.from_pylist(rows, SCHEMA)
+    if isinstance(path, RemotePath):
+        buffer = io.BytesIO()
+        pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
+        content = buffer.getvalue()
+        path.write_bytes(content, create=True)
+    else:
+        with atomic_write(path) as part:
+            pq.write_table(table, part, compression="zstd", write_page_checksum=True)
+            with part.open("rb") as written:
+                os.fsync(written.fileno())
+        content = path.read_bytes()
+    parts.add(path, content)
     return path
 
 

@@ -15,7 +15,8 @@ from grounded_sam.errors import ConfigError, ImageError, count_of
 from grounded_sam.files import home_path
 from grounded_sam.media.images import open_image, safe_formats
 from grounded_sam.media.unread import unread_reason
-from grounded_sam.output.claim import STATE, read_listing
+from grounded_sam.output.claim import read_listing
+from grounded_sam.output.paths import STATE
 
 # fmt: off
 #: Suffixes of video files, all of which PyAV reads.

@@ -17,14 +17,15 @@ from pathlib import Path, PurePosixPath
 from filelock import FileLock, Timeout
 
 from grounded_sam.errors import ConfigError
+from grounded_sam.output.paths import STATE, OutputPath, RemotePath
+from grounded_sam.output.remote_claim import RemoteClaim
 
-#: Folder in each output that holds what the program keeps for itself.
-STATE = ".grounded_sam"
 #: Digest of a file that is still being written.
 GROWING = "*"
 #: What the digest of a file begins with that later runs do not remove: a copy of an image may be the only one left.
 COPY = "copy "
-_claimed: dict[Path, ClaimedFolder] = {}
+#: What runs of this process have claimed.
+_claimed: dict[OutputPath, Claim] = {}
 
 
 class ClaimedFolder:
@@ -174,15 +175,24 @@ class ClaimedFolder:
         self._real_folders.add(folder)
 
 
+#: A claim on a folder of this machine, or on an address.
+Claim = ClaimedFolder | RemoteClaim
+
+
+def absolute(path: OutputPath) -> OutputPath:
+    """Return the absolute path of a file or folder; addresses are absolute."""
+    return path if isinstance(path, RemotePath) else Path(os.path.abspath(path))
+
+
 @contextmanager
-def claim(folder: Path) -> Iterator[ClaimedFolder]:
+def claim(folder: OutputPath) -> Iterator[Claim]:
     """Claim an output folder for this thread; within it, claiming the same folder again gives the same claim.
 
     Args:
         folder: The folder, which is created.
 
     Raises:
-        ConfigError: As `ClaimedFolder`.
+        ConfigError: As `ClaimedFolder` and `RemoteClaim`.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder, claim(Path(folder)) as claimed:
@@ -195,36 +205,39 @@ def claim(folder: Path) -> Iterator[ClaimedFolder]:
         release(claimed)
 
 
-def acquire(folder: Path) -> ClaimedFolder:
+def acquire(folder: OutputPath) -> Claim:
     """Claim an output folder until `release`; see `claim`."""
-    path = Path(os.path.abspath(folder))
+    path = absolute(folder)
     claimed = _claimed.get(path)
     if claimed is None:
-        claimed = _claimed[path] = ClaimedFolder(path)
+        claimed = RemoteClaim(path) if isinstance(path, RemotePath) else ClaimedFolder(path)
+        _claimed[path] = claimed
     elif claimed.thread != threading.get_ident():
         raise ConfigError(f"another run is writing to {path}; wait for its end, or choose another output")
     claimed.depth += 1
     return claimed
 
 
-def acquired(folder: Path) -> ClaimedFolder:
+def acquired(folder: OutputPath) -> Claim:
     """Return the claim on a folder that was claimed.
 
     Raises:
         KeyError: If it was not.
     """
-    return _claimed[Path(os.path.abspath(folder))]
+    return _claimed[absolute(folder)]
 
 
-def release(claimed: ClaimedFolder) -> None:
+def release(claimed: Claim) -> None:
     """Give up a claim, when as many releases as claims were made."""
     claimed.depth -= 1
     if not claimed.depth:
-        claimed.release()
-        del _claimed[claimed.folder]
+        try:
+            claimed.release()
+        finally:
+            del _claimed[claimed.folder]
 
 
-def claim_of(path: Path) -> ClaimedFolder | None:
+def claim_of(path: OutputPath) -> Claim | None:
     """Return the claim on the innermost folder above an absolute path; None for a file that no claim guards."""
     if not _claimed:
         return None
@@ -236,15 +249,15 @@ def claim_of(path: Path) -> ClaimedFolder | None:
     return None
 
 
-def check_output(path: Path) -> None:
+def check_output(path: OutputPath) -> None:
     """Check early that a file may be written, which a run writes at its end.
 
     Raises:
         ConfigError: If it is in a claimed folder and was not written by an earlier run.
     """
-    path = Path(os.path.abspath(path))
+    path = absolute(path)
     if (claimed := claim_of(path)) is not None:
-        claimed.check(path)
+        claimed.check(path)  # type: ignore[arg-type]  # the path in a claim is of its kind
 
 
 def file_state(path: Path) -> str:

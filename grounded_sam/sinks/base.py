@@ -12,6 +12,7 @@ from typing import ClassVar, Self
 from grounded_sam.checks import check_number
 from grounded_sam.errors import count_of
 from grounded_sam.output.claim import check_output
+from grounded_sam.output.paths import output_path
 from grounded_sam.sinks.dataset_images import DatasetImages, ImageMode
 from grounded_sam.sinks.splits import Splits
 from grounded_sam.structures.results import FrameResult, Skipped
@@ -50,7 +51,8 @@ class DatasetSink(ABC):
     tolerance: float = field(default=0.0, init=False)  # formats with polygons declare it again
 
     def __post_init__(self) -> None:
-        self.folder = Path(self.output) / self.name
+        # An address is only given to sinks that declare that they take one.
+        self.folder: Path = output_path(self.output) / self.name  # type: ignore[assignment]
         self.num_images = self.num_objects = 0
         self._splits = Splits(self.split, self.seed)
         self._image_files = DatasetImages(self.images, f"sink.{self.name}.images", self.reserved_folders)

@@ -18,6 +18,7 @@ import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
+from grounded_sam.output.paths import OutputPath
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.results import FrameResult, Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
@@ -344,6 +345,17 @@ class Sink(AbstractContextManager[Any], Protocol):
 
 
 @runtime_checkable
+class TakesAddress(Protocol):
+    """A sink class that can write to an address such as `s3://bucket/labels`; `output` may be a `RemotePath` then.
+
+    Attributes:
+        takes_address: True.
+    """
+
+    takes_address: bool
+
+
+@runtime_checkable
 class NumbersClasses(Protocol):
     """A sink whose files have numbers of classes or list all classes.
 
@@ -424,7 +436,7 @@ class ResultStore(Protocol):
 class OwnsFolder(Protocol):
     """A sink with a folder of its own, from which files that only an earlier run wrote are removed."""
 
-    def own_folder(self) -> Path:
+    def own_folder(self) -> OutputPath:
         """Return the folder, which no other sink writes to."""
 
 

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "grounded_sam"
 FLOORS = (
     ("errors", "hydra_state"),
     ("output",),
-    ("files", "checks", "pages"),
+    ("files", "checks", "pages", "remote"),
     ("media", "weights"),
     ("acceleration",),
     ("structures",),
@@ -104,7 +104,7 @@ def test_the_metrics_sink_alone_knows_evaluation():
 
 def test_the_root_is_a_table_of_contents():
     files = [path.name for path in PACKAGE.iterdir() if path.is_file() and path.name != "py.typed"]
-    assert len(files) <= 6 and all(name.endswith(".py") for name in files), files
+    assert len(files) <= 7 and all(name.endswith(".py") for name in files), files
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=module_name)

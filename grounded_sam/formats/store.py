@@ -7,13 +7,13 @@ A store is a folder with
 - `_parts-*.jsonl`: checksums of the parts; see `store_manifest`
 
 Rows of later parts replace those of earlier parts for the same image; what somebody decided about an object replaces
-what a run found. Schema version 2; the kind of a row decides which columns are filled:
+what a run found. Schema version 3; the kind of a row decides which columns are filled:
 
 | column | type | |
 |---|---|---|
 | `kind` | string | `image` (processed), `object` (of the image above), `edit`, `skipped`, `video` (complete) |
 | `file` | string | name relative to the input, with `/`; of frames `clip.mp4/000012` or `folder/000012.jpg` |
-| `path` | string | absolute path of the file; null for cameras and streams |
+| `path` | string | absolute path of the file, or its address, without credentials; null for cameras and streams |
 | `digest` | string | SHA-256 of the file; of a folder of frames, that of their digests |
 | `bytes` | int64 | size of the file; of a folder of frames, that of the first one |
 | `mtime_ns` | int64 | when it was changed last, nanoseconds since 1970; if both are still the same, so is the digest |
@@ -41,6 +41,7 @@ what a run found. Schema version 2; the kind of a row decides which columns are 
 | `edited_at` | string | when, ISO 8601 in UTC |
 | `predicted_class` | string | class that the object had before anybody changed it; null if it was added |
 | `detector_scores` | string | JSON: the score of each detector, by name, if there are several |
+| `etag` | string | of an object under an address: its entity tag, checksum or version; changes with it |
 
 Any Parquet reader opens the folder: `pandas.read_parquet("store")`, DuckDB, `pyarrow.dataset`.
 """
@@ -63,6 +64,7 @@ from grounded_sam.formats.store_runs import StoreRun
 from grounded_sam.media.files import common_folder, is_video_file
 from grounded_sam.media.images import MAX_PIXELS
 from grounded_sam.output.paths import OutputPath
+from grounded_sam.remote import Location
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.results import FrameResult, Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
@@ -175,6 +177,16 @@ class StoreReader:
         """
         return self._index.find(name, digest, path)
 
+    def find_unchanged(self, name: str, path: str, state: int | None) -> str | None:
+        """Return the key of an image or of a complete video whose file is still the same; None if that is not sure.
+
+        Args:
+            name: Name of the image or video.
+            path: Path of its file, as stored.
+            state: State of its file, see `store_index.file_state`.
+        """
+        return self._index.find_unchanged(name, path, state)
+
     def run_of(self, key: str) -> StoreRun | None:
         """Return the run that computed an image or video; None if its `_run-*.json` is gone."""
         return self.rows.runs.get(self.rows.fingerprint(key)[:16])
@@ -211,7 +223,7 @@ class StoreReader:
         """Return how many results `read` yields."""
         return 1 if key in self._index.images else len(self._index.videos[key].frames)
 
-    def read(self, key: str, vocabulary: Vocabulary, files: Sequence[Path] = ()) -> Iterator[FrameResult]:
+    def read(self, key: str, vocabulary: Vocabulary, files: Sequence[Path | Location] = ()) -> Iterator[FrameResult]:
         """Yield the result of an image, or those of the frames of a video, as people left them.
 
         Args:

@@ -21,10 +21,11 @@ from grounded_sam.errors import ConfigError, VocabularyError, redact, shorten
 from grounded_sam.files import atomic_write_text, home_path, read_file, require_regular
 from grounded_sam.formats.store_migrations import class_name, migrate_settings, migrate_vocabulary
 from grounded_sam.output.paths import OutputPath, RemotePath
+from grounded_sam.remote import Location
 from grounded_sam.structures.vocabulary import Vocabulary, name_key
 
 #: Version of the format. Readers refuse stores of later versions.
-VERSION = 2
+VERSION = 3
 #: Settings that change how fast results are computed, but not the results.
 INCIDENTAL = {"device", "batch_size", "chunk", "points_per_batch", "exports", "export_dir"}
 #: Libraries whose versions are recorded.
@@ -180,7 +181,7 @@ def _files_at(text: str) -> list[Path]:
         return []
 
 
-def file_digest(files: Sequence[Path]) -> str:
+def file_digest(files: Sequence[Path | Location]) -> str:
     """Return the SHA-256 of a file; of several files, that of their digests in order.
 
     Raises:
@@ -188,6 +189,9 @@ def file_digest(files: Sequence[Path]) -> str:
     """
     digests = []
     for file in files:
+        if isinstance(file, Location):
+            digests.append(hashlib.sha256(file.read_bytes()).hexdigest())
+            continue
         require_regular(file)
         with file.open("rb") as content:
             digests.append(hashlib.file_digest(content, "sha256").hexdigest())

@@ -9,7 +9,7 @@ import os
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ import supervision as sv
 from grounded_sam.errors import ConfigError, count_of
 from grounded_sam.files import atomic_write
 from grounded_sam.formats.store import StoreReader
+from grounded_sam.formats.store_index import file_state
 from grounded_sam.formats.store_manifest import PartList, part_name, sequence_of
 from grounded_sam.formats.store_objects import (
     Row,
@@ -34,7 +35,9 @@ from grounded_sam.formats.store_runs import StoreRun, file_digest, oldest_first,
 from grounded_sam.formats.store_schema import SCHEMA
 from grounded_sam.media.images import MAX_PIXELS
 from grounded_sam.output.paths import OutputPath, RemotePath
+from grounded_sam.remote import Location
 from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.items import FileContent
 from grounded_sam.structures.masks import replace_masks
 from grounded_sam.structures.results import FrameResult, Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
@@ -95,8 +98,7 @@ class StoreWriter:
         self._sequence = max(map(sequence_of, self._reader.parts), default=0)
         self._rows: list[dict[str, Any]] = []
         self._part_images, self._part_start = 0, time.monotonic()
-        self._lacking: dict[str, list[str]] = {}  # classes that a run did not look for, by its fingerprint
-        self._unsearched: dict[str, list[str]] = {}  # names of stored files, by class
+        self._searched = _SearchedClasses(self._run, vocabulary)
         self._noted: dict[str, dict[str, Any]] = {}  # rows of skipped files of this run, by name
         self._video_row: dict[str, Any] | None = None  # of the video that is being written
         self._failed = False
@@ -106,45 +108,50 @@ class StoreWriter:
         """Return the classes of the run, followed by those stored before."""
         return self._classes
 
-    def lookup(self, name: str, files: list[Path]) -> Iterable[FrameResult] | None:
-        """Return the stored results of an image or of a complete video, if its files have not changed.
+    def lookup(
+        self,
+        name: str,
+        files: Sequence[Path | Location],
+        content: FileContent | None = None,
+        *,
+        may_read: bool = True,
+    ) -> Iterable[FrameResult] | None:
+        """Return the stored results of an image or of a complete video; see `structures.protocols.Lookup`.
 
-        Args:
-            name: Name of the image or video.
-            files: Its files.
-
-        Returns:
-            The results, with class ids of `output_classes`; None if there are none.
+        A file of the same path, size and time of change is not read, nor is an object of the same address, size and
+        tag; others are compared by digest. The results have the class ids of `output_classes`.
         """
+        path = _stored_path(files[0]) if len(files) == 1 else None
+        key = digest = None
         try:
-            status = files[0].stat()  # before the content is read: a change during that is noticed later
-            digest = file_digest(files)
+            columns = _state_columns(files[0], content)  # before the content is read: a change is noticed later
+            if path is not None and content is None:
+                key = self._reader.find_unchanged(name, path, file_state(*columns.values()))
+            if key is None or (may_read and self._is_replaced(key)):
+                if content is None and not may_read:
+                    return None
+                digest = file_digest(files) if content is None else content.digest
+                key = None if digest is None else self._reader.find(name, digest, path)
         except OSError:  # reported when the file is decoded
             return None
-        key = self._reader.find(name, digest, _stored_path(files[0]) if len(files) == 1 else None)
-        run = None if key is None else self._reader.run_of(key)
-        replaced = key is not None and self._replaces and (run is None or run.fingerprint != self._run.fingerprint)
-        if key is None or replaced:
-            self._contents[name] = {"digest": digest, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
+        if key is None or self._is_replaced(key):
+            if digest is None:
+                return None
+            self._contents[name] = {"digest": digest, **columns}
             if key is not None and len(files) == 1:  # where it was moved from, so that it stays one image
                 self._contents[name]["path"] = self._reader.path_of(key)
             return None
-        self._note_unsearched(key, name)
+        self._searched.note(self._reader.run_of(key), name)
         return self._reader.read(key, self._classes, files)
 
-    def _note_unsearched(self, key: str, name: str) -> None:
-        """Note the classes of this run that the run which stored an image or video did not look for."""
+    def _is_replaced(self, key: str) -> bool:
+        """Return whether a stored result is to be computed again, because it is of a run with other settings."""
         run = self._reader.run_of(key)
-        if run is None or run.fingerprint == self._run.fingerprint:
-            return
-        if run.fingerprint not in self._lacking:
-            self._lacking[run.fingerprint] = run.lacks(self.vocabulary)
-        for class_name in self._lacking[run.fingerprint]:
-            self._unsearched.setdefault(class_name, []).append(name)
+        return self._replaces and (run is None or run.fingerprint != self._run.fingerprint)
 
     def not_searched(self) -> list[Skipped]:
         """Return, by class of this run, the stored files in which it was not looked for."""
-        return [_unsearched_note(class_name, names) for class_name, names in self._unsearched.items()]
+        return self._searched.notes()
 
     def lost_parts(self) -> list[Skipped]:
         """Return a note for each part of the store that is missing or damaged; images in it are processed again."""
@@ -170,8 +177,8 @@ class StoreWriter:
         """
         frame = self.named(result.frame)
         predicted = FrameResult(frame=result.frame, detections=_with_ids(result.raw, frame))
-        contents = self._contents.get(frame.video or result.frame.name, {})
-        decisions = self._reader.rows.decisions_on(result.frame, self._path(result.frame), contents.get("digest"))
+        digest = self._columns_of_file(result.frame).get("digest")
+        decisions = self._reader.rows.decisions_on(result.frame, self._path(result.frame), digest)
         if not decisions:
             if frame is result.frame:
                 return predicted
@@ -187,6 +194,13 @@ class StoreWriter:
         """Return the path of a frame's file as it is stored, or will be."""
         path = self._contents.get(frame.video or frame.name, {}).get("path")
         return path if path is not None or frame.file is None else _stored_path(frame.file)
+
+    def _columns_of_file(self, frame: Frame) -> dict[str, Any]:
+        """Return what is known of the file of a frame, from `lookup` or with the frame itself."""
+        known = self._contents.get(frame.video or frame.name)
+        if known is not None or frame.content is None or frame.file is None:
+            return known or {}
+        return {"digest": frame.content.digest, **_state_columns(frame.file, frame.content)}
 
     def write(self, result: FrameResult) -> None:
         """Write one result.
@@ -219,7 +233,9 @@ class StoreWriter:
         columns: dict[str, Any] = {"file": frame.name, "path": self._path(frame), "fingerprint": self._run.fingerprint}
         columns |= {"width": width, "height": height, "time_s": frame.time_s}
         if frame.video is None:
-            return {**columns, **self._contents.pop(frame.name, {})}
+            columns |= self._columns_of_file(frame)
+            self._contents.pop(frame.name, None)
+            return columns
         columns |= self._contents.get(frame.video, {})
         if self._video_row is None:
             self._video_row = {**columns, "kind": "video", "file": frame.video, "video": frame.video, "time_s": None}
@@ -301,6 +317,33 @@ def _check_settings(current: StoreRun, reader: StoreReader) -> None:
         )
 
 
+class _SearchedClasses:
+    """Note which classes of a run were not looked for in what other runs stored.
+
+    Args:
+        run: The run.
+        vocabulary: Its classes.
+    """
+
+    def __init__(self, run: StoreRun, vocabulary: Vocabulary) -> None:
+        self._run, self._vocabulary = run, vocabulary
+        self._lacking: dict[str, list[str]] = {}  # classes that a run did not look for, by its fingerprint
+        self._unsearched: dict[str, list[str]] = {}  # names of stored files, by class
+
+    def note(self, run: StoreRun | None, name: str) -> None:
+        """Note the classes that were not looked for in an image or video that a run stored."""
+        if run is None or run.fingerprint == self._run.fingerprint:
+            return
+        if run.fingerprint not in self._lacking:
+            self._lacking[run.fingerprint] = run.lacks(self._vocabulary)
+        for class_name in self._lacking[run.fingerprint]:
+            self._unsearched.setdefault(class_name, []).append(name)
+
+    def notes(self) -> list[Skipped]:
+        """Return a note for each class."""
+        return [_unsearched_note(class_name, names) for class_name, names in self._unsearched.items()]
+
+
 def _unsearched_note(class_name: str, names: list[str]) -> Skipped:
     """Return a note that a class was not looked for in some stored files."""
     more = f" and {len(names) - 3:,} more" if len(names) > 3 else ""
@@ -363,6 +406,22 @@ def write_part(folder: OutputPath, sequence: int, rows: list[dict[str, Any]], pa
     return path
 
 
-def _stored_path(file: Path) -> str:
-    """Return the absolute path of a file, as it is stored."""
+def _stored_path(file: Path | Location) -> str:
+    """Return the absolute path or the address of a file, as it is stored."""
+    if isinstance(file, Location):
+        return str(file)
     return os.fsencode(file.absolute()).decode("utf-8", "backslashreplace")
+
+
+def _state_columns(file: Path | Location, content: FileContent | None) -> dict[str, Any]:
+    """Return the columns that tell whether a file has changed, without reading it.
+
+    Raises:
+        OSError: If there is no such file.
+    """
+    if content is not None:
+        return {"bytes": content.size, "mtime_ns": content.modified_ns, "etag": content.etag}
+    if isinstance(file, Location):
+        return {"bytes": file.size, "mtime_ns": file.modified_ns, "etag": file.etag}
+    status = file.stat()
+    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "etag": None}

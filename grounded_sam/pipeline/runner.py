@@ -10,6 +10,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -259,7 +260,7 @@ class Runner:
         """Return the function that finds stored results: of the store, else of the prediction cache."""
         store, replay = self.store, self._replays
         if store is not None:
-            return lambda name, files: store.lookup(name, files, replay)
+            return partial(store.lookup, replay=replay)
         if self.cache is not None and self.cache.results is not None:
             return self.cache.results.lookup
         return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, ClassVar, Literal
@@ -12,7 +12,9 @@ from grounded_sam.errors import count_of
 from grounded_sam.formats.store_writer import StoreWriter
 from grounded_sam.media.images import MAX_PIXELS
 from grounded_sam.output.paths import OutputPath, output_path
+from grounded_sam.remote import Location
 from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.items import FileContent
 from grounded_sam.structures.results import FrameResult, Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
 
@@ -62,9 +64,17 @@ class StoreSink:
     def __enter__(self) -> StoreSink:
         return self
 
-    def lookup(self, name: str, files: list[Path], replay: bool = True) -> Iterable[FrameResult] | None:
+    def lookup(
+        self,
+        name: str,
+        files: Sequence[Path | Location],
+        content: FileContent | None = None,
+        *,
+        may_read: bool = True,
+        replay: bool = True,
+    ) -> Iterable[FrameResult] | None:
         """Return the stored results of an image or of a complete video; see `structures.protocols.ResultStore`."""
-        results = self._writer.lookup(name, files)
+        results = self._writer.lookup(name, files, content, may_read=may_read)
         if results is None:
             return None
         self._files_resumed += 1

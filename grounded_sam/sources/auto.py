@@ -97,7 +97,8 @@ class AutoSource:
         return [skipped for source in self.sources for skipped in source.skipped]
 
     def __iter__(self) -> Iterator[Frame | FrameResult]:
-        return self.resume(lambda name, files: None)
+        for source in self.sources:
+            yield from source
 
     def resume(self, lookup: Lookup) -> Iterator[Frame | FrameResult]:
         """Yield the stored results of each image and video that has some, else its frames."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,32 +15,53 @@ from numpy.typing import NDArray
 
 from grounded_sam.checks import check_int
 from grounded_sam.errors import ConfigError, ImageError
+from grounded_sam.files import require_regular
 from grounded_sam.media.files import InputFiles, find_files, relative_name
-from grounded_sam.media.images import MAX_PIXELS, read_image
+from grounded_sam.media.images import MAX_PIXELS, decode_image, read_image
 from grounded_sam.media.prefetch import WORKERS, Prefetch, map_ahead
 from grounded_sam.sources.inputs import check_input
 from grounded_sam.sources.shards import check_shard, shard_of
 from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.items import FileContent, SourceItem
 from grounded_sam.structures.protocols import Lookup
 from grounded_sam.structures.results import FrameResult, Skipped
 
 #: Images that are decoded ahead.
 AHEAD = max(2, WORKERS)
+#: Bytes of the largest file that is read in whole before it is decoded; a larger one is decoded from the disk.
+MAX_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, eq=False)
-class _DecodedFile:
-    """What was read from a file.
+class _Read:
+    """An image that was read, or could not be.
 
     Attributes:
-        name: Name of the image.
-        file: The file.
+        item: The image.
+        data: Its file; None if it could not be read, or is decoded from the disk.
+        content: What is known of the file; None if it could not be read.
+        error: Why it could not be read.
+    """
+
+    item: SourceItem
+    data: bytes | None = None
+    content: FileContent | None = None
+    error: ImageError | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class _Decoded:
+    """An image that was decoded, or could not be.
+
+    Attributes:
+        item: The image.
+        content: What is known of its file.
         pixels: RGB, `(H, W, 3) uint8`; None if it cannot be read.
         problems: Why it cannot be read, or not in whole.
     """
 
-    name: str
-    file: Path
+    item: SourceItem
+    content: FileContent | None
     pixels: NDArray[np.uint8] | None
     problems: list[Skipped]
 
@@ -94,46 +117,135 @@ class ImageSource:
         return len(self.files)
 
     def __iter__(self) -> Iterator[Frame | FrameResult]:
-        return self.resume(lambda name, files: None)
+        return self._frames(None)
 
     def resume(self, lookup: Lookup) -> Iterator[Frame | FrameResult]:
         """Yield the stored result of each image that has one, else the decoded image."""
-        with closing(Prefetch(self._decode(lookup), AHEAD)) as frames:
+        return self._frames(lookup)
+
+    def items(self) -> Iterator[SourceItem]:
+        """Yield the images without reading them; see `structures.protocols.ListsItems`."""
+        for path in self.files:
+            try:
+                status = os.stat(path)
+                size, modified_ns = status.st_size, status.st_mtime_ns
+            except (OSError, ValueError):  # `fetch` says why
+                size = modified_ns = None
+            yield SourceItem(self.name(path), path, size=size, modified_ns=modified_ns)
+
+    def fetch(self, item: SourceItem) -> bytes:
+        """Read the encoded bytes of an image; see `structures.protocols.ListsItems`."""
+        assert isinstance(item.place, Path)
+        try:
+            require_regular(item.place)
+            return item.place.read_bytes()
+        except (OSError, ValueError) as error:
+            raise ImageError(f"{item.place}: {_reason(error)}") from error
+
+    def decode(self, item: SourceItem, data: bytes) -> Frame:
+        """Decode an image; see `structures.protocols.ListsItems`."""
+        pixels = decode_image(data, _shown(item), self.max_pixels, partial(self._note, item))
+        return Frame(pixels=pixels, name=item.name, file=item.place, content=FileContent.of(item, data))
+
+    def _note(self, item: SourceItem, problem: str) -> None:
+        self.skipped.append(Skipped(item.name, problem))
+
+    def _frames(self, lookup: Lookup | None) -> Generator[Frame | FrameResult]:
+        with closing(Prefetch(self._decoded(lookup), AHEAD)) as frames:
             yield from frames
 
-    def _decode(self, lookup: Lookup) -> Generator[Frame | FrameResult]:
+    def _decoded(self, lookup: Lookup | None) -> Generator[Frame | FrameResult]:
         index = 0
-        with closing(map_ahead(self._read, self._look_up(lookup), WORKERS)) as items:
-            for item in items:
-                if isinstance(item, Iterable):
-                    yield from item
+        read = map_ahead(partial(self._read, hashed=lookup is not None), self._look_up(lookup), WORKERS)
+        with closing(read), closing(map_ahead(self._decode, self._look_up_read(lookup, read), WORKERS)) as images:
+            for image in images:
+                if isinstance(image, Iterable):
+                    yield from image
                     continue
-                self.skipped += item.problems
-                if item.pixels is not None:
-                    yield Frame(pixels=item.pixels, index=index, name=item.name, file=item.file)
+                self.skipped += image.problems
+                if image.pixels is not None:
+                    item = image.item
+                    yield Frame(
+                        pixels=image.pixels, index=index, name=item.name, file=item.place, content=image.content
+                    )
                     index += 1
 
-    def _look_up(self, lookup: Lookup) -> Iterator[Path | Iterable[FrameResult]]:
-        """Yield the stored results of each file that has some, else the file."""
-        for path in self.files:
-            results = lookup(self.name(path), [path])
-            yield path if results is None else results
+    def _look_up(self, lookup: Lookup | None) -> Iterator[SourceItem | Iterable[FrameResult]]:
+        """Yield the stored results of each image whose file has not changed since, else the image."""
+        for item in self.items():
+            results = None if lookup is None else lookup(item.name, [item.place], may_read=False)
+            yield item if results is None else results
 
-    def _read(self, item: Path | Iterable[FrameResult]) -> _DecodedFile | Iterable[FrameResult]:
-        """Decode a file; stored results are returned as they are."""
-        if not isinstance(item, Path):
+    def _read(self, item: SourceItem | Iterable[FrameResult], hashed: bool) -> _Read | Iterable[FrameResult]:
+        """Read the file of an image; stored results are returned as they are."""
+        if not isinstance(item, SourceItem):
             return item
-        name = self.name(item)
-        problems: list[str] = []
-        pixels = None
         try:
-            pixels = read_image(item, self.max_pixels, problems.append)
+            if isinstance(item.place, Path) and (item.size or 0) > MAX_BYTES:
+                return _Read(item, content=_content_of_large(item, hashed))
+            data = self.fetch(item)
+        except ImageError as error:
+            return _Read(item, error=error)
+        content = FileContent.of(item, data) if hashed else None
+        return _Read(item, data, content)
+
+    def _look_up_read(
+        self, lookup: Lookup | None, images: Iterable[_Read | Iterable[FrameResult]]
+    ) -> Iterator[_Read | Iterable[FrameResult]]:
+        """Yield the stored results of each image whose content is stored, else the image."""
+        for image in images:
+            results = None
+            if isinstance(image, _Read) and image.content is not None and lookup is not None:
+                results = lookup(image.item.name, [image.item.place], image.content)
+            yield image if results is None else results
+
+    def _decode(self, image: _Read | Iterable[FrameResult]) -> _Decoded | Iterable[FrameResult]:
+        """Decode an image; stored results are returned as they are."""
+        if not isinstance(image, _Read):
+            return image
+        problems: list[str] = []
+        pixels, shown = None, _shown(image.item)
+        try:
+            if image.error is not None:
+                raise image.error
+            if image.data is None:
+                pixels = read_image(image.item.place, self.max_pixels, problems.append)  # type: ignore[arg-type]
+            else:
+                pixels = decode_image(image.data, shown, self.max_pixels, problems.append)
         except ImageError as error:
             if self.is_single:
                 raise
-            problems.append(str(error).removeprefix(f"{item}: "))
-        return _DecodedFile(name, item, pixels, [Skipped(name, problem) for problem in problems])
+            problems.append(str(error).removeprefix(f"{shown}: "))
+        return _Decoded(image.item, image.content, pixels, [Skipped(image.item.name, text) for text in problems])
 
     def name(self, path: Path) -> str:
         """Return the name of an image in the output: its path relative to the input, with `/`."""
         return relative_name(path, self.root)
+
+
+def _shown(item: SourceItem) -> Path | str:
+    """Return the file of an image for messages."""
+    return item.place if isinstance(item.place, Path) and item.member is None else str(item.place)
+
+
+def _reason(error: OSError | ValueError) -> str:
+    """Return why a file cannot be read."""
+    if isinstance(error, FileNotFoundError):
+        return "no such file"
+    if isinstance(error, IsADirectoryError):
+        return "is a directory; name the files in it"
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _content_of_large(item: SourceItem, hashed: bool) -> FileContent:
+    """Return what is known of a file that is too large to hold it."""
+    assert isinstance(item.place, Path)
+    try:
+        require_regular(item.place)
+        digest = None
+        if hashed:
+            with item.place.open("rb") as file:
+                digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except (OSError, ValueError) as error:
+        raise ImageError(f"{item.place}: {_reason(error)}") from error
+    return FileContent(digest, item.size or 0, item.etag, item.modified_ns)

@@ -108,6 +108,7 @@ class StoreReader:
         root: Folder of the images, if they were moved; their names are relative to it.
         classes: Classes that objects may have, besides those of the runs.
         set_aside: Leave out parts that are damaged, and name them in `lost_parts`, instead of raising an error.
+        is_read: Whether to read the store; otherwise it is taken for an empty one.
 
     Raises:
         ConfigError: If the store is of a later version, or one of its files is damaged; the message names it.
@@ -126,9 +127,10 @@ class StoreReader:
         classes: Iterable[str] = (),
         *,
         set_aside: bool = False,
+        is_read: bool = True,
     ) -> None:
         self.folder, self.max_pixels, self.root = folder, max_pixels, root
-        self.rows = StoreRows(folder, max_pixels, classes, set_aside=set_aside)
+        self.rows = StoreRows(folder, max_pixels, classes, set_aside=set_aside, is_read=is_read)
 
     @property
     def _index(self) -> StoreIndex:
@@ -312,12 +314,17 @@ class StoreReader:
             path: Path of its file, as stored.
         """
         if frame.video is None:
-            name = self.rows.names(path or frame.name, frame.name)
-            return frame if name == frame.name else replace(frame, name=name)
-        video = self.rows.names(video_key(path, frame.video), frame.video)
-        if video == frame.video:
-            return frame
-        return replace(frame, name=f"{video}/{frame.name.removeprefix(f'{frame.video}/')}", video=video)
+            return renamed(frame, self.rows.names(path or frame.name, frame.name))
+        return renamed(frame, self.rows.names(video_key(path, frame.video), frame.video))
+
+
+def renamed(frame: Frame, name: str) -> Frame:
+    """Return a frame with another name of its image or video."""
+    if name == (frame.video or frame.name):
+        return frame
+    if frame.video is None:
+        return replace(frame, name=name)
+    return replace(frame, name=f"{name}/{frame.name.removeprefix(f'{frame.video}/')}", video=name)
 
 
 def _row_file(row: Mapping[str, Any], files: Sequence[Path], root: str | None) -> str | None:

@@ -218,6 +218,10 @@ class StoredNames:
         for key, name in named.items():
             self(key, name)
 
+    def peek(self, key: str, name: str) -> str:
+        """Return the name that a key has or, if it is new, would get, as long as no other key takes it."""
+        return name if key not in self._names and name not in self._taken else self(key, name)
+
     def __call__(self, key: str, name: str) -> str:
         """Return the name for a key; `name` itself unless another key has it."""
         if key not in self._names:

@@ -105,7 +105,7 @@ class Manifest:
     """The lists of all processes that wrote into a store.
 
     Args:
-        folder: Folder of the store.
+        folder: Folder of the store; None to read nothing.
         parts: Names of its parts, listed before.
 
     Attributes:
@@ -116,10 +116,10 @@ class Manifest:
         ConfigError: If a list is damaged.
     """
 
-    def __init__(self, folder: OutputPath, parts: Collection[str]) -> None:
+    def __init__(self, folder: OutputPath | None, parts: Collection[str]) -> None:
         self._records: dict[str, _Record] = {}
         self.lost: set[str] = set()
-        lists: list[OutputPath] = list(folder.glob("_parts-*.jsonl"))
+        lists: list[OutputPath] = [] if folder is None else list(folder.glob("_parts-*.jsonl"))
         for path in sorted(lists, key=str):
             for record in _read_list(path):
                 if record.lost:
@@ -127,7 +127,9 @@ class Manifest:
                 else:
                     self._records[record.name] = record
         unknown = [name for name in self._records if name not in self.lost and name not in parts]
-        self.missing = [name for name in unknown if not (folder / name).exists()]  # unless it was written just now
+        self.missing = [
+            name for name in unknown if folder and not (folder / name).exists()
+        ]  # unless it was written just now
 
     def read(self, part: OutputPath) -> bytes:
         """Read a part.

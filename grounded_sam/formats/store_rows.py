@@ -53,6 +53,7 @@ class StoreRows:
         max_pixels: A store with larger images is refused.
         classes: Classes that objects may have, besides those of the runs.
         set_aside: Leave out parts that are damaged, and list them in `damaged_parts`, instead of raising an error.
+        is_read: Whether to read the store; otherwise it is taken for an empty one.
 
     Raises:
         ConfigError: If the store is of a later version, or one of its files is damaged; the message names it.
@@ -70,9 +71,15 @@ class StoreRows:
     """
 
     def __init__(
-        self, folder: OutputPath, max_pixels: int = MAX_PIXELS, classes: Iterable[str] = (), *, set_aside: bool = False
+        self,
+        folder: OutputPath,
+        max_pixels: int = MAX_PIXELS,
+        classes: Iterable[str] = (),
+        *,
+        set_aside: bool = False,
+        is_read: bool = True,
     ) -> None:
-        self.folder, self.max_pixels, self.set_aside = folder, max_pixels, set_aside
+        self.folder, self.max_pixels, self.set_aside, self.is_read = folder, max_pixels, set_aside, is_read
         self._more_classes = set(classes)
         self.parts: list[OutputPath] = []
         self.damaged_parts: dict[str, str] = {}
@@ -86,11 +93,11 @@ class StoreRows:
         Raises:
             ConfigError: As for the constructor.
         """
-        self.runs = runs_by_fingerprint(self.folder)  # checks the version
+        self.runs = runs_by_fingerprint(self.folder) if self.is_read else {}  # checks the version
         self._classes = {name for run in self.runs.values() for name in run.vocabulary.classes} | self._more_classes
-        parts: list[OutputPath] = list(self.folder.glob("part-*.parquet"))
+        parts: list[OutputPath] = list(self.folder.glob("part-*.parquet")) if self.is_read else []
         parts.sort(key=lambda part: (sequence_of(part), part.name))
-        self._manifest = Manifest(self.folder, {part.name for part in parts})
+        self._manifest = Manifest(self.folder if self.is_read else None, {part.name for part in parts})
         self.missing_parts = self._manifest.missing
         self.known_lost = self._manifest.lost
         if not self._listed or parts[: len(self._listed)] != self._listed:
@@ -202,9 +209,26 @@ class StoreRows:
         decisions = []
         for index in self.index.decisions.get((key, frame), {}).values():
             row = self.row(index)
-            if (row["digest"], row["width"], row["height"]) == (image["digest"], image["width"], image["height"]):
+            if is_about(row, image):
                 self._check_counts(index.part, image, [row])
                 decisions.append(row)
+        return decisions
+
+    def all_decisions(self, key: str) -> list[Row]:
+        """Return the rows of the latest decisions about an image, or about all frames of a video.
+
+        Args:
+            key: Key of the image or video, which need not be stored.
+
+        Raises:
+            ConfigError: If a part is damaged.
+        """
+        frames = [place for place in self.index.decisions if place[0] == key] if self.index.decisions else []
+        decisions = []
+        for index in (index for place in frames for index in self.index.decisions[place].values()):
+            row = self.row(index)
+            self._check_counts(index.part, row, [row])
+            decisions.append(row)
         return decisions
 
     def decisions_on(self, frame: Frame, path: str | None, digest: str | None) -> list[Row]:
@@ -265,6 +289,12 @@ class StoreRows:
         """
         index = self.index
         return self.names(key, index.images[key].name if key in index.images else index.video_names[key])
+
+
+def is_about(decision: Row, image: Row) -> bool:
+    """Return whether a decision is about an image with the same content."""
+    columns = ("digest", "width", "height")
+    return all(decision[column] == image[column] for column in columns)
 
 
 def name_in_video(row: Mapping[str, Any]) -> str:

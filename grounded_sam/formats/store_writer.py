@@ -20,8 +20,8 @@ import supervision as sv
 
 from grounded_sam.errors import ConfigError, count_of
 from grounded_sam.files import atomic_write
-from grounded_sam.formats.store import StoreReader
-from grounded_sam.formats.store_index import file_state
+from grounded_sam.formats.store import StoreReader, renamed
+from grounded_sam.formats.store_index import file_state, video_key
 from grounded_sam.formats.store_manifest import PartList, part_name, sequence_of
 from grounded_sam.formats.store_objects import (
     Row,
@@ -31,8 +31,10 @@ from grounded_sam.formats.store_objects import (
     object_ids,
     object_rows,
 )
+from grounded_sam.formats.store_rows import is_about
 from grounded_sam.formats.store_runs import StoreRun, file_digest, oldest_first, read_runs
 from grounded_sam.formats.store_schema import SCHEMA
+from grounded_sam.formats.store_share import KnownFile, StoreShare
 from grounded_sam.media.images import MAX_PIXELS
 from grounded_sam.output.paths import OutputPath, RemotePath
 from grounded_sam.remote import Location
@@ -46,8 +48,20 @@ from grounded_sam.structures.vocabulary import Vocabulary
 class StoreWriter:
     """Write results as rows of part files; see `formats.store` for the format.
 
-    A part is written when it has enough images or is old enough. It is renamed into the store when it is complete, so
-    an interruption of any kind loses at most the part in memory. Several processes may write into one folder.
+    A part is written when it has enough images or is old enough. It appears in the store when it is complete, so an
+    interruption of any kind loses at most the part in memory. Several processes may write into one folder: parts have
+    unique names, and every process lists its own. Where they work for one run, one of them opens the store, claims the
+    output and looks up what is stored; the others write what they computed and read nothing:
+
+        share = writer.share()                       # of the one that opened the store; can be pickled
+        known = writer.known(name, files)            # for each file that `lookup` did not find; nearly always None
+
+        writer = StoreWriter.join(share)             # in another process
+        writer.expect(known)                         # if it is not None
+        writer.write(result)                         # its frame has `content`, or `known` has the columns
+        writer.skip(Skipped(name, reason))
+        writer.flush()                               # now all of that is stored
+        writer.close(complete=True)
 
     Args:
         folder: Folder of the store; created with the first part.
@@ -58,6 +72,7 @@ class StoreWriter:
         resume: `same` refuses a store that was made with other settings; `extend` adds to it; `replace` also processes
             again what was stored with other settings. What people decided stays in each case.
         max_pixels: Stored images that are larger are refused.
+        share: What another process has found out, which opened the store; see `join`.
 
     Attributes:
         images: Number of images and frames written so far.
@@ -78,6 +93,7 @@ class StoreWriter:
         *,
         resume: Literal["same", "extend", "replace"] = "same",
         max_pixels: int = MAX_PIXELS,
+        share: StoreShare | None = None,
     ) -> None:
         if isinstance(folder, Path) and folder.is_symlink():
             raise ConfigError(
@@ -87,15 +103,21 @@ class StoreWriter:
         self.folder, self.vocabulary = folder, vocabulary
         self.part_images, self.part_seconds = part_images, part_seconds
         self.images = self.objects = 0
-        self._run, self._replaces = StoreRun.current(settings, vocabulary), resume == "replace"
-        self._reader = StoreReader(folder, max_pixels, classes=vocabulary.classes, set_aside=True)
-        if resume == "same":
+        self._run = StoreRun.current(settings, vocabulary) if share is None else share.run
+        self._replaces, self._is_opened, self._max_pixels = resume == "replace", share is None, max_pixels
+        self._reader = StoreReader(
+            folder, max_pixels, classes=vocabulary.classes, set_aside=True, is_read=share is None
+        )
+        if resume == "same" and share is None:
             _check_settings(self._run, self._reader)
         has_classes = len(self._reader) and any(folder.glob("_run-*.json"))  # a damaged one may have been deleted
         self._classes = vocabulary.merged_with(self._reader.vocabulary) if has_classes else vocabulary
+        self._known: dict[str, KnownFile] = {}  # what another process found out about files, by name
         self._contents: dict[str, dict[str, Any]] = {}  # columns of files that are not stored yet, by name
         self._list = PartList(folder)
         self._sequence = max(map(sequence_of, self._reader.parts), default=0)
+        if share is not None:
+            self._classes, self._sequence = share.classes, share.sequence
         self._rows: list[dict[str, Any]] = []
         self._part_images, self._part_start = 0, time.monotonic()
         self._searched = _SearchedClasses(self._run, vocabulary)
@@ -103,6 +125,49 @@ class StoreWriter:
         self._video_row: dict[str, Any] | None = None  # of the video that is being written
         self._failed = False
         self.decisions: Counter[str] = Counter()
+
+    def share(self) -> StoreShare:
+        """Return what other processes need to write into the store for this run; see the class."""
+        return StoreShare(
+            folder=self.folder if isinstance(self.folder, RemotePath) else self.folder.absolute(),
+            run=self._run,
+            vocabulary=self.vocabulary,
+            classes=self._classes,
+            sequence=self._sequence,
+            part_images=self.part_images,
+            part_seconds=self.part_seconds,
+            max_pixels=self._max_pixels,
+        )
+
+    @classmethod
+    def join(cls, share: StoreShare) -> StoreWriter:
+        """Return a writer into a store that another process has opened; it reads nothing.
+
+        Args:
+            share: Of the writer that opened it.
+        """
+        amounts = share.part_images, share.part_seconds
+        return cls(share.folder, share.vocabulary, {}, *amounts, max_pixels=share.max_pixels, share=share)
+
+    def known(self, name: str, files: Sequence[Path | Location], is_video: bool = False) -> KnownFile | None:
+        """Return what the store knows of a file that `lookup` did not find, for `expect`; None for nothing.
+
+        Args:
+            name: Name of the image or video.
+            files: Its files.
+            is_video: Whether it is a video.
+        """
+        columns = self._contents.pop(name, {})
+        path = columns.get("path") or _stored_path(files[0])
+        key, rows = video_key(path, name) if is_video else path, self._reader.rows
+        known = KnownFile(name, rows.names.peek(key, name), columns, tuple(rows.all_decisions(key)))
+        return known if columns or known.decisions or known.unique_name != name else None
+
+    def expect(self, known: KnownFile) -> None:
+        """Take over what the process that opened the store knows of a file that is about to be written."""
+        self._known[known.name] = known
+        if known.columns:
+            self._contents[known.name] = dict(known.columns)
 
     def output_classes(self) -> Vocabulary:
         """Return the classes of the run, followed by those stored before."""
@@ -163,7 +228,10 @@ class StoreWriter:
 
     def named(self, frame: Frame) -> Frame:
         """Return a frame under a name that no other file of the store has; see `StoreReader.named`."""
-        return self._reader.named(frame, self._path(frame))
+        if self._is_opened:
+            return self._reader.named(frame, self._path(frame))
+        known = self._known.get(frame.video or frame.name)
+        return frame if known is None else renamed(frame, known.unique_name)
 
     def reviewed(self, result: FrameResult) -> FrameResult:
         """Return a result under its name in the store, with ids of its objects and with what people decided about them.
@@ -179,6 +247,7 @@ class StoreWriter:
         predicted = FrameResult(frame=result.frame, detections=_with_ids(result.raw, frame))
         digest = self._columns_of_file(result.frame).get("digest")
         decisions = self._reader.rows.decisions_on(result.frame, self._path(result.frame), digest)
+        decisions += self._known_decisions(result.frame, digest)
         if not decisions:
             if frame is result.frame:
                 return predicted
@@ -189,6 +258,13 @@ class StoreWriter:
         known = in_vocabulary(rows, self._classes)
         merged = detections_from_rows(known, frame.size_hw, self._classes, tracked=frame.video is not None)
         return FrameResult(frame=frame, detections=merged, predicted=predicted)
+
+    def _known_decisions(self, frame: Frame, digest: str | None) -> list[Row]:
+        """Return the decisions about a frame that came with `expect`."""
+        known = self._known.get(frame.video or frame.name)
+        index, (height, width) = None if frame.video is None else frame.index, frame.size_hw
+        image = {"digest": digest, "width": width, "height": height}
+        return [row for row in known.decisions if row["frame"] == index and is_about(row, image)] if known else []
 
     def _path(self, frame: Frame) -> str | None:
         """Return the path of a frame's file as it is stored, or will be."""
@@ -225,7 +301,7 @@ class StoreWriter:
         self.objects += len(detections)
         self._part_images += 1
         if self._part_images >= self.part_images or time.monotonic() - self._part_start >= self.part_seconds:
-            self._flush()
+            self.flush()
 
     def _frame_columns(self, frame: Frame) -> dict[str, Any]:
         """Return the columns that an image row and its object rows have in common."""
@@ -235,6 +311,7 @@ class StoreWriter:
         if frame.video is None:
             columns |= self._columns_of_file(frame)
             self._contents.pop(frame.name, None)
+            self._known.pop(frame.name, None)
             return columns
         columns |= self._contents.get(frame.video, {})
         if self._video_row is None:
@@ -269,8 +346,8 @@ class StoreWriter:
             return
         if complete:
             self._end_video()
-        self._flush()
-        if complete and self.folder.is_dir():
+        self.flush()
+        if complete and self._is_opened and self.folder.is_dir():
             rows = self._reader.rows
             for name in {*rows.missing_parts, *rows.damaged_parts} - rows.known_lost:
                 self._list.add_lost(name)
@@ -281,12 +358,17 @@ class StoreWriter:
         """Write that a video is complete, at once: processing it may have taken hours."""
         if self._video_row is not None:
             self._contents.pop(self._video_row["video"], None)
+            self._known.pop(self._video_row["video"], None)
             self._rows.append(self._video_row)
             self._video_row = None
-            self._flush()
+            self.flush()
 
-    def _flush(self) -> None:
-        """Write the rows in memory as a part, and the run file if there is none yet."""
+    def flush(self) -> None:
+        """Write the rows in memory as a part, and the run file if there is none yet.
+
+        Raises:
+            ConfigError: If they cannot be written.
+        """
         if not self._rows:
             return
         self._sequence += 1

@@ -61,6 +61,11 @@ class StoreSink:
         self._files_resumed = 0
         self._notes: list[Skipped] = self._writer.lost_parts()
 
+    @property
+    def writer(self) -> StoreWriter:
+        """What writes the store, for engines whose workers write into it too."""
+        return self._writer
+
     def __enter__(self) -> StoreSink:
         return self
 

@@ -68,6 +68,11 @@ class PartList:
         self._folder, self._lines = folder, list[str]()
         self._path = self._new_path()
 
+    @property
+    def is_begun(self) -> bool:
+        """Whether a part was added to a list at an address."""
+        return bool(self._lines)
+
     def _new_path(self) -> OutputPath:
         return self._folder / f"_parts-{uuid.uuid4().hex[:16]}.jsonl"
 
@@ -127,9 +132,8 @@ class Manifest:
                 else:
                     self._records[record.name] = record
         unknown = [name for name in self._records if name not in self.lost and name not in parts]
-        self.missing = [
-            name for name in unknown if folder and not (folder / name).exists()
-        ]  # unless it was written just now
+        # One that was written after `parts` were listed is not missing.
+        self.missing = [name for name in unknown if folder is not None and not (folder / name).exists()]
 
     def read(self, part: OutputPath) -> bytes:
         """Read a part.

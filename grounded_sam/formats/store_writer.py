@@ -373,7 +373,8 @@ class StoreWriter:
             return
         self._sequence += 1
         try:
-            self._run.write(self.folder, datetime.datetime.now(datetime.UTC).isoformat())
+            if not self._list.is_begun or isinstance(self.folder, Path):  # looking is a request at an address
+                self._run.write(self.folder, datetime.datetime.now(datetime.UTC).isoformat())
             write_part(self.folder, self._sequence, self._rows, self._list)
         except OSError as error:
             self._failed = True

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from command import run_command
 from fakes import CLASSES, Fill, Halves
 from PIL import Image
 from s3 import bucket, s3  # noqa: F401
@@ -216,8 +217,8 @@ def test_one_run_at_a_time(bucket):
         with ThreadPoolExecutor(1) as pool, pytest.raises(ConfigError, match="another run is writing to"):
             pool.submit(lambda: claim(folder).__enter__()).result()
         lock = json.loads(bucket.get(f"out/{STATE}/lock"))
-    bucket.put(f"out/{STATE}/lock", json.dumps({**lock, "host": "elsewhere"}).encode())
-    message = rf"another run is writing to .*process {lock['pid']} on elsewhere, since .*delete s3://.*lock"
+    bucket.put(f"out/{STATE}/lock", json.dumps({**lock, "pid": os.getppid()}).encode())
+    message = rf"another run is writing to .*process {os.getppid()} on .*, since .*delete s3://.*lock"
     with pytest.raises(ConfigError, match=message), claim(folder):
         pass
     bucket.client.delete_object(Bucket=bucket.name, Key=f"out/{STATE}/lock")  # as the message says
@@ -226,7 +227,38 @@ def test_one_run_at_a_time(bucket):
     assert not bucket.keys()
 
 
-def test_of_several_claims_at_a_time_one_wins(bucket):
+def test_the_lock_of_another_machine_counts_as_long_as_it_shows_life(bucket, monkeypatch, capsys):
+    monkeypatch.setattr("grounded_sam.output.remote_claim.BEAT_S", 0.1)
+    monkeypatch.setattr("grounded_sam.output.remote_claim.STALE_S", 3.0)
+    path = RemotePath(f"{bucket.address}/lock")
+    monkeypatch.setattr("socket.gethostname", lambda: "elsewhere")
+    held = RemoteLock(path, "")
+    monkeypatch.setattr("socket.gethostname", lambda: "here")
+    with pytest.raises(ConfigError, match=r"a run is at it \(process \d+ on elsewhere.*delete s3://"):
+        RemoteLock(path, "a run is at it")
+    assert "Waiting up to 3 s: a run is at it" in capsys.readouterr().err
+    held._released.set()  # as if its machine were gone
+    held._thread.join()
+    with RemoteLock(path, "a run is at it"):
+        held.release()  # it comes back, and the lock is not its own
+        assert json.loads(bucket.get("lock"))["host"] == "here"
+    assert not bucket.keys()
+
+
+def test_a_run_whose_output_was_taken_over_stops(bucket, monkeypatch):
+    monkeypatch.setattr("grounded_sam.output.remote_claim.BEAT_S", 0.05)
+    folder = RemotePath(f"{bucket.address}/out")
+    with claim(folder) as claimed:
+        while claimed._lock._thread.is_alive():  # it may write its sign of life at the same moment
+            bucket.put(f"out/{STATE}/lock", b'{"id": "another"}')
+            time.sleep(0.1)
+        with pytest.raises(ConfigError, match="another run has taken over s3://.*continues from there"):
+            atomic_write_text(folder / "annotations.json", "{}")
+    assert bucket.keys() == [f"out/{STATE}/lock"] and b"another" in bucket.get(f"out/{STATE}/lock")
+
+
+def test_of_several_claims_at_a_time_one_wins(bucket, monkeypatch):
+    monkeypatch.setattr("grounded_sam.output.remote_claim.BEAT_S", 0.2)
     ended = subprocess.run(
         [sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True, check=True
     )
@@ -241,7 +273,7 @@ def test_of_several_claims_at_a_time_one_wins(bucket):
 
     for round_number in range(4):
         if round_number % 2:  # there is the lock of a process that has ended
-            RemoteLock(path, "")
+            RemoteLock(path, "")._released.set()
             content = json.loads(bucket.get("lock"))
             bucket.put("lock", json.dumps({**content, "pid": int(ended.stdout)}).encode())
         with ThreadPoolExecutor(8) as pool:
@@ -339,3 +371,37 @@ def test_an_address_that_cannot_be_written(bucket, monkeypatch):
         claim(RemotePath("s3://no-such-bucket-here/x")).__enter__()
     with pytest.raises(ConfigError, match="unknown protocol 'nowhere'"):
         claim(RemotePath("nowhere://x/y")).__enter__()
+
+
+def test_commands_on_addresses(bucket, photos, tmp_path):
+    label(photos, tmp_path / "labels", [StoreSink])
+    secret = bucket.address.replace("s3://", "s3://test-key:test-secret@")
+
+    def run(*arguments: str, module: str = "main") -> tuple[int, str]:
+        result = run_command(f"grounded_sam.cli.{module}", list(arguments), tmp_path)
+        return result.returncode, result.stdout + result.stderr
+
+    export = ("source=stored", "input=labels", "sink=[coco,report]")
+    code, said = run(*export, f"output={secret}/out")
+    assert code == 0 and f"{bucket.address}/out/annotations.json" in said and "test-secret" not in said
+    assert len(json.loads(bucket.get("out/annotations.json"))["images"]) == 5
+    assert json.loads(bucket.get("out/skipped.json"))[0]["file"] == "5.png"
+    assert json.loads(bucket.get("out/run.json"))["images"] == 5
+    saved = bucket.get("out/.hydra/config.yaml").decode()
+    assert "run:\n    dir: ${output}" in saved and "test-secret" not in saved
+    code, said = run(*export[:2], "sink=[overlay,coco]", f"output={bucket.address}/out2")
+    assert code == 1 and "sink=overlay cannot write to s3://" in said and said.count("\n") == 1
+    code, said = run("-m", *export, "select.score=0.1,0.2", f"output={bucket.address}/out3")
+    assert code == 1 and "jobs of -m cannot write to s3://" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["labels"]  # no folder named s3:
+
+    label(photos, f"{bucket.address}/stored", [StoreSink])
+    code, said = run("next", f"{bucket.address}/stored", module="review")
+    assert code == 1 and "say with --to where to write next.csv" in said
+    code, said = run("next", f"{bucket.address}/stored", "--to", "next.csv", module="review")
+    assert code == 0 and "10 objects to look at: next.csv" in said
+    text = (tmp_path / "next.csv").read_text()
+    (tmp_path / "next.csv").write_text(text.replace("predicted", "accepted"))
+    code, said = run("import", f"{bucket.address}/stored", "next.csv", module="review")
+    assert code == 0 and "10 accept" in said
+    assert {row["status"] for row in rows(f"{bucket.address}/stored") if row["kind"] != "image"} == {"accepted"}

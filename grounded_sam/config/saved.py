@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from grounded_sam.config.secrets import hide_secrets
 from grounded_sam.files import atomic_write_text
-from grounded_sam.output.paths import OutputPath
+from grounded_sam.output.paths import OutputPath, RemotePath
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig, ListConfig
@@ -26,6 +26,8 @@ def save_config(cfg: DictConfig, hydra_cfg: DictConfig, folder: OutputPath) -> N
         folder: Absolute path or address of the folder.
     """
     hydra = unresolved(hydra_cfg)
+    if isinstance(folder, RemotePath):  # the command has kept the address from Hydra
+        hydra["run"]["dir"] = "${output}"
     defaults = ["_self_", {"override hydra/job_logging": hydra_cfg.runtime.choices["hydra/job_logging"]}]
     again = {"defaults": defaults, **unresolved(cfg), "hydra": {key: hydra[key] for key in HYDRA_KEYS}}
     _write(folder / "config.yaml", again)

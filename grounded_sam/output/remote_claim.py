@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import socket
+import sys
 import threading
 import time
 import uuid
@@ -22,11 +23,15 @@ from typing import Any
 from grounded_sam.errors import ConfigError
 from grounded_sam.output.paths import STATE, RemotePath
 
+#: Seconds from one sign of life of a lock to the next, and after which a lock without any is that of a process that ended.
+BEAT_S, STALE_S = 10.0, 60.0
+
 
 class RemoteLock:
     """A lock at an address, held from its making to `release`.
 
-    A lock of a process of this machine that has ended is taken over.
+    While it is held, a thread writes it anew every `BEAT_S` seconds. A lock of a process of this machine that has ended
+    is taken over, and so is any that stays the same for `STALE_S` seconds, such as that of a machine that is gone.
 
     Args:
         path: Address of the lock.
@@ -36,17 +41,93 @@ class RemoteLock:
     Raises:
         ConfigError: If another process holds it.
         RemoteError: If the server cannot be reached, or refuses.
+
+    Attributes:
+        is_lost: Whether another process has taken the lock over, since this one was stopped for too long.
     """
 
     def __init__(self, path: RemotePath, purpose: str, timeout_s: float = 0.0) -> None:
-        self.path, self._id = path, uuid.uuid4().hex
-        content = {"id": self._id, "host": socket.gethostname(), "pid": os.getpid(), "since": _now()}
-        self._content = json.dumps(content).encode()
-        deadline = time.monotonic() + timeout_s
-        while not (self._create(path) or self._take_over()):
-            if time.monotonic() >= deadline:
-                raise self._refusal(purpose)
+        self.path, self.is_lost = path, False
+        self._holder = {"id": uuid.uuid4().hex, "host": socket.gethostname(), "pid": os.getpid(), "since": _now()}
+        self._beats, self._released = 0, threading.Event()
+        self._acquire(purpose, time.monotonic() + timeout_s)
+        self._thread = threading.Thread(target=self._beat, name="remote lock", daemon=True)
+        self._thread.start()
+
+    def _content(self) -> bytes:
+        return json.dumps({**self._holder, "beats": self._beats}).encode()
+
+    def _acquire(self, purpose: str, deadline: float) -> None:
+        """Create the lock, or take it over.
+
+        Args:
+            purpose: As of the class.
+            deadline: When to give up, as long as the holder lives.
+        """
+        seen, since, is_alive = b"", time.monotonic(), False
+        while not self._create(self.path):
+            content, now = _read(self.path), time.monotonic()
+            if content is None:  # released just now
+                continue
+            holder = _parse(content)
+            is_alive = _is_running(holder) or (
+                _parse(seen).get("id") == holder.get("id") and (is_alive or content != seen)
+            )
+            if content != seen:
+                if not seen and not is_alive and not _has_ended(holder):
+                    print(f"Waiting up to {STALE_S:.0f} s: {purpose}, or was stopped", file=sys.stderr)
+                seen, since = content, now
+            if (_has_ended(holder) or now - since >= STALE_S) and self._take_over(content):
+                return
+            if is_alive and now >= deadline:
+                raise self._refusal(purpose, holder)
             time.sleep(0.2)
+
+    def _create(self, path: RemotePath) -> bool:
+        """Write the lock, unless there is one; return whether this process did."""
+        try:
+            path.write_bytes(self._content(), create=True)
+        except FileExistsError:
+            return False
+        return True
+
+    def _take_over(self, content: bytes) -> bool:
+        """Replace the lock of a process that has ended; return whether this process did.
+
+        Of several processes, one may replace a lock with a certain content: the one that creates the object with its
+        digest.
+        """
+        right = self.path.with_name(f"{self.path.name}-ended-{hashlib.sha256(content).hexdigest()[:16]}")
+        if not self._create(right):
+            return False
+        try:
+            if _read(self.path) == content:
+                self.path.unlink(missing_ok=True)
+            return self._create(self.path)
+        finally:
+            right.unlink(missing_ok=True)
+
+    def _refusal(self, purpose: str, holder: dict[str, Any]) -> ConfigError:
+        """Return the error that names the holder."""
+        known = {key: str(holder.get(key, "unknown"))[:200] for key in ("pid", "host", "since")}
+        return ConfigError(
+            f"{purpose} (process {known['pid']} on {known['host']}, since {known['since']}); wait for its end, or, if "
+            f"it no longer runs, delete {self.path}"
+        )
+
+    def _is_held(self) -> bool:
+        content = _read(self.path)
+        return content is not None and _parse(content).get("id") == self._holder["id"]
+
+    def _beat(self) -> None:
+        """Write the lock anew until it is released."""
+        while not self._released.wait(BEAT_S):
+            with suppress(OSError):  # the next attempt may work
+                self.is_lost = not self._is_held()
+                if self.is_lost:
+                    return
+                self._beats += 1
+                self.path.write_bytes(self._content())
 
     def __enter__(self) -> RemoteLock:
         return self
@@ -54,45 +135,12 @@ class RemoteLock:
     def __exit__(self, *exception: object) -> None:
         self.release()
 
-    def _refusal(self, purpose: str) -> ConfigError:
-        """Return the error that names the holder."""
-        holder = _read_holder(self.path)
-        known = {key: str(holder.get(key, "unknown"))[:200] for key in ("pid", "host", "since")}
-        return ConfigError(
-            f"{purpose} (process {known['pid']} on {known['host']}, since {known['since']}); wait for its end, or, if "
-            f"it no longer runs, delete {self.path}"
-        )
-
-    def _create(self, path: RemotePath) -> bool:
-        """Write the lock, unless there is one; return whether this process did."""
-        try:
-            path.write_bytes(self._content, create=True)
-        except FileExistsError:
-            return False
-        return True
-
-    def _take_over(self) -> bool:
-        """Replace the lock of a process that has ended; return whether this process did.
-
-        Of several processes, one may replace a certain lock: the one that creates the object with its id.
-        """
-        holder = _read_holder(self.path)
-        if not _has_ended(holder):
-            return False
-        right = self.path.with_name(f"{self.path.name}-ended-{holder['id']}")
-        if not self._create(right):
-            return False
-        try:
-            if _read_holder(self.path).get("id") == holder["id"]:
-                self.path.unlink(missing_ok=True)
-            return self._create(self.path)
-        finally:
-            right.unlink(missing_ok=True)
-
     def release(self) -> None:
         """Delete the lock, if it is still the one of this process."""
+        self._released.set()
+        self._thread.join()
         with suppress(OSError):
-            if _read_holder(self.path).get("id") == self._id:
+            if self._is_held():
                 self.path.unlink(missing_ok=True)
 
 
@@ -100,28 +148,46 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _read_holder(path: RemotePath) -> dict[str, Any]:
-    """Read who holds a lock; empty if nobody does, or it is damaged."""
-    with suppress(OSError, ValueError):
-        holder = json.loads(path.read_bytes())
+def _read(path: RemotePath) -> bytes | None:
+    """Read a lock; None if there is none."""
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return None
+
+
+def _parse(content: bytes) -> dict[str, Any]:
+    """Return who holds a lock; empty if it is damaged."""
+    with suppress(ValueError, RecursionError):
+        holder = json.loads(content)
         return holder if isinstance(holder, dict) else {}
     return {}
 
 
 def _has_ended(holder: dict[str, Any]) -> bool:
     """Return whether the process that holds a lock is one of this machine that no longer runs."""
-    host, pid, lock_id = holder.get("host"), holder.get("pid"), holder.get("id")
-    if host != socket.gethostname() or not isinstance(pid, int) or isinstance(pid, bool) or pid <= 0:
-        return False
-    if not isinstance(lock_id, str) or not lock_id.isalnum() or os.name == "nt":  # where a signal would end the process
-        return False
+    return _is_of_this_machine(holder) and not _runs(holder["pid"])
+
+
+def _is_running(holder: dict[str, Any]) -> bool:
+    """Return whether the process that holds a lock is another one of this machine that runs."""
+    return _is_of_this_machine(holder) and holder["pid"] != os.getpid() and _runs(holder["pid"])
+
+
+def _is_of_this_machine(holder: dict[str, Any]) -> bool:
+    pid = holder.get("pid")
+    is_id = isinstance(pid, int) and not isinstance(pid, bool) and 0 < pid < 2**31
+    return is_id and os.name != "nt" and holder.get("host") == socket.gethostname()  # there, a signal ends the process
+
+
+def _runs(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
-        return True
-    except (OSError, OverflowError):
         return False
-    return False
+    except OSError:  # of another user
+        return True
+    return True
 
 
 class RemoteClaim:
@@ -186,7 +252,15 @@ class RemoteClaim:
         Args:
             path: Address in the folder.
             digest: SHA-256 of its content.
+
+        Raises:
+            ConfigError: If another run has taken the output over.
         """
+        if self._lock.is_lost:
+            raise ConfigError(
+                f"another run has taken over {self.folder}, since this one was stopped for more than {STALE_S:.0f} s; "
+                "what was stored is intact, and running the same command again continues from there"
+            )
         with self._record_lock:
             self._written[self._name(path)] = digest
             self._write_listing({name: digests | {self._written.get(name, "")} for name, digests in self._listed()})

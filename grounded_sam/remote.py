@@ -10,8 +10,10 @@ import errno
 import os
 import random
 import re
+import tarfile
 import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -68,7 +70,7 @@ _NETWORK_LIBRARIES = ("aiohttp", "botocore.exceptions", "httpcore", "httpx", "re
 _ARCHIVE_BLOCK = 4 << 20
 
 _filesystems: dict[tuple[int, str], Any] = {}
-_lock = threading.Lock()
+_lock = threading.RLock()  # opening an archive opens where it lies
 
 
 def protocol_of(address: str) -> str:
@@ -223,7 +225,10 @@ def _open_archive(protocol: str, archive: str) -> Any:
             file = fs.open(key, "rb", block_size=_ARCHIVE_BLOCK)
         else:
             file = open(os.path.expanduser(archive), "rb")  # noqa: SIM115 - it is open as long as the file system is
-        return get_filesystem_class(protocol)(fo=file, skip_instance_cache=True)
+        try:
+            return get_filesystem_class(protocol)(fo=file, skip_instance_cache=True)
+        except (EOFError, ValueError, zipfile.BadZipFile, tarfile.TarError) as error:
+            raise RemoteError(f"{redact_address(archive)}: damaged, or no {protocol} archive") from error
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """An S3 server on this machine, and buckets in it, for tests of addresses.
 
-Use the fixtures `s3` (the server's settings, in the environment) and `bucket` (a new bucket); import them in a test module
-with `from s3 import bucket, s3  # noqa: F401`.
+The fixtures are `s3` (the server, with its settings in the environment) and `bucket` (a new bucket); a test module has
+them by `from s3 import bucket, s3  # noqa: F401`.
 """
 
 from __future__ import annotations

@@ -93,7 +93,7 @@ def natural_key(text: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", text)]
 
 
-def _image_suffixes() -> set[str]:
+def image_suffixes() -> set[str]:
     """Return the suffixes of the formats that are read."""
     from PIL import Image
 
@@ -113,7 +113,7 @@ def _is_image(path: Path) -> bool:
 
 def image_files(files: Iterable[Path]) -> list[Path]:
     """Select the files that have an image suffix, or no suffix and the contents of an image."""
-    suffixes = _image_suffixes()
+    suffixes = image_suffixes()
     return [path for path in files if path.suffix.lower() in suffixes or (not path.suffix and _is_image(path))]
 
 
@@ -132,7 +132,7 @@ def is_media_name(path: str | Path) -> bool:
     >>> is_media_name("photos/*.JPG"), is_media_name("car")
     (True, False)
     """
-    return Path(path).suffix.lower() in _image_suffixes() | VIDEO_SUFFIXES
+    return Path(path).suffix.lower() in image_suffixes() | VIDEO_SUFFIXES
 
 
 def relative_name(path: Path, root: Path) -> str:
@@ -294,6 +294,12 @@ def unread_files(files: Iterable[Path]) -> dict[Path, str]:
     return {path: reason for path in files if (reason := unread_reason(path, formats)) is not None}
 
 
+def list_lines(text: str) -> list[str]:
+    """Return the lines of a list, without empty ones and comments; `#1.png` is no comment."""
+    lines = (line.strip() for line in text.split("\n"))
+    return [line for line in lines if line and not re.match(r"#(\s|$)", line)]
+
+
 def read_path_list(listing: Path, base: Path | None = None) -> list[Path]:
     """Read the paths of a text file; relative ones are relative to it.
 
@@ -305,10 +311,9 @@ def read_path_list(listing: Path, base: Path | None = None) -> list[Path]:
         ConfigError: If it is no text, or lists no path.
     """
     try:
-        lines = [line.strip() for line in listing.read_text(encoding="utf-8-sig").split("\n")]
+        paths = list_lines(listing.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{listing} is not a list of paths: {error}") from error
-    paths = [line for line in lines if line and not re.match(r"#(\s|$)", line)]  # `#1.png` is no comment
     folders = [listing.parent] if base is None else [listing.parent, base]
     files = [_listed_file(folders, path) for path in paths]
     files = [Path(os.path.abspath(path)) for path in dict.fromkeys(files)]

@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
@@ -270,13 +270,19 @@ def file_state(path: Path) -> str:
 
 def read_listing(folder: Path) -> dict[str, set[str]]:
     """Read the states of the files that runs wrote into a folder, by path in it; empty if there is no list."""
-    listed: dict[str, set[str]] = {}
     with suppress(OSError), (folder / STATE / "files.jsonl").open(encoding="ascii", errors="replace") as lines:
-        for line in lines:
-            with suppress(ValueError, TypeError):  # the last line of a run that was killed may be cut
-                name, state = json.loads(line)
-                if isinstance(name, str) and isinstance(state, str) and _is_inside(name):
-                    listed.setdefault(name, set()).add(state)
+        return parse_listing(lines)
+    return {}
+
+
+def parse_listing(lines: Iterable[str]) -> dict[str, set[str]]:
+    """Return the states of files by path, from the lines of `files.jsonl`."""
+    listed: dict[str, set[str]] = {}
+    for line in lines:
+        with suppress(ValueError, TypeError):  # the last line of a run that was killed may be cut
+            name, state = json.loads(line)
+            if isinstance(name, str) and isinstance(state, str) and _is_inside(name):
+                listed.setdefault(name, set()).add(state)
     return listed
 
 

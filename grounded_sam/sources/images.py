@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import zlib
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -14,11 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grounded_sam.checks import check_int
-from grounded_sam.errors import ConfigError, ImageError
+from grounded_sam.errors import ConfigError, ImageError, RemoteError
 from grounded_sam.files import require_regular
 from grounded_sam.media.files import InputFiles, find_files, relative_name
 from grounded_sam.media.images import MAX_PIXELS, decode_image, read_image
+from grounded_sam.media.listing import RemoteImages, names_addresses, with_state
 from grounded_sam.media.prefetch import WORKERS, Prefetch, map_ahead
+from grounded_sam.remote import Location
 from grounded_sam.sources.inputs import check_input
 from grounded_sam.sources.shards import check_shard, shard_of
 from grounded_sam.structures.frame import Frame
@@ -30,6 +33,10 @@ from grounded_sam.structures.results import FrameResult, Skipped
 AHEAD = max(2, WORKERS)
 #: Bytes of the largest file that is read in whole before it is decoded; a larger one is decoded from the disk.
 MAX_BYTES = 256 << 20
+#: Bytes of the largest object that is read.
+MAX_OBJECT_BYTES = 2 << 30
+#: Objects that are fetched at the same time.
+FETCHERS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -73,9 +80,14 @@ class ImageSource:
     suffix; hidden files and the outputs of earlier runs are left out. Videos are listed in `skipped`, as are files that
     cannot be read or of which only a part is, and pictures of formats that are not read.
 
+    Under an address, images come in the order of their keys, while the listing goes on: their number is not known
+    before its end, and objects without a suffix are taken for images. Which shard an image belongs to depends on its
+    name alone.
+
     Args:
         input: An image, a folder, a glob (`photos/**/*.jpg`), a `.txt` file with one path per line (relative ones are
-            relative to it), or `builtin:demo`; in Python also files that `media.files.find_files` returned.
+            relative to it), an address of any of these (`s3://bucket/photos/**`; see `remote`), or `builtin:demo`; in
+            Python also files that `media.files.find_files` returned.
         max_pixels: Larger images are refused before they are decoded.
         shard: Which part of the images to take, from 0.
         num_shards: Number of parts.
@@ -85,6 +97,7 @@ class ImageSource:
 
     Raises:
         ConfigError: If the input is missing, or has no image.
+        RemoteError: If an address cannot be listed.
         ImageError: While iterating, if the input is a single file and cannot be read.
 
     >>> [frame.image.shape for frame in ImageSource("builtin:demo", num_shards=4)]
@@ -98,22 +111,39 @@ class ImageSource:
         shard: int = 0,
         num_shards: int = 1,
     ) -> None:
-        path = check_input(input, "an image, a folder, a glob or a .txt file of paths, e.g. input=photos/")
+        path = check_input(input, "an image, a folder, a glob, a .txt file of paths or an address, e.g. input=photos/")
         check_int("source.max_pixels", max_pixels, 1)
         check_shard(shard, num_shards)
-        self.max_pixels, self.num_shards = max_pixels, num_shards
+        self.max_pixels, self.shard, self.num_shards = max_pixels, shard, num_shards
+        self.skipped: list[Skipped] = []
+        self.files: list[Path] = []
+        self._remote: RemoteImages | None = None
+        if not isinstance(input, InputFiles) and names_addresses(path):
+            self._remote = remote = RemoteImages.open(path)
+            self.is_single = remote.is_file
+            with closing(remote.images(lambda name, reason: None)) as images:
+                if not remote.is_file and next(images, None) is None:
+                    raise ConfigError(remote.nothing_found())
+            return
         files = input if isinstance(input, InputFiles) else find_files(path)
         if not files.images:
             hint = ", only videos; use source=auto or source=video" if files.videos else ""
             raise ConfigError(files.nothing_found(path, "image") + hint)
         self.root, self.is_single = files.root, files.is_file
         reasons = dict.fromkeys(files.videos, "a video; source=auto reads both") | dict(files.unread)
-        self.skipped = [
+        self.skipped += [
             Skipped(self.name(path), reason) for path, reason in shard_of(list(reasons.items()), shard, num_shards)
         ]
         self.files = shard_of(files.images, shard, num_shards)
 
     def __len__(self) -> int:
+        """Return the number of images.
+
+        Raises:
+            TypeError: If it is unknown, as under an address.
+        """
+        if self._remote is not None:
+            raise TypeError("the number of images under an address is known when all are listed")
         return len(self.files)
 
     def __iter__(self) -> Iterator[Frame | FrameResult]:
@@ -125,22 +155,47 @@ class ImageSource:
 
     def items(self) -> Iterator[SourceItem]:
         """Yield the images without reading them; see `structures.protocols.ListsItems`."""
-        for path in self.files:
-            try:
-                status = os.stat(path)
-                size, modified_ns = status.st_size, status.st_mtime_ns
-            except (OSError, ValueError):  # `fetch` says why
-                size = modified_ns = None
-            yield SourceItem(self.name(path), path, size=size, modified_ns=modified_ns)
+        return self._items(with_states=True)
+
+    def _items(self, with_states: bool) -> Iterator[SourceItem]:
+        """Yield the images; those of a list of addresses with size and tag if these are asked for."""
+        if self._remote is None:
+            yield from map(self._local_item, self.files)
+            return
+        items = self._remote_items(self._remote)
+        if not with_states or self._remote.listing is None:
+            yield from items
+            return
+        with closing(map_ahead(_item_with_state, items, FETCHERS)) as known:
+            yield from known
+
+    def _local_item(self, path: Path) -> SourceItem:
+        try:
+            status = os.stat(path)
+        except (OSError, ValueError):  # `fetch` says why
+            return SourceItem(self.name(path), path)
+        return SourceItem(self.name(path), path, size=status.st_size, modified_ns=status.st_mtime_ns)
+
+    def _remote_items(self, remote: RemoteImages) -> Iterator[SourceItem]:
+        """Yield the images under addresses that are of this shard, which is decided by their names alone."""
+
+        def is_own(name: str) -> bool:
+            return (
+                self.num_shards == 1
+                or zlib.crc32(name.encode("utf-8", "surrogatepass")) % self.num_shards == self.shard
+            )
+
+        def note(name: str, reason: str) -> None:
+            if is_own(name):
+                self.skipped.append(Skipped(name, reason))
+
+        for name, place in remote.images(note):
+            if is_own(name):
+                yield _item(name, place)
 
     def fetch(self, item: SourceItem) -> bytes:
         """Read the encoded bytes of an image; see `structures.protocols.ListsItems`."""
-        assert isinstance(item.place, Path)
-        try:
-            require_regular(item.place)
-            return item.place.read_bytes()
-        except (OSError, ValueError) as error:
-            raise ImageError(f"{item.place}: {_reason(error)}") from error
+        return read_item(item)
 
     def decode(self, item: SourceItem, data: bytes) -> Frame:
         """Decode an image; see `structures.protocols.ListsItems`."""
@@ -156,7 +211,8 @@ class ImageSource:
 
     def _decoded(self, lookup: Lookup | None) -> Generator[Frame | FrameResult]:
         index = 0
-        read = map_ahead(partial(self._read, hashed=lookup is not None), self._look_up(lookup), WORKERS)
+        fetchers = WORKERS if self._remote is None else FETCHERS
+        read = map_ahead(partial(self._read, hashed=lookup is not None), self._look_up(lookup), fetchers)
         with closing(read), closing(map_ahead(self._decode, self._look_up_read(lookup, read), WORKERS)) as images:
             for image in images:
                 if isinstance(image, Iterable):
@@ -172,7 +228,7 @@ class ImageSource:
 
     def _look_up(self, lookup: Lookup | None) -> Iterator[SourceItem | Iterable[FrameResult]]:
         """Yield the stored results of each image whose file has not changed since, else the image."""
-        for item in self.items():
+        for item in self._items(with_states=lookup is not None):
             results = None if lookup is None else lookup(item.name, [item.place], may_read=False)
             yield item if results is None else results
 
@@ -221,6 +277,42 @@ class ImageSource:
     def name(self, path: Path) -> str:
         """Return the name of an image in the output: its path relative to the input, with `/`."""
         return relative_name(path, self.root)
+
+
+def _item(name: str, place: Path | Location) -> SourceItem:
+    if isinstance(place, Path):
+        return SourceItem(name, place)
+    return SourceItem(name, place, None, place.size, place.etag, place.modified_ns)
+
+
+def _item_with_state(item: SourceItem) -> SourceItem:
+    """Return an item with what its server tells about it, if that can be asked."""
+    if isinstance(item.place, Path):
+        return item
+    try:
+        return _item(item.name, with_state(item.place))
+    except RemoteError:  # `fetch` says why
+        return item
+
+
+def read_item(item: SourceItem) -> bytes:
+    """Read the encoded bytes of an image.
+
+    Raises:
+        ImageError: If it is missing, must not be read, or is larger than an image can be.
+    """
+    if isinstance(item.place, Path):
+        try:
+            require_regular(item.place)
+            return item.place.read_bytes()
+        except (OSError, ValueError) as error:
+            raise ImageError(f"{item.place}: {_reason(error)}") from error
+    if (item.size or 0) > MAX_OBJECT_BYTES:
+        raise ImageError(f"{item.place}: {item.size:,} bytes are more than the {MAX_OBJECT_BYTES:,} allowed")
+    try:
+        return item.place.read_bytes()
+    except RemoteError as error:
+        raise ImageError(str(error)) from error
 
 
 def _shown(item: SourceItem) -> Path | str:

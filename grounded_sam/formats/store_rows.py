@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from grounded_sam.errors import ConfigError
+from grounded_sam.errors import ConfigError, MissingObjectError, RemoteError
 from grounded_sam.formats.segmentations import all_counts_problem
 from grounded_sam.formats.store_checks import CHECKED_COLUMNS, table_problem
 from grounded_sam.formats.store_index import INDEX_COLUMNS, RowIndex, StoreIndex, video_key
@@ -18,12 +20,14 @@ from grounded_sam.formats.store_objects import Row, merge_decisions, owner_id, w
 from grounded_sam.formats.store_runs import runs_by_fingerprint, store_vocabulary
 from grounded_sam.formats.store_schema import SCHEMA
 from grounded_sam.media.images import MAX_PIXELS
-from grounded_sam.output.paths import OutputPath
+from grounded_sam.output.paths import OutputPath, RemotePath
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.vocabulary import Vocabulary
 
 #: Number of parts that are kept in memory; the rows of shards interleave, so several are in use at a time.
 MAX_CACHED_PARTS = 16
+#: Number of parts at an address that are read at a time.
+READ_AHEAD = 8
 
 
 class DamagedPartError(ConfigError):
@@ -104,9 +108,10 @@ class StoreRows:
             self.parts, self.damaged_parts, self._listed = [], {}, []
             self.index, self._is_finished = StoreIndex(), False
             self._tables: OrderedDict[int, pa.Table] = OrderedDict()
-        for part in parts[len(self._listed) :]:
+        new = parts[len(self._listed) :]
+        for part, content in zip(new, self._contents(new), strict=True):
             try:
-                self._index_part(part)
+                self._index_part(part, content)
             except DamagedPartError as error:
                 if not self.set_aside:
                     raise
@@ -117,20 +122,37 @@ class StoreRows:
             self.names, self._is_finished = self.index.finish(), True
             self._keys_by_owner: dict[str, list[str]] | None = None
 
-    def _index_part(self, part: OutputPath) -> None:
+    def _contents(self, parts: list[OutputPath]) -> Iterator[Callable[[], bytes]]:
+        """Yield for each part a function that returns its content; at an address, several are read ahead."""
+        if not isinstance(self.folder, RemotePath):
+            yield from (partial(self._manifest.read, part) for part in parts)
+            return
+        with ThreadPoolExecutor(READ_AHEAD, "parts") as pool:
+            ahead: deque[Future[bytes]] = deque()
+            for part in parts:
+                ahead.append(pool.submit(self._manifest.read, part))
+                if len(ahead) >= READ_AHEAD:
+                    yield ahead.popleft().result
+            yield from (future.result for future in ahead)
+
+    def _index_part(self, part: OutputPath, content: Callable[[], bytes]) -> None:
         """Check a part and add it to the index."""
-        table = self._read_part(part, sorted({*INDEX_COLUMNS, *CHECKED_COLUMNS}))
+        table = self._read_part(part, content, sorted({*INDEX_COLUMNS, *CHECKED_COLUMNS}))
         if (reason := table_problem(table, self._classes, self.max_pixels)) is not None:
             raise self._damaged(part, reason)
         if self.index.add(len(self.parts), table):
             self._is_finished = False
         self.parts.append(part)
 
-    def _read_part(self, part: OutputPath, columns: list[str] | None = None) -> pa.Table:
+    def _read_part(self, part: OutputPath, content: Callable[[], bytes], columns: list[str] | None = None) -> pa.Table:
         """Read a part, and compare it with its checksums."""
+        options = {"columns": columns, "schema": SCHEMA, "page_checksum_verification": True}
         try:
-            content = pa.BufferReader(self._manifest.read(part))
-            return pq.read_table(content, columns=columns, schema=SCHEMA, page_checksum_verification=True)
+            return pq.read_table(pa.BufferReader(content()), **options)
+        except RemoteError as error:
+            if not isinstance(error, MissingObjectError):  # of the server, not of the part
+                raise
+            raise self._damaged(part, "no such object") from error
         except (pa.ArrowException, OSError, ValueError) as error:
             raise self._damaged(part, " ".join(str(error).split())[:200]) from error
 
@@ -198,7 +220,8 @@ class StoreRows:
     def _table(self, part: int) -> pa.Table:
         """Return the rows of a part, read anew if they are not among those last used."""
         if part not in self._tables:
-            self._tables[part] = self._read_part(self.parts[part]).combine_chunks()
+            path = self.parts[part]
+            self._tables[part] = self._read_part(path, partial(self._manifest.read, path)).combine_chunks()
             while len(self._tables) > MAX_CACHED_PARTS:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(part)

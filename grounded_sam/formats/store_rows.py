@@ -42,10 +42,10 @@ class DamagedPartError(ConfigError):
     """
 
     def __init__(self, part: OutputPath, reason: str) -> None:
-        self.reason = f"cannot be read ({reason})"
+        self.reason = reason
         super().__init__(
-            f"{part} {self.reason}; delete it, and its images are processed again when the command that made the store "
-            "is run again"
+            f"{part} cannot be read ({reason}); delete it, and its images are processed again when the command that made "
+            "the store is run again"
         )
 
 

@@ -70,7 +70,7 @@ def store_path(path: str | OutputPath) -> OutputPath:
     return place if isinstance(place, RemotePath) else home_path(place)
 
 
-def read_file(path: OutputPath) -> bytes:
+def read_regular(path: OutputPath) -> bytes:
     """Read a whole file, on this machine or at an address.
 
     Raises:

@@ -219,10 +219,9 @@ class StoreReader:
             missing = "a part of the store that is missing, with its images; run the command that made the store again"
             damaged = "its images are left out; run the command that made the store again, and delete this part"
         notes = [Skipped(name, missing) for name in self.missing_parts]
-        return notes + [
-            Skipped(name, f"a part that cannot be read ({reason}); {damaged}")
-            for name, reason in self.rows.damaged_parts.items()
-        ]
+        for name, reason in self.rows.damaged_parts.items():
+            notes.append(Skipped(name, f"a part that cannot be read ({reason}); {damaged}"))
+        return notes
 
     def count(self, key: str) -> int:
         """Return how many results `read` yields."""

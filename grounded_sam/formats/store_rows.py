@@ -44,9 +44,23 @@ class DamagedPartError(ConfigError):
     def __init__(self, part: OutputPath, reason: str) -> None:
         self.reason = reason
         super().__init__(
-            f"{part} cannot be read ({reason}); delete it, and its images are processed again when the command that made "
-            "the store is run again"
+            f"{part} cannot be read ({reason}); delete it, and its images are processed again when the command that "
+            "made the store is run again"
         )
+
+
+def read_ahead(read: Callable[[OutputPath], bytes], parts: Sequence[OutputPath]) -> Iterator[Callable[[], bytes]]:
+    """Yield for each part a function that returns its content; at an address, several parts are read ahead."""
+    if not parts or not isinstance(parts[0], RemotePath):
+        yield from (partial(read, part) for part in parts)
+        return
+    with ThreadPoolExecutor(READ_AHEAD, "parts") as pool:
+        ahead: deque[Future[bytes]] = deque()
+        for part in parts:
+            ahead.append(pool.submit(read, part))
+            if len(ahead) >= READ_AHEAD:
+                yield ahead.popleft().result
+        yield from (future.result for future in ahead)
 
 
 class StoreRows:
@@ -109,7 +123,7 @@ class StoreRows:
             self.index, self._is_finished = StoreIndex(), False
             self._tables: OrderedDict[int, pa.Table] = OrderedDict()
         new = parts[len(self._listed) :]
-        for part, content in zip(new, self._contents(new), strict=True):
+        for part, content in zip(new, read_ahead(self._manifest.read, new), strict=True):
             try:
                 self._index_part(part, content)
             except DamagedPartError as error:
@@ -122,24 +136,11 @@ class StoreRows:
             self.names, self._is_finished = self.index.finish(), True
             self._keys_by_owner: dict[str, list[str]] | None = None
 
-    def _contents(self, parts: list[OutputPath]) -> Iterator[Callable[[], bytes]]:
-        """Yield for each part a function that returns its content; at an address, several are read ahead."""
-        if not isinstance(self.folder, RemotePath):
-            yield from (partial(self._manifest.read, part) for part in parts)
-            return
-        with ThreadPoolExecutor(READ_AHEAD, "parts") as pool:
-            ahead: deque[Future[bytes]] = deque()
-            for part in parts:
-                ahead.append(pool.submit(self._manifest.read, part))
-                if len(ahead) >= READ_AHEAD:
-                    yield ahead.popleft().result
-            yield from (future.result for future in ahead)
-
     def _index_part(self, part: OutputPath, content: Callable[[], bytes]) -> None:
         """Check a part and add it to the index."""
         table = self._read_part(part, content, sorted({*INDEX_COLUMNS, *CHECKED_COLUMNS}))
         if (reason := table_problem(table, self._classes, self.max_pixels)) is not None:
-            raise self._damaged(part, reason)
+            raise DamagedPartError(part, reason)
         if self.index.add(len(self.parts), table):
             self._is_finished = False
         self.parts.append(part)
@@ -152,12 +153,9 @@ class StoreRows:
         except RemoteError as error:
             if not isinstance(error, MissingObjectError):  # of the server, not of the part
                 raise
-            raise self._damaged(part, "no such object") from error
+            raise DamagedPartError(part, "no such object") from error
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise self._damaged(part, " ".join(str(error).split())[:200]) from error
-
-    def _damaged(self, part: OutputPath, reason: str) -> DamagedPartError:
-        return DamagedPartError(part, reason)
+            raise DamagedPartError(part, " ".join(str(error).split())[:200]) from error
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -272,7 +270,7 @@ class StoreRows:
         """Check the masks of some objects of an image."""
         counts = [row["counts"] for row in objects if row["counts"] is not None]
         if (reason := all_counts_problem(counts, image["height"] * image["width"])) is not None:
-            raise self._damaged(self.parts[part], f"{image['file']}: {reason}")
+            raise DamagedPartError(self.parts[part], f"{image['file']}: {reason}")
 
     def owner_and_name(self, key: str, image: Row) -> tuple[str, str]:
         """Return the name of an image twice, or the names of a video and of its frame.

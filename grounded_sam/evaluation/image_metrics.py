@@ -221,7 +221,9 @@ class _LabeledImages:
         exact = [image for image in self._by_end.get(frame.name, ()) if image["file_name"] == frame.name]
         if len(exact) == 1:
             return exact[0]
-        path = frame.name if frame.file is None or frame.video is not None else frame.file.absolute().as_posix()
+        path = frame.name
+        if frame.file is not None and frame.video is None:
+            path = frame.file.absolute().as_posix() if isinstance(frame.file, Path) else str(frame.file)
         for end in path_ends(path):
             if images := self._by_end.get(end):
                 return images[0] if len(images) == 1 else None

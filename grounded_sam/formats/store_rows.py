@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 from grounded_sam.errors import ConfigError, MissingObjectError, RemoteError
 from grounded_sam.formats.segmentations import all_counts_problem
 from grounded_sam.formats.store_checks import CHECKED_COLUMNS, table_problem
+from grounded_sam.formats.store_files import name_in_video
 from grounded_sam.formats.store_index import INDEX_COLUMNS, RowIndex, StoreIndex, video_key
 from grounded_sam.formats.store_manifest import Manifest, sequence_of
 from grounded_sam.formats.store_objects import Row, merge_decisions, owner_id, with_object_ids
@@ -316,8 +316,3 @@ def is_about(decision: Row, image: Row) -> bool:
     """Return whether a decision is about an image with the same content."""
     columns = ("digest", "width", "height")
     return all(decision[column] == image[column] for column in columns)
-
-
-def name_in_video(row: Mapping[str, Any]) -> str:
-    """Return the name of a row without that of its video, which stores of earlier versions leave out."""
-    return str(row["file"]) if row["video"] is None else str(row["file"]).removeprefix(f"{row['video']}/")

@@ -106,7 +106,14 @@ class KnownFiles:
         self._known.pop(name, None)
 
     def known(self, rows: StoreRows, name: str, files: Sequence[Path | Location], is_video: bool) -> KnownFile | None:
-        """Return what another process has to know of a file; see `StoreWriter.known`. It is forgotten here."""
+        """Return what another process has to know of a file, or None for nothing, and forget it here.
+
+        Args:
+            rows: Rows of the store.
+            name: Name of the image or video.
+            files: Its files.
+            is_video: Whether it is a video.
+        """
         columns = self._columns.pop(name, {})
         path = columns.get("path") or stored_path(files[0])
         key = video_key(path, name) if is_video else path

@@ -107,22 +107,12 @@ class StoreWriter:
 
     @classmethod
     def join(cls, share: StoreShare) -> StoreWriter:
-        """Return a writer into a store that another process has opened; it reads nothing.
-
-        Args:
-            share: Of the writer that opened it.
-        """
+        """Return a writer into a store that another process has opened; it reads nothing."""
         amounts = share.part_images, share.part_seconds
         return cls(share.folder, share.vocabulary, {}, *amounts, max_pixels=share.max_pixels, share=share)
 
     def known(self, name: str, files: Sequence[Path | Location], is_video: bool = False) -> KnownFile | None:
-        """Return what the store knows of a file that `lookup` did not find, for `expect`; None for nothing.
-
-        Args:
-            name: Name of the image or video.
-            files: Its files.
-            is_video: Whether it is a video.
-        """
+        """Return what the store knows of a file that `lookup` did not find, for `expect`; None for nothing."""
         return self._files.known(self._reader.rows, name, files, is_video)
 
     def expect(self, known: KnownFile) -> None:
@@ -206,15 +196,14 @@ class StoreWriter:
         digest = self._files.columns(result.frame).get("digest")
         decisions = self._reader.rows.decisions_on(result.frame, self._files.path(result.frame), digest)
         decisions += self._files.decisions(result.frame)
+        if not decisions and frame is result.frame:
+            return predicted
         if not decisions:
-            if frame is result.frame:
-                return predicted
             return FrameResult(frame=frame, detections=predicted.raw, predicted=predicted)
-        for row in decisions:
-            self.decisions[row["status"]] += row["status"] != "predicted"
+        self.decisions.update(row["status"] for row in decisions if row["status"] != "predicted")
         rows = merge_decisions(_object_rows(predicted), decisions, self._run.fingerprint, frame.size_hw)
-        known = in_vocabulary(rows, self._classes)
-        merged = detections_from_rows(known, frame.size_hw, self._classes, tracked=frame.video is not None)
+        known, tracked = in_vocabulary(rows, self._classes), frame.video is not None
+        merged = detections_from_rows(known, frame.size_hw, self._classes, tracked=tracked)
         return FrameResult(frame=frame, detections=merged, predicted=predicted)
 
     def write(self, result: FrameResult) -> None:

@@ -395,6 +395,10 @@ def test_commands_on_addresses(bucket, photos, tmp_path):
     assert code == 1 and "jobs of -m cannot write to s3://" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["labels"]  # no folder named s3:
 
+    for module, arguments in (("report", ()), ("label_studio", ("create",))):
+        code, said = run(*arguments, f"{bucket.address}/out", module=module)
+        assert code == 1 and "is an address, and this command needs a folder of this machine" in said
+
     label(photos, f"{bucket.address}/stored", [StoreSink])
     code, said = run("next", f"{bucket.address}/stored", module="review")
     assert code == 1 and "say with --to where to write next.csv" in said

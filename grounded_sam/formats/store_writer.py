@@ -79,12 +79,10 @@ class StoreWriter:
         share: StoreShare | None = None,
     ) -> None:
         _check_no_link(folder)
-        self.folder, self.vocabulary = folder, vocabulary
-        self.images = self.objects = 0
+        self.folder, self.vocabulary, self.images, self.objects = folder, vocabulary, 0, 0
         self._run = StoreRun.current(settings, vocabulary) if share is None else share.run
-        self._replaces, self._is_opened = resume == "replace", share is None
-        classes, is_read = vocabulary.classes, share is None
-        self._reader = StoreReader(folder, max_pixels, classes=classes, set_aside=True, is_read=is_read)
+        self._replaces, self._is_opened, classes = resume == "replace", share is None, vocabulary.classes
+        self._reader = StoreReader(folder, max_pixels, classes=classes, set_aside=True, is_read=self._is_opened)
         if share is None:
             if resume == "same":
                 _check_settings(self._run, self._reader)
@@ -93,9 +91,8 @@ class StoreWriter:
             sequence = max(map(sequence_of, self._reader.parts), default=0)
             place = folder.absolute() if isinstance(folder, Path) else folder
             share = StoreShare(place, self._run, vocabulary, known, sequence, part_images, part_seconds, max_pixels)
-        self._share, self._classes = share, share.classes
-        self._files = KnownFiles()
-        self._parts = PartBuffer(folder, self._run, share.sequence, part_images, part_seconds)
+        self._share, self._classes, self._files = share, share.classes, KnownFiles()
+        self._parts = PartBuffer(folder, self._run, share.sequence, share.part_images, share.part_seconds)
         self._searched = _SearchedClasses(self._run, vocabulary)
         self._noted: dict[str, dict[str, Any]] = {}  # rows of skipped files of this run, by name
         self._video_row: dict[str, Any] | None = None  # of the video that is being written
@@ -108,8 +105,7 @@ class StoreWriter:
     @classmethod
     def join(cls, share: StoreShare) -> StoreWriter:
         """Return a writer into a store that another process has opened; it reads nothing."""
-        amounts = share.part_images, share.part_seconds
-        return cls(share.folder, share.vocabulary, {}, *amounts, max_pixels=share.max_pixels, share=share)
+        return cls(share.folder, share.vocabulary, {}, max_pixels=share.max_pixels, share=share)
 
     def known(self, name: str, files: Sequence[Path | Location], is_video: bool = False) -> KnownFile | None:
         """Return what the store knows of a file that `lookup` did not find, for `expect`; None for nothing."""

@@ -164,6 +164,23 @@ def atomic_write_text(path: OutputPath, text: str, *, shared: bool = False) -> N
         part.write_text(text, encoding="utf-8")
 
 
+def atomic_write_bytes(path: OutputPath, content: bytes) -> None:
+    """Write a file atomically: readers see the old content or the new.
+
+    Args:
+        path: File to write. Its folder is created.
+        content: Its content.
+    """
+    if isinstance(path, RemotePath):
+        check_output(path)
+        if isinstance(claimed := claim_of(path), RemoteClaim):
+            claimed.record(path, hashlib.sha256(content).hexdigest())
+        path.write_bytes(content)
+        return
+    with atomic_write(path) as part:
+        part.write_bytes(content)
+
+
 class PendingUpload:
     """A text file at an address, written to a temporary file without a name and uploaded when it is complete.
 

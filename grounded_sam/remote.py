@@ -210,10 +210,15 @@ def _open_protocol(protocol: str, address: str, user: str) -> Any:
     if protocol in ("s3", "s3a"):
         key, _, secret = user.partition(":")
         options |= {"key": unquote(key), "secret": unquote(secret)} if user else {}
+        if not {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & set(os.environ):  # `retry` is enough
+            options["config_kwargs"] = {"retries": {"total_max_attempts": 1}}
     else:
         options |= kind._get_kwargs_from_urls(address)
     with convert_remote_errors(address):
-        return kind(**options)
+        fs = kind(**options)
+        if protocol in ("s3", "s3a"):
+            fs.retries = 1
+        return fs
 
 
 def _open_archive(protocol: str, archive: str) -> Any:

@@ -56,7 +56,7 @@ def rows(output) -> list[dict]:
 class Requests:
     """Count the objects that are read."""
 
-    def __init__(self, bucket, monkeypatch) -> None:
+    def __init__(self, bucket, monkeypatch) -> None:  # noqa: F811
         fs, _ = open_filesystem(bucket.address)
         self.keys: list[str] = []
         read = fs.cat_file

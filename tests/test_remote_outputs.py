@@ -149,6 +149,21 @@ def test_a_truncated_part_is_set_aside_and_named(bucket, photos, length):
     assert rows(f"{bucket.address}/out") == before
 
 
+@pytest.mark.parametrize("name", ["part-", "_parts-", "_run-"])
+def test_a_server_that_fails_is_no_reason_to_delete_anything(bucket, photos, monkeypatch, name):
+    label(photos, f"{bucket.address}/out", [StoreSink], part_images=2)
+
+    def fails(fs, key, *_):
+        if f"/{name}" in key:
+            raise RemoteError(f"s3://{key}: the server says no")
+        return remote.read_bytes(fs, key)
+
+    monkeypatch.setattr("grounded_sam.output.paths.read_bytes", fails)
+    with pytest.raises(RemoteError, match="the server says no") as raised:
+        StoreSource(f"{bucket.address}/out")
+    assert "delete" not in str(raised.value)
+
+
 def test_a_killed_run_leaves_whole_parts_and_resumes(bucket, photos, tmp_path):
     output, temporary = f"{bucket.address}/out", tmp_path / "tmp"
     temporary.mkdir()

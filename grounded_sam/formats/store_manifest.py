@@ -12,15 +12,20 @@ import json
 import os
 import re
 import uuid
-from collections.abc import Collection
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 
-from grounded_sam.errors import ConfigError
+from grounded_sam.errors import ConfigError, RemoteError
 from grounded_sam.files import read_regular
 from grounded_sam.output.paths import OutputPath, RemotePath
 
 #: Lines of a list at an address, where each new line writes the list anew; then another one begins.
 MAX_REMOTE_LINES = 200
+#: Number of files at an address that are read at a time.
+READ_AHEAD = 8
 _NAME = re.compile(r"part-(\d{8})-.*\.parquet")
 
 
@@ -55,6 +60,20 @@ def sequence_of(part: OutputPath) -> int:
     """
     match = _NAME.fullmatch(part.name)
     return int(match[1]) if match else 0
+
+
+def read_ahead(read: Callable[[OutputPath], bytes], paths: Sequence[OutputPath]) -> Iterator[Callable[[], bytes]]:
+    """Yield for each file a function that returns its content; at an address, several files are read ahead."""
+    if not paths or not isinstance(paths[0], RemotePath):
+        yield from (partial(read, path) for path in paths)
+        return
+    with ThreadPoolExecutor(READ_AHEAD, "parts") as pool:
+        ahead: deque[Future[bytes]] = deque()
+        for path in paths:
+            ahead.append(pool.submit(read, path))
+            if len(ahead) >= READ_AHEAD:
+                yield ahead.popleft().result
+        yield from (future.result for future in ahead)
 
 
 class PartList:
@@ -125,8 +144,9 @@ class Manifest:
         self._records: dict[str, _Record] = {}
         self.lost: set[str] = set()
         lists: list[OutputPath] = [] if folder is None else list(folder.glob("_parts-*.jsonl"))
-        for path in sorted(lists, key=str):
-            for record in _read_list(path):
+        lists.sort(key=str)
+        for path, content in zip(lists, read_ahead(read_regular, lists), strict=True):
+            for record in _read_list(path, content):
                 if record.lost:
                     self.lost.add(record.name)
                 else:
@@ -150,11 +170,13 @@ class Manifest:
         return content
 
 
-def _read_list(path: OutputPath) -> list[_Record]:
+def _read_list(path: OutputPath, content: Callable[[], bytes]) -> list[_Record]:
     """Read a list; a last line that is incomplete, of a process that was killed, is left out."""
     try:
-        lines = read_regular(path).decode().split("\n")[:-1]
+        lines = content().decode().split("\n")[:-1]
         return [_Record(**json.loads(line)) for line in lines]
+    except RemoteError:  # of the server, not of the list
+        raise
     except (OSError, ValueError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(f"{path} cannot be read ({reason}); delete it, and its parts are read without it") from error

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
 import pyarrow as pa
@@ -15,19 +14,17 @@ from grounded_sam.formats.segmentations import all_counts_problem
 from grounded_sam.formats.store_checks import CHECKED_COLUMNS, table_problem
 from grounded_sam.formats.store_files import name_in_video
 from grounded_sam.formats.store_index import INDEX_COLUMNS, RowIndex, StoreIndex, video_key
-from grounded_sam.formats.store_manifest import Manifest, sequence_of
+from grounded_sam.formats.store_manifest import Manifest, read_ahead, sequence_of
 from grounded_sam.formats.store_objects import Row, merge_decisions, owner_id, with_object_ids
 from grounded_sam.formats.store_runs import runs_by_fingerprint, store_vocabulary
 from grounded_sam.formats.store_schema import SCHEMA
 from grounded_sam.media.images import MAX_PIXELS
-from grounded_sam.output.paths import OutputPath, RemotePath
+from grounded_sam.output.paths import OutputPath
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.vocabulary import Vocabulary
 
 #: Number of parts that are kept in memory; the rows of shards interleave, so several are in use at a time.
 MAX_CACHED_PARTS = 16
-#: Number of parts at an address that are read at a time.
-READ_AHEAD = 8
 
 
 class DamagedPartError(ConfigError):
@@ -47,20 +44,6 @@ class DamagedPartError(ConfigError):
             f"{part} cannot be read ({reason}); delete it, and its images are processed again when the command that "
             "made the store is run again"
         )
-
-
-def read_ahead(read: Callable[[OutputPath], bytes], parts: Sequence[OutputPath]) -> Iterator[Callable[[], bytes]]:
-    """Yield for each part a function that returns its content; at an address, several parts are read ahead."""
-    if not parts or not isinstance(parts[0], RemotePath):
-        yield from (partial(read, part) for part in parts)
-        return
-    with ThreadPoolExecutor(READ_AHEAD, "parts") as pool:
-        ahead: deque[Future[bytes]] = deque()
-        for part in parts:
-            ahead.append(pool.submit(read, part))
-            if len(ahead) >= READ_AHEAD:
-                yield ahead.popleft().result
-        yield from (future.result for future in ahead)
 
 
 class StoreRows:

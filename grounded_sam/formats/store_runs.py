@@ -17,7 +17,7 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
-from grounded_sam.errors import ConfigError, VocabularyError, redact, shorten
+from grounded_sam.errors import ConfigError, RemoteError, VocabularyError, redact, shorten
 from grounded_sam.files import atomic_write_text, home_path, read_regular, require_regular
 from grounded_sam.formats.store_migrations import class_name, migrate_settings, migrate_vocabulary
 from grounded_sam.output.paths import OutputPath, RemotePath
@@ -246,6 +246,8 @@ def runs_by_fingerprint(folder: OutputPath) -> dict[str, StoreRun]:
             )
             if wrong := [color for color in run.vocabulary.colors if not _COLOR.fullmatch(color or "#000000")]:
                 raise ValueError(f"a color must be #rrggbb, got {shorten(wrong[0])}")
+        except RemoteError:  # of the server, not of the file
+            raise
         except (OSError, VocabularyError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(

@@ -48,6 +48,18 @@ class CheckpointError(GroundedSamError):
     """Raised for weights that are missing, damaged or those of another model."""
 
 
+class RemoteError(GroundedSamError, OSError):
+    """Raised for an address that cannot be read, listed or written."""
+
+
+class MissingObjectError(RemoteError, FileNotFoundError):
+    """Raised where there is no object under an address."""
+
+
+class AccessDeniedError(RemoteError, PermissionError):
+    """Raised where credentials are missing, wrong, or do not allow what is done."""
+
+
 class EditError(ConfigError):
     """Raised for decisions about the objects of a store that cannot be applied; none of their batch is.
 

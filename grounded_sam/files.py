@@ -7,6 +7,7 @@ import hashlib
 import os
 import re
 import stat
+import tempfile
 import uuid
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +15,12 @@ from io import TextIOWrapper
 from pathlib import Path
 from typing import IO
 
-from grounded_sam.output.claim import check_output, claim_of
+from grounded_sam.output.claim import ClaimedFolder, absolute, check_output, claim_of
+from grounded_sam.output.paths import OutputPath, RemotePath, output_path
+from grounded_sam.output.remote_claim import RemoteClaim
+
+#: Bytes of a file that is uploaded, above which it waits on disk.
+MAX_SPOOLED = 64 * 2**20
 
 
 def home_path(path: str | os.PathLike[str]) -> Path:
@@ -54,6 +60,27 @@ def require_regular(path: str | os.PathLike[str]) -> os.stat_result:
     return status
 
 
+def store_path(path: str | OutputPath) -> OutputPath:
+    """Return the path of an output or a store as a user may write it: an address, or a path with `~` for the home.
+
+    >>> store_path("memory://labels")
+    RemotePath('memory://labels')
+    """
+    place = output_path(path)
+    return place if isinstance(place, RemotePath) else home_path(place)
+
+
+def read_regular(path: OutputPath) -> bytes:
+    """Read a whole file, on this machine or at an address.
+
+    Raises:
+        OSError: If it cannot be read, or is no file; see `require_regular`.
+    """
+    if not isinstance(path, RemotePath):
+        require_regular(path)
+    return path.read_bytes()
+
+
 class PendingFile:
     """A file written under a temporary name during a run, and renamed when it is complete.
 
@@ -79,8 +106,8 @@ class PendingFile:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part" if shared else f".{path.name}.part")
-        self.discard()  # left by a process that was killed; it may be a link
         self._text: TextIOWrapper | None = None
+        self.discard()  # left by a process that was killed; it may be a link
 
     @property
     def text(self) -> TextIOWrapper:
@@ -98,6 +125,8 @@ class PendingFile:
 
     def discard(self) -> None:
         """Remove the temporary file, if there is one."""
+        if self._text is not None:
+            self._text.close()
         self.part.unlink(missing_ok=True)
 
 
@@ -118,20 +147,119 @@ def atomic_write(path: Path, *, shared: bool = False, is_copy: bool = False) -> 
         pending.discard()
 
 
-def atomic_write_text(path: Path, text: str) -> None:
+def atomic_write_text(path: OutputPath, text: str, *, shared: bool = False) -> None:
     """Write a UTF-8 text file atomically: readers see the old content or the new.
 
     Args:
         path: File to write. Its folder is created.
         text: Its content.
+        shared: Whether other processes may write the same file at the same time; the last one wins.
     """
-    with atomic_write(path) as part:
+    if isinstance(path, RemotePath):
+        upload = PendingUpload(path)
+        upload.text.write(text)
+        upload.commit()
+        return
+    with atomic_write(path, shared=shared) as part:
         part.write_text(text, encoding="utf-8")
 
 
+def atomic_write_bytes(path: OutputPath, content: bytes) -> None:
+    """Write a file atomically: readers see the old content or the new.
+
+    Args:
+        path: File to write. Its folder is created.
+        content: Its content.
+    """
+    if isinstance(path, RemotePath):
+        check_output(path)
+        if isinstance(claimed := claim_of(path), RemoteClaim):
+            claimed.record(path, hashlib.sha256(content).hexdigest())
+        path.write_bytes(content)
+        return
+    with atomic_write(path) as part:
+        part.write_bytes(content)
+
+
+class PendingUpload:
+    """A text file at an address, written to a temporary file without a name and uploaded when it is complete.
+
+    It appears at its address as a whole, or not at all. In a claimed output, a file that no run wrote is not replaced;
+    see `output.remote_claim`.
+
+    Args:
+        path: File to write.
+
+    Attributes:
+        path: As above.
+        text: The temporary file as a UTF-8 text stream, which is closed at the end.
+
+    Raises:
+        ConfigError: If the file must not be replaced.
+    """
+
+    def __init__(self, path: RemotePath) -> None:
+        check_output(path)
+        self.path = path
+        # Without a name, so that nothing is left when the process is killed.
+        self._content = tempfile.SpooledTemporaryFile(MAX_SPOOLED)  # noqa: SIM115
+        self.text = TextIOWrapper(self._content, encoding="utf-8", newline="")  # type: ignore[type-var]
+
+    def commit(self) -> None:
+        """Upload the file, which replaces an earlier one.
+
+        Raises:
+            OSError: If that fails; an earlier file stays as it is.
+        """
+        self.text.flush()
+        claimed = claim_of(self.path)
+        if isinstance(claimed, RemoteClaim):
+            self._content.seek(0)
+            claimed.record(self.path, hashlib.file_digest(self._content, "sha256").hexdigest())  # type: ignore[arg-type]
+        self._content.seek(0)
+        self.path.write_file(self._content)  # type: ignore[arg-type]
+        self.discard()
+
+    def discard(self) -> None:
+        """Remove the temporary file."""
+        self.text.close()
+
+
+def pending_text(path: OutputPath) -> PendingFile | PendingUpload:
+    """Return a file whose `text` is a UTF-8 text stream, and which `commit` puts into place as a whole.
+
+    Args:
+        path: File to write, on this machine or at an address.
+
+    Raises:
+        ConfigError: If it must not be replaced.
+    """
+    return PendingUpload(path) if isinstance(path, RemotePath) else PendingFile(path)
+
+
 @contextmanager
-def growing_text(path: Path) -> Iterator[IO[str]]:
+def atomic_text(path: OutputPath) -> Iterator[IO[str]]:
+    """Yield a UTF-8 text stream; put the file into place at the end, or drop it on an error.
+
+    Args:
+        path: File to write, on this machine or at an address.
+
+    Raises:
+        ConfigError: If it must not be replaced.
+    """
+    pending = pending_text(path)
+    try:
+        yield pending.text
+        pending.commit()
+    finally:
+        pending.discard()
+
+
+@contextmanager
+def growing_text(path: OutputPath) -> Iterator[IO[str]]:
     """Open a UTF-8 text file that other programs read while it is written; an earlier file is replaced.
+
+    A file at an address does not grow: it appears at the end, also after an error.
 
     Args:
         path: File to write. Its folder is created.
@@ -139,6 +267,13 @@ def growing_text(path: Path) -> Iterator[IO[str]]:
     Raises:
         ConfigError: If it is in a claimed output folder and must not be replaced.
     """
+    if isinstance(path, RemotePath):
+        upload = PendingUpload(path)
+        try:
+            yield upload.text
+        finally:
+            upload.commit()
+        return
     check_output(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _record(path, None)
@@ -150,9 +285,9 @@ def growing_text(path: Path) -> Iterator[IO[str]]:
         _record(path, path)
 
 
-def is_claimed(path: Path) -> bool:
+def is_claimed(path: OutputPath) -> bool:
     """Return whether a path is in the output of a run that is going on, which lists what it writes."""
-    return claim_of(Path(os.path.abspath(path))) is not None
+    return claim_of(absolute(path)) is not None
 
 
 def keep_output(path: Path) -> None:
@@ -161,16 +296,16 @@ def keep_output(path: Path) -> None:
     Args:
         path: The file; nothing happens if no run wrote it.
     """
-    absolute = Path(os.path.abspath(path))
-    if (claimed := claim_of(absolute)) is not None:
-        claimed.keep(absolute)
+    place = Path(os.path.abspath(path))
+    if isinstance(claimed := claim_of(place), ClaimedFolder):
+        claimed.keep(place)
 
 
 def _record(path: Path, content: Path | None, is_copy: bool = False) -> None:
     """List a file in the claimed folder that it is in, if any."""
-    absolute = Path(os.path.abspath(path))
-    if (claimed := claim_of(absolute)) is not None:
-        claimed.record(absolute, content, is_copy)
+    place = Path(os.path.abspath(path))
+    if isinstance(claimed := claim_of(place), ClaimedFolder):
+        claimed.record(place, content, is_copy)
 
 
 #: Suffixes of the files that are written for an image whose path has none.

@@ -19,7 +19,8 @@ from PIL import Image
 from grounded_sam import ConfigError, Vocabulary
 from grounded_sam.files import PendingFile, atomic_write_text, growing_text
 from grounded_sam.media.files import find_files
-from grounded_sam.output.claim import STATE, ClaimedFolder, check_output, claim, read_listing
+from grounded_sam.output.claim import ClaimedFolder, check_output, claim, read_listing
+from grounded_sam.output.paths import STATE
 from grounded_sam.segmenters.feature_cache import FeatureCache
 from grounded_sam.sinks.masks import MasksSink
 from grounded_sam.structures.detections import empty_detections

@@ -25,6 +25,7 @@ from grounded_sam import ConfigError, Pipeline, Vocabulary
 from grounded_sam.config.build import build, build_node, build_sinks, build_source, to_plain
 from grounded_sam.config.compose import compose
 from grounded_sam.formats.store import StoreReader
+from grounded_sam.formats.store_edits import StoreEditor
 from grounded_sam.formats.store_migrations import migrate_settings
 from grounded_sam.formats.store_runs import VERSION, fingerprint
 from grounded_sam.formats.store_schema import SCHEMA
@@ -237,12 +238,12 @@ def test_an_output_that_cannot_be_written_is_reported(folder, tmp_path):
         label(folder, tmp_path / "file")
 
 
-def test_a_damaged_part_is_named_in_the_error(folder, tmp_path):
+def test_a_damaged_part_is_named_in_the_error_of_a_review(folder, tmp_path):
     label(folder, tmp_path)
     part = next((tmp_path / "store").glob("part-*"))
     part.write_bytes(part.read_bytes()[:100])
     with pytest.raises(ConfigError, match=rf"{part.name} cannot be read.*delete it"):
-        StoreSource(tmp_path)
+        StoreEditor(tmp_path)  # whoever decides about a store needs all of it
 
 
 def write_detector_module(folder: Path, module: str) -> None:

@@ -23,6 +23,7 @@ from grounded_sam.errors import GroundedSamError, count_of, describe_error, reda
 from grounded_sam.files import atomic_write_text
 from grounded_sam.hydra_state import in_sweep
 from grounded_sam.output.claim import check_output, claim
+from grounded_sam.output.paths import OutputPath, RemotePath, output_path
 from grounded_sam.output.sweep import Sweep
 
 if TYPE_CHECKING:
@@ -50,13 +51,17 @@ def run(cfg: DictConfig) -> float | None:
     """
     from hydra.core.hydra_config import HydraConfig
 
+    from grounded_sam.config.build import check_output_address
+
     hydra_cfg = HydraConfig.get()
     overrides = unresolved(hydra_cfg.overrides.task)
     with chdir(hydra_cfg.runtime.cwd) if hydra_cfg.job.chdir else nullcontext():
         output, sweep, entry = output_folder(cfg, hydra_cfg), None, None
         try:
+            check_output_address(cfg, output)
             if in_sweep():
                 sweep = Sweep.last(Path(hydra_cfg.sweep.dir)) or Sweep.start(Path(hydra_cfg.sweep.dir))
+                assert isinstance(output, Path)  # see SweepReport.on_multirun_start
                 entry = sweep.entry(hydra_cfg.job.num, output, overrides)
                 sweep.register(entry)
             with claim(output):
@@ -73,12 +78,12 @@ def run(cfg: DictConfig) -> float | None:
             return None
 
 
-def _run_job(cfg: DictConfig, output: Path, sweep: Sweep | None, overrides: list[str]) -> float | None:
+def _run_job(cfg: DictConfig, output: OutputPath, sweep: Sweep | None, overrides: list[str]) -> float | None:
     """Run a job in its claimed output; see `run`."""
     from hydra.core.hydra_config import HydraConfig
 
     runtime = HydraConfig.get().runtime
-    base = Path(runtime.output_dir)  # which has the store of shards
+    base = output_path(str(cfg.output)) if isinstance(output, RemotePath) else Path(runtime.output_dir)  # of all shards
     record: dict[str, Any] = {"overrides": overrides, "sweep": None if sweep is None else sweep.id}
     value: float | None = None
     summary: Summary | None = None
@@ -96,6 +101,7 @@ def _run_job(cfg: DictConfig, output: Path, sweep: Sweep | None, overrides: list
             sys.exit(f"grounded-sam: {reason}")  # not raised, since Hydra would print a line of its own
         hint = "" if reason else "; GROUNDED_SAM_DEBUG=1 shows the traceback"
         record["error"] = reason or describe_error(error)
+        assert isinstance(output, Path)
         name = sweep.entry(0, output, ()).folder  # as in the report
         print(f"grounded-sam: job {name}: {record['error']}{hint}", file=sys.stderr)
     record["peak_mib"] = peak_mib()
@@ -121,11 +127,16 @@ def peak_mib() -> float | None:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes, Linux KiB
 
 
-def output_folder(cfg: DictConfig, hydra_cfg: DictConfig) -> Path:
-    """Return the folder of a job; shards that are started by hand with the same output each have one in it."""
+def output_folder(cfg: DictConfig, hydra_cfg: DictConfig) -> OutputPath:
+    """Return the folder of a job; shards that are started by hand with the same output each have one in it.
+
+    An output at an address is not known to Hydra; see `SweepReport.on_run_start`.
+    """
     from omegaconf import OmegaConf
 
-    output = Path(hydra_cfg.runtime.output_dir)
+    output = output_path(str(cfg.output))
+    if not isinstance(output, RemotePath):
+        output = Path(hydra_cfg.runtime.output_dir)
     if (OmegaConf.select(cfg, "source.num_shards") or 1) > 1 and not in_sweep():
         return output / str(cfg.source.shard)
     return output
@@ -141,7 +152,7 @@ def _reason(error: Exception, overrides: list[str]) -> str | None:
 
 
 def _process(
-    cfg: DictConfig, output: Path, sweep: Sweep | None, record: dict[str, Any]
+    cfg: DictConfig, output: OutputPath, sweep: Sweep | None, record: dict[str, Any]
 ) -> tuple[Summary, Sequence[Sink]]:
     """Build everything and run it; add costs to `record`."""
     from grounded_sam.config.build import build, build_sinks, build_source, share_predictions
@@ -176,7 +187,7 @@ def measured_value(sinks: Sequence[Sink]) -> float | None:
     return next((float(sink.value()) for sink in sinks if isinstance(sink, Measures)), None)
 
 
-def print_summary(summary: Summary, output: Path) -> None:
+def print_summary(summary: Summary, output: OutputPath) -> None:
     """Print what was found, what was skipped, and where the results are."""
     from rich.console import Console
 

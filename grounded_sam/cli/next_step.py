@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from grounded_sam.config.secrets import VARIABLE
+from grounded_sam.output.paths import OutputPath, RemotePath
 
 if TYPE_CHECKING:
     from grounded_sam.pipeline.runner import Summary
@@ -18,7 +18,7 @@ LOW_SCORE = "0.1"
 
 
 def next_step(
-    overrides: Sequence[str], summary: Summary, sinks: Sequence[Sink], output: Path, config_dir: str | None = None
+    overrides: Sequence[str], summary: Summary, sinks: Sequence[Sink], output: OutputPath, config_dir: str | None = None
 ) -> str | None:
     """Return a line with what to do next and its command; None if there is nothing to suggest.
 
@@ -38,7 +38,8 @@ def next_step(
     if summary.interrupted or ({"source", "detector"} & set(given) and not summary.images):
         return None
     if any(isinstance(sink, ResultStore) for sink in sinks):
-        export = {"source": "stored", "input": str(output), "output": f"{output}-yolo", "sink": "yolo"}
+        to = f"{output.name}-yolo" if isinstance(output, RemotePath) else f"{output}-yolo"
+        export = {"source": "stored", "input": str(output), "output": to, "sink": "yolo"}
         return _line("export to another format", export, *flags)
     detects = given.get("source", "images") in ("auto", "images") and "detector" not in given
     if any(isinstance(sink, Measures) for sink in sinks):

@@ -18,6 +18,7 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 
+from grounded_sam.cli.arguments import local_folder
 from grounded_sam.config.compose import GROUPS
 from grounded_sam.config.saved import unresolved
 from grounded_sam.config.secrets import VARIABLE
@@ -34,7 +35,8 @@ from grounded_sam.evaluation.sweep_table import (
     read_jobs,
 )
 from grounded_sam.files import atomic_write
-from grounded_sam.output.claim import acquire, acquired, claim, release
+from grounded_sam.output.claim import ClaimedFolder, acquire, acquired, claim, release
+from grounded_sam.output.paths import RemotePath, output_path
 from grounded_sam.output.sweep import Sweep
 from grounded_sam.pages.rendering import render_html
 
@@ -195,12 +197,26 @@ def _to_html(table: SweepTable, plot: bytes | None) -> str:
 class SweepReport(Callback):
     """Hydra callback of sweeps: prepares the shared predictions before the jobs, and reports after them."""
 
+    def on_run_start(self, config: Any, **_: Any) -> None:
+        """Keep an output at an address from Hydra, which would make a folder of that name."""
+        from omegaconf import flag_override
+
+        if isinstance(output_path(str(config.output)), RemotePath):
+            with flag_override(config, ["readonly", "struct"], [False, False]):
+                config.hydra.run.dir = "."
+
     def on_multirun_start(self, config: Any, **_: Any) -> None:
         """Claim the folder of the sweep until its end, remove an earlier report, write what the jobs may select."""
         from grounded_sam.pipeline.prediction_cache import LoosestSelection
 
+        if isinstance(place := output_path(str(config.hydra.sweep.dir)), RemotePath):
+            sys.exit(
+                f"grounded-sam: jobs of -m cannot write to {place}, only to a folder; leave out -m, and start each job "
+                "with its own output"
+            )
         try:
             claimed = acquire(Path(config.hydra.sweep.dir))
+            assert isinstance(claimed, ClaimedFolder)
             for name in (*REPORT_FILES, HYDRA_FILE):
                 claimed.check(claimed.folder / name)
             for name in REPORT_FILES:  # of an earlier sweep
@@ -219,7 +235,9 @@ class SweepReport(Callback):
         folder = Path(config.hydra.sweep.dir)
         with suppress(OSError):  # Hydra has written it
             hydra_file = Path(os.path.abspath(folder / HYDRA_FILE))
-            acquired(folder).record(hydra_file, hydra_file)
+            claimed = acquired(folder)
+            assert isinstance(claimed, ClaimedFolder)
+            claimed.record(hydra_file, hydra_file)
         try:
             if (sweep := Sweep.last(folder)) is not None:
                 sweep.remove_predictions()
@@ -277,7 +295,7 @@ def main() -> None:
         prog="grounded-sam-report",
         description="Write the report of a sweep again: sweep.csv, sweep.md, sweep.png, sweep.html, preset/best.yaml.",
     )
-    parser.add_argument("folder", type=Path, help="folder of the sweep, with a folder per job in it")
+    parser.add_argument("folder", type=local_folder, help="folder of the sweep, with a folder per job in it")
     try:
         print(write_report(parser.parse_args().folder))
     except ConfigError as error:

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING
 
 from grounded_sam.cli.arguments import ArgumentParser
 from grounded_sam.errors import ConfigError, GroundedSamError, count_of
-from grounded_sam.files import home_path
+from grounded_sam.files import home_path, store_path
 from grounded_sam.formats.review_list import edit_of_line, read_review_list, write_review_list
 from grounded_sam.formats.store import find_store
 from grounded_sam.formats.store_edits import Edit, StoreEditor
 from grounded_sam.formats.store_rows import StoreRows
 from grounded_sam.formats.store_schema import STATUSES
+from grounded_sam.output.paths import OutputPath, RemotePath
 
 if TYPE_CHECKING:
     from grounded_sam.evaluation.verdicts import Verdicts
@@ -45,13 +46,21 @@ tune    the best threshold of each class, and phrases that rejected objects look
 TUNED = "# Thresholds from the review of"
 
 
-def _output_of(folder: Path) -> Path:
-    """Return the folder beside the store, for files that are written."""
+def _list_path(folder: OutputPath, path: Path | None, name: str) -> Path:
+    """Return the file to write: the one given, else one of a name beside the store.
+
+    Raises:
+        ConfigError: If none is given and the store is at an address.
+    """
+    if path is not None:
+        return path
     store = find_store(folder)
-    return store.parent if store.name == "store" else store
+    if isinstance(store, RemotePath):
+        raise ConfigError(f"{store} is at an address; say with --to where to write {name}")
+    return (store.parent if store.name == "store" else store) / name
 
 
-def run_import(folder: Path, path: Path, author: str, new_classes: bool) -> None:
+def run_import(folder: OutputPath, path: Path, author: str, new_classes: bool) -> None:
     """Run `grounded-sam-review import`.
 
     Args:
@@ -87,7 +96,7 @@ def run_import(folder: Path, path: Path, author: str, new_classes: bool) -> None
         raise ConfigError(f"{count_of(len(problems), 'line')} of {path} could not be applied")
 
 
-def run_status(folder: Path) -> None:
+def run_status(folder: OutputPath) -> None:
     """Run `grounded-sam-review status`."""
     from rich.console import Console
     from rich.table import Table
@@ -111,7 +120,7 @@ def run_status(folder: Path) -> None:
     console.print(table)
 
 
-def run_next(folder: Path, count: int, path: Path | None) -> None:
+def run_next(folder: OutputPath, count: int, path: Path | None) -> None:
     """Run `grounded-sam-review next`.
 
     Args:
@@ -121,8 +130,8 @@ def run_next(folder: Path, count: int, path: Path | None) -> None:
     """
     from grounded_sam.evaluation.verdicts import chances, next_candidates
 
+    path = _list_path(folder, path, "next.csv")
     verdicts = _verdicts(folder)
-    path = path or _output_of(folder) / "next.csv"
     chosen, chance = next_candidates(verdicts, count), chances(verdicts)
     candidates = [verdicts.candidates[i] for i in chosen]
     write_review_list(
@@ -149,7 +158,7 @@ def run_next(folder: Path, count: int, path: Path | None) -> None:
         )
 
 
-def run_tune(folder: Path, path: Path | None, precision: float | None, min_count: int) -> None:
+def run_tune(folder: OutputPath, path: Path | None, precision: float | None, min_count: int) -> None:
     """Run `grounded-sam-review tune`.
 
     Args:
@@ -168,7 +177,7 @@ def run_tune(folder: Path, path: Path | None, precision: float | None, min_count
     judged = sum(candidate.is_right is not None for candidate in verdicts.candidates)
     if not judged:
         raise ConfigError(f"nobody has accepted or rejected an object of {folder} yet; see grounded-sam-review next")
-    path = path or _output_of(folder) / "reviewed-classes.yaml"
+    path = _list_path(folder, path, "reviewed-classes.yaml")
     if path.exists() and not path.read_text(encoding="utf-8", errors="replace").startswith(TUNED):
         raise ConfigError(f"{path} exists and was not written by this command; choose another file with --to")
     thresholds, negatives = tuned_thresholds(verdicts, precision), proposed_negatives(verdicts, min_count)
@@ -187,7 +196,7 @@ def run_tune(folder: Path, path: Path | None, precision: float | None, min_count
     print(f"Ontology for text=: {path}")
 
 
-def _verdicts(folder: Path) -> Verdicts:
+def _verdicts(folder: OutputPath) -> Verdicts:
     from grounded_sam.evaluation.verdicts import read_verdicts
 
     return read_verdicts(StoreRows(find_store(folder)))
@@ -226,7 +235,7 @@ def parse_review(arguments: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", metavar="import|status|next|tune", parser_class=ArgumentParser)
     parsers = {name: commands.add_parser(name, allow_abbrev=False) for name in COMMANDS}
     for command in parsers.values():
-        command.add_argument("folder", type=home_path, help="output folder, or folder of the store")
+        command.add_argument("folder", type=store_path, help="output folder, or folder of the store; may be an address")
     parsers["import"].add_argument("list", type=home_path, help="the list, such as review.csv")
     parsers["import"].add_argument("--author", default=_user(), help="who decided; by default the name of the user")
     parsers["import"].add_argument("--new-classes", action="store_true", help="allow new classes")

@@ -18,6 +18,7 @@ from grounded_sam.errors import CheckpointError, ConfigError, GroundedSamError, 
 from grounded_sam.formats.output_classes import OutputClasses
 from grounded_sam.media.images import MAX_PIXELS
 from grounded_sam.media.progress import ProgressBar
+from grounded_sam.output.paths import OutputPath, RemotePath, output_path
 from grounded_sam.structures.protocols import (
     CachesFeatures,
     DeclaresTraits,
@@ -27,6 +28,7 @@ from grounded_sam.structures.protocols import (
     ResultStore,
     Sink,
     Source,
+    TakesAddress,
     TakesOptions,
     TextTracker,
 )
@@ -363,14 +365,37 @@ def _is_store(node: Any, name: str) -> bool:
     return isinstance(cls, type) and issubclass(cls, ResultStore)
 
 
+def check_output_address(cfg: DictConfig, output: OutputPath) -> None:
+    """Check that the sinks can write to the output, before models are loaded.
+
+    Args:
+        cfg: The config.
+        output: Output of the run.
+
+    Raises:
+        ConfigError: If it is an address, and a sink writes to folders of this machine only.
+    """
+    if not isinstance(output, RemotePath):
+        return
+    classes = {str(name): _class_of(node, f"sink.{name}") for name, node in (cfg.sink or {}).items()}
+    local = [name for name, cls in classes.items() if not isinstance(cls, TakesAddress)]
+    if local:
+        names = ",".join(local)
+        raise ConfigError(
+            f"sink={names if len(local) == 1 else f'[{names}]'} cannot write to {output}, only store, coco, report, "
+            f"metrics and jsonl can; use sink=store there, then 'source=stored input={output} sink={names} "
+            "output=FOLDER'"
+        )
+
+
 def build_sinks(
-    cfg: DictConfig, output: Path, vocabulary: Vocabulary, classes: OutputClasses | None = None
+    cfg: DictConfig, output: OutputPath, vocabulary: Vocabulary, classes: OutputClasses | None = None
 ) -> list[Sink]:
     """Build the sinks that a config describes, in its order, the store first.
 
     Args:
         cfg: The config.
-        output: Folder of the run. All shards share one store, in the `output` of the sweep.
+        output: Folder or address of the run. All shards share one store, in the `output` of the sweep.
         vocabulary: Classes of the run.
         classes: Classes of the output, to which those of the run are appended, and which the runner needs too; None to
             number the classes as in `vocabulary`, for an output of one run.
@@ -383,7 +408,7 @@ def build_sinks(
     for name in sorted(stores, key=lambda name: not stores[name]):
         folder = output
         if num_shards > 1 and stores[name]:
-            folder = Path(cfg.output)
+            folder = output_path(str(cfg.output))
         cls = _class_of(cfg.sink[name], f"sink.{name}")
         numbers = isinstance(cls, type) and issubclass(cls, NumbersClasses)
         words = classes.vocabulary if numbers and classes is not None else vocabulary

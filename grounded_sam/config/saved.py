@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from grounded_sam.config.secrets import hide_secrets
 from grounded_sam.files import atomic_write_text
+from grounded_sam.output.paths import OutputPath, RemotePath
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig, ListConfig
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 HYDRA_KEYS = ("run", "sweep", "callbacks", "output_subdir")
 
 
-def save_config(cfg: DictConfig, hydra_cfg: DictConfig, folder: Path) -> None:
+def save_config(cfg: DictConfig, hydra_cfg: DictConfig, folder: OutputPath) -> None:
     """Write `config.yaml`, `hydra.yaml` and `overrides.yaml` into a folder, without secrets in URLs.
 
     `grounded-sam --config-path FOLDER --config-name config` runs `config.yaml` again.
@@ -23,9 +23,11 @@ def save_config(cfg: DictConfig, hydra_cfg: DictConfig, folder: Path) -> None:
     Args:
         cfg: Config of the run.
         hydra_cfg: Config of Hydra.
-        folder: Absolute path of the folder.
+        folder: Absolute path or address of the folder.
     """
     hydra = unresolved(hydra_cfg)
+    if isinstance(folder, RemotePath):  # the command has kept the address from Hydra
+        hydra["run"]["dir"] = "${output}"
     defaults = ["_self_", {"override hydra/job_logging": hydra_cfg.runtime.choices["hydra/job_logging"]}]
     again = {"defaults": defaults, **unresolved(cfg), "hydra": {key: hydra[key] for key in HYDRA_KEYS}}
     _write(folder / "config.yaml", again)
@@ -40,7 +42,7 @@ def unresolved(cfg: DictConfig | ListConfig) -> Any:
     return hide_secrets(OmegaConf.to_container(cfg, resolve=False))
 
 
-def _write(path: Path, content: Any) -> None:
+def _write(path: OutputPath, content: Any) -> None:
     from omegaconf import OmegaConf
 
     atomic_write_text(path, OmegaConf.to_yaml(OmegaConf.create(content)))

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
 from grounded_sam.errors import ConfigError
-from grounded_sam.files import atomic_write
+from grounded_sam.files import atomic_write_text
 from grounded_sam.formats.coco import read_json
 from grounded_sam.formats.store_runs import store_vocabulary
+from grounded_sam.output.paths import OutputPath, output_path
 from grounded_sam.structures.masks import replace_masks
 from grounded_sam.structures.results import FrameResult
 from grounded_sam.structures.vocabulary import Vocabulary
@@ -39,8 +39,8 @@ class OutputClasses:
         ConfigError: If the file is damaged, or the run gives a class another id than was recorded.
     """
 
-    def __init__(self, output: Path, requested: Vocabulary) -> None:
-        self.path = Path(output) / "classes.json"
+    def __init__(self, output: OutputPath, requested: Vocabulary) -> None:
+        self.path = output_path(output) / "classes.json"
         self._recorded = self._read()
         self._check_ids(requested)
         self.append(requested)
@@ -109,8 +109,8 @@ class OutputClasses:
             return
         self._is_saved = True
         content: dict[str, Any] = {"categories": self.vocabulary.categories()}
-        with atomic_write(self.path, shared=True) as part:  # shards start together
-            part.write_text(json.dumps(content, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        text = json.dumps(content, ensure_ascii=False, indent=1) + "\n"
+        atomic_write_text(self.path, text, shared=True)  # shards start together
 
 
 def _numbered_after(earlier: Vocabulary, words: Vocabulary) -> Vocabulary:

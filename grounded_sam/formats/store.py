@@ -7,13 +7,13 @@ A store is a folder with
 - `_parts-*.jsonl`: checksums of the parts; see `store_manifest`
 
 Rows of later parts replace those of earlier parts for the same image; what somebody decided about an object replaces
-what a run found. Schema version 2; the kind of a row decides which columns are filled:
+what a run found. Schema version 3; the kind of a row decides which columns are filled:
 
 | column | type | |
 |---|---|---|
 | `kind` | string | `image` (processed), `object` (of the image above), `edit`, `skipped`, `video` (complete) |
 | `file` | string | name relative to the input, with `/`; of frames `clip.mp4/000012` or `folder/000012.jpg` |
-| `path` | string | absolute path of the file; null for cameras and streams |
+| `path` | string | absolute path of the file, or its address, without credentials; null for cameras and streams |
 | `digest` | string | SHA-256 of the file; of a folder of frames, that of their digests |
 | `bytes` | int64 | size of the file; of a folder of frames, that of the first one |
 | `mtime_ns` | int64 | when it was changed last, nanoseconds since 1970; if both are still the same, so is the digest |
@@ -43,42 +43,53 @@ what a run found. Schema version 2; the kind of a row decides which columns are 
 | `edited_at` | string | when, ISO 8601 in UTC |
 | `predicted_class` | string | class that the object had before anybody changed it; null if it was added |
 | `detector_scores` | string | JSON: the score of each detector, by name, if there are several |
+| `etag` | string | of an object under an address: its entity tag, checksum or version; changes with it |
 
 Any Parquet reader opens the folder: `pandas.read_parquet("store")`, DuckDB, `pyarrow.dataset`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from grounded_sam.errors import ConfigError
-from grounded_sam.files import home_path
-from grounded_sam.formats.store_checks import changed_file
+from grounded_sam.files import store_path
+from grounded_sam.formats.store_files import StoredFile, StoredFiles
 from grounded_sam.formats.store_index import RowIndex, StoreIndex, video_key
 from grounded_sam.formats.store_objects import detections_from_rows, in_vocabulary, read_presence, read_record
 from grounded_sam.formats.store_pixels import StoredPixels, StoredVideo
-from grounded_sam.formats.store_rows import StoreRows, name_in_video
+from grounded_sam.formats.store_rows import StoreRows
 from grounded_sam.formats.store_runs import StoreRun
-from grounded_sam.media.files import common_folder, is_video_file
+from grounded_sam.media.files import is_video_file
 from grounded_sam.media.images import MAX_PIXELS
+from grounded_sam.output.paths import OutputPath
+from grounded_sam.remote import Location
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.results import FrameResult, Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
 
 
-def find_store(path: str | Path) -> Path:
+@overload
+def find_store(path: Path) -> Path: ...
+
+
+@overload
+def find_store(path: str | OutputPath) -> OutputPath: ...
+
+
+def find_store(path: str | OutputPath) -> OutputPath:
     """Return the folder of a store.
 
     Args:
-        path: The folder itself, or the output folder that contains it as `store`.
+        path: The folder itself, or the output folder that contains it as `store`; on this machine or at an address.
 
     Raises:
         ConfigError: If neither is a store.
     """
-    folder = home_path(path)
+    folder = store_path(path)
     for candidate in (folder, folder / "store"):
         if any(candidate.glob("_run-*.json")):
             return candidate
@@ -96,8 +107,11 @@ class StoreReader:
     Args:
         folder: Folder of the store; may be missing or empty.
         max_pixels: Larger images are refused before they are decoded.
-        root: Folder of the images, if they were moved; their names are relative to it.
+        root: Folder or address of the images, if they were moved; their names are relative to it.
+        roots: Addresses below which addresses of the store may be opened; see `store_files`.
         classes: Classes that objects may have, besides those of the runs.
+        set_aside: Leave out parts that are damaged, and name them in `lost_parts`, instead of raising an error.
+        is_read: Whether to read the store; otherwise it is taken for an empty one.
 
     Raises:
         ConfigError: If the store is of a later version, or one of its files is damaged; the message names it.
@@ -110,13 +124,18 @@ class StoreReader:
 
     def __init__(
         self,
-        folder: Path,
+        folder: OutputPath,
         max_pixels: int = MAX_PIXELS,
         root: str | None = None,
         classes: Iterable[str] = (),
+        *,
+        roots: Iterable[str] = (),
+        set_aside: bool = False,
+        is_read: bool = True,
     ) -> None:
-        self.folder, self.max_pixels, self.root = folder, max_pixels, root
-        self.rows = StoreRows(folder, max_pixels, classes)
+        self.folder, self.max_pixels = folder, max_pixels
+        self._files = StoredFiles(root, roots)
+        self.rows = StoreRows(folder, max_pixels, classes, set_aside=set_aside, is_read=is_read)
 
     @property
     def _index(self) -> StoreIndex:
@@ -124,7 +143,7 @@ class StoreReader:
         return self.rows.index
 
     @property
-    def parts(self) -> list[Path]:
+    def parts(self) -> list[OutputPath]:
         """The part files; see the class."""
         return self.rows.parts
 
@@ -165,6 +184,16 @@ class StoreReader:
         """
         return self._index.find(name, digest, path)
 
+    def find_unchanged(self, name: str, path: str, state: int | None) -> str | None:
+        """Return the key of an image or of a complete video whose file is still the same; None if that is not sure.
+
+        Args:
+            name: Name of the image or video.
+            path: Path of its file, as stored.
+            state: State of its file, see `store_index.file_state`.
+        """
+        return self._index.find_unchanged(name, path, state)
+
     def run_of(self, key: str) -> StoreRun | None:
         """Return the run that computed an image or video; None if its `_run-*.json` is gone."""
         return self.rows.runs.get(self.rows.fingerprint(key)[:16])
@@ -182,16 +211,28 @@ class StoreReader:
         index = self._index
         return index.images[key].name if key in index.images else index.video_names[key]
 
-    def lost_parts(self) -> list[Skipped]:
-        """Return a note for each part that is missing."""
-        reason = "a part of the store that is missing, with its images; run the command that made the store again"
-        return [Skipped(name, reason) for name in self.missing_parts]
+    def lost_parts(self, rerun: bool = False) -> list[Skipped]:
+        """Return a note for each part that is missing, or damaged and set aside.
+
+        Args:
+            rerun: Whether this is the run that processes their images again.
+        """
+        if rerun:
+            missing = "a part of the store that was missing; its images were processed again if they are in the input"
+            damaged = "its images were processed again if they are in the input, so delete it"
+        else:
+            missing = "a part of the store that is missing, with its images; run the command that made the store again"
+            damaged = "its images are left out; run the command that made the store again, and delete this part"
+        notes = [Skipped(name, missing) for name in self.missing_parts]
+        for name, reason in self.rows.damaged_parts.items():
+            notes.append(Skipped(name, f"a part that cannot be read ({reason}); {damaged}"))
+        return notes
 
     def count(self, key: str) -> int:
         """Return how many results `read` yields."""
         return 1 if key in self._index.images else len(self._index.videos[key].frames)
 
-    def read(self, key: str, vocabulary: Vocabulary, files: Sequence[Path] = ()) -> Iterator[FrameResult]:
+    def read(self, key: str, vocabulary: Vocabulary, files: Sequence[Path | Location] = ()) -> Iterator[FrameResult]:
         """Yield the result of an image, or those of the frames of a video, as people left them.
 
         Args:
@@ -235,11 +276,20 @@ class StoreReader:
         Args:
             key: One of `keys()`.
         """
+        file = self.stored_file(key)
+        return None if file is None else file.problem()
+
+    def stored_file(self, key: str) -> StoredFile | None:
+        """Return the file of an image or video, to find out whether it has changed; None where that is not known.
+
+        Args:
+            key: One of `keys()`.
+        """
         row = self._first_row(key)
-        path = _row_file(row, (), self.root)
-        if path is None or (row["video"] is not None and not is_video_file(path)):
+        file = self._files.find(row, ())
+        if file.place is None or (row["video"] is not None and not is_video_file(file.place)):
             return None
-        return changed_file(row, path)
+        return file
 
     def _first_row(self, key: str) -> dict[str, Any]:
         """Return the row of an image, or of the first frame of a video."""
@@ -249,20 +299,25 @@ class StoreReader:
         )
 
     def _result(
-        self, key: str, index: RowIndex, vocabulary: Vocabulary, files: Sequence[Path], video: StoredVideo | None
+        self,
+        key: str,
+        index: RowIndex,
+        vocabulary: Vocabulary,
+        files: Sequence[Path | Location],
+        video: StoredVideo | None,
     ) -> FrameResult:
         """Make the result of an image from its row and the rows of its objects."""
         image, objects = self.rows.rows_at(key, index)
         size_hw = (image["height"], image["width"])
-        path = _row_file(image, files, self.root)
+        file = self._files.find(image, files)
         owner, name = self.rows.owner_and_name(key, image)
         frame = Frame(
-            pixels=StoredPixels(image["file"], path, image["frame"], size_hw, self.max_pixels, video),
+            pixels=StoredPixels(image["file"], file, image["frame"], size_hw, self.max_pixels, video),
             index=image["frame"] if image["frame"] is not None else 0,
             name=name,
             time_s=image["time_s"],
             video=None if image["video"] is None else owner,
-            file=None if path is None else Path(path),
+            file=file.place,
             size=size_hw,
             record=read_record(image),
         )
@@ -282,23 +337,14 @@ class StoreReader:
             path: Path of its file, as stored.
         """
         if frame.video is None:
-            name = self.rows.names(path or frame.name, frame.name)
-            return frame if name == frame.name else replace(frame, name=name)
-        video = self.rows.names(video_key(path, frame.video), frame.video)
-        if video == frame.video:
-            return frame
-        return replace(frame, name=f"{video}/{frame.name.removeprefix(f'{frame.video}/')}", video=video)
+            return renamed(frame, self.rows.names(path or frame.name, frame.name))
+        return renamed(frame, self.rows.names(video_key(path, frame.video), frame.video))
 
 
-def _row_file(row: Mapping[str, Any], files: Sequence[Path], root: str | None) -> str | None:
-    """Return the file of an image row: among `files`, else under `root`, else where it was."""
-    path: str | None = row["path"]
-    if len(files) == 1:
-        return str(files[0])
-    if files:
-        return str(common_folder(list(files)) / name_in_video(row))
-    if path is None or root is None:
-        return path
-    moved = home_path(root) / (row["video"] if is_video_file(path) else row["file"])
-    in_root = home_path(root) / name_in_video(row)  # the folder of the frames itself
-    return str(in_root if row["video"] is not None and not moved.exists() and in_root.exists() else moved)
+def renamed(frame: Frame, name: str) -> Frame:
+    """Return a frame with another name of its image or video."""
+    if name == (frame.video or frame.name):
+        return frame
+    if frame.video is None:
+        return replace(frame, name=name)
+    return replace(frame, name=f"{name}/{frame.name.removeprefix(f'{frame.video}/')}", video=name)

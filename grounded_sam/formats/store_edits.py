@@ -12,7 +12,6 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,10 +22,12 @@ from grounded_sam.formats.segmentations import encode_segmentation, segmentation
 from grounded_sam.formats.store import find_store
 from grounded_sam.formats.store_manifest import PartList, sequence_of
 from grounded_sam.formats.store_objects import EARLIER_TRACKS, Row, owner_id
+from grounded_sam.formats.store_parts import write_part
 from grounded_sam.formats.store_rows import StoreRows
 from grounded_sam.formats.store_schema import SCHEMA
-from grounded_sam.formats.store_writer import write_part
 from grounded_sam.media.images import MAX_PIXELS
+from grounded_sam.output.paths import OutputPath, RemotePath
+from grounded_sam.output.remote_claim import RemoteLock
 from grounded_sam.structures.masks import encode_rle
 
 #: What can be done with an object.
@@ -127,7 +128,7 @@ class StoreEditor:
     one object, the later one wins.
 
     Args:
-        store: Folder of the store, or the output folder that has one.
+        store: Folder of the store, or the output folder that has one; on this machine or at an address.
         max_pixels: A store with larger images is refused.
         rows: Its rows, if they are open already.
 
@@ -139,7 +140,7 @@ class StoreEditor:
         rows: Its rows, with all decisions up to the last batch.
     """
 
-    def __init__(self, store: str | Path, max_pixels: int = MAX_PIXELS, rows: StoreRows | None = None) -> None:
+    def __init__(self, store: str | OutputPath, max_pixels: int = MAX_PIXELS, rows: StoreRows | None = None) -> None:
         self.folder = find_store(store)
         self.rows = StoreRows(self.folder, max_pixels) if rows is None else rows
         self._list = PartList(self.folder)
@@ -202,8 +203,14 @@ class StoreEditor:
     @contextmanager
     def _locked(self) -> Iterator[None]:
         """Keep other writers of decisions out, and see theirs."""
+        lock = self.folder / ".edits.lock"
+        purpose = f"another process is writing decisions into {self.folder}"
         try:
-            with FileLock(self.folder / ".edits.lock", timeout=LOCK_SECONDS):
+            with (
+                RemoteLock(lock, purpose, timeout_s=LOCK_SECONDS)
+                if isinstance(lock, RemotePath)
+                else FileLock(lock, timeout=LOCK_SECONDS)
+            ):
                 self.rows.refresh()
                 yield
         except OSError as error:

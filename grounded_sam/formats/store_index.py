@@ -17,6 +17,7 @@ from grounded_sam.structures.results import Skipped
 #: Columns that `StoreIndex.add` needs.
 INDEX_COLUMNS = (
     *("kind", "file", "path", "digest", "video", "take", "frame", "reason", "fingerprint", "object_id", "class"),
+    *("bytes", "mtime_ns", "etag"),
 )
 
 
@@ -30,12 +31,13 @@ class RowIndex:
 
 @dataclass(frozen=True)
 class StoredImage:
-    """An image: where its row is, the digest of its file, its name, and the fingerprint of its run."""
+    """An image: where its row is, digest of its file, name, fingerprint of its run, and state of its file."""
 
     index: RowIndex
     digest: str | None
     name: str
     fingerprint: str
+    state: int | None = None
 
 
 @dataclass
@@ -44,8 +46,19 @@ class VideoPass:
 
     digest: str | None = None
     fingerprint: str = ""
+    state: int | None = None
     complete: bool = False
     frames: dict[int, RowIndex] = field(default_factory=dict)
+
+
+def file_state(size: int | None, modified_ns: int | None, etag: str | None) -> int | None:
+    """Return a number that changes with a file, without reading it: from its size, and its tag or time of change.
+
+    It is the same within one process. None is returned where too little is known.
+    """
+    if size is None or (etag is None and modified_ns is None):
+        return None
+    return hash((size, modified_ns if etag is None else etag))
 
 
 class StoreIndex:
@@ -86,7 +99,7 @@ class StoreIndex:
         rows = np.flatnonzero(np.asarray(table["kind"]) != "object")
         values = table.take(rows).to_pydict()
         columns = (values[name] for name in INDEX_COLUMNS)
-        for row, kind, file, path, digest, video, take, frame, reason, run, object_id, class_name in zip(
+        for row, kind, file, path, digest, video, take, frame, reason, run, object_id, class_name, *state in zip(
             rows.tolist(), *columns, strict=True
         ):
             if kind == "skipped":
@@ -101,12 +114,15 @@ class StoreIndex:
             elif kind == "image" and video is None:
                 self._skipped.pop(file, None)
                 self._first_names.setdefault(path or file, file)
-                self.images[path or file] = StoredImage(RowIndex(number, row), digest, file, sys.intern(run or ""))
+                self.images[path or file] = StoredImage(
+                    RowIndex(number, row), digest, file, sys.intern(run or ""), file_state(*state)
+                )
             else:
                 key = video_key(path, video)
                 self.video_names[key] = video
                 self._first_names.setdefault(key, video)
-                video_pass = self._passes.setdefault(key, {}).setdefault(take, VideoPass(digest, run or ""))
+                new = VideoPass(digest, run or "", file_state(*state))
+                video_pass = self._passes.setdefault(key, {}).setdefault(take, new)
                 if kind == "video":
                     video_pass.complete = True
                 else:
@@ -158,6 +174,23 @@ class StoreIndex:
                 return key
         return None
 
+    def find_unchanged(self, name: str, path: str, state: int | None) -> str | None:
+        """Return the key of an image or of a complete video whose file is still the same; None if that is not sure.
+
+        Args:
+            name: Name of the image or video.
+            path: Path of its file, as stored.
+            state: State of its file, see `file_state`.
+        """
+        if state is None:
+            return None
+        if path in self.images and self.images[path].state == state:
+            return path
+        key = video_key(path, name)
+        if key in self.videos and self.videos[key].complete and self.videos[key].state == state:
+            return key
+        return None
+
     def sorted_keys(self) -> Iterator[str]:
         """Yield the keys of images in natural order of their names, then those of videos."""
         if self._sorted is None:
@@ -184,6 +217,10 @@ class StoredNames:
         self._taken: set[str] = set()
         for key, name in named.items():
             self(key, name)
+
+    def peek(self, key: str, name: str) -> str:
+        """Return the name that a key has or, if it is new, would get, as long as no other key takes it."""
+        return name if key not in self._names and name not in self._taken else self(key, name)
 
     def __call__(self, key: str, name: str) -> str:
         """Return the name for a key; `name` itself unless another key has it."""

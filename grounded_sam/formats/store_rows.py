@@ -3,27 +3,47 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from grounded_sam.errors import ConfigError
+from grounded_sam.errors import ConfigError, MissingObjectError, RemoteError
 from grounded_sam.formats.segmentations import all_counts_problem
 from grounded_sam.formats.store_checks import CHECKED_COLUMNS, table_problem
+from grounded_sam.formats.store_files import name_in_video
 from grounded_sam.formats.store_index import INDEX_COLUMNS, RowIndex, StoreIndex, video_key
-from grounded_sam.formats.store_manifest import Manifest, sequence_of
+from grounded_sam.formats.store_manifest import Manifest, read_ahead, sequence_of
 from grounded_sam.formats.store_objects import Row, merge_decisions, owner_id, with_object_ids
 from grounded_sam.formats.store_runs import runs_by_fingerprint, store_vocabulary
 from grounded_sam.formats.store_schema import SCHEMA
 from grounded_sam.media.images import MAX_PIXELS
+from grounded_sam.output.paths import OutputPath
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.vocabulary import Vocabulary
 
 #: Number of parts that are kept in memory; the rows of shards interleave, so several are in use at a time.
 MAX_CACHED_PARTS = 16
+
+
+class DamagedPartError(ConfigError):
+    """Raised for a part that cannot be used.
+
+    Args:
+        part: The part.
+        reason: Why.
+
+    Attributes:
+        reason: As above.
+    """
+
+    def __init__(self, part: OutputPath, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            f"{part} cannot be read ({reason}); delete it, and its images are processed again when the command that "
+            "made the store is run again"
+        )
 
 
 class StoreRows:
@@ -33,6 +53,8 @@ class StoreRows:
         folder: Folder of the store; may be missing or empty.
         max_pixels: A store with larger images is refused.
         classes: Classes that objects may have, besides those of the runs.
+        set_aside: Leave out parts that are damaged, and list them in `damaged_parts`, instead of raising an error.
+        is_read: Whether to read the store; otherwise it is taken for an empty one.
 
     Raises:
         ConfigError: If the store is of a later version, or one of its files is damaged; the message names it.
@@ -40,6 +62,8 @@ class StoreRows:
     Attributes:
         parts: The part files in the order in which they were written.
         missing_parts: Names of parts that were written and are gone.
+        damaged_parts: Why parts cannot be used, by their name; empty unless `set_aside`.
+        known_lost: Names of parts that were missing or damaged when a run processed their images again.
         runs: Runs by the first 16 digits of their fingerprint.
         index: Where images, videos and decisions are.
         names: Function from key and stored name of an image or video to its name, which no other one has.
@@ -47,10 +71,20 @@ class StoreRows:
             None if there is no run.
     """
 
-    def __init__(self, folder: Path, max_pixels: int = MAX_PIXELS, classes: Iterable[str] = ()) -> None:
-        self.folder, self.max_pixels = folder, max_pixels
+    def __init__(
+        self,
+        folder: OutputPath,
+        max_pixels: int = MAX_PIXELS,
+        classes: Iterable[str] = (),
+        *,
+        set_aside: bool = False,
+        is_read: bool = True,
+    ) -> None:
+        self.folder, self.max_pixels, self.set_aside, self.is_read = folder, max_pixels, set_aside, is_read
         self._more_classes = set(classes)
-        self.parts: list[Path] = []
+        self.parts: list[OutputPath] = []
+        self.damaged_parts: dict[str, str] = {}
+        self._listed: list[OutputPath] = []
         self._is_finished = False
         self.refresh()
 
@@ -60,43 +94,51 @@ class StoreRows:
         Raises:
             ConfigError: As for the constructor.
         """
-        self.runs = runs_by_fingerprint(self.folder)  # checks the version
+        self.runs = runs_by_fingerprint(self.folder) if self.is_read else {}  # checks the version
         self._classes = {name for run in self.runs.values() for name in run.vocabulary.classes} | self._more_classes
-        self._manifest = Manifest(self.folder)
+        parts: list[OutputPath] = list(self.folder.glob("part-*.parquet")) if self.is_read else []
+        parts.sort(key=lambda part: (sequence_of(part), part.name))
+        self._manifest = Manifest(self.folder if self.is_read else None, {part.name for part in parts})
         self.missing_parts = self._manifest.missing
-        parts = sorted(self.folder.glob("part-*.parquet"), key=lambda part: (sequence_of(part), part.name))
-        if not self.parts or parts[: len(self.parts)] != self.parts:
-            self.parts, self.index, self._is_finished = [], StoreIndex(), False
+        self.known_lost = self._manifest.lost
+        if not self._listed or parts[: len(self._listed)] != self._listed:
+            self.parts, self.damaged_parts, self._listed = [], {}, []
+            self.index, self._is_finished = StoreIndex(), False
             self._tables: OrderedDict[int, pa.Table] = OrderedDict()
-        for part in parts[len(self.parts) :]:
-            self._index_part(part)
+        new = parts[len(self._listed) :]
+        for part, content in zip(new, read_ahead(self._manifest.read, new), strict=True):
+            try:
+                self._index_part(part, content)
+            except DamagedPartError as error:
+                if not self.set_aside:
+                    raise
+                self.damaged_parts[part.name] = error.reason
+            self._listed.append(part)
         self._vocabulary: Vocabulary | None = None
         if not self._is_finished:
             self.names, self._is_finished = self.index.finish(), True
             self._keys_by_owner: dict[str, list[str]] | None = None
 
-    def _index_part(self, part: Path) -> None:
+    def _index_part(self, part: OutputPath, content: Callable[[], bytes]) -> None:
         """Check a part and add it to the index."""
-        table = self._read_part(part, sorted({*INDEX_COLUMNS, *CHECKED_COLUMNS}))
+        table = self._read_part(part, content, sorted({*INDEX_COLUMNS, *CHECKED_COLUMNS}))
         if (reason := table_problem(table, self._classes, self.max_pixels)) is not None:
-            raise self._damaged(part, reason)
+            raise DamagedPartError(part, reason)
         if self.index.add(len(self.parts), table):
             self._is_finished = False
         self.parts.append(part)
 
-    def _read_part(self, part: Path, columns: list[str] | None = None) -> pa.Table:
+    def _read_part(self, part: OutputPath, content: Callable[[], bytes], columns: list[str] | None = None) -> pa.Table:
         """Read a part, and compare it with its checksums."""
+        options = {"columns": columns, "schema": SCHEMA, "page_checksum_verification": True}
         try:
-            content = pa.BufferReader(self._manifest.read(part))
-            return pq.read_table(content, columns=columns, schema=SCHEMA, page_checksum_verification=True)
+            return pq.read_table(pa.BufferReader(content()), **options)
+        except RemoteError as error:
+            if not isinstance(error, MissingObjectError):  # of the server, not of the part
+                raise
+            raise DamagedPartError(part, "no such object") from error
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise self._damaged(part, " ".join(str(error).split())[:200]) from error
-
-    def _damaged(self, part: Path, reason: str) -> ConfigError:
-        return ConfigError(
-            f"{part} cannot be read ({reason}); delete it, and its images are processed again when the command that "
-            "made the store is run again"
-        )
+            raise DamagedPartError(part, " ".join(str(error).split())[:200]) from error
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -159,7 +201,8 @@ class StoreRows:
     def _table(self, part: int) -> pa.Table:
         """Return the rows of a part, read anew if they are not among those last used."""
         if part not in self._tables:
-            self._tables[part] = self._read_part(self.parts[part]).combine_chunks()
+            path = self.parts[part]
+            self._tables[part] = self._read_part(path, partial(self._manifest.read, path)).combine_chunks()
             while len(self._tables) > MAX_CACHED_PARTS:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(part)
@@ -170,9 +213,26 @@ class StoreRows:
         decisions = []
         for index in self.index.decisions.get((key, frame), {}).values():
             row = self.row(index)
-            if (row["digest"], row["width"], row["height"]) == (image["digest"], image["width"], image["height"]):
+            if is_about(row, image):
                 self._check_counts(index.part, image, [row])
                 decisions.append(row)
+        return decisions
+
+    def all_decisions(self, key: str) -> list[Row]:
+        """Return the rows of the latest decisions about an image, or about all frames of a video.
+
+        Args:
+            key: Key of the image or video, which need not be stored.
+
+        Raises:
+            ConfigError: If a part is damaged.
+        """
+        frames = [place for place in self.index.decisions if place[0] == key] if self.index.decisions else []
+        decisions = []
+        for index in (index for place in frames for index in self.index.decisions[place].values()):
+            row = self.row(index)
+            self._check_counts(index.part, row, [row])
+            decisions.append(row)
         return decisions
 
     def decisions_on(self, frame: Frame, path: str | None, digest: str | None) -> list[Row]:
@@ -193,7 +253,7 @@ class StoreRows:
         """Check the masks of some objects of an image."""
         counts = [row["counts"] for row in objects if row["counts"] is not None]
         if (reason := all_counts_problem(counts, image["height"] * image["width"])) is not None:
-            raise self._damaged(self.parts[part], f"{image['file']}: {reason}")
+            raise DamagedPartError(self.parts[part], f"{image['file']}: {reason}")
 
     def owner_and_name(self, key: str, image: Row) -> tuple[str, str]:
         """Return the name of an image twice, or the names of a video and of its frame.
@@ -235,6 +295,7 @@ class StoreRows:
         return self.names(key, index.images[key].name if key in index.images else index.video_names[key])
 
 
-def name_in_video(row: Mapping[str, Any]) -> str:
-    """Return the name of a row without that of its video, which stores of earlier versions leave out."""
-    return str(row["file"]) if row["video"] is None else str(row["file"]).removeprefix(f"{row['video']}/")
+def is_about(decision: Row, image: Row) -> bool:
+    """Return whether a decision is about an image with the same content."""
+    columns = ("digest", "width", "height")
+    return all(decision[column] == image[column] for column in columns)

@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property, reduce
 from importlib.metadata import PackageNotFoundError
@@ -16,13 +17,15 @@ from importlib.metadata import version as installed_version
 from pathlib import Path
 from typing import Any
 
-from grounded_sam.errors import ConfigError, VocabularyError, redact, shorten
-from grounded_sam.files import atomic_write, home_path, require_regular
+from grounded_sam.errors import ConfigError, RemoteError, VocabularyError, redact, shorten
+from grounded_sam.files import atomic_write_text, home_path, read_regular, require_regular
 from grounded_sam.formats.store_migrations import class_name, migrate_settings, migrate_vocabulary
+from grounded_sam.output.paths import OutputPath, RemotePath
+from grounded_sam.remote import Location
 from grounded_sam.structures.vocabulary import Vocabulary, name_key
 
 #: Version of the format. Readers refuse stores of later versions.
-VERSION = 2
+VERSION = 3
 #: Settings that change how fast results are computed, but not the results.
 INCIDENTAL = {"device", "batch_size", "chunk", "points_per_batch", "exports", "export_dir"}
 #: Libraries whose versions are recorded.
@@ -101,7 +104,7 @@ class StoreRun:
             line for key in common for line in _changes(self.classes[key], current.classes[key], f"vocabulary.{key}")
         ]
 
-    def write(self, folder: Path, now: str) -> None:
+    def write(self, folder: OutputPath, now: str) -> None:
         """Write the run file, unless it exists.
 
         Args:
@@ -120,8 +123,12 @@ class StoreRun:
             "vocabulary": self.classes,
             "versions": {name: package_version(name) for name in LIBRARIES},
         }
-        with atomic_write(path, shared=True) as part:  # shards start together
-            part.write_text(json.dumps(content, ensure_ascii=False, indent=1, default=str), encoding="utf-8")
+        text = json.dumps(content, ensure_ascii=False, indent=1, default=str)
+        if isinstance(path, RemotePath):
+            with suppress(FileExistsError):  # shards start together
+                path.write_bytes(text.encode(), create=True)
+        else:
+            atomic_write_text(path, text, shared=True)
 
 
 def fingerprint(settings: Mapping[str, Any], vocabulary: Vocabulary) -> str:
@@ -177,7 +184,7 @@ def _files_at(text: str) -> list[Path]:
         return []
 
 
-def file_digest(files: Sequence[Path]) -> str:
+def file_digest(files: Sequence[Path | Location]) -> str:
     """Return the SHA-256 of a file; of several files, that of their digests in order.
 
     Raises:
@@ -185,6 +192,9 @@ def file_digest(files: Sequence[Path]) -> str:
     """
     digests = []
     for file in files:
+        if isinstance(file, Location):
+            digests.append(hashlib.sha256(file.read_bytes()).hexdigest())
+            continue
         require_regular(file)
         with file.open("rb") as content:
             digests.append(hashlib.file_digest(content, "sha256").hexdigest())
@@ -199,7 +209,7 @@ def package_version(name: str) -> str:
         return "unknown"
 
 
-def read_runs(folder: Path) -> list[StoreRun]:
+def read_runs(folder: OutputPath) -> list[StoreRun]:
     """Read the settings of the runs that wrote into a store, oldest first, under the names of the current version.
 
     Raises:
@@ -213,7 +223,7 @@ def oldest_first(runs: Iterable[StoreRun]) -> list[StoreRun]:
     return sorted(runs, key=lambda run: (run.number, run.created, run.fingerprint))
 
 
-def runs_by_fingerprint(folder: Path) -> dict[str, StoreRun]:
+def runs_by_fingerprint(folder: OutputPath) -> dict[str, StoreRun]:
     """Read the runs that wrote into a store, by the first 16 digits of the fingerprint that their rows have.
 
     Raises:
@@ -222,8 +232,7 @@ def runs_by_fingerprint(folder: Path) -> dict[str, StoreRun]:
     runs = {}
     for path in folder.glob("_run-*.json"):
         try:
-            require_regular(path)
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = json.loads(read_regular(path).decode())
             if (schema := content["schema"]) > VERSION:
                 raise ConfigError(
                     f"{folder} has schema version {schema}; this version of grounded_sam reads up to {VERSION}"
@@ -240,6 +249,8 @@ def runs_by_fingerprint(folder: Path) -> dict[str, StoreRun]:
             )
             if wrong := [color for color in run.vocabulary.colors if not _COLOR.fullmatch(color or "#000000")]:
                 raise ValueError(f"a color must be #rrggbb, got {shorten(wrong[0])}")
+        except RemoteError:  # of the server, not of the file
+            raise
         except (OSError, VocabularyError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             reason = " ".join(str(error).split())[:200]
             raise ConfigError(
@@ -249,7 +260,7 @@ def runs_by_fingerprint(folder: Path) -> dict[str, StoreRun]:
     return runs
 
 
-def store_vocabulary(folder: Path) -> Vocabulary:
+def store_vocabulary(folder: OutputPath) -> Vocabulary:
     """Return the classes of all runs of a store, those of the first run first.
 
     Raises:

@@ -33,6 +33,7 @@ SCHEMA = pa.schema(
         ("mtime_ns", pa.int64()),
         *((name, pa.string()) for name in ("object_id", "status", "author", "edited_at", "predicted_class")),
         ("detector_scores", pa.string()),
+        ("etag", pa.string()),
     ],
     metadata={"grounded_sam.schema": str(VERSION)},
 )

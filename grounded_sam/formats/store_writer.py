@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import os
-import time
 import uuid
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import supervision as sv
 
 from grounded_sam.errors import ConfigError, count_of
-from grounded_sam.files import atomic_write
-from grounded_sam.formats.store import StoreReader
-from grounded_sam.formats.store_manifest import PartList, part_name, sequence_of
+from grounded_sam.formats.store import StoreReader, renamed
+from grounded_sam.formats.store_index import file_state
+from grounded_sam.formats.store_manifest import sequence_of
 from grounded_sam.formats.store_objects import (
     Row,
     detections_from_rows,
@@ -29,10 +25,15 @@ from grounded_sam.formats.store_objects import (
     object_ids,
     object_rows,
 )
-from grounded_sam.formats.store_runs import StoreRun, file_digest, oldest_first, read_runs
+from grounded_sam.formats.store_parts import PartBuffer
+from grounded_sam.formats.store_runs import StoreRun, file_digest, oldest_first
 from grounded_sam.formats.store_schema import SCHEMA
+from grounded_sam.formats.store_share import KnownFile, KnownFiles, StoreShare, state_columns, stored_path
 from grounded_sam.media.images import MAX_PIXELS
+from grounded_sam.output.paths import OutputPath
+from grounded_sam.remote import Location
 from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.items import FileContent
 from grounded_sam.structures.masks import replace_masks
 from grounded_sam.structures.results import FrameResult, Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
@@ -41,8 +42,9 @@ from grounded_sam.structures.vocabulary import Vocabulary
 class StoreWriter:
     """Write results as rows of part files; see `formats.store` for the format.
 
-    A part is written when it has enough images or is old enough. It is renamed into the store when it is complete, so
-    an interruption of any kind loses at most the part in memory. Several processes may write into one folder.
+    A part is written when it has enough images or is old enough. It appears in the store when it is complete, so an
+    interruption of any kind loses at most the part in memory. Several processes may write into one folder, see
+    `store_share.StoreShare`.
 
     Args:
         folder: Folder of the store; created with the first part.
@@ -53,6 +55,7 @@ class StoreWriter:
         resume: `same` refuses a store that was made with other settings; `extend` adds to it; `replace` also processes
             again what was stored with other settings. What people decided stays in each case.
         max_pixels: Stored images that are larger are refused.
+        share: Of another process, which opened the store; see `join`.
 
     Attributes:
         images: Number of images and frames written so far.
@@ -65,7 +68,7 @@ class StoreWriter:
 
     def __init__(
         self,
-        folder: Path,
+        folder: OutputPath,
         vocabulary: Vocabulary,
         settings: Mapping[str, Any],
         part_images: int = 512,
@@ -73,81 +76,96 @@ class StoreWriter:
         *,
         resume: Literal["same", "extend", "replace"] = "same",
         max_pixels: int = MAX_PIXELS,
+        share: StoreShare | None = None,
     ) -> None:
-        if folder.is_symlink():
-            raise ConfigError(
-                f"{folder} is a link to {os.readlink(folder)}, and nothing is written through links inside an output; "
-                "remove the link, or choose another output"
-            )
-        self.folder, self.vocabulary = folder, vocabulary
-        self.part_images, self.part_seconds = part_images, part_seconds
-        self.images = self.objects = 0
-        self._run, self._replaces = StoreRun.current(settings, vocabulary), resume == "replace"
-        self._reader = StoreReader(folder, max_pixels, classes=vocabulary.classes)
-        if resume == "same":
-            _check_settings(self._run, self._reader)
-        has_classes = len(self._reader) and any(folder.glob("_run-*.json"))  # a damaged one may have been deleted
-        self._classes = vocabulary.merged_with(self._reader.vocabulary) if has_classes else vocabulary
-        self._contents: dict[str, dict[str, Any]] = {}  # columns of files that are not stored yet, by name
-        self._list = PartList(folder)
-        self._sequence = max(map(sequence_of, self._reader.parts), default=0)
-        self._rows: list[dict[str, Any]] = []
-        self._part_images, self._part_start = 0, time.monotonic()
-        self._lacking: dict[str, list[str]] = {}  # classes that a run did not look for, by its fingerprint
-        self._unsearched: dict[str, list[str]] = {}  # names of stored files, by class
+        _check_no_link(folder)
+        self.folder, self.vocabulary, self.images, self.objects = folder, vocabulary, 0, 0
+        self._run = StoreRun.current(settings, vocabulary) if share is None else share.run
+        self._replaces, self._is_opened, classes = resume == "replace", share is None, vocabulary.classes
+        self._reader = StoreReader(folder, max_pixels, classes=classes, set_aside=True, is_read=self._is_opened)
+        if share is None:
+            if resume == "same":
+                _check_settings(self._run, self._reader)
+            has_classes = len(self._reader) and any(folder.glob("_run-*.json"))  # a damaged one may have been deleted
+            known = vocabulary.merged_with(self._reader.vocabulary) if has_classes else vocabulary
+            sequence = max(map(sequence_of, self._reader.parts), default=0)
+            place = folder.absolute() if isinstance(folder, Path) else folder
+            share = StoreShare(place, self._run, vocabulary, known, sequence, part_images, part_seconds, max_pixels)
+        self._share, self._classes, self._files = share, share.classes, KnownFiles()
+        self._parts = PartBuffer(folder, self._run, share.sequence, share.part_images, share.part_seconds)
+        self._searched = _SearchedClasses(self._run, vocabulary)
         self._noted: dict[str, dict[str, Any]] = {}  # rows of skipped files of this run, by name
         self._video_row: dict[str, Any] | None = None  # of the video that is being written
-        self._failed = False
         self.decisions: Counter[str] = Counter()
+
+    def share(self) -> StoreShare:
+        """Return what other processes need to write into the store for this run; see the class."""
+        return self._share
+
+    @classmethod
+    def join(cls, share: StoreShare) -> StoreWriter:
+        """Return a writer into a store that another process has opened; it reads nothing."""
+        return cls(share.folder, share.vocabulary, {}, max_pixels=share.max_pixels, share=share)
+
+    def known(self, name: str, files: Sequence[Path | Location], is_video: bool = False) -> KnownFile | None:
+        """Return what the store knows of a file that `lookup` did not find, for `expect`; None for nothing."""
+        return self._files.known(self._reader.rows, name, files, is_video)
+
+    def expect(self, known: KnownFile) -> None:
+        """Take over what the process that opened the store knows of a file that is about to be written."""
+        self._files.expect(known)
 
     def output_classes(self) -> Vocabulary:
         """Return the classes of the run, followed by those stored before."""
         return self._classes
 
-    def lookup(self, name: str, files: list[Path]) -> Iterable[FrameResult] | None:
-        """Return the stored results of an image or of a complete video, if its files have not changed.
+    def lookup(
+        self,
+        name: str,
+        files: Sequence[Path | Location],
+        content: FileContent | None = None,
+        *,
+        may_read: bool = True,
+    ) -> Iterable[FrameResult] | None:
+        """Return the stored results of an image or of a complete video; see `structures.protocols.Lookup`.
 
-        Args:
-            name: Name of the image or video.
-            files: Its files.
-
-        Returns:
-            The results, with class ids of `output_classes`; None if there are none.
+        A file of the same path, size and time of change is not read, nor is an object of the same address, size and
+        tag; others are compared by digest. The results have the class ids of `output_classes`.
         """
+        path = stored_path(files[0]) if len(files) == 1 else None
+        key = digest = None
         try:
-            status = files[0].stat()  # before the content is read: a change during that is noticed later
-            digest = file_digest(files)
+            columns = state_columns(files[0], content)  # before the content is read: a change is noticed later
+            if path is not None and content is None:
+                key = self._reader.find_unchanged(name, path, file_state(*columns.values()))
+            if key is None or (may_read and self._is_replaced(key)):
+                if content is None and not may_read:
+                    return None
+                digest = file_digest(files) if content is None else content.digest
+                key = None if digest is None else self._reader.find(name, digest, path)
         except OSError:  # reported when the file is decoded
             return None
-        key = self._reader.find(name, digest, _stored_path(files[0]) if len(files) == 1 else None)
-        run = None if key is None else self._reader.run_of(key)
-        replaced = key is not None and self._replaces and (run is None or run.fingerprint != self._run.fingerprint)
-        if key is None or replaced:
-            self._contents[name] = {"digest": digest, "bytes": status.st_size, "mtime_ns": status.st_mtime_ns}
-            if key is not None and len(files) == 1:  # where it was moved from, so that it stays one image
-                self._contents[name]["path"] = self._reader.path_of(key)
+        if key is None or self._is_replaced(key):
+            if digest is None:
+                return None
+            moved_from = {} if key is None or len(files) > 1 else {"path": self._reader.path_of(key)}  # stays one image
+            self._files.note(name, {"digest": digest, **columns, **moved_from})
             return None
-        self._note_unsearched(key, name)
+        self._searched.note(self._reader.run_of(key), name)
         return self._reader.read(key, self._classes, files)
 
-    def _note_unsearched(self, key: str, name: str) -> None:
-        """Note the classes of this run that the run which stored an image or video did not look for."""
+    def _is_replaced(self, key: str) -> bool:
+        """Return whether a stored result is to be computed again, because it is of a run with other settings."""
         run = self._reader.run_of(key)
-        if run is None or run.fingerprint == self._run.fingerprint:
-            return
-        if run.fingerprint not in self._lacking:
-            self._lacking[run.fingerprint] = run.lacks(self.vocabulary)
-        for class_name in self._lacking[run.fingerprint]:
-            self._unsearched.setdefault(class_name, []).append(name)
+        return self._replaces and (run is None or run.fingerprint != self._run.fingerprint)
 
     def not_searched(self) -> list[Skipped]:
         """Return, by class of this run, the stored files in which it was not looked for."""
-        return [_unsearched_note(class_name, names) for class_name, names in self._unsearched.items()]
+        return self._searched.notes()
 
     def lost_parts(self) -> list[Skipped]:
-        """Return a note for each part of the store that is missing; images in it are processed again."""
-        reason = "a part of the store that was missing; its images were processed again if they are in the input"
-        return [Skipped(name, reason) for name in self._reader.missing_parts]
+        """Return a note for each part of the store that is missing or damaged; images in it are processed again."""
+        return self._reader.lost_parts(rerun=True)
 
     def note(self, name: str) -> Skipped | None:
         """Return the problem that an earlier run recorded for a file, such as a truncated video; None without one."""
@@ -155,7 +173,9 @@ class StoreWriter:
 
     def named(self, frame: Frame) -> Frame:
         """Return a frame under a name that no other file of the store has; see `StoreReader.named`."""
-        return self._reader.named(frame, self._path(frame))
+        if self._is_opened:
+            return self._reader.named(frame, self._files.path(frame))
+        return renamed(frame, self._files.unique_name(frame))
 
     def reviewed(self, result: FrameResult) -> FrameResult:
         """Return a result under its name in the store, with ids of its objects and with what people decided about them.
@@ -169,23 +189,18 @@ class StoreWriter:
         """
         frame = self.named(result.frame)
         predicted = FrameResult(frame=result.frame, detections=_with_ids(result.raw, frame))
-        contents = self._contents.get(frame.video or result.frame.name, {})
-        decisions = self._reader.rows.decisions_on(result.frame, self._path(result.frame), contents.get("digest"))
+        digest = self._files.columns(result.frame).get("digest")
+        decisions = self._reader.rows.decisions_on(result.frame, self._files.path(result.frame), digest)
+        decisions += self._files.decisions(result.frame)
+        if not decisions and frame is result.frame:
+            return predicted
         if not decisions:
-            if frame is result.frame:
-                return predicted
             return FrameResult(frame=frame, detections=predicted.raw, predicted=predicted)
-        for row in decisions:
-            self.decisions[row["status"]] += row["status"] != "predicted"
+        self.decisions.update(row["status"] for row in decisions if row["status"] != "predicted")
         rows = merge_decisions(_object_rows(predicted), decisions, self._run.fingerprint, frame.size_hw)
-        known = in_vocabulary(rows, self._classes)
-        merged = detections_from_rows(known, frame.size_hw, self._classes, tracked=frame.video is not None)
+        known, tracked = in_vocabulary(rows, self._classes), frame.video is not None
+        merged = detections_from_rows(known, frame.size_hw, self._classes, tracked=tracked)
         return FrameResult(frame=frame, detections=merged, predicted=predicted)
-
-    def _path(self, frame: Frame) -> str | None:
-        """Return the path of a frame's file as it is stored, or will be."""
-        path = self._contents.get(frame.video or frame.name, {}).get("path")
-        return path if path is not None or frame.file is None else _stored_path(frame.file)
 
     def write(self, result: FrameResult) -> None:
         """Write one result.
@@ -202,26 +217,28 @@ class StoreWriter:
             self._end_video()
         columns = self._frame_columns(frame)
         record = json.dumps(dict(frame.record)) if frame.record else None
-        self._rows.append({"kind": "image", **columns, "objects": len(detections), "record": record})
+        rows: list[dict[str, Any]] = [{"kind": "image", **columns, "objects": len(detections), "record": record}]
         if (presence := detections.metadata.get("presence")) is not None:
-            self._rows[-1]["presence"] = json.dumps(presence)
-        self._rows += [{"kind": "object", **columns, **row} for row in object_rows(detections)]
+            rows[0]["presence"] = json.dumps(presence)
+        rows += [{"kind": "object", **columns, **row} for row in object_rows(detections)]
         if frame.name in self._noted:  # used in part; a note before the image would be taken for one of an earlier run
-            self._rows.append(self._noted[frame.name])
+            rows.append(self._noted[frame.name])
         self.images += 1
         self.objects += len(detections)
-        self._part_images += 1
-        if self._part_images >= self.part_images or time.monotonic() - self._part_start >= self.part_seconds:
-            self._flush()
+        self._parts.add(rows, images=1)
 
     def _frame_columns(self, frame: Frame) -> dict[str, Any]:
         """Return the columns that an image row and its object rows have in common."""
         height, width = frame.size_hw
-        columns: dict[str, Any] = {"file": frame.name, "path": self._path(frame), "fingerprint": self._run.fingerprint}
-        columns |= {"width": width, "height": height, "time_s": frame.time_s}
+        columns: dict[str, Any] = {
+            "file": frame.name,
+            "path": self._files.path(frame),
+            "fingerprint": self._run.fingerprint,
+        }
+        columns |= {"width": width, "height": height, "time_s": frame.time_s, **self._files.columns(frame)}
         if frame.video is None:
-            return {**columns, **self._contents.pop(frame.name, {})}
-        columns |= self._contents.get(frame.video, {})
+            self._files.forget(frame.name)
+            return columns
         if self._video_row is None:
             self._video_row = {**columns, "kind": "video", "file": frame.video, "video": frame.video, "time_s": None}
             self._video_row |= {"take": uuid.uuid4().hex, "frame": 0}
@@ -233,8 +250,8 @@ class StoreWriter:
         if self.note(skipped.file) == skipped:
             return
         row = {"kind": "skipped", "file": skipped.file, "reason": skipped.reason, "fingerprint": self._run.fingerprint}
-        self._noted[skipped.file] = {**row, **self._contents.get(skipped.file, {})}
-        self._rows.append(self._noted[skipped.file])
+        self._noted[skipped.file] = {**row, **self._files.noted(skipped.file)}
+        self._parts.add([self._noted[skipped.file]])
 
     def leave_incomplete(self, video: str) -> None:
         """Take back that a video, whose last frame is written, will be complete: a later run processes it again."""
@@ -250,41 +267,39 @@ class StoreWriter:
         Raises:
             ConfigError: If it cannot be written.
         """
-        if self._failed:
+        if self._parts.has_failed:
             return
         if complete:
             self._end_video()
-        self._flush()
-        if complete and self.folder.is_dir():
-            for name in self._reader.missing_parts:
-                self._list.add_lost(name)
-            if all(run.fingerprint != self._run.fingerprint for run in read_runs(self.folder)):  # it was deleted
-                self._run.write(self.folder, datetime.datetime.now(datetime.UTC).isoformat())
+        self.flush()
+        if complete and self._is_opened:
+            rows = self._reader.rows
+            self._parts.finish({*rows.missing_parts, *rows.damaged_parts} - rows.known_lost)
 
     def _end_video(self) -> None:
         """Write that a video is complete, at once: processing it may have taken hours."""
         if self._video_row is not None:
-            self._contents.pop(self._video_row["video"], None)
-            self._rows.append(self._video_row)
+            self._files.forget(self._video_row["video"])
+            self._parts.add([self._video_row])
             self._video_row = None
-            self._flush()
+            self.flush()
 
-    def _flush(self) -> None:
-        """Write the rows in memory as a part, and the run file if there is none yet."""
-        if not self._rows:
-            return
-        self._sequence += 1
-        try:
-            self._run.write(self.folder, datetime.datetime.now(datetime.UTC).isoformat())
-            write_part(self.folder, self._sequence, self._rows, self._list)
-        except OSError as error:
-            self._failed = True
-            reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
-            raise ConfigError(
-                f"cannot write into {self.folder}: {reason}; what was stored before is intact, and running the same "
-                "command again continues from there"
-            ) from error
-        self._rows, self._part_images, self._part_start = [], 0, time.monotonic()
+    def flush(self) -> None:
+        """Write the rows in memory as a part.
+
+        Raises:
+            ConfigError: If they cannot be written.
+        """
+        self._parts.flush()
+
+
+def _check_no_link(folder: OutputPath) -> None:
+    """Check that the folder of a store is not a link."""
+    if isinstance(folder, Path) and folder.is_symlink():
+        raise ConfigError(
+            f"{folder} is a link to {os.readlink(folder)}, and nothing is written through links inside an output; "
+            "remove the link, or choose another output"
+        )
 
 
 def _check_settings(current: StoreRun, reader: StoreReader) -> None:
@@ -299,6 +314,33 @@ def _check_settings(current: StoreRun, reader: StoreReader) -> None:
             "choose another output, resume=extend to keep its results and add to them, or resume=replace to process "
             "all again and keep what people decided"
         )
+
+
+class _SearchedClasses:
+    """Note which classes of a run were not looked for in what other runs stored.
+
+    Args:
+        run: The run.
+        vocabulary: Its classes.
+    """
+
+    def __init__(self, run: StoreRun, vocabulary: Vocabulary) -> None:
+        self._run, self._vocabulary = run, vocabulary
+        self._lacking: dict[str, list[str]] = {}  # classes that a run did not look for, by its fingerprint
+        self._unsearched: dict[str, list[str]] = {}  # names of stored files, by class
+
+    def note(self, run: StoreRun | None, name: str) -> None:
+        """Note the classes that were not looked for in an image or video that a run stored."""
+        if run is None or run.fingerprint == self._run.fingerprint:
+            return
+        if run.fingerprint not in self._lacking:
+            self._lacking[run.fingerprint] = run.lacks(self._vocabulary)
+        for class_name in self._lacking[run.fingerprint]:
+            self._unsearched.setdefault(class_name, []).append(name)
+
+    def notes(self) -> list[Skipped]:
+        """Return a note for each class."""
+        return [_unsearched_note(class_name, names) for class_name, names in self._unsearched.items()]
 
 
 def _unsearched_note(class_name: str, names: list[str]) -> Skipped:
@@ -326,33 +368,3 @@ def _with_ids(detections: sv.Detections, frame: Frame) -> sv.Detections:
 def _object_rows(result: FrameResult) -> list[Row]:
     """Return the object rows of a result, with all columns."""
     return [{**dict.fromkeys(SCHEMA.names), **row} for row in object_rows(result.packed)]
-
-
-def write_part(folder: Path, sequence: int, rows: list[dict[str, Any]], parts: PartList) -> Path:
-    """Write rows as a part, which is renamed into the store when it is complete, and list it with its checksum.
-
-    Args:
-        folder: Folder of the store.
-        sequence: Position of the part in the store.
-        rows: The rows.
-        parts: List of the parts of this process.
-
-    Returns:
-        The part.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
-    stamp = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S.%f}-{uuid.uuid4().hex[:8]}"
-    path = folder / part_name(sequence, stamp)
-    with atomic_write(path) as part:
-        pq.write_table(pa.Table.from_pylist(rows, SCHEMA), part, compression="zstd", write_page_checksum=True)
-        with part.open("rb") as written:
-            os.fsync(written.fileno())
-    parts.add(path)
-    return path
-
-
-def _stored_path(file: Path) -> str:
-    """Return the absolute path of a file, as it is stored."""
-    return os.fsencode(file.absolute()).decode("utf-8", "backslashreplace")

@@ -6,6 +6,7 @@ import math
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ def _scaled(values: NDArray[np.float64], black: float, white: float) -> NDArray[
     return np.clip(np.round(np.nan_to_num(values, nan=0.0)), 0, 255).astype(np.uint8)
 
 
-def read_deep(path: Path) -> NDArray[np.uint8]:
+def read_deep(file: Path | bytes) -> NDArray[np.uint8]:
     """Read an image of more than 8 bits per color with OpenCV: RGB `(H, W, 3) uint8`, not rotated.
 
     Pillow reduces such colors to their upper 8 bits, so that 12-bit values become nearly black. OpenCV returns parts of
@@ -89,7 +90,7 @@ def read_deep(path: Path) -> NDArray[np.uint8]:
     Raises:
         ImageError: If OpenCV cannot decode it.
     """
-    values = _decode(path)
+    values = _decode(file)
     height, width, channels = values.shape
     parts = list(strips(width, height))
     color = slice(0, 1) if channels < 3 else slice(2, None, -1)  # OpenCV has blue first
@@ -103,11 +104,11 @@ def read_deep(path: Path) -> NDArray[np.uint8]:
     return rgb
 
 
-def _decode(path: Path) -> NDArray[Any]:
+def _decode(file: Path | bytes) -> NDArray[Any]:
     """Decode an image with OpenCV: `(H, W, channels)`, blue first."""
     import cv2
 
-    data = np.memmap(path, np.uint8, "c")
+    data = np.frombuffer(bytearray(file), np.uint8) if isinstance(file, bytes) else np.memmap(file, np.uint8, "c")
     _remove_orientation(memoryview(data))  # type: ignore[arg-type]
     level = cv2.utils.logging.setLogLevel(0)  # it prints reasons to stderr
     try:
@@ -160,17 +161,17 @@ class TiffLayout:
     orientation: int
 
 
-def read_tiff_layout(path: Path) -> TiffLayout | None:
+def read_tiff_layout(file: Path | bytes) -> TiffLayout | None:
     """Read the layout of a TIFF, also of one of which Pillow cannot tell the size; None for any other file."""
     from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-    with path.open("rb") as file:
-        header = file.read(8)
+    with BytesIO(file) if isinstance(file, bytes) else file.open("rb") as content:
+        header = content.read(8)
         if header[:4] not in (b"II*\0", b"MM\0*"):
             return None
         tags = ImageFileDirectory_v2(header)
-        file.seek(tags.next)
-        tags.load(file)
+        content.seek(tags.next)
+        tags.load(content)
     channels = int(tags.get(277, 1))
     return TiffLayout(
         size_wh=(int(tags[256]), int(tags[257])),

@@ -15,7 +15,9 @@ from grounded_sam.errors import ConfigError, ImageError, count_of
 from grounded_sam.files import home_path
 from grounded_sam.media.images import open_image, safe_formats
 from grounded_sam.media.unread import unread_reason
-from grounded_sam.output.claim import STATE, read_listing
+from grounded_sam.output.claim import read_listing
+from grounded_sam.output.paths import STATE
+from grounded_sam.remote import Location
 
 # fmt: off
 #: Suffixes of video files, all of which PyAV reads.
@@ -92,7 +94,7 @@ def natural_key(text: str) -> list[tuple[int, int | str]]:
     return [(0, int(part)) if part.isdecimal() else (1, part) for part in re.split(r"(\d+)", text)]
 
 
-def _image_suffixes() -> set[str]:
+def image_suffixes() -> set[str]:
     """Return the suffixes of the formats that are read."""
     from PIL import Image
 
@@ -112,17 +114,17 @@ def _is_image(path: Path) -> bool:
 
 def image_files(files: Iterable[Path]) -> list[Path]:
     """Select the files that have an image suffix, or no suffix and the contents of an image."""
-    suffixes = _image_suffixes()
+    suffixes = image_suffixes()
     return [path for path in files if path.suffix.lower() in suffixes or (not path.suffix and _is_image(path))]
 
 
-def is_video_file(path: str | Path) -> bool:
-    """Return whether a path has the suffix of a video.
+def is_video_file(path: str | Path | Location) -> bool:
+    """Return whether a path or an address has the suffix of a video.
 
     >>> is_video_file("clip.MP4")
     True
     """
-    return Path(path).suffix.lower() in VIDEO_SUFFIXES
+    return (Path(path) if isinstance(path, str) else path).suffix.lower() in VIDEO_SUFFIXES
 
 
 def is_media_name(path: str | Path) -> bool:
@@ -131,7 +133,7 @@ def is_media_name(path: str | Path) -> bool:
     >>> is_media_name("photos/*.JPG"), is_media_name("car")
     (True, False)
     """
-    return Path(path).suffix.lower() in _image_suffixes() | VIDEO_SUFFIXES
+    return Path(path).suffix.lower() in image_suffixes() | VIDEO_SUFFIXES
 
 
 def relative_name(path: Path, root: Path) -> str:
@@ -311,6 +313,12 @@ def unread_files(files: Iterable[Path]) -> dict[Path, str]:
     return {path: reason for path in files if (reason := unread_reason(path, formats)) is not None}
 
 
+def list_lines(text: str) -> list[str]:
+    """Return the lines of a list, without empty ones and comments; `#1.png` is no comment."""
+    lines = (line.strip() for line in text.split("\n"))
+    return [line for line in lines if line and not re.match(r"#(\s|$)", line)]
+
+
 def read_path_list(listing: Path, base: Path | None = None) -> list[Path]:
     """Read the paths of a text file; relative ones are relative to it.
 
@@ -322,10 +330,9 @@ def read_path_list(listing: Path, base: Path | None = None) -> list[Path]:
         ConfigError: If it is no text, or lists no path.
     """
     try:
-        lines = [line.strip() for line in listing.read_text(encoding="utf-8-sig").split("\n")]
+        paths = list_lines(listing.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ConfigError(f"{listing} is not a list of paths: {error}") from error
-    paths = [line for line in lines if line and not re.match(r"#(\s|$)", line)]  # `#1.png` is no comment
     folders = [listing.parent] if base is None else [listing.parent, base]
     files = [_listed_file(folders, path) for path in paths]
     files = [Path(os.path.abspath(path)) for path in dict.fromkeys(files)]

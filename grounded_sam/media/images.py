@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -105,25 +106,54 @@ def read_image(
         ImageError: If the file is missing, empty, truncated, not a file, not an image, larger than `max_pixels`, or
             holds no finite value.
     """
+    with guarded(path) as file:
+        return _read(file, max_pixels, report, f"; source=video input='{file}' reads all, as frames")
+
+
+def decode_image(
+    data: bytes, path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS, report: Callable[[str], None] | None = None
+) -> NDArray[np.uint8]:
+    """Decode the content of an image file as `read_image` does.
+
+    Args:
+        data: The content.
+        path: Name of the file for messages, whose suffix also says which formats are not read; a `Path` is a file of
+            this machine.
+        max_pixels: Largest number of pixels.
+        report: Called with a sentence about what the file holds and is not read.
+
+    Raises:
+        ImageError: As for `read_image`.
+    """
+    with _guards(path):
+        if not data:
+            raise ImageError("the file is empty")
+        if (reason := unread_reason(Path(str(path)), safe_formats())) is not None:
+            raise ImageError(reason)
+        hint = f"; source=video input='{path}' reads all, as frames" if isinstance(path, os.PathLike) else ""
+        return _read(data, max_pixels, report, hint)
+
+
+def _read(file: Path | bytes, max_pixels: int, report: Callable[[str], None] | None, hint: str) -> NDArray[np.uint8]:
+    """Decode a file or its content; `hint` says how to read its further images."""
     from PIL import ImageOps, UnidentifiedImageError
 
-    with guarded(path) as file:
-        try:
-            image = _open(file, max_pixels)
-        except UnidentifiedImageError as error:
-            layout = _deep_tiff(file, max_pixels, error)
-            return _read_deep(file, layout.is_planar, layout.orientation)
-        with image:
-            deep, tags = is_deep(image), getattr(image, "tag_v2", {})
-            if report is not None and (rest := _further_images(image, file)) is not None:
-                report(rest)
-            if not deep:
-                ImageOps.exif_transpose(image, in_place=True)
-                return to_rgb(image)
-            is_planar, orientation = tags.get(284, 1) == 2, tags.get(_ORIENTATION)  # which loading removes
-            image.load()  # raises if the file is truncated, which OpenCV does not
-            orientation = orientation or image.getexif().get(_ORIENTATION, 1)
-        return _read_deep(file, is_planar, orientation)
+    try:
+        image = _open(file, max_pixels)
+    except UnidentifiedImageError as error:
+        layout = _deep_tiff(file, max_pixels, error)
+        return _read_deep(file, layout.is_planar, layout.orientation)
+    with image:
+        deep, tags = is_deep(image), getattr(image, "tag_v2", {})
+        if report is not None and (rest := _further_images(image, file)) is not None:
+            report(rest + hint)
+        if not deep:
+            ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image)
+        is_planar, orientation = tags.get(284, 1) == 2, tags.get(_ORIENTATION)  # which loading removes
+        image.load()  # raises if the file is truncated, which OpenCV does not
+        orientation = orientation or image.getexif().get(_ORIENTATION, 1)
+    return _read_deep(file, is_planar, orientation)
 
 
 def read_label_map(path: Path, max_pixels: int = MAX_PIXELS) -> NDArray[Any]:
@@ -171,16 +201,20 @@ def displayed_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
 
 
 @contextmanager
-def open_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+def open_image(path: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
     """Open an image file whose format and size are safe to decode, inside the guards of `guarded`.
 
     Args:
-        path: The file.
+        path: The file, or its content.
         max_pixels: Largest number of pixels; see `read_image`.
 
     Raises:
         ImageError: See `read_image`.
     """
+    if isinstance(path, bytes):
+        with _guards("image"), _open(path, max_pixels) as image:
+            yield image
+        return
     with guarded(path) as file, _open(file, max_pixels) as image:
         yield image
 
@@ -198,17 +232,24 @@ def guarded(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises:
         ImageError: If it is missing, empty, not a file, of a format that is not read, or damaged.
     """
-    from PIL import UnidentifiedImageError
-
     path = home_path(path)
-    try:
+    with _guards(path):
         if require_regular(path).st_size == 0:
             raise ImageError("the file is empty")
         if (reason := unread_reason(path, safe_formats())) is not None:
             raise ImageError(reason)
+        yield path
+
+
+@contextmanager
+def _guards(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Lift Pillow's limits, and turn what is raised inside into an `ImageError` with the path."""
+    from PIL import UnidentifiedImageError
+
+    try:
         with warnings.catch_warnings(), _no_pillow_limit:
             warnings.simplefilter("ignore")  # warnings concern unusual metadata; real problems raise
-            yield path
+            yield
     except ImageError as error:
         raise ImageError(f"{path}: {error}") from error.__cause__
     except FileNotFoundError as error:
@@ -224,11 +265,16 @@ def guarded(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise ImageError(f"{path}: damaged image ({reason})") from error
 
 
-def _open(path: Path, max_pixels: int) -> Image.Image:
+def _handle(file: Path | bytes) -> Path | BytesIO:
+    """Return what Pillow opens; it seeks in it, so that each image needs its own."""
+    return BytesIO(file) if isinstance(file, bytes) else file
+
+
+def _open(file: Path | bytes, max_pixels: int) -> Image.Image:
     """Open an image and check its size, in pixels and in bytes; nothing is decoded."""
     from PIL import Image
 
-    image = Image.open(path, formats=safe_formats())
+    image = Image.open(_handle(file), formats=safe_formats())
     try:
         _check_size(*image.size, _bytes_per_pixel(image), max_pixels)
     except Exception:
@@ -237,22 +283,22 @@ def _open(path: Path, max_pixels: int) -> Image.Image:
     return image
 
 
-def _deep_tiff(path: Path, max_pixels: int, error: Exception) -> TiffLayout:
+def _deep_tiff(file: Path | bytes, max_pixels: int, error: Exception) -> TiffLayout:
     """Return the layout of a TIFF of more than 8 bits that Pillow does not know; raise `error` for any other file."""
-    layout = read_tiff_layout(path)
+    layout = read_tiff_layout(file)
     if layout is None or layout.channels not in (1, 3, 4) or layout.bits <= 8:
         raise error
     _check_size(*layout.size_wh, layout.channels * layout.bits // 8, max_pixels)
     return layout
 
 
-def _read_deep(path: Path, is_planar: bool, orientation: int) -> NDArray[np.uint8]:
+def _read_deep(file: Path | bytes, is_planar: bool, orientation: int) -> NDArray[np.uint8]:
     """Read an image of more than 8 bits per color, and rotate it upright."""
     from PIL import Image, ImageOps
 
     if is_planar:  # Pillow and OpenCV return garbage
         raise ImageError("more than 8 bits, with a plane per color, which is not read; save it as PNG")
-    rgb = read_deep(path)
+    rgb = read_deep(file)
     if orientation == 1:
         return rgb
     image = Image.fromarray(rgb)
@@ -302,20 +348,20 @@ def _bytes_per_pixel(image: Image.Image) -> int:
     return 1 if image.mode in ("1", "L", "P") else 4
 
 
-def _further_images(image: Image.Image, path: Path) -> str | None:
+def _further_images(image: Image.Image, file: Path | bytes) -> str | None:
     """Return a sentence about the images of a file after the first one; None if there are none."""
     if not getattr(image, "is_animated", False) or image.format in _ONE_PICTURE:
         return None
-    if image.format == "TIFF" and not _has_pages(path):
+    if image.format == "TIFF" and not _has_pages(file):
         return None
-    return f"only the first of several images in the file is read; source=video input='{path}' reads all, as frames"
+    return "only the first of several images in the file is read"
 
 
-def _has_pages(path: Path) -> bool:
+def _has_pages(file: Path | bytes) -> bool:
     """Return whether a TIFF has a page that is neither a smaller copy of another page nor a mask."""
     from PIL import Image
 
-    with Image.open(path, formats=["TIFF"]) as image:
+    with Image.open(_handle(file), formats=["TIFF"]) as image:
         for page in range(1, _MAX_PAGES):
             try:
                 image.seek(page)

@@ -10,21 +10,22 @@ import hashlib
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 
 from filelock import FileLock, Timeout
 
 from grounded_sam.errors import ConfigError
+from grounded_sam.output.paths import STATE, OutputPath, RemotePath
+from grounded_sam.output.remote_claim import RemoteClaim
 
-#: Folder in each output that holds what the program keeps for itself.
-STATE = ".grounded_sam"
 #: Digest of a file that is still being written.
 GROWING = "*"
 #: What the digest of a file begins with that later runs do not remove: a copy of an image may be the only one left.
 COPY = "copy "
-_claimed: dict[Path, ClaimedFolder] = {}
+#: What runs of this process have claimed.
+_claimed: dict[OutputPath, Claim] = {}
 
 
 class ClaimedFolder:
@@ -93,7 +94,7 @@ class ClaimedFolder:
             is_copy: Whether it is the copy of an input, which later runs may replace, but do not remove.
         """
         name = self._name(path)
-        digest = GROWING if content is None else file_state(content)
+        digest = GROWING if content is None else content_state(content)
         if is_copy and content is not None and not content.is_symlink():
             digest = COPY + digest
         with self._record_lock, self._listing.open("a", encoding="ascii") as file:
@@ -108,7 +109,7 @@ class ClaimedFolder:
         """
         name = self._name(path)
         if name in self._earlier and self._is_unchanged(path, name):
-            state = file_state(path)
+            state = content_state(path)
             self._written[name] = COPY + state if COPY + state in self._earlier[name] else state
 
     def remove_stale(self, folder: Path) -> tuple[list[Path], list[Path]]:
@@ -152,7 +153,7 @@ class ClaimedFolder:
 
     def _is_unchanged(self, path: Path, name: str) -> bool:
         states = {state.removeprefix(COPY) for state in self._earlier[name]}
-        return file_state(path) in states or (GROWING in states and not path.is_symlink())
+        return content_state(path) in states or (GROWING in states and not path.is_symlink())
 
     def check_folder(self, folder: Path) -> None:
         """Check that no folder from the claimed one down to a folder is a link.
@@ -174,15 +175,24 @@ class ClaimedFolder:
         self._real_folders.add(folder)
 
 
+#: A claim on a folder of this machine, or on an address.
+Claim = ClaimedFolder | RemoteClaim
+
+
+def absolute(path: OutputPath) -> OutputPath:
+    """Return the absolute path of a file or folder; addresses are absolute."""
+    return path if isinstance(path, RemotePath) else Path(os.path.abspath(path))
+
+
 @contextmanager
-def claim(folder: Path) -> Iterator[ClaimedFolder]:
+def claim(folder: OutputPath) -> Iterator[Claim]:
     """Claim an output folder for this thread; within it, claiming the same folder again gives the same claim.
 
     Args:
         folder: The folder, which is created.
 
     Raises:
-        ConfigError: As `ClaimedFolder`.
+        ConfigError: As `ClaimedFolder` and `RemoteClaim`.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder, claim(Path(folder)) as claimed:
@@ -195,36 +205,39 @@ def claim(folder: Path) -> Iterator[ClaimedFolder]:
         release(claimed)
 
 
-def acquire(folder: Path) -> ClaimedFolder:
+def acquire(folder: OutputPath) -> Claim:
     """Claim an output folder until `release`; see `claim`."""
-    path = Path(os.path.abspath(folder))
+    path = absolute(folder)
     claimed = _claimed.get(path)
     if claimed is None:
-        claimed = _claimed[path] = ClaimedFolder(path)
+        claimed = RemoteClaim(path) if isinstance(path, RemotePath) else ClaimedFolder(path)
+        _claimed[path] = claimed
     elif claimed.thread != threading.get_ident():
         raise ConfigError(f"another run is writing to {path}; wait for its end, or choose another output")
     claimed.depth += 1
     return claimed
 
 
-def acquired(folder: Path) -> ClaimedFolder:
+def acquired(folder: OutputPath) -> Claim:
     """Return the claim on a folder that was claimed.
 
     Raises:
         KeyError: If it was not.
     """
-    return _claimed[Path(os.path.abspath(folder))]
+    return _claimed[absolute(folder)]
 
 
-def release(claimed: ClaimedFolder) -> None:
+def release(claimed: Claim) -> None:
     """Give up a claim, when as many releases as claims were made."""
     claimed.depth -= 1
     if not claimed.depth:
-        claimed.release()
-        del _claimed[claimed.folder]
+        try:
+            claimed.release()
+        finally:
+            del _claimed[claimed.folder]
 
 
-def claim_of(path: Path) -> ClaimedFolder | None:
+def claim_of(path: OutputPath) -> Claim | None:
     """Return the claim on the innermost folder above an absolute path; None for a file that no claim guards."""
     if not _claimed:
         return None
@@ -236,18 +249,18 @@ def claim_of(path: Path) -> ClaimedFolder | None:
     return None
 
 
-def check_output(path: Path) -> None:
+def check_output(path: OutputPath) -> None:
     """Check early that a file may be written, which a run writes at its end.
 
     Raises:
         ConfigError: If it is in a claimed folder and was not written by an earlier run.
     """
-    path = Path(os.path.abspath(path))
+    path = absolute(path)
     if (claimed := claim_of(path)) is not None:
-        claimed.check(path)
+        claimed.check(path)  # type: ignore[arg-type]  # the path in a claim is of its kind
 
 
-def file_state(path: Path) -> str:
+def content_state(path: Path) -> str:
     """Return the SHA-256 of a file, or the target of a link."""
     if path.is_symlink():
         return f"link to {os.readlink(path)}"
@@ -257,13 +270,19 @@ def file_state(path: Path) -> str:
 
 def read_listing(folder: Path) -> dict[str, set[str]]:
     """Read the states of the files that runs wrote into a folder, by path in it; empty if there is no list."""
-    listed: dict[str, set[str]] = {}
     with suppress(OSError), (folder / STATE / "files.jsonl").open(encoding="ascii", errors="replace") as lines:
-        for line in lines:
-            with suppress(ValueError, TypeError):  # the last line of a run that was killed may be cut
-                name, state = json.loads(line)
-                if isinstance(name, str) and isinstance(state, str) and _is_inside(name):
-                    listed.setdefault(name, set()).add(state)
+        return parse_listing(lines)
+    return {}
+
+
+def parse_listing(lines: Iterable[str]) -> dict[str, set[str]]:
+    """Return the states of files by path, from the lines of `files.jsonl`."""
+    listed: dict[str, set[str]] = {}
+    for line in lines:
+        with suppress(ValueError, TypeError):  # the last line of a run that was killed may be cut
+            name, state = json.loads(line)
+            if isinstance(name, str) and isinstance(state, str) and _is_inside(name):
+                listed.setdefault(name, set()).add(state)
     return listed
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from grounded_sam.errors import ConfigError
-from grounded_sam.output.claim import STATE
+from grounded_sam.output.paths import STATE
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +23,10 @@ from grounded_sam.formats.store_writer import StoreWriter
 from grounded_sam.media.images import MAX_PIXELS
 from grounded_sam.pipeline.images import DetectThenSegment
 from grounded_sam.pipeline.select import Select, select_detections
+from grounded_sam.remote import Location
 from grounded_sam.structures.detections import select_rows, validate_detections
 from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.items import FileContent
 from grounded_sam.structures.protocols import Segmenter, Verifier
 from grounded_sam.structures.results import FrameResult
 from grounded_sam.structures.vocabulary import Vocabulary
@@ -164,14 +167,21 @@ class PredictionCache:
         while len(_in_memory) > 2:  # one cache of results and one of boxes
             _in_memory.pop(next(iter(_in_memory)))
 
-    def lookup(self, name: str, files: list[Path]) -> Iterable[FrameResult] | None:
+    def lookup(
+        self,
+        name: str,
+        files: Sequence[Path | Location],
+        content: FileContent | None = None,
+        *,
+        may_read: bool = True,
+    ) -> Iterable[FrameResult] | None:
         """Return what an earlier job found in an image with the same content; None if none processed it."""
-        state = [(file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.exists()]
+        state = [_state(file) for file in files]
         key = (name, *files)
         if (held := self._memory.get(key)) is not None and held[0] == state:
             self.replayed += 1
             return [FrameResult(frame=replace(held[1]), detections=held[2], stored=True)]
-        results = self._store.lookup(name, files)
+        results = self._store.lookup(name, files, content, may_read=may_read)
         if results is None:
             return None
         self.replayed += 1
@@ -188,7 +198,7 @@ class PredictionCache:
         """Look up an image that is decoded already."""
         if frame.video is not None or frame.file is None:
             return None
-        results = self.lookup(frame.name, [frame.file])
+        results = self.lookup(frame.name, [frame.file], frame.content)
         return None if results is None else next((result.detections for result in results), None)
 
     def keep_selectable(self, detections: sv.Detections, vocabulary: Vocabulary) -> sv.Detections:
@@ -210,6 +220,16 @@ class PredictionCache:
     def close(self) -> None:
         """Write what is still in memory."""
         self._store.close(complete=True)
+
+
+def _state(file: Path | Location) -> tuple[object, ...]:
+    """Return what changes with a file."""
+    if isinstance(file, Location):
+        return file.size, file.modified_ns, file.etag
+    with suppress(OSError):
+        status = file.stat()
+        return status.st_size, status.st_mtime_ns
+    return ()
 
 
 class CachedStages:

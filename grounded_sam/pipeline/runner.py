@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections import Counter, deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 from grounded_sam.errors import ImageError, count_of
@@ -20,7 +19,8 @@ from grounded_sam.files import atomic_write_text
 from grounded_sam.formats.output_classes import OutputClasses
 from grounded_sam.media.prefetch import WORKERS
 from grounded_sam.media.progress import ProgressBar
-from grounded_sam.output.claim import ClaimedFolder, check_output, claim
+from grounded_sam.output.claim import Claim, absolute, check_output, claim
+from grounded_sam.output.paths import OutputPath, output_path
 from grounded_sam.pipeline.images import convert_errors, process_images
 from grounded_sam.pipeline.pipeline import Pipeline
 from grounded_sam.pipeline.prediction_cache import CachedStages
@@ -71,7 +71,7 @@ class Summary:
     skipped: list[Skipped] = field(default_factory=list)
     outputs: list[str] = field(default_factory=list)
     removed: int = 0
-    kept: list[Path] = field(default_factory=list)
+    kept: list[OutputPath] = field(default_factory=list)
     interrupted: bool = False
 
     @property
@@ -137,11 +137,11 @@ class Runner:
         pipeline: Pipeline,
         source: Source,
         sinks: Sequence[Sink],
-        output: Path,
+        output: OutputPath,
         request: Request | None = None,
         classes: OutputClasses | None = None,
     ) -> None:
-        self.pipeline, self.source, self.sinks, self.output = pipeline, source, sinks, Path(output)
+        self.pipeline, self.source, self.sinks, self.output = pipeline, source, sinks, output_path(output)
         self.request, self.classes = request or pipeline.request(), classes
         self._numbering = [sink for sink in sinks if isinstance(sink, NumbersClasses)]
         self.store = next((sink for sink in sinks if isinstance(sink, ResultStore)), None)
@@ -166,10 +166,10 @@ class Runner:
         with claim(self.output) as claimed:
             check_output(self.output / "skipped.json")
             for folder in _own_folders(self.sinks):
-                claimed.check_folder(folder)
+                claimed.check_folder(folder)  # type: ignore[arg-type]  # of the kind of the output
             return self._run(claimed)
 
-    def _run(self, claimed: ClaimedFolder) -> Summary:
+    def _run(self, claimed: Claim) -> Summary:
         start = time.perf_counter()
         _take_refused(self.pipeline.detector)  # that of an earlier run with the same models
         try:
@@ -195,7 +195,7 @@ class Runner:
         self._write_skipped()
         if not self.summary.interrupted:
             for folder in _own_folders(self.sinks):
-                removed, kept = claimed.remove_stale(folder)
+                removed, kept = claimed.remove_stale(folder)  # type: ignore[arg-type]
                 self.summary.removed += len(removed)
                 self.summary.kept += kept
         self.summary.outputs = [sink.summary() for sink in self.sinks]
@@ -263,7 +263,7 @@ class Runner:
         """Return the function that finds stored results: of the store, else of the prediction cache."""
         store, replay = self.store, self._replays
         if store is not None:
-            return lambda name, files: store.lookup(name, files, replay)
+            return partial(store.lookup, replay=replay)
         if self.cache is not None and self.cache.results is not None:
             return self.cache.results.lookup
         return None
@@ -394,6 +394,6 @@ def _take_refused(detector: object) -> list[Skipped]:
     return detector.take_refused() if isinstance(detector, RefusesAnswers) else []
 
 
-def _own_folders(sinks: Sequence[Sink]) -> list[Path]:
+def _own_folders(sinks: Sequence[Sink]) -> list[OutputPath]:
     """Return the folders that only one sink writes to."""
-    return [Path(os.path.abspath(sink.own_folder())) for sink in sinks if isinstance(sink, OwnsFolder)]
+    return [absolute(sink.own_folder()) for sink in sinks if isinstance(sink, OwnsFolder)]

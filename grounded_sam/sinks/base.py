@@ -12,6 +12,7 @@ from typing import ClassVar, Self
 from grounded_sam.checks import check_number
 from grounded_sam.errors import count_of
 from grounded_sam.output.claim import check_output
+from grounded_sam.output.paths import output_path
 from grounded_sam.sinks.dataset_images import DatasetImages, ImageMode
 from grounded_sam.sinks.splits import Splits
 from grounded_sam.structures.results import FrameResult, Skipped
@@ -31,6 +32,7 @@ class DatasetSink(ABC):
     Attributes:
         name: Name of the format: its key in the config and, of most formats, its folder in `output`.
         reserved_folders: Names of folders that its readers do not find images in, and that are encoded.
+        takes_image_addresses: Whether its files can name images by their addresses.
         folder: That folder.
         num_images: Images written so far.
         num_objects: Objects written so far.
@@ -41,6 +43,7 @@ class DatasetSink(ABC):
 
     name: ClassVar[str]
     reserved_folders: ClassVar[frozenset[str]] = frozenset()
+    takes_image_addresses: ClassVar[bool] = False
 
     output: Path
     vocabulary: Vocabulary
@@ -50,10 +53,13 @@ class DatasetSink(ABC):
     tolerance: float = field(default=0.0, init=False)  # formats with polygons declare it again
 
     def __post_init__(self) -> None:
-        self.folder = Path(self.output) / self.name
+        # An address is only given to sinks that declare that they take one.
+        self.folder: Path = output_path(self.output) / self.name  # type: ignore[assignment]
         self.num_images = self.num_objects = 0
         self._splits = Splits(self.split, self.seed)
-        self._image_files = DatasetImages(self.images, f"sink.{self.name}.images", self.reserved_folders)
+        self._image_files = DatasetImages(
+            self.images, f"sink.{self.name}.images", self.reserved_folders, self.takes_image_addresses
+        )
         check_number(f"sink.{self.name}.tolerance", self.tolerance, 0)
         self._is_open = False
 

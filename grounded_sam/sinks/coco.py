@@ -14,7 +14,8 @@ import numpy as np
 
 from grounded_sam.checks import check_choice
 from grounded_sam.errors import ConfigError
-from grounded_sam.files import atomic_write
+from grounded_sam.files import atomic_text
+from grounded_sam.output.paths import RemotePath, output_path
 from grounded_sam.sinks.base import DatasetSink
 from grounded_sam.sinks.dataset_images import ImageMode
 from grounded_sam.structures.detections import coco_annotation
@@ -77,7 +78,8 @@ class CocoSink(DatasetSink):
         vocabulary: Classes of the run.
         split: Share of each split, see `splits.Splits`.
         seed: Seed of the split.
-        images: `none`; `link` or `copy` for image files under `images/`, which `file_name` then names.
+        images: `none`; `link` or `copy` for image files under `images/`, which `file_name` then names; `address`
+            for the addresses of images as `coco_url`, where the input is one.
         segmentation: `rle` (exact), or `polygon` for tools that cannot read RLE (exact too, read by pycocotools).
         tolerance: Largest distance in pixels of simplified polygons from the outline; 0 for exact ones.
         file: Name of the JSON file.
@@ -87,6 +89,8 @@ class CocoSink(DatasetSink):
     """
 
     name: ClassVar[str] = "coco"
+    takes_image_addresses: ClassVar[bool] = True
+    takes_address: ClassVar[bool] = True
 
     images: ImageMode = "none"
     segmentation: Literal["rle", "polygon"] = "rle"
@@ -102,8 +106,13 @@ class CocoSink(DatasetSink):
         check_choice("sink.coco.segmentation", self.segmentation, ("rle", "polygon"))
         if Path(self.file).name != self.file:
             raise ConfigError(f"sink.coco.file must be a file name without a folder, got {self.file!r}")
+        if self.images in ("link", "copy") and isinstance(output_path(self.output), RemotePath):
+            raise ConfigError(
+                f"sink.coco.images={self.images} writes image files to a folder, not to {self.output}; use "
+                "sink.coco.images=none there"
+            )
         super().__post_init__()
-        self.folder = Path(self.output)
+        self.folder = output_path(self.output)  # type: ignore[assignment]  # an address has what is used here
 
     def _path(self, split: str | None) -> Path:
         """Return the path of the JSON file of a split."""
@@ -115,11 +124,14 @@ class CocoSink(DatasetSink):
         return self._splits.names or [None]
 
     def _open(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
+        beside = None  # at an address: where the system has temporary files
+        if not isinstance(self.folder, RemotePath):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            beside = self.folder
         for split in self._split_names():
             for key in ("images", "annotations"):
                 # Without a name, so that nothing is left when the process is killed.
-                lines = tempfile.TemporaryFile("w+", encoding="utf-8", dir=self.folder)  # noqa: SIM115
+                lines = tempfile.TemporaryFile("w+", encoding="utf-8", dir=beside)  # noqa: SIM115
                 self._lines[split, key] = lines
 
     def _write_line(self, split: str | None, key: str, entry: dict[str, Any]) -> None:
@@ -128,9 +140,11 @@ class CocoSink(DatasetSink):
     def _write(self, result: FrameResult) -> int:
         frame, detections, split = result.frame, result.packed, self._splits(result.frame)
         name, (height, width) = frame.name, frame.size_hw
-        if self.images != "none":
-            name = self._image_files.save(frame, self.folder / "images", self._image_files.unique_stem(frame))
         record = dict(frame.record)
+        if self.images == "address":
+            record["coco_url"] = self._image_files.address(frame)
+        elif self.images != "none":
+            name = self._image_files.save(frame, self.folder / "images", self._image_files.unique_stem(frame))
         image_id = self._image_ids(record.pop("id", None))
         if isinstance(record.get("license"), dict):
             record["license"] = self._license_id(record["license"])
@@ -176,7 +190,7 @@ class CocoSink(DatasetSink):
 
     def _close(self) -> None:
         for split in self._split_names():
-            with atomic_write(self._path(split)) as part, part.open("w", encoding="utf-8") as out:
+            with atomic_text(self._path(split)) as out:
                 out.write(json_header(self.vocabulary, licenses=self._licenses))
                 for key in ("images", "annotations"):
                     out.write(f',\n"{key}": [')

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
-from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, ClassVar
 
 import supervision as sv
 
 from grounded_sam.errors import count_of
 from grounded_sam.files import growing_text
+from grounded_sam.output.paths import OutputPath, output_path
 from grounded_sam.structures.masks import coco_segmentation
 from grounded_sam.structures.results import FrameResult
 from grounded_sam.structures.vocabulary import Vocabulary
@@ -23,7 +23,8 @@ class JsonLinesSink:
 
     A line has `file`, `frame` (its number), `time_s` (in a video), `width`, `height` and `objects`, each with `class`,
     `class_id`, `score`, `bbox` (x, y, width, height), and where they exist `track_id`, `mask_score`, `verify_score` and
-    `segmentation` (COCO RLE). The file is not written under a temporary name, so that it can be read during the run.
+    `segmentation` (COCO RLE). The file is not written under a temporary name, so that it can be read during the run; at
+    an address, such as `s3://bucket/results`, it appears at the end.
 
     Args:
         output: Output folder of the run.
@@ -31,8 +32,10 @@ class JsonLinesSink:
         masks: Whether to write `segmentation`.
     """
 
-    def __init__(self, output: Path, vocabulary: Vocabulary, masks: bool = True) -> None:
-        self.path, self.vocabulary, self.masks = Path(output) / "results.jsonl", vocabulary, masks
+    takes_address: ClassVar[bool] = True
+
+    def __init__(self, output: OutputPath, vocabulary: Vocabulary, masks: bool = True) -> None:
+        self.path, self.vocabulary, self.masks = output_path(output) / "results.jsonl", vocabulary, masks
         self._num_lines = 0
         self._file: IO[str] | None = None
         self._stack = ExitStack()

@@ -11,15 +11,15 @@ from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
 from grounded_sam.checks import check_bool, check_int
 from grounded_sam.errors import ImageError, count_of
-from grounded_sam.files import PendingFile, atomic_write_text
+from grounded_sam.files import PendingFile, PendingUpload, atomic_write_text, pending_text
 from grounded_sam.formats.review_list import REVIEW_COLUMNS, escape_cell
 from grounded_sam.output.claim import check_output
+from grounded_sam.output.paths import OutputPath, output_path
 from grounded_sam.sinks.near_duplicates import NearDuplicates
 from grounded_sam.sinks.report_page import ClassStatistics, ReportContent, Thumbnail, make_thumbnail, render_page
 from grounded_sam.sinks.samples import Highest, RandomSample
@@ -98,13 +98,15 @@ class ReportSink:
         ConfigError: If a setting is out of range.
     """
 
+    takes_address: ClassVar[bool] = True
+
     def __init__(
-        self, output: Path, vocabulary: Vocabulary, samples: int = 24, review: int = 200, duplicates: bool = True
+        self, output: OutputPath, vocabulary: Vocabulary, samples: int = 24, review: int = 200, duplicates: bool = True
     ) -> None:
         check_int("sink.report.samples", samples, 0)
         check_int("sink.report.review", review, 0)
         check_bool("sink.report.duplicates", duplicates)
-        self.folder, self.vocabulary, self.duplicates = Path(output), vocabulary, duplicates
+        self.folder, self.vocabulary, self.duplicates = output_path(output), vocabulary, duplicates
         self._palette = vocabulary.palette()
         rng = random.Random(0)
         self._classes = [ClassStatistics(RandomSample(samples, rng)) for _ in vocabulary.classes]
@@ -116,7 +118,7 @@ class ReportSink:
         self._crowded: Highest[_CrowdedImage] = Highest(samples)
         self._empty: RandomSample[Thumbnail] = RandomSample(samples, rng)
         self._near_duplicates = NearDuplicates()
-        self._review: PendingFile | None = None
+        self._review: PendingFile | PendingUpload | None = None
 
     def __enter__(self) -> ReportSink:
         for name in ("report.html", "review.csv"):
@@ -189,10 +191,10 @@ class ReportSink:
             {key: escape_cell(value) for key, value in {"file": file, "reason": reason, **columns}.items()}
         )
 
-    def _open_review(self) -> PendingFile:
+    def _open_review(self) -> PendingFile | PendingUpload:
         """Open `review.csv`, unless it is open."""
         if self._review is None:
-            self._review = PendingFile(self.folder / "review.csv")
+            self._review = pending_text(self.folder / "review.csv")
             self._rows = csv.DictWriter(self._review.text, REVIEW_COLUMNS)
             self._rows.writeheader()
         return self._review

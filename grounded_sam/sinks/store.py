@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from grounded_sam.checks import check_choice, check_int, check_number
 from grounded_sam.errors import count_of
 from grounded_sam.formats.store_writer import StoreWriter
 from grounded_sam.media.images import MAX_PIXELS
+from grounded_sam.output.paths import OutputPath, output_path
+from grounded_sam.remote import Location
 from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.items import FileContent
 from grounded_sam.structures.results import FrameResult, Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
 
@@ -36,9 +39,11 @@ class StoreSink:
         ConfigError: If a setting is out of range, or the store was made with other settings.
     """
 
+    takes_address: ClassVar[bool] = True
+
     def __init__(
         self,
-        output: Path,
+        output: OutputPath,
         vocabulary: Vocabulary,
         settings: Mapping[str, Any] | None = None,
         resume: Literal["same", "extend", "replace"] = "same",
@@ -49,19 +54,32 @@ class StoreSink:
         check_choice("resume", resume, ("same", "extend", "replace"))
         check_int("sink.store.part_images", part_images, 1)
         check_number("sink.store.part_seconds", part_seconds, 0)
-        folder = Path(output) / "store"
+        folder = output_path(output) / "store"
         self._writer = StoreWriter(
             folder, vocabulary, settings or {}, part_images, part_seconds, resume=resume, max_pixels=max_pixels
         )
         self._files_resumed = 0
         self._notes: list[Skipped] = self._writer.lost_parts()
 
+    @property
+    def writer(self) -> StoreWriter:
+        """What writes the store, for engines whose workers write into it too."""
+        return self._writer
+
     def __enter__(self) -> StoreSink:
         return self
 
-    def lookup(self, name: str, files: list[Path], replay: bool = True) -> Iterable[FrameResult] | None:
+    def lookup(
+        self,
+        name: str,
+        files: Sequence[Path | Location],
+        content: FileContent | None = None,
+        *,
+        may_read: bool = True,
+        replay: bool = True,
+    ) -> Iterable[FrameResult] | None:
         """Return the stored results of an image or of a complete video; see `structures.protocols.ResultStore`."""
-        results = self._writer.lookup(name, files)
+        results = self._writer.lookup(name, files, content, may_read=may_read)
         if results is None:
             return None
         self._files_resumed += 1

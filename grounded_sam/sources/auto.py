@@ -10,6 +10,7 @@ from functools import partial
 from grounded_sam.errors import ConfigError
 from grounded_sam.media.files import find_files, relative_name
 from grounded_sam.media.images import MAX_PIXELS
+from grounded_sam.media.listing import names_addresses
 from grounded_sam.media.video import is_stream
 from grounded_sam.sources.images import ImageSource
 from grounded_sam.sources.inputs import check_input
@@ -27,7 +28,8 @@ class AutoSource:
     read are added to `skipped`.
 
     Args:
-        input: An image, a video, a folder, glob or list of paths with both, a camera index, or a URL.
+        input: An image, a video, a folder, glob or list of paths with both, a camera index, the URL of a video, or an
+            address as of `ImageSource`, which has images alone.
         start: Index of the first frame of each video.
         stop: Index of the frame to stop before; None for the end.
         stride: Keep every `stride`-th frame.
@@ -67,6 +69,9 @@ class AutoSource:
         open_video = partial(
             VideoSource, start=start, stop=stop, stride=stride, max_side=max_side, max_pixels=max_pixels
         )
+        if names_addresses(path_or_url):
+            self.sources = [ImageSource(path_or_url, max_pixels, shard, num_shards)]
+            return
         if is_stream(path_or_url):
             self.sources = [open_video(path_or_url)]
             return
@@ -97,7 +102,8 @@ class AutoSource:
         return [skipped for source in self.sources for skipped in source.skipped]
 
     def __iter__(self) -> Iterator[Frame | FrameResult]:
-        return self.resume(lambda name, files: None)
+        for source in self.sources:
+            yield from source
 
     def resume(self, lookup: Lookup) -> Iterator[Frame | FrameResult]:
         """Yield the stored results of each image and video that has some, else its frames."""

@@ -139,7 +139,7 @@ class VideoList:
         return sum(len(video) for video in self.videos)
 
     def __iter__(self) -> Iterator[Frame | FrameResult]:
-        return self.resume(lambda name, files: None)
+        return self.resume(_nothing_stored)
 
     def resume(self, lookup: Lookup) -> Iterator[Frame | FrameResult]:
         """Yield the stored results of each video that has some, else its frames."""
@@ -149,6 +149,10 @@ class VideoList:
             except ImageError as error:
                 if not video.skipped:  # otherwise it already gives this reason
                     self._failed.append(Skipped(video.name, str(error).removeprefix(f"{video.decoder.input}: ")))
+
+
+def _nothing_stored(*question: object, **options: object) -> None:
+    """Answer a lookup where nothing is stored."""
 
 
 def open_videos(

@@ -9,6 +9,7 @@ from typing import Any
 
 from grounded_sam.errors import ConfigError
 from grounded_sam.files import require_regular
+from grounded_sam.output.paths import OutputPath, RemotePath
 
 #: Levels of lists and mappings inside each other in a list of classes or a YAML file.
 MAX_DEPTH = 50
@@ -16,7 +17,7 @@ MAX_DEPTH = 50
 MAX_VALUES = 1_000_000
 
 
-def read_json(path: Path, *, unique_keys: bool = False) -> Any:
+def read_json(path: OutputPath, *, unique_keys: bool = False) -> Any:
     """Read a JSON file.
 
     Args:
@@ -78,17 +79,18 @@ def parse_yaml(text: str, where: str, *, only_text: bool = False) -> Any:
         raise ConfigError(f"{where} is not valid YAML: {_reason(error)}") from error
 
 
-def read_text(path: Path) -> str:
-    """Read a UTF-8 file, with or without a byte order mark.
+def read_text(path: OutputPath) -> str:
+    """Read a UTF-8 file, with or without a byte order mark; on this machine or at an address.
 
     Raises:
         ConfigError: If it cannot be read, is not a file, or not UTF-8.
     """
     try:
-        require_regular(path)
+        if not isinstance(path, RemotePath):
+            require_regular(path)
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}") from error
+        raise ConfigError(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 text ({_reason(error)}); save the file as UTF-8") from error
 

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from grounded_sam.errors import ImageError
+from grounded_sam.errors import ImageError, RemoteError
 from grounded_sam.files import home_path
-from grounded_sam.media.images import read_image, to_rgb
+from grounded_sam.media.images import MAX_PIXELS, decode_image, read_image, to_rgb
+from grounded_sam.remote import Location
+from grounded_sam.structures.items import FileContent
 
 if TYPE_CHECKING:
     import supervision as sv
@@ -31,7 +33,8 @@ class Frame:
         name: Path relative to the input, with `/`; unique within a source.
         time_s: Seconds from the start of the video; None for an image.
         video: Name of the video; None for an image.
-        file: Image or video file that the frame comes from, if any.
+        file: Image or video file that the frame comes from, or the object under an address, if any.
+        content: What is known of that file, where it was read; see `structures.items.FileContent`.
         size: Height and width in pixels, needed where `pixels` is a function.
         annotations: Detections that the source brings along, for `detector=stored`.
         record: What a COCO file says about the image besides name and size (`id`, `license`, `coco_url`...), for
@@ -46,7 +49,8 @@ class Frame:
     name: str = "image"
     time_s: float | None = None
     video: str | None = None
-    file: Path | None = None
+    file: Path | Location | None = None
+    content: FileContent | None = None
     size: tuple[int, int] | None = None
     annotations: sv.Detections | None = None
     record: Mapping[str, Any] = field(default_factory=dict)
@@ -109,6 +113,25 @@ def to_frame(picture: Any, index: int = 0) -> Frame:
     raise ImageError(f"expected a path, a PIL image or an RGB array, got {type(picture).__name__}")
 
 
+def read_file(file: Path | Location, max_pixels: int = MAX_PIXELS) -> NDArray[np.uint8]:
+    """Read an image, local or under an address, as `media.images.read_image` does.
+
+    Args:
+        file: The image.
+        max_pixels: Largest number of pixels.
+
+    Raises:
+        ImageError: If it cannot be read.
+    """
+    if isinstance(file, Path):
+        return read_image(file, max_pixels)
+    try:
+        data = file.read_bytes()
+    except RemoteError as error:
+        raise ImageError(str(error)) from error
+    return decode_image(data, str(file), max_pixels)
+
+
 def undecoded(frame: Frame) -> Frame:
     """Return a frame that reads its pixels from its image file when they are needed.
 
@@ -116,4 +139,5 @@ def undecoded(frame: Frame) -> Frame:
     """
     if frame.file is None or frame.video is not None:
         return frame
-    return replace(frame, pixels=partial(read_image, frame.file), size=frame.size_hw)
+    content = None if frame.content is None else replace(frame.content, data=None)
+    return replace(frame, pixels=partial(read_file, frame.file), size=frame.size_hw, content=content)

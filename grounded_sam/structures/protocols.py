@@ -18,7 +18,10 @@ import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
+from grounded_sam.output.paths import OutputPath
+from grounded_sam.remote import Location
 from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.items import FileContent, SourceItem
 from grounded_sam.structures.results import FrameResult, Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
 from grounded_sam.weights.hub import HubFile
@@ -26,8 +29,25 @@ from grounded_sam.weights.hub import HubFile
 if TYPE_CHECKING:
     import torch
 
-#: Look up stored results by the name and the files of an image or video; None where nothing is stored.
-Lookup = Callable[[str, list[Path]], Iterable[FrameResult] | None]
+
+class Lookup(Protocol):
+    """A function that looks up stored results."""
+
+    def __call__(
+        self, name: str, files: Sequence[Path | Location], content: FileContent | None = None, *, may_read: bool = True
+    ) -> Iterable[FrameResult] | None:
+        """Return the stored results of an image or of a whole video, if its files have not changed.
+
+        Args:
+            name: Name of the image or video.
+            files: Its files.
+            content: What was read from the file of an image; None if it is not read yet.
+            may_read: Whether files whose size, times and tags do not say so may be read to find out. False answers None
+                for them: ask again with `content`.
+
+        Returns:
+            The results; None where nothing is stored.
+        """
 
 
 # Sources
@@ -53,6 +73,38 @@ class Resumable(Protocol):
 
     def resume(self, lookup: Lookup) -> Iterator[Frame | FrameResult]:
         """Iterate as `__iter__` does, but yield the results of `lookup` instead of the frames that have some."""
+
+
+@runtime_checkable
+class ListsItems(Protocol):
+    """A source of images that lists them without reading them, so that other threads or machines can.
+
+    `Source.skipped` gets what the listing passes over, and what `decode` has not read of an image.
+    """
+
+    def items(self) -> Iterator[SourceItem]:
+        """Yield the images, as they are found.
+
+        Raises:
+            ConfigError: If the input cannot be listed; `RemoteError` for an address.
+        """
+
+    def fetch(self, item: SourceItem) -> bytes:
+        """Read the encoded bytes of an image; transient errors are tried again. Any thread or process may call it.
+
+        Raises:
+            ImageError: If it is missing, or must not be read.
+        """
+
+    def decode(self, item: SourceItem, data: bytes) -> Frame:
+        """Decode an image. Any thread or process may call it.
+
+        Returns:
+            Its frame, with `content`; `index` is 0.
+
+        Raises:
+            ImageError: If it is no image, damaged, or too large.
+        """
 
 
 @runtime_checkable
@@ -389,6 +441,17 @@ class Sink(AbstractContextManager[Any], Protocol):
 
 
 @runtime_checkable
+class TakesAddress(Protocol):
+    """A sink class that can write to an address such as `s3://bucket/labels`; `output` may be a `RemotePath` then.
+
+    Attributes:
+        takes_address: True.
+    """
+
+    takes_address: bool
+
+
+@runtime_checkable
 class NumbersClasses(Protocol):
     """A sink whose files have numbers of classes or list all classes.
 
@@ -430,12 +493,22 @@ class ListsSkipped(Protocol):
 class ResultStore(Protocol):
     """A sink that reads back what earlier runs wrote, so that a run can resume."""
 
-    def lookup(self, name: str, files: list[Path], replay: bool = True) -> Iterable[FrameResult] | None:
-        """Return the stored results of an image or of a whole video, if its files have not changed.
+    def lookup(
+        self,
+        name: str,
+        files: Sequence[Path | Location],
+        content: FileContent | None = None,
+        *,
+        may_read: bool = True,
+        replay: bool = True,
+    ) -> Iterable[FrameResult] | None:
+        """Return the stored results of an image or of a whole video, if its files have not changed; see `Lookup`.
 
         Args:
             name: Name of the image or video.
             files: Its files.
+            content: As of `Lookup`.
+            may_read: As of `Lookup`.
             replay: Whether the results are wanted; False returns an empty iterable for what is stored.
         """
 
@@ -469,7 +542,7 @@ class ResultStore(Protocol):
 class OwnsFolder(Protocol):
     """A sink with a folder of its own, from which files that only an earlier run wrote are removed."""
 
-    def own_folder(self) -> Path:
+    def own_folder(self) -> OutputPath:
         """Return the folder, which no other sink writes to."""
 
 

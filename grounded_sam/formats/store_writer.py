@@ -163,6 +163,10 @@ class StoreWriter:
         known = KnownFile(name, rows.names.peek(key, name), columns, tuple(rows.all_decisions(key)))
         return known if columns or known.decisions or known.unique_name != name else None
 
+    def has_name(self, name: str, files: Sequence[Path | Location]) -> bool:
+        """Return whether the store has an image or video of this name or path, with whatever content."""
+        return self._reader.has_name(name, _stored_path(files[0]))
+
     def expect(self, known: KnownFile) -> None:
         """Take over what the process that opened the store knows of a file that is about to be written."""
         self._known[known.name] = known

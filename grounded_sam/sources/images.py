@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 import zlib
@@ -192,6 +193,12 @@ class ImageSource:
         for name, place in remote.images(note):
             if is_own(name):
                 yield _item(name, place)
+
+    def without_listing(self) -> ImageSource:
+        """Return a source that lists nothing; see `structures.protocols.ListsItems`."""
+        source = copy.copy(self)
+        source.files, source.skipped, source._remote = [], [], None
+        return source
 
     def fetch(self, item: SourceItem) -> bytes:
         """Read the encoded bytes of an image; see `structures.protocols.ListsItems`."""

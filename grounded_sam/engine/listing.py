@@ -106,6 +106,14 @@ class Listing:
     left_out: list[Skipped] = field(default_factory=list)
 
     @property
+    def length(self) -> int | None:
+        """Number of images and videos; None where it is not known before all are listed."""
+        try:
+            return sum(1 if isinstance(part, VideoSource) else len(part) for part in self.parts)  # type: ignore[arg-type,misc]
+        except TypeError:
+            return None
+
+    @property
     def to_do(self) -> int:
         """Number of images and videos that were found to do so far."""
         return self.listed - self.resumed - self.passed - len(self.left_out)
@@ -178,7 +186,7 @@ class ReplaySource:
         self.found = self.missing = 0
 
     def __len__(self) -> int:
-        return sum(len(part) for part in self.parts)  # type: ignore[arg-type]
+        return sum(len(part) for part in self.parts)  # type: ignore[arg-type,misc]
 
     def __iter__(self) -> Iterator[Frame | FrameResult]:
         return iter(())

@@ -7,12 +7,14 @@ import logging
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
-from dataclasses import dataclass, field
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from grounded_sam.checks import check_bool, check_int, check_number
@@ -114,10 +116,10 @@ class RayEngine:
         object_store_memory: int = 1_000_000_000,
         retry_killed: bool = False,
     ) -> None:
-        sizes = [concurrency] if concurrency is None or isinstance(concurrency, int) else list(concurrency)
-        for size in sizes:
-            check_int("engine.concurrency", size, 1, optional=concurrency is None)  # type: ignore[arg-type]
-        if len(sizes) not in (1, 2) or (len(sizes) == 2 and sizes[0] > sizes[1]):  # type: ignore[operator]
+        sizes = [concurrency or 0] if concurrency is None or isinstance(concurrency, int) else list(concurrency)
+        for size in sizes if concurrency is not None else ():
+            check_int("engine.concurrency", size, 1)
+        if len(sizes) not in (1, 2) or sizes[0] > sizes[-1]:
             raise ConfigError(
                 f"engine.concurrency must be a number of workers or [smallest, largest], such as [1, 8], got {sizes}"
             )
@@ -156,6 +158,7 @@ class RayEngine:
         self, job: Job, cfg: DictConfig, request: Request, classes: OutputClasses, pool: Pool, totals: _Totals
     ) -> None:
         """Process everything, then what is missing one by one, and put aside what kills its workers."""
+        missing = 0
         for number in range(SINGLE_PASSES + 2):
             source = build_source(cfg)
             parts = parts_of(source)
@@ -173,19 +176,28 @@ class RayEngine:
                     to_plain(cfg), request, share, WorkerSettings.readers(parts), threads, os.getcwd()
                 )
                 before = totals.done
-                singly = Pool(pool.sizes, pool.num_cpus, pool.num_gpus, singly=is_single)
-                self._pass(listing, settings, singly, totals)
+                smallest, largest = pool.sizes
+                sizes = (min(smallest, missing), min(largest, missing)) if is_single else pool.sizes
+                self._pass(listing, settings, replace(pool, sizes=sizes, singly=is_single), totals)
             if number == 0:
                 totals.listed, totals.resumed = listing.listed, listing.resumed
                 totals.skipped.update(dict.fromkeys([*listing.left_out, *source.skipped]))
-            if totals.done - before >= listing.to_do:
+            missing = listing.to_do - (totals.done - before)
+            if missing <= 0:
                 return
 
     def _pass(self, listing: Listing, settings: WorkerSettings, pool: Pool, totals: _Totals) -> None:
         """Run one pass, with a progress bar."""
         start, before = time.monotonic(), totals.done
+        units = listing.units()
+        first = next(units, None)
+        if first is None:
+            return
         try:
-            with ProgressBar("images", None) as bar, closing(run_pass(listing.units(), settings, pool)) as reports:
+            with (
+                ProgressBar("images", listing.length) as bar,
+                closing(run_pass(chain([first], units), settings, pool)) as reports,
+            ):
                 for report in reports:
                     if report.error is not None:
                         raise EngineError(report.error)
@@ -193,7 +205,7 @@ class RayEngine:
                     done, now = totals.done - before, time.monotonic()
                     workers = sum(now - seen < WORKER_SEEN_S for seen in totals.workers.values())
                     text = _progress(done / max(now - start, 1e-3), workers, listing.to_do - done, len(totals.skipped))
-                    bar.update(listing.resumed + done, text)
+                    bar.update(listing.listed - listing.to_do + done, text)
         except GroundedSamError:
             raise
         except Exception as error:
@@ -252,6 +264,8 @@ class RayEngine:
             return
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         is_quiet = os.environ.get("GROUNDED_SAM_DEBUG") != "1"
+        if is_quiet:
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         level = logging.ERROR if is_quiet else logging.INFO
         options: dict[str, Any] = {"logging_level": level, "log_to_driver": not is_quiet}
         pool = None
@@ -271,7 +285,8 @@ class RayEngine:
             options |= {"address": self.address}
         handler = signal.getsignal(signal.SIGTERM)
         try:
-            ray.init(**options)
+            with _without_stderr() if is_quiet else nullcontext():
+                ray.init(**options)
         except Exception as error:
             if self.address is None:
                 raise EngineError(f"Ray cannot be started ({describe_error(error)})") from error
@@ -294,6 +309,20 @@ class RayEngine:
         count = int(gpus / num_gpus) if num_gpus else int(cores / CORES_PER_WORKER)
         sizes = self.concurrency or (max(1, count), max(1, count))
         return Pool(sizes, self.num_cpus or max(1.0, cores // sizes[1]), num_gpus)
+
+
+@contextmanager
+def _without_stderr() -> Iterator[None]:
+    """Leave out what Ray's own process prints while it starts; what goes wrong is raised."""
+    sys.stderr.flush()
+    saved, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nothing)
 
 
 def _cores() -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pickle
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -149,7 +149,7 @@ class UnitFeed:
         self.queue.shutdown(force=True)
 
 
-def run_pass(units: Iterable[Unit], settings: WorkerSettings, pool: Pool) -> Iterator[Report]:
+def run_pass(units: Iterable[Unit], settings: WorkerSettings, pool: Pool) -> Generator[Report]:
     """Process units on the workers of a pool, and yield their reports as they come.
 
     A unit whose worker dies is tried once more on another one, or not at all with `pool.singly`; if that one dies too,

@@ -70,7 +70,7 @@ def store_path(path: str | OutputPath) -> OutputPath:
     return place if isinstance(place, RemotePath) else home_path(place)
 
 
-def read_file(path: OutputPath) -> bytes:
+def read_regular(path: OutputPath) -> bytes:
     """Read a whole file, on this machine or at an address.
 
     Raises:
@@ -162,6 +162,23 @@ def atomic_write_text(path: OutputPath, text: str, *, shared: bool = False) -> N
         return
     with atomic_write(path, shared=shared) as part:
         part.write_text(text, encoding="utf-8")
+
+
+def atomic_write_bytes(path: OutputPath, content: bytes) -> None:
+    """Write a file atomically: readers see the old content or the new.
+
+    Args:
+        path: File to write. Its folder is created.
+        content: Its content.
+    """
+    if isinstance(path, RemotePath):
+        check_output(path)
+        if isinstance(claimed := claim_of(path), RemoteClaim):
+            claimed.record(path, hashlib.sha256(content).hexdigest())
+        path.write_bytes(content)
+        return
+    with atomic_write(path) as part:
+        part.write_bytes(content)
 
 
 class PendingUpload:

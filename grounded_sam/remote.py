@@ -55,6 +55,7 @@ _PACKAGES = {
     "sftp": "paramiko",
     "ssh": "paramiko",
 }
+_STEPS_UP = re.compile(r"(^|[/\\])\.\.?([/\\]|$)")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 #: Attempts of a request in all, and seconds before the second one; each further one waits twice as long.
 ATTEMPTS, FIRST_WAIT_S = 5, 0.5
@@ -209,10 +210,15 @@ def _open_protocol(protocol: str, address: str, user: str) -> Any:
     if protocol in ("s3", "s3a"):
         key, _, secret = user.partition(":")
         options |= {"key": unquote(key), "secret": unquote(secret)} if user else {}
+        if not {"AWS_MAX_ATTEMPTS", "AWS_RETRY_MODE"} & set(os.environ):  # `retry` is enough
+            options["config_kwargs"] = {"retries": {"total_max_attempts": 1}}
     else:
         options |= kind._get_kwargs_from_urls(address)
     with convert_remote_errors(address):
-        return kind(**options)
+        fs = kind(**options)
+        if protocol in ("s3", "s3a"):
+            fs.retries = 1
+        return fs
 
 
 def _open_archive(protocol: str, archive: str) -> Any:
@@ -427,3 +433,31 @@ class Location:
             return data
         fs, key = open_filesystem(self.address)
         return read_bytes(fs, key)
+
+
+def below(root: str, address: str) -> str | None:
+    """Return an address with the credentials of a root above it; None if it is not below that root.
+
+    Args:
+        root: Address of a folder, or of an archive.
+        address: An address without credentials, which need not be trusted.
+
+    >>> below("s3://key:secret@bucket/photos", "s3://bucket/photos/a.jpg")
+    's3://key:secret@bucket/photos/a.jpg'
+    >>> below("s3://bucket/photos", "s3://bucket/photos-of-others/a.jpg") is None
+    True
+    """
+    address = redact_address(address)
+    if protocol_of(address) in _ARCHIVES:
+        member, separator, archive = address.rpartition("::")
+        root = root.rpartition("::")[2]
+        found = archive if archive == root and separator else below(root, archive) if separator else None
+        return None if found is None else f"{member}::{found}"
+    if not is_address(address) or _STEPS_UP.search(unquote(address)):
+        return None
+    user, _ = _split_user(root)
+    folder = redact_address(root).rstrip("/")
+    if not protocol_of(folder) or (address != folder and not address.startswith(f"{folder}/")):
+        return None
+    scheme, _, rest = address.partition("://")
+    return f"{scheme}://{user}@{rest}" if user else address

@@ -37,6 +37,7 @@ from grounded_sam.pipeline.images import process_images
 from grounded_sam.pipeline.runner import Runner, Summary
 from grounded_sam.sinks.coco import CocoSink
 from grounded_sam.sinks.jsonl import JsonLinesSink
+from grounded_sam.sinks.metrics import metrics_sink
 from grounded_sam.sinks.report import ReportSink
 from grounded_sam.sinks.store import StoreSink
 from grounded_sam.sources.images import ImageSource
@@ -321,11 +322,11 @@ def test_a_worker_reads_nothing(bucket, photos, monkeypatch):
     assert not requests
 
 
-@pytest.mark.parametrize("sinks", ["overlay", "[store,yolo]", "[overlay,coco]", "voc", "masks", "metrics"])
+@pytest.mark.parametrize("sinks", ["overlay", "[store,yolo]", "[overlay,coco]", "voc", "masks"])
 def test_sinks_that_need_a_folder_are_refused_before_a_model_is_loaded(sinks):
     cfg = compose(["preset=shapes", f"sink={sinks}", "input=photos", "text=[a]", "output=s3://bucket/labels"])
     name = next(name for name in sinks.strip("[]").split(",") if name not in ("store", "coco"))
-    message = rf"sink={name} cannot write to s3://bucket/labels, only store, coco, report and jsonl can; use "
+    message = rf"sink={name} cannot write to s3://bucket/labels, only store, coco, report, metrics and jsonl can; use "
     with pytest.raises(ConfigError, match=message + rf".*'source=stored input=.* sink={name} output=FOLDER'"):
         check_output_address(cfg, output_path("s3://bucket/labels"))
     check_output_address(cfg, Path("labels"))
@@ -339,6 +340,15 @@ def test_the_way_out_of_a_refused_sink(bucket, photos, tmp_path):
     model = Pipeline(build_node(cfg, "detector"), None, vocabulary=source.vocabulary)
     assert Runner(model, source, [sink], tmp_path).run().images == 5
     assert len(list((tmp_path / "yolo" / "labels").rglob("*.txt"))) == 5
+
+
+def test_metrics_in_a_bucket_are_those_in_a_folder(bucket, photos, tmp_path):
+    label(photos, tmp_path / "truth", [CocoSink])
+    for place in (output_path(f"{bucket.address}/out"), tmp_path / "out"):
+        sink = metrics_sink(place, CLASSES, truth=tmp_path / "truth" / "annotations.json")
+        Runner(Pipeline(Halves(), None, vocabulary=CLASSES), ImageSource(photos), [sink], place).run()
+    for name in ("metrics.json", "classes.yaml"):
+        assert bucket.get(f"out/{name}") == (tmp_path / "out" / name).read_bytes()
 
 
 def test_copies_of_images_at_an_address_are_refused():
@@ -394,6 +404,10 @@ def test_commands_on_addresses(bucket, photos, tmp_path):
     code, said = run("-m", *export, "select.score=0.1,0.2", f"output={bucket.address}/out3")
     assert code == 1 and "jobs of -m cannot write to s3://" in said
     assert sorted(path.name for path in tmp_path.iterdir()) == ["labels"]  # no folder named s3:
+
+    for module, arguments in (("report", ()), ("label_studio", ("create",))):
+        code, said = run(*arguments, f"{bucket.address}/out", module=module)
+        assert code == 1 and "is an address, and this command needs a folder of this machine" in said
 
     label(photos, f"{bucket.address}/stored", [StoreSink])
     code, said = run("next", f"{bucket.address}/stored", module="review")

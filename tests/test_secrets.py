@@ -14,6 +14,7 @@ from command import run_command
 from hypothesis import example, given
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
+from s3 import CREDENTIALS, bucket, s3  # noqa: F401
 
 from grounded_sam import GroundedSamError
 from grounded_sam.config.secrets import VARIABLE, hide_in_overrides, hide_secrets
@@ -39,6 +40,13 @@ def check_nowhere(printed: str, folder: Path) -> None:
     for path in folder.rglob("*"):
         assert SECRET not in str(path)
         assert not path.is_file() or SECRET.encode() not in path.read_bytes(), path
+
+
+@pytest.fixture(autouse=True)
+def _no_real_buckets(monkeypatch):
+    """Send requests for buckets to a closed port of this machine, unless a test starts a server."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
 
 
 @pytest.mark.parametrize("url", UNREACHABLE)
@@ -106,6 +114,35 @@ def test_a_stream_that_is_read(server, tmp_path, scenes, where):
     if where != "variable":
         result = run_command("grounded_sam.cli.main", saved, work)
         assert result.returncode == 1 and f"environment variable {VARIABLE}1" in result.stderr
+
+
+@pytest.mark.parametrize("where", ["argument", "file", "list"])
+def test_a_bucket(s3, bucket, tmp_path, folder, where):  # noqa: F811
+    bucket.upload(folder, "photos/")
+    work, conf, env = tmp_path / "work", tmp_path / "conf", {"AWS_ENDPOINT_URL": s3, **CREDENTIALS}
+    work.mkdir()
+    (conf / "preset").mkdir(parents=True)
+    address = f"s3://admin:{SECRET}@{bucket.name}/photos/"
+    (conf / "preset" / "mine.yaml").write_text(f"# @package _global_\ninput: '{address}'\n")
+    (conf / "list.txt").write_text(f"{address}0.png\n{address}none.png\n")
+    given_input = {"argument": f"input={address}", "file": "preset=mine", "list": f"input={conf / 'list.txt'}"}[where]
+    sinks = "sink=[store,report,coco,jsonl,label_studio,yolo]"
+    images = ["sink.coco.images=address", "sink.label_studio.images=address"]
+    arguments = ["--config-dir", str(conf), *BOX, given_input, sinks, *images]
+    for _ in range(2):  # the second run resumes
+        result = run_command("grounded_sam.cli.main", [*arguments, "output=o"], work, env)
+        assert result.returncode == 0, result.stdout + result.stderr
+        check_nowhere(result.stdout + result.stderr, work)
+    assert f"s3://{bucket.name}/photos/0.png" in (work / "o" / "annotations.json").read_text()
+    replay = ["source=stored", "input=o", "output=again", "sink=[jsonl,report]", f"source.roots=[{address}]"]
+    result = run_command("grounded_sam.cli.main", replay, work, env)
+    assert result.returncode == 0 and "0 skipped" not in result.stdout, result.stdout + result.stderr
+    assert (work / "again" / "results.jsonl").read_text().count("\n") >= 1
+    check_nowhere(result.stdout + result.stderr, work)
+    for url in (f"s3://admin:{SECRET}@{bucket.name}/none/", f"s3://admin:{SECRET}@{bucket.name}x/a.png"):
+        result = run_command("grounded_sam.cli.main", [*BOX, f"input={url}", "output=p"], work, env)
+        assert result.returncode == 1 and bucket.name in result.stderr
+        check_nowhere(result.stdout + result.stderr, work)
 
 
 WORD = st.text("ab1-._~%", min_size=1, max_size=6)

@@ -21,7 +21,7 @@ from PIL import Image
 
 from grounded_sam import ConfigError, GroundedSamError, Pipeline, Vocabulary
 from grounded_sam.errors import ImageError
-from grounded_sam.formats import store_writer
+from grounded_sam.formats import store_parts
 from grounded_sam.formats.store import StoreReader
 from grounded_sam.formats.store_runs import StoreRun
 from grounded_sam.formats.store_schema import SCHEMA
@@ -180,12 +180,12 @@ def test_later_parts_count_whatever_the_clock_says(folder, tmp_path, monkeypatch
     label(folder, tmp_path)
     Image.new("RGB", (50, 40), "red").save(folder / "1.png")
 
-    class Earlier(store_writer.datetime.datetime):
+    class Earlier(store_parts.datetime.datetime):
         @classmethod
         def now(cls, tz=None):
             return super().now(tz).replace(year=2000)
 
-    monkeypatch.setattr(store_writer.datetime, "datetime", Earlier)
+    monkeypatch.setattr(store_parts.datetime, "datetime", Earlier)
     label(folder, tmp_path)
     assert dict(row[:2] for row in contents(tmp_path))["1.png"] == (40, 50)
     with StoreSink(tmp_path, Vocabulary.parse(["d"]), {}, resume="extend"):

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from grounded_sam.cli.arguments import ArgumentParser
+from grounded_sam.cli.arguments import ArgumentParser, local_folder
 from grounded_sam.errors import ConfigError, GroundedSamError, count_of
 from grounded_sam.files import home_path
 from grounded_sam.formats.store import StoreReader, find_store
@@ -285,7 +285,7 @@ def parse_options(arguments: Sequence[str]) -> Options:
     )
     commands = parser.add_subparsers(dest="command", metavar="create", parser_class=ArgumentParser)
     command = commands.add_parser("create", allow_abbrev=False, epilog=CREATE_HELP, formatter_class=raw)
-    command.add_argument("folder", type=home_path, help="output folder with a store, or folder of the store")
+    command.add_argument("folder", type=local_folder, help="output folder with a store, or folder of the store")
     command.add_argument("--url", required=True, help="address of Label Studio, such as http://localhost:8080")
     command.add_argument("--backend", default=Options.backend, help="address of grounded-sam-serve (%(default)s)")
     command.add_argument("--no-backend", action="store_true", help="connect no ML backend")

@@ -18,6 +18,7 @@ from typing import Any
 
 from hydra.experimental.callback import Callback
 
+from grounded_sam.cli.arguments import local_folder
 from grounded_sam.config.compose import GROUPS
 from grounded_sam.config.saved import unresolved
 from grounded_sam.config.secrets import VARIABLE
@@ -294,7 +295,7 @@ def main() -> None:
         prog="grounded-sam-report",
         description="Write the report of a sweep again: sweep.csv, sweep.md, sweep.png, sweep.html, preset/best.yaml.",
     )
-    parser.add_argument("folder", type=Path, help="folder of the sweep, with a folder per job in it")
+    parser.add_argument("folder", type=local_folder, help="folder of the sweep, with a folder per job in it")
     try:
         print(write_report(parser.parse_args().folder))
     except ConfigError as error:

@@ -348,8 +348,8 @@ def check_output_address(cfg: DictConfig, output: OutputPath) -> None:
     if local:
         names = ",".join(local)
         raise ConfigError(
-            f"sink={names if len(local) == 1 else f'[{names}]'} cannot write to {output}, only store, coco, report "
-            f"and jsonl can; use sink=store there, then 'source=stored input={output} sink={names} "
+            f"sink={names if len(local) == 1 else f'[{names}]'} cannot write to {output}, only store, coco, report, "
+            f"metrics and jsonl can; use sink=store there, then 'source=stored input={output} sink={names} "
             "output=FOLDER'"
         )
 

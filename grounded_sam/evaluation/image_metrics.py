@@ -16,10 +16,11 @@ from grounded_sam.evaluation.image_matching import ImageMatcher
 from grounded_sam.evaluation.mistakes import WorstImages
 from grounded_sam.evaluation.thresholds import write_ontology
 from grounded_sam.evaluation.values import check_classes, metric_value, precision_recall, render_table
-from grounded_sam.files import atomic_write
+from grounded_sam.files import atomic_write_text
 from grounded_sam.formats.coco import CocoFile
 from grounded_sam.media.files import path_ends
 from grounded_sam.output.claim import check_output
+from grounded_sam.output.paths import OutputPath, output_path
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.results import FrameResult
 from grounded_sam.structures.vocabulary import Vocabulary
@@ -56,7 +57,7 @@ class ImageMetrics:
 
     def __init__(
         self,
-        output: Path,
+        output: OutputPath,
         vocabulary: Vocabulary,
         ground_truth: CocoFile,
         iou: float = 0.5,
@@ -67,7 +68,7 @@ class ImageMetrics:
         if find_spec("faster_coco_eval") is None:
             raise ConfigError("sink=metrics needs faster-coco-eval: pip install 'grounded_sam[metrics]'")
         check_classes(vocabulary, ground_truth.vocabulary, ground_truth.path)
-        self.output, self.vocabulary, self.ground_truth = Path(output), vocabulary, ground_truth
+        self.output, self.vocabulary, self.ground_truth = output_path(output), vocabulary, ground_truth
         self.iou, self.metric, self.precision = iou, metric, precision
         self.values: dict[str, Any] = {}
         self._images = _LabeledImages(ground_truth)
@@ -107,7 +108,7 @@ class ImageMetrics:
         missed, false = self._matcher.add(frame.name, detections, self.ground_truth.packed_labels(image))
         self._worst.offer(result, missed, false)
 
-    def own_folder(self) -> Path:
+    def own_folder(self) -> OutputPath:
         """Return the folder of the images with mistakes."""
         return self.output / "errors"
 
@@ -150,8 +151,7 @@ class ImageMetrics:
             "labels_left_out": [asdict(note) for note in self.ground_truth.notes],
         }
         self.values["metric"] = self._metric_path()
-        with atomic_write(self.output / "metrics.json") as part:
-            part.write_text(json.dumps(self.values, ensure_ascii=False, indent=1), encoding="utf-8")
+        atomic_write_text(self.output / "metrics.json", json.dumps(self.values, ensure_ascii=False, indent=1))
         goal = "the highest F1" if self.precision is None else f"a precision of at least {self.precision:g}"
         comment = f"Lowest confidence of each class for {goal}, on {count_of(len(self._coco), 'labeled image')}."
         write_ontology(self.output / "classes.yaml", self.vocabulary, thresholds, comment)
@@ -221,7 +221,9 @@ class _LabeledImages:
         exact = [image for image in self._by_end.get(frame.name, ()) if image["file_name"] == frame.name]
         if len(exact) == 1:
             return exact[0]
-        path = frame.name if frame.file is None or frame.video is not None else frame.file.absolute().as_posix()
+        path = frame.name
+        if frame.file is not None and frame.video is None:
+            path = frame.file.absolute().as_posix() if isinstance(frame.file, Path) else str(frame.file)
         for end in path_ends(path):
             if images := self._by_end.get(end):
                 return images[0] if len(images) == 1 else None

@@ -6,14 +6,14 @@ import heapq
 import io
 import itertools
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import supervision as sv
 
 from grounded_sam.errors import ImageError
-from grounded_sam.files import UniqueNames, atomic_write
+from grounded_sam.files import UniqueNames, atomic_write_bytes
 from grounded_sam.media.labels import draw_labels
+from grounded_sam.output.paths import OutputPath
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.masks import pack_masks, unpack_masks
 from grounded_sam.structures.results import FrameResult
@@ -60,15 +60,14 @@ class WorstImages:
         push = heapq.heapreplace if is_full else heapq.heappush
         push(self._heap, (count, -next(self._order), result.frame.name, mistakes))
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: OutputPath) -> None:
         """Write the images as JPEG files, except those whose pixels can no longer be read."""
         names = UniqueNames()
         for _, _, name, mistakes in sorted(self._heap, key=lambda item: item[:2], reverse=True):
             jpeg = _draw(mistakes) if isinstance(mistakes, _Mistakes) else mistakes
             if jpeg is None:
                 continue
-            with atomic_write(folder / names(name, ".jpg")) as part:
-                part.write_bytes(jpeg)
+            atomic_write_bytes(folder / names(name, ".jpg").as_posix(), jpeg)
         self._heap.clear()
 
 

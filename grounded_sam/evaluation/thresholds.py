@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from grounded_sam.files import atomic_write
+from grounded_sam.files import atomic_write_text
+from grounded_sam.output.paths import OutputPath
 from grounded_sam.structures.vocabulary import Vocabulary
 
 #: Bootstrap resamples of the images for an interval.
@@ -147,7 +147,7 @@ def _all_resamples(images: int, seed: int) -> NDArray[np.uint16]:
 
 
 def write_ontology(
-    path: Path, vocabulary: Vocabulary, thresholds: Sequence[BestThreshold | None], comment: str
+    path: OutputPath, vocabulary: Vocabulary, thresholds: Sequence[BestThreshold | None], comment: str
 ) -> None:
     """Write a vocabulary as an ontology file with the best thresholds as scores.
 
@@ -177,5 +177,4 @@ def write_ontology(
         content["negatives"] = list(vocabulary.negatives)
     text = "".join(f"# {line}\n" for line in comment.splitlines())
     text += yaml.safe_dump(content, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
-    with atomic_write(path) as part:
-        part.write_text(text, encoding="utf-8")
+    atomic_write_text(path, text)

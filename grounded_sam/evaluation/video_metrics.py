@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
@@ -24,9 +23,10 @@ from grounded_sam.evaluation.values import (
     render_table,
 )
 from grounded_sam.evaluation.video_scores import VideoScores, has_trackeval, mean_scores, trackeval_metrics
-from grounded_sam.files import atomic_write
+from grounded_sam.files import atomic_write_text
 from grounded_sam.formats.video_masks import FrameKey, LabelledVideo, LabelledVideos, Mask
 from grounded_sam.output.claim import check_output
+from grounded_sam.output.paths import OutputPath, output_path
 from grounded_sam.structures.detections import select_rows
 from grounded_sam.structures.masks import masks_to_xyxy
 from grounded_sam.structures.results import FrameResult
@@ -64,7 +64,7 @@ class VideoMetrics:
 
     def __init__(
         self,
-        output: Path,
+        output: OutputPath,
         vocabulary: Vocabulary,
         ground_truth: LabelledVideos,
         iou: float = 0.5,
@@ -75,7 +75,7 @@ class VideoMetrics:
     ) -> None:
         if ground_truth.vocabulary is not None:
             check_classes(vocabulary, ground_truth.vocabulary, ground_truth.path)
-        self.output, self.vocabulary, self.ground_truth = Path(output), vocabulary, ground_truth
+        self.output, self.vocabulary, self.ground_truth = output_path(output), vocabulary, ground_truth
         self.iou, self.metric, self.objects = iou, metric, objects
         self.values: dict[str, Any] = {}
         self._frame_offset = frame_offset
@@ -170,7 +170,7 @@ class VideoMetrics:
         )
         self._worst.offer(result, missed_labels, select_rows(result.detections, [rows[i] for i in false]))
 
-    def own_folder(self) -> Path:
+    def own_folder(self) -> OutputPath:
         """Return the folder of the images with mistakes."""
         return self.output / "errors"
 
@@ -191,8 +191,7 @@ class VideoMetrics:
             self._check_ids(measured)
         self.values = self._collect_values(measured)
         self.values["metric"] = self._metric_path()
-        with atomic_write(self.output / "metrics.json") as part:
-            part.write_text(json.dumps(self.values, ensure_ascii=False, indent=1), encoding="utf-8")
+        atomic_write_text(self.output / "metrics.json", json.dumps(self.values, ensure_ascii=False, indent=1))
         self._worst.write(self.output / "errors")
 
     def _collect_values(self, measured: Mapping[str, VideoScores]) -> dict[str, Any]:

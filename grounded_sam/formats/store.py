@@ -48,20 +48,20 @@ Any Parquet reader opens the folder: `pandas.read_parquet("store")`, DuckDB, `py
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
 from grounded_sam.errors import ConfigError
-from grounded_sam.files import home_path, store_path
-from grounded_sam.formats.store_checks import changed_file
+from grounded_sam.files import store_path
+from grounded_sam.formats.store_files import StoredFile, StoredFiles
 from grounded_sam.formats.store_index import RowIndex, StoreIndex, video_key
 from grounded_sam.formats.store_objects import detections_from_rows, in_vocabulary, read_record
 from grounded_sam.formats.store_pixels import StoredPixels, StoredVideo
-from grounded_sam.formats.store_rows import StoreRows, name_in_video
+from grounded_sam.formats.store_rows import StoreRows
 from grounded_sam.formats.store_runs import StoreRun
-from grounded_sam.media.files import common_folder, is_video_file
+from grounded_sam.media.files import is_video_file
 from grounded_sam.media.images import MAX_PIXELS
 from grounded_sam.output.paths import OutputPath
 from grounded_sam.remote import Location
@@ -105,7 +105,8 @@ class StoreReader:
     Args:
         folder: Folder of the store; may be missing or empty.
         max_pixels: Larger images are refused before they are decoded.
-        root: Folder of the images, if they were moved; their names are relative to it.
+        root: Folder or address of the images, if they were moved; their names are relative to it.
+        roots: Addresses below which addresses of the store may be opened; see `store_files`.
         classes: Classes that objects may have, besides those of the runs.
         set_aside: Leave out parts that are damaged, and name them in `lost_parts`, instead of raising an error.
         is_read: Whether to read the store; otherwise it is taken for an empty one.
@@ -126,10 +127,12 @@ class StoreReader:
         root: str | None = None,
         classes: Iterable[str] = (),
         *,
+        roots: Iterable[str] = (),
         set_aside: bool = False,
         is_read: bool = True,
     ) -> None:
-        self.folder, self.max_pixels, self.root = folder, max_pixels, root
+        self.folder, self.max_pixels = folder, max_pixels
+        self._files = StoredFiles(root, roots)
         self.rows = StoreRows(folder, max_pixels, classes, set_aside=set_aside, is_read=is_read)
 
     @property
@@ -223,7 +226,9 @@ class StoreReader:
             missing = "a part of the store that is missing, with its images; run the command that made the store again"
             damaged = "its images are left out; run the command that made the store again, and delete this part"
         notes = [Skipped(name, missing) for name in self.missing_parts]
-        return notes + [Skipped(name, f"{reason}; {damaged}") for name, reason in self.rows.damaged_parts.items()]
+        for name, reason in self.rows.damaged_parts.items():
+            notes.append(Skipped(name, f"a part that cannot be read ({reason}); {damaged}"))
+        return notes
 
     def count(self, key: str) -> int:
         """Return how many results `read` yields."""
@@ -273,11 +278,20 @@ class StoreReader:
         Args:
             key: One of `keys()`.
         """
+        file = self.stored_file(key)
+        return None if file is None else file.problem()
+
+    def stored_file(self, key: str) -> StoredFile | None:
+        """Return the file of an image or video, to find out whether it has changed; None where that is not known.
+
+        Args:
+            key: One of `keys()`.
+        """
         row = self._first_row(key)
-        path = _row_file(row, (), self.root)
-        if path is None or (row["video"] is not None and not is_video_file(path)):
+        file = self._files.find(row, ())
+        if file.place is None or (row["video"] is not None and not is_video_file(file.place)):
             return None
-        return changed_file(row, path)
+        return file
 
     def _first_row(self, key: str) -> dict[str, Any]:
         """Return the row of an image, or of the first frame of a video."""
@@ -287,20 +301,25 @@ class StoreReader:
         )
 
     def _result(
-        self, key: str, index: RowIndex, vocabulary: Vocabulary, files: Sequence[Path], video: StoredVideo | None
+        self,
+        key: str,
+        index: RowIndex,
+        vocabulary: Vocabulary,
+        files: Sequence[Path | Location],
+        video: StoredVideo | None,
     ) -> FrameResult:
         """Make the result of an image from its row and the rows of its objects."""
         image, objects = self.rows.rows_at(key, index)
         size_hw = (image["height"], image["width"])
-        path = _row_file(image, files, self.root)
+        file = self._files.find(image, files)
         owner, name = self.rows.owner_and_name(key, image)
         frame = Frame(
-            pixels=StoredPixels(image["file"], path, image["frame"], size_hw, self.max_pixels, video),
+            pixels=StoredPixels(image["file"], file, image["frame"], size_hw, self.max_pixels, video),
             index=image["frame"] if image["frame"] is not None else 0,
             name=name,
             time_s=image["time_s"],
             video=None if image["video"] is None else owner,
-            file=None if path is None else Path(path),
+            file=file.place,
             size=size_hw,
             record=read_record(image),
         )
@@ -329,17 +348,3 @@ def renamed(frame: Frame, name: str) -> Frame:
     if frame.video is None:
         return replace(frame, name=name)
     return replace(frame, name=f"{name}/{frame.name.removeprefix(f'{frame.video}/')}", video=name)
-
-
-def _row_file(row: Mapping[str, Any], files: Sequence[Path], root: str | None) -> str | None:
-    """Return the file of an image row: among `files`, else under `root`, else where it was."""
-    path: str | None = row["path"]
-    if len(files) == 1:
-        return str(files[0])
-    if files:
-        return str(common_folder(list(files)) / name_in_video(row))
-    if path is None or root is None:
-        return path
-    moved = home_path(root) / (row["video"] if is_video_file(path) else row["file"])
-    in_root = home_path(root) / name_in_video(row)  # the folder of the frames itself
-    return str(in_root if row["video"] is not None and not moved.exists() and in_root.exists() else moved)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Set
-from pathlib import Path
+from collections.abc import Set
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from grounded_sam.errors import shorten
-from grounded_sam.files import require_regular
-from grounded_sam.formats.store_runs import file_digest
 from grounded_sam.formats.store_schema import STATUSES
 
 #: Columns that `table_problem` needs.
@@ -126,25 +123,3 @@ def _text_problem(table: pa.Table, kinds: NDArray[Any]) -> str | None:
     if np.isinf(_numbers(table, "time_s", kinds != "skipped")).any():
         return "the time of a frame is not finite"
     return None
-
-
-def changed_file(row: Mapping[str, Any], path: str) -> str | None:
-    """Return why a file is not the one that a row was computed from; None if it is, or was not there at that time.
-
-    Args:
-        row: The row of an image or of the first frame of a video.
-        path: Where its file is now.
-    """
-    if row["digest"] is None and row["bytes"] is None:
-        return None
-    try:
-        status = require_regular(path)
-        if (status.st_size, status.st_mtime_ns) == (row["bytes"], row["mtime_ns"]):
-            return None
-        if row["digest"] is None or file_digest([Path(path)]) == row["digest"]:
-            return None
-        return f"{path} has changed since it was processed; run the command that made the store again"
-    except FileNotFoundError:
-        return f"no such file: {path}; set source.root to the folder of the images now"
-    except (OSError, ValueError) as error:
-        return f"{path}: {getattr(error, 'strerror', None) or error}"

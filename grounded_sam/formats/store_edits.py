@@ -22,9 +22,9 @@ from grounded_sam.formats.segmentations import encode_segmentation, segmentation
 from grounded_sam.formats.store import find_store
 from grounded_sam.formats.store_manifest import PartList, sequence_of
 from grounded_sam.formats.store_objects import EARLIER_TRACKS, Row, owner_id
+from grounded_sam.formats.store_parts import write_part
 from grounded_sam.formats.store_rows import StoreRows
 from grounded_sam.formats.store_schema import SCHEMA
-from grounded_sam.formats.store_writer import write_part
 from grounded_sam.media.images import MAX_PIXELS
 from grounded_sam.output.paths import OutputPath, RemotePath
 from grounded_sam.output.remote_claim import RemoteLock

@@ -16,7 +16,7 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
 from grounded_sam.errors import ConfigError
-from grounded_sam.files import read_file
+from grounded_sam.files import read_regular
 from grounded_sam.output.paths import OutputPath, RemotePath
 
 #: Lines of a list at an address, where each new line writes the list anew; then another one begins.
@@ -142,7 +142,7 @@ class Manifest:
             ValueError: If it is not as it was written.
             OSError: If it cannot be read.
         """
-        content, record = read_file(part), self._records.get(part.name)
+        content, record = read_regular(part), self._records.get(part.name)
         if record is not None and len(content) != record.bytes:
             raise ValueError(f"it has {len(content)} bytes, but was written with {record.bytes}")
         if record is not None and hashlib.sha256(content).hexdigest() != record.sha256:
@@ -153,7 +153,7 @@ class Manifest:
 def _read_list(path: OutputPath) -> list[_Record]:
     """Read a list; a last line that is incomplete, of a process that was killed, is left out."""
     try:
-        lines = read_file(path).decode().split("\n")[:-1]
+        lines = read_regular(path).decode().split("\n")[:-1]
         return [_Record(**json.loads(line)) for line in lines]
     except (OSError, ValueError, TypeError, RecursionError) as error:
         reason = " ".join(str(error).split())[:200]

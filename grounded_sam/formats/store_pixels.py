@@ -10,10 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from grounded_sam.errors import ConfigError, ImageError
+from grounded_sam.formats.store_files import StoredFile
 from grounded_sam.media.files import is_video_file
-from grounded_sam.media.images import read_image
 from grounded_sam.media.prefetch import Prefetch
 from grounded_sam.media.video import VideoDecoder, downscale
+from grounded_sam.structures.frame import read_file
 
 #: Number of frames that are decoded ahead.
 AHEAD = 4
@@ -64,7 +65,7 @@ class StoredPixels:
 
     Attributes:
         name: Name of the image, for messages.
-        path: Image or video file; None for a camera or stream.
+        file: Image or video file.
         index: Frame number in a video; None for an image.
         size_hw: Height and width that it was stored with.
         max_pixels: Larger images are refused before they are decoded.
@@ -72,7 +73,7 @@ class StoredPixels:
     """
 
     name: str
-    path: str | None
+    file: StoredFile
     index: int | None
     size_hw: tuple[int, int]
     max_pixels: int
@@ -84,15 +85,18 @@ class StoredPixels:
         Raises:
             ImageError: If the file is missing or damaged, or the image has another size now.
         """
-        if self.path is None:
+        place = self.file.place
+        if place is None:
             raise ImageError(f"{self.name}: its pixels cannot be read again, because it came from a camera or a stream")
-        if self.video is not None and self.index is not None and is_video_file(self.path):
-            return self.video.read(self.path, self.index, self.size_hw)
-        image = read_image(self.path, self.max_pixels)
+        if self.file.refused:
+            raise ImageError(self.file.refusal())
+        if self.video is not None and self.index is not None and is_video_file(place):
+            return self.video.read(str(place), self.index, self.size_hw)
+        image = read_file(place, self.max_pixels)
         height, width = self.size_hw
         if self.index is not None:  # frames may have been scaled down
             image = downscale(image, (width, height))
         if image.shape[:2] != self.size_hw:
             stored = f"{width}x{height} px"
-            raise ImageError(f"{self.path}: {image.shape[1]}x{image.shape[0]} px, but it was stored as {stored}")
+            raise ImageError(f"{place}: {image.shape[1]}x{image.shape[0]} px, but it was stored as {stored}")
         return image

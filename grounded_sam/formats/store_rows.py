@@ -2,28 +2,32 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from grounded_sam.errors import ConfigError
+from grounded_sam.errors import ConfigError, MissingObjectError, RemoteError
 from grounded_sam.formats.segmentations import all_counts_problem
 from grounded_sam.formats.store_checks import CHECKED_COLUMNS, table_problem
+from grounded_sam.formats.store_files import name_in_video
 from grounded_sam.formats.store_index import INDEX_COLUMNS, RowIndex, StoreIndex, video_key
 from grounded_sam.formats.store_manifest import Manifest, sequence_of
 from grounded_sam.formats.store_objects import Row, merge_decisions, owner_id, with_object_ids
 from grounded_sam.formats.store_runs import runs_by_fingerprint, store_vocabulary
 from grounded_sam.formats.store_schema import SCHEMA
 from grounded_sam.media.images import MAX_PIXELS
-from grounded_sam.output.paths import OutputPath
+from grounded_sam.output.paths import OutputPath, RemotePath
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.vocabulary import Vocabulary
 
 #: Number of parts that are kept in memory; the rows of shards interleave, so several are in use at a time.
 MAX_CACHED_PARTS = 16
+#: Number of parts at an address that are read at a time.
+READ_AHEAD = 8
 
 
 class DamagedPartError(ConfigError):
@@ -38,11 +42,25 @@ class DamagedPartError(ConfigError):
     """
 
     def __init__(self, part: OutputPath, reason: str) -> None:
-        self.reason = f"cannot be read ({reason})"
+        self.reason = reason
         super().__init__(
-            f"{part} {self.reason}; delete it, and its images are processed again when the command that made the store "
-            "is run again"
+            f"{part} cannot be read ({reason}); delete it, and its images are processed again when the command that "
+            "made the store is run again"
         )
+
+
+def read_ahead(read: Callable[[OutputPath], bytes], parts: Sequence[OutputPath]) -> Iterator[Callable[[], bytes]]:
+    """Yield for each part a function that returns its content; at an address, several parts are read ahead."""
+    if not parts or not isinstance(parts[0], RemotePath):
+        yield from (partial(read, part) for part in parts)
+        return
+    with ThreadPoolExecutor(READ_AHEAD, "parts") as pool:
+        ahead: deque[Future[bytes]] = deque()
+        for part in parts:
+            ahead.append(pool.submit(read, part))
+            if len(ahead) >= READ_AHEAD:
+                yield ahead.popleft().result
+        yield from (future.result for future in ahead)
 
 
 class StoreRows:
@@ -104,9 +122,10 @@ class StoreRows:
             self.parts, self.damaged_parts, self._listed = [], {}, []
             self.index, self._is_finished = StoreIndex(), False
             self._tables: OrderedDict[int, pa.Table] = OrderedDict()
-        for part in parts[len(self._listed) :]:
+        new = parts[len(self._listed) :]
+        for part, content in zip(new, read_ahead(self._manifest.read, new), strict=True):
             try:
-                self._index_part(part)
+                self._index_part(part, content)
             except DamagedPartError as error:
                 if not self.set_aside:
                     raise
@@ -117,25 +136,26 @@ class StoreRows:
             self.names, self._is_finished = self.index.finish(), True
             self._keys_by_owner: dict[str, list[str]] | None = None
 
-    def _index_part(self, part: OutputPath) -> None:
+    def _index_part(self, part: OutputPath, content: Callable[[], bytes]) -> None:
         """Check a part and add it to the index."""
-        table = self._read_part(part, sorted({*INDEX_COLUMNS, *CHECKED_COLUMNS}))
+        table = self._read_part(part, content, sorted({*INDEX_COLUMNS, *CHECKED_COLUMNS}))
         if (reason := table_problem(table, self._classes, self.max_pixels)) is not None:
-            raise self._damaged(part, reason)
+            raise DamagedPartError(part, reason)
         if self.index.add(len(self.parts), table):
             self._is_finished = False
         self.parts.append(part)
 
-    def _read_part(self, part: OutputPath, columns: list[str] | None = None) -> pa.Table:
+    def _read_part(self, part: OutputPath, content: Callable[[], bytes], columns: list[str] | None = None) -> pa.Table:
         """Read a part, and compare it with its checksums."""
+        options = {"columns": columns, "schema": SCHEMA, "page_checksum_verification": True}
         try:
-            content = pa.BufferReader(self._manifest.read(part))
-            return pq.read_table(content, columns=columns, schema=SCHEMA, page_checksum_verification=True)
+            return pq.read_table(pa.BufferReader(content()), **options)
+        except RemoteError as error:
+            if not isinstance(error, MissingObjectError):  # of the server, not of the part
+                raise
+            raise DamagedPartError(part, "no such object") from error
         except (pa.ArrowException, OSError, ValueError) as error:
-            raise self._damaged(part, " ".join(str(error).split())[:200]) from error
-
-    def _damaged(self, part: OutputPath, reason: str) -> DamagedPartError:
-        return DamagedPartError(part, reason)
+            raise DamagedPartError(part, " ".join(str(error).split())[:200]) from error
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -198,7 +218,8 @@ class StoreRows:
     def _table(self, part: int) -> pa.Table:
         """Return the rows of a part, read anew if they are not among those last used."""
         if part not in self._tables:
-            self._tables[part] = self._read_part(self.parts[part]).combine_chunks()
+            path = self.parts[part]
+            self._tables[part] = self._read_part(path, partial(self._manifest.read, path)).combine_chunks()
             while len(self._tables) > MAX_CACHED_PARTS:
                 self._tables.popitem(last=False)
         self._tables.move_to_end(part)
@@ -249,7 +270,7 @@ class StoreRows:
         """Check the masks of some objects of an image."""
         counts = [row["counts"] for row in objects if row["counts"] is not None]
         if (reason := all_counts_problem(counts, image["height"] * image["width"])) is not None:
-            raise self._damaged(self.parts[part], f"{image['file']}: {reason}")
+            raise DamagedPartError(self.parts[part], f"{image['file']}: {reason}")
 
     def owner_and_name(self, key: str, image: Row) -> tuple[str, str]:
         """Return the name of an image twice, or the names of a video and of its frame.
@@ -295,8 +316,3 @@ def is_about(decision: Row, image: Row) -> bool:
     """Return whether a decision is about an image with the same content."""
     columns = ("digest", "width", "height")
     return all(decision[column] == image[column] for column in columns)
-
-
-def name_in_video(row: Mapping[str, Any]) -> str:
-    """Return the name of a row without that of its video, which stores of earlier versions leave out."""
-    return str(row["file"]) if row["video"] is None else str(row["file"]).removeprefix(f"{row['video']}/")

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from grounded_sam.errors import ConfigError, VocabularyError, redact, shorten
-from grounded_sam.files import atomic_write_text, home_path, read_file, require_regular
+from grounded_sam.files import atomic_write_text, home_path, read_regular, require_regular
 from grounded_sam.formats.store_migrations import class_name, migrate_settings, migrate_vocabulary
 from grounded_sam.output.paths import OutputPath, RemotePath
 from grounded_sam.remote import Location
@@ -229,7 +229,7 @@ def runs_by_fingerprint(folder: OutputPath) -> dict[str, StoreRun]:
     runs = {}
     for path in folder.glob("_run-*.json"):
         try:
-            content = json.loads(read_file(path).decode())
+            content = json.loads(read_regular(path).decode())
             if (schema := content["schema"]) > VERSION:
                 raise ConfigError(
                     f"{folder} has schema version {schema}; this version of grounded_sam reads up to {VERSION}"

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
-import io
 import json
 import os
-import time
 import uuid
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,15 +11,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import supervision as sv
 
 from grounded_sam.errors import ConfigError, count_of
-from grounded_sam.files import atomic_write
 from grounded_sam.formats.store import StoreReader, renamed
-from grounded_sam.formats.store_index import file_state, video_key
-from grounded_sam.formats.store_manifest import PartList, part_name, sequence_of
+from grounded_sam.formats.store_index import file_state
+from grounded_sam.formats.store_manifest import sequence_of
 from grounded_sam.formats.store_objects import (
     Row,
     detections_from_rows,
@@ -31,12 +25,12 @@ from grounded_sam.formats.store_objects import (
     object_ids,
     object_rows,
 )
-from grounded_sam.formats.store_rows import is_about
-from grounded_sam.formats.store_runs import StoreRun, file_digest, oldest_first, read_runs
+from grounded_sam.formats.store_parts import PartBuffer
+from grounded_sam.formats.store_runs import StoreRun, file_digest, oldest_first
 from grounded_sam.formats.store_schema import SCHEMA
-from grounded_sam.formats.store_share import KnownFile, StoreShare
+from grounded_sam.formats.store_share import KnownFile, KnownFiles, StoreShare, state_columns, stored_path
 from grounded_sam.media.images import MAX_PIXELS
-from grounded_sam.output.paths import OutputPath, RemotePath
+from grounded_sam.output.paths import OutputPath
 from grounded_sam.remote import Location
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.items import FileContent
@@ -49,19 +43,8 @@ class StoreWriter:
     """Write results as rows of part files; see `formats.store` for the format.
 
     A part is written when it has enough images or is old enough. It appears in the store when it is complete, so an
-    interruption of any kind loses at most the part in memory. Several processes may write into one folder: parts have
-    unique names, and every process lists its own. Where they work for one run, one of them opens the store, claims the
-    output and looks up what is stored; the others write what they computed and read nothing:
-
-        share = writer.share()                       # of the one that opened the store; can be pickled
-        known = writer.known(name, files)            # for each file that `lookup` did not find; nearly always None
-
-        writer = StoreWriter.join(share)             # in another process
-        writer.expect(known)                         # if it is not None
-        writer.write(result)                         # its frame has `content`, or `known` has the columns
-        writer.skip(Skipped(name, reason))
-        writer.flush()                               # now all of that is stored
-        writer.close(complete=True)
+    interruption of any kind loses at most the part in memory. Several processes may write into one folder, see
+    `store_share.StoreShare`.
 
     Args:
         folder: Folder of the store; created with the first part.
@@ -72,7 +55,7 @@ class StoreWriter:
         resume: `same` refuses a store that was made with other settings; `extend` adds to it; `replace` also processes
             again what was stored with other settings. What people decided stays in each case.
         max_pixels: Stored images that are larger are refused.
-        share: What another process has found out, which opened the store; see `join`.
+        share: Of another process, which opened the store; see `join`.
 
     Attributes:
         images: Number of images and frames written so far.
@@ -95,73 +78,38 @@ class StoreWriter:
         max_pixels: int = MAX_PIXELS,
         share: StoreShare | None = None,
     ) -> None:
-        if isinstance(folder, Path) and folder.is_symlink():
-            raise ConfigError(
-                f"{folder} is a link to {os.readlink(folder)}, and nothing is written through links inside an output; "
-                "remove the link, or choose another output"
-            )
-        self.folder, self.vocabulary = folder, vocabulary
-        self.part_images, self.part_seconds = part_images, part_seconds
-        self.images = self.objects = 0
+        _check_no_link(folder)
+        self.folder, self.vocabulary, self.images, self.objects = folder, vocabulary, 0, 0
         self._run = StoreRun.current(settings, vocabulary) if share is None else share.run
-        self._replaces, self._is_opened, self._max_pixels = resume == "replace", share is None, max_pixels
-        self._reader = StoreReader(
-            folder, max_pixels, classes=vocabulary.classes, set_aside=True, is_read=share is None
-        )
-        if resume == "same" and share is None:
-            _check_settings(self._run, self._reader)
-        has_classes = len(self._reader) and any(folder.glob("_run-*.json"))  # a damaged one may have been deleted
-        self._classes = vocabulary.merged_with(self._reader.vocabulary) if has_classes else vocabulary
-        self._known: dict[str, KnownFile] = {}  # what another process found out about files, by name
-        self._contents: dict[str, dict[str, Any]] = {}  # columns of files that are not stored yet, by name
-        self._list = PartList(folder)
-        self._sequence = max(map(sequence_of, self._reader.parts), default=0)
-        if share is not None:
-            self._classes, self._sequence = share.classes, share.sequence
-        self._rows: list[dict[str, Any]] = []
-        self._part_images, self._part_start = 0, time.monotonic()
+        self._replaces, self._is_opened, classes = resume == "replace", share is None, vocabulary.classes
+        self._reader = StoreReader(folder, max_pixels, classes=classes, set_aside=True, is_read=self._is_opened)
+        if share is None:
+            if resume == "same":
+                _check_settings(self._run, self._reader)
+            has_classes = len(self._reader) and any(folder.glob("_run-*.json"))  # a damaged one may have been deleted
+            known = vocabulary.merged_with(self._reader.vocabulary) if has_classes else vocabulary
+            sequence = max(map(sequence_of, self._reader.parts), default=0)
+            place = folder.absolute() if isinstance(folder, Path) else folder
+            share = StoreShare(place, self._run, vocabulary, known, sequence, part_images, part_seconds, max_pixels)
+        self._share, self._classes, self._files = share, share.classes, KnownFiles()
+        self._parts = PartBuffer(folder, self._run, share.sequence, share.part_images, share.part_seconds)
         self._searched = _SearchedClasses(self._run, vocabulary)
         self._noted: dict[str, dict[str, Any]] = {}  # rows of skipped files of this run, by name
         self._video_row: dict[str, Any] | None = None  # of the video that is being written
-        self._failed = False
         self.decisions: Counter[str] = Counter()
 
     def share(self) -> StoreShare:
         """Return what other processes need to write into the store for this run; see the class."""
-        return StoreShare(
-            folder=self.folder if isinstance(self.folder, RemotePath) else self.folder.absolute(),
-            run=self._run,
-            vocabulary=self.vocabulary,
-            classes=self._classes,
-            sequence=self._sequence,
-            part_images=self.part_images,
-            part_seconds=self.part_seconds,
-            max_pixels=self._max_pixels,
-        )
+        return self._share
 
     @classmethod
     def join(cls, share: StoreShare) -> StoreWriter:
-        """Return a writer into a store that another process has opened; it reads nothing.
-
-        Args:
-            share: Of the writer that opened it.
-        """
-        amounts = share.part_images, share.part_seconds
-        return cls(share.folder, share.vocabulary, {}, *amounts, max_pixels=share.max_pixels, share=share)
+        """Return a writer into a store that another process has opened; it reads nothing."""
+        return cls(share.folder, share.vocabulary, {}, max_pixels=share.max_pixels, share=share)
 
     def known(self, name: str, files: Sequence[Path | Location], is_video: bool = False) -> KnownFile | None:
-        """Return what the store knows of a file that `lookup` did not find, for `expect`; None for nothing.
-
-        Args:
-            name: Name of the image or video.
-            files: Its files.
-            is_video: Whether it is a video.
-        """
-        columns = self._contents.pop(name, {})
-        path = columns.get("path") or _stored_path(files[0])
-        key, rows = video_key(path, name) if is_video else path, self._reader.rows
-        known = KnownFile(name, rows.names.peek(key, name), columns, tuple(rows.all_decisions(key)))
-        return known if columns or known.decisions or known.unique_name != name else None
+        """Return what the store knows of a file that `lookup` did not find, for `expect`; None for nothing."""
+        return self._files.known(self._reader.rows, name, files, is_video)
 
     def has_name(self, name: str, files: Sequence[Path | Location]) -> bool:
         """Return whether the store has an image or video of this name or path, with whatever content."""
@@ -169,9 +117,7 @@ class StoreWriter:
 
     def expect(self, known: KnownFile) -> None:
         """Take over what the process that opened the store knows of a file that is about to be written."""
-        self._known[known.name] = known
-        if known.columns:
-            self._contents[known.name] = dict(known.columns)
+        self._files.expect(known)
 
     def output_classes(self) -> Vocabulary:
         """Return the classes of the run, followed by those stored before."""
@@ -190,10 +136,10 @@ class StoreWriter:
         A file of the same path, size and time of change is not read, nor is an object of the same address, size and
         tag; others are compared by digest. The results have the class ids of `output_classes`.
         """
-        path = _stored_path(files[0]) if len(files) == 1 else None
+        path = stored_path(files[0]) if len(files) == 1 else None
         key = digest = None
         try:
-            columns = _state_columns(files[0], content)  # before the content is read: a change is noticed later
+            columns = state_columns(files[0], content)  # before the content is read: a change is noticed later
             if path is not None and content is None:
                 key = self._reader.find_unchanged(name, path, file_state(*columns.values()))
             if key is None or (may_read and self._is_replaced(key)):
@@ -206,9 +152,8 @@ class StoreWriter:
         if key is None or self._is_replaced(key):
             if digest is None:
                 return None
-            self._contents[name] = {"digest": digest, **columns}
-            if key is not None and len(files) == 1:  # where it was moved from, so that it stays one image
-                self._contents[name]["path"] = self._reader.path_of(key)
+            moved_from = {} if key is None or len(files) > 1 else {"path": self._reader.path_of(key)}  # stays one image
+            self._files.note(name, {"digest": digest, **columns, **moved_from})
             return None
         self._searched.note(self._reader.run_of(key), name)
         return self._reader.read(key, self._classes, files)
@@ -233,9 +178,8 @@ class StoreWriter:
     def named(self, frame: Frame) -> Frame:
         """Return a frame under a name that no other file of the store has; see `StoreReader.named`."""
         if self._is_opened:
-            return self._reader.named(frame, self._path(frame))
-        known = self._known.get(frame.video or frame.name)
-        return frame if known is None else renamed(frame, known.unique_name)
+            return self._reader.named(frame, self._files.path(frame))
+        return renamed(frame, self._files.unique_name(frame))
 
     def reviewed(self, result: FrameResult) -> FrameResult:
         """Return a result under its name in the store, with ids of its objects and with what people decided about them.
@@ -249,38 +193,18 @@ class StoreWriter:
         """
         frame = self.named(result.frame)
         predicted = FrameResult(frame=result.frame, detections=_with_ids(result.raw, frame))
-        digest = self._columns_of_file(result.frame).get("digest")
-        decisions = self._reader.rows.decisions_on(result.frame, self._path(result.frame), digest)
-        decisions += self._known_decisions(result.frame, digest)
+        digest = self._files.columns(result.frame).get("digest")
+        decisions = self._reader.rows.decisions_on(result.frame, self._files.path(result.frame), digest)
+        decisions += self._files.decisions(result.frame)
+        if not decisions and frame is result.frame:
+            return predicted
         if not decisions:
-            if frame is result.frame:
-                return predicted
             return FrameResult(frame=frame, detections=predicted.raw, predicted=predicted)
-        for row in decisions:
-            self.decisions[row["status"]] += row["status"] != "predicted"
+        self.decisions.update(row["status"] for row in decisions if row["status"] != "predicted")
         rows = merge_decisions(_object_rows(predicted), decisions, self._run.fingerprint, frame.size_hw)
-        known = in_vocabulary(rows, self._classes)
-        merged = detections_from_rows(known, frame.size_hw, self._classes, tracked=frame.video is not None)
+        known, tracked = in_vocabulary(rows, self._classes), frame.video is not None
+        merged = detections_from_rows(known, frame.size_hw, self._classes, tracked=tracked)
         return FrameResult(frame=frame, detections=merged, predicted=predicted)
-
-    def _known_decisions(self, frame: Frame, digest: str | None) -> list[Row]:
-        """Return the decisions about a frame that came with `expect`."""
-        known = self._known.get(frame.video or frame.name)
-        index, (height, width) = None if frame.video is None else frame.index, frame.size_hw
-        image = {"digest": digest, "width": width, "height": height}
-        return [row for row in known.decisions if row["frame"] == index and is_about(row, image)] if known else []
-
-    def _path(self, frame: Frame) -> str | None:
-        """Return the path of a frame's file as it is stored, or will be."""
-        path = self._contents.get(frame.video or frame.name, {}).get("path")
-        return path if path is not None or frame.file is None else _stored_path(frame.file)
-
-    def _columns_of_file(self, frame: Frame) -> dict[str, Any]:
-        """Return what is known of the file of a frame, from `lookup` or with the frame itself."""
-        known = self._contents.get(frame.video or frame.name)
-        if known is not None or frame.content is None or frame.file is None:
-            return known or {}
-        return {"digest": frame.content.digest, **_state_columns(frame.file, frame.content)}
 
     def write(self, result: FrameResult) -> None:
         """Write one result.
@@ -297,27 +221,26 @@ class StoreWriter:
             self._end_video()
         columns = self._frame_columns(frame)
         record = json.dumps(dict(frame.record)) if frame.record else None
-        self._rows.append({"kind": "image", **columns, "objects": len(detections), "record": record})
-        self._rows += [{"kind": "object", **columns, **row} for row in object_rows(detections)]
+        rows = [{"kind": "image", **columns, "objects": len(detections), "record": record}]
+        rows += [{"kind": "object", **columns, **row} for row in object_rows(detections)]
         if frame.name in self._noted:  # used in part; a note before the image would be taken for one of an earlier run
-            self._rows.append(self._noted[frame.name])
+            rows.append(self._noted[frame.name])
         self.images += 1
         self.objects += len(detections)
-        self._part_images += 1
-        if self._part_images >= self.part_images or time.monotonic() - self._part_start >= self.part_seconds:
-            self.flush()
+        self._parts.add(rows, images=1)
 
     def _frame_columns(self, frame: Frame) -> dict[str, Any]:
         """Return the columns that an image row and its object rows have in common."""
         height, width = frame.size_hw
-        columns: dict[str, Any] = {"file": frame.name, "path": self._path(frame), "fingerprint": self._run.fingerprint}
-        columns |= {"width": width, "height": height, "time_s": frame.time_s}
+        columns: dict[str, Any] = {
+            "file": frame.name,
+            "path": self._files.path(frame),
+            "fingerprint": self._run.fingerprint,
+        }
+        columns |= {"width": width, "height": height, "time_s": frame.time_s, **self._files.columns(frame)}
         if frame.video is None:
-            columns |= self._columns_of_file(frame)
-            self._contents.pop(frame.name, None)
-            self._known.pop(frame.name, None)
+            self._files.forget(frame.name)
             return columns
-        columns |= self._contents.get(frame.video, {})
         if self._video_row is None:
             self._video_row = {**columns, "kind": "video", "file": frame.video, "video": frame.video, "time_s": None}
             self._video_row |= {"take": uuid.uuid4().hex, "frame": 0}
@@ -329,8 +252,8 @@ class StoreWriter:
         if self.note(skipped.file) == skipped:
             return
         row = {"kind": "skipped", "file": skipped.file, "reason": skipped.reason, "fingerprint": self._run.fingerprint}
-        self._noted[skipped.file] = {**row, **self._contents.get(skipped.file, {})}
-        self._rows.append(self._noted[skipped.file])
+        self._noted[skipped.file] = {**row, **self._files.noted(skipped.file)}
+        self._parts.add([self._noted[skipped.file]])
 
     def leave_incomplete(self, video: str) -> None:
         """Take back that a video, whose last frame is written, will be complete: a later run processes it again."""
@@ -346,48 +269,39 @@ class StoreWriter:
         Raises:
             ConfigError: If it cannot be written.
         """
-        if self._failed:
+        if self._parts.has_failed:
             return
         if complete:
             self._end_video()
         self.flush()
-        if complete and self._is_opened and self.folder.is_dir():
+        if complete and self._is_opened:
             rows = self._reader.rows
-            for name in {*rows.missing_parts, *rows.damaged_parts} - rows.known_lost:
-                self._list.add_lost(name)
-            if all(run.fingerprint != self._run.fingerprint for run in read_runs(self.folder)):  # it was deleted
-                self._run.write(self.folder, datetime.datetime.now(datetime.UTC).isoformat())
+            self._parts.finish({*rows.missing_parts, *rows.damaged_parts} - rows.known_lost)
 
     def _end_video(self) -> None:
         """Write that a video is complete, at once: processing it may have taken hours."""
         if self._video_row is not None:
-            self._contents.pop(self._video_row["video"], None)
-            self._known.pop(self._video_row["video"], None)
-            self._rows.append(self._video_row)
+            self._files.forget(self._video_row["video"])
+            self._parts.add([self._video_row])
             self._video_row = None
             self.flush()
 
     def flush(self) -> None:
-        """Write the rows in memory as a part, and the run file if there is none yet.
+        """Write the rows in memory as a part.
 
         Raises:
             ConfigError: If they cannot be written.
         """
-        if not self._rows:
-            return
-        self._sequence += 1
-        try:
-            if not self._list.is_begun or isinstance(self.folder, Path):  # looking is a request at an address
-                self._run.write(self.folder, datetime.datetime.now(datetime.UTC).isoformat())
-            write_part(self.folder, self._sequence, self._rows, self._list)
-        except OSError as error:
-            self._failed = True
-            reason = os.strerror(error.errno) if error.errno else " ".join(str(error).split())
-            raise ConfigError(
-                f"cannot write into {self.folder}: {reason}; what was stored before is intact, and running the same "
-                "command again continues from there"
-            ) from error
-        self._rows, self._part_images, self._part_start = [], 0, time.monotonic()
+        self._parts.flush()
+
+
+def _check_no_link(folder: OutputPath) -> None:
+    """Check that the folder of a store is not a link."""
+    if isinstance(folder, Path) and folder.is_symlink():
+        raise ConfigError(
+            f"{folder} is a link to {os.readlink(folder)}, and nothing is written through links inside an output; "
+            "remove the link, or choose another output"
+        )
 
 
 def _check_settings(current: StoreRun, reader: StoreReader) -> None:
@@ -456,59 +370,3 @@ def _with_ids(detections: sv.Detections, frame: Frame) -> sv.Detections:
 def _object_rows(result: FrameResult) -> list[Row]:
     """Return the object rows of a result, with all columns."""
     return [{**dict.fromkeys(SCHEMA.names), **row} for row in object_rows(result.packed)]
-
-
-def write_part(folder: OutputPath, sequence: int, rows: list[dict[str, Any]], parts: PartList) -> OutputPath:
-    """Write rows as a part, and list it with its checksum.
-
-    It appears in the store when it is complete: on this machine it is renamed into place, and at an address it is made
-    in memory and written with one request.
-
-    Args:
-        folder: Folder of the store.
-        sequence: Position of the part in the store.
-        rows: The rows.
-        parts: List of the parts of this process.
-
-    Returns:
-        The part.
-
-    Raises:
-        OSError: If it cannot be written.
-    """
-    stamp = f"{datetime.datetime.now(datetime.UTC):%Y%m%dT%H%M%S.%f}-{uuid.uuid4().hex[:8]}"
-    path, table = folder / part_name(sequence, stamp), pa.Table.from_pylist(rows, SCHEMA)
-    if isinstance(path, RemotePath):
-        buffer = io.BytesIO()
-        pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
-        content = buffer.getvalue()
-        path.write_bytes(content, create=True)
-    else:
-        with atomic_write(path) as part:
-            pq.write_table(table, part, compression="zstd", write_page_checksum=True)
-            with part.open("rb") as written:
-                os.fsync(written.fileno())
-        content = path.read_bytes()
-    parts.add(path, content)
-    return path
-
-
-def _stored_path(file: Path | Location) -> str:
-    """Return the absolute path or the address of a file, as it is stored."""
-    if isinstance(file, Location):
-        return str(file)
-    return os.fsencode(file.absolute()).decode("utf-8", "backslashreplace")
-
-
-def _state_columns(file: Path | Location, content: FileContent | None) -> dict[str, Any]:
-    """Return the columns that tell whether a file has changed, without reading it.
-
-    Raises:
-        OSError: If there is no such file.
-    """
-    if content is not None:
-        return {"bytes": content.size, "mtime_ns": content.modified_ns, "etag": content.etag}
-    if isinstance(file, Location):
-        return {"bytes": file.size, "mtime_ns": file.modified_ns, "etag": file.etag}
-    status = file.stat()
-    return {"bytes": status.st_size, "mtime_ns": status.st_mtime_ns, "etag": None}

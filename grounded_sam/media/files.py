@@ -17,6 +17,7 @@ from grounded_sam.media.images import open_image, safe_formats
 from grounded_sam.media.unread import unread_reason
 from grounded_sam.output.claim import read_listing
 from grounded_sam.output.paths import STATE
+from grounded_sam.remote import Location
 
 # fmt: off
 #: Suffixes of video files, all of which PyAV reads.
@@ -117,13 +118,13 @@ def image_files(files: Iterable[Path]) -> list[Path]:
     return [path for path in files if path.suffix.lower() in suffixes or (not path.suffix and _is_image(path))]
 
 
-def is_video_file(path: str | Path) -> bool:
-    """Return whether a path has the suffix of a video.
+def is_video_file(path: str | Path | Location) -> bool:
+    """Return whether a path or an address has the suffix of a video.
 
     >>> is_video_file("clip.MP4")
     True
     """
-    return Path(path).suffix.lower() in VIDEO_SUFFIXES
+    return (Path(path) if isinstance(path, str) else path).suffix.lower() in VIDEO_SUFFIXES
 
 
 def is_media_name(path: str | Path) -> bool:

@@ -201,16 +201,20 @@ def displayed_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
 
 
 @contextmanager
-def open_image(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+def open_image(path: str | os.PathLike[str] | bytes, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
     """Open an image file whose format and size are safe to decode, inside the guards of `guarded`.
 
     Args:
-        path: The file.
+        path: The file, or its content.
         max_pixels: Largest number of pixels; see `read_image`.
 
     Raises:
         ImageError: See `read_image`.
     """
+    if isinstance(path, bytes):
+        with _guards("image"), _open(path, max_pixels) as image:
+            yield image
+        return
     with guarded(path) as file, _open(file, max_pixels) as image:
         yield image
 

@@ -14,6 +14,8 @@ from typing import Any, Generic, TypeVar
 
 #: Threads that decode or draw beside the models; one where there are few cores, which the models use.
 WORKERS = max(1, min(8, (os.cpu_count() or 1) // 4))
+#: Threads that wait for servers.
+FETCHERS = 16
 
 S = TypeVar("S")
 T = TypeVar("T")

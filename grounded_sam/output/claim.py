@@ -94,7 +94,7 @@ class ClaimedFolder:
             is_copy: Whether it is the copy of an input, which later runs may replace, but do not remove.
         """
         name = self._name(path)
-        digest = GROWING if content is None else file_state(content)
+        digest = GROWING if content is None else content_state(content)
         if is_copy and content is not None and not content.is_symlink():
             digest = COPY + digest
         with self._record_lock, self._listing.open("a", encoding="ascii") as file:
@@ -109,7 +109,7 @@ class ClaimedFolder:
         """
         name = self._name(path)
         if name in self._earlier and self._is_unchanged(path, name):
-            state = file_state(path)
+            state = content_state(path)
             self._written[name] = COPY + state if COPY + state in self._earlier[name] else state
 
     def remove_stale(self, folder: Path) -> tuple[list[Path], list[Path]]:
@@ -153,7 +153,7 @@ class ClaimedFolder:
 
     def _is_unchanged(self, path: Path, name: str) -> bool:
         states = {state.removeprefix(COPY) for state in self._earlier[name]}
-        return file_state(path) in states or (GROWING in states and not path.is_symlink())
+        return content_state(path) in states or (GROWING in states and not path.is_symlink())
 
     def check_folder(self, folder: Path) -> None:
         """Check that no folder from the claimed one down to a folder is a link.
@@ -260,7 +260,7 @@ def check_output(path: OutputPath) -> None:
         claimed.check(path)  # type: ignore[arg-type]  # the path in a claim is of its kind
 
 
-def file_state(path: Path) -> str:
+def content_state(path: Path) -> str:
     """Return the SHA-256 of a file, or the target of a link."""
     if path.is_symlink():
         return f"link to {os.readlink(path)}"

@@ -210,17 +210,22 @@ class RemotePath:
         if size <= _ONE_REQUEST or protocol_of(self.address) not in _UPLOADS:
             self.write_bytes(file.read())
             return
-        with convert_remote_errors(self.address):
-            upload = fs.open(key, "wb", autocommit=False)
+
+        def upload() -> None:
+            file.seek(0)
+            target = fs.open(key, "wb", autocommit=False)
             try:
-                shutil.copyfileobj(file, upload, 2**23)
-                upload.close()  # sends the rest
-                upload.commit()
+                shutil.copyfileobj(file, target, 2**23)
+                target.close()  # sends the rest
+                target.commit()
             except BaseException:
-                upload.closed = True  # else it would be completed when it is garbage
+                target.closed = True  # else it would be completed when it is garbage
                 with suppress(Exception):
-                    upload.discard()
+                    target.discard()
                 raise
+
+        with convert_remote_errors(self.address):
+            retry(upload)
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Delete the file.

@@ -23,7 +23,7 @@ from typing import Any
 from grounded_sam.errors import ConfigError
 from grounded_sam.output.paths import STATE, RemotePath
 
-#: Seconds from one sign of life of a lock to the next, and after which a lock without any is that of a process that ended.
+#: Seconds from one sign of life of a lock to the next, and without one until it is taken for that of an ended process.
 BEAT_S, STALE_S = 10.0, 60.0
 
 

@@ -44,6 +44,7 @@ class OpenStore:
     Args:
         folder: Folder of the store.
         max_pixels: A store with larger pictures is refused.
+        roots: Addresses below which addresses in the store may be opened.
 
     Raises:
         ConfigError: If it is damaged.
@@ -52,14 +53,14 @@ class OpenStore:
         folder: Folder of the store.
     """
 
-    def __init__(self, folder: Path, max_pixels: int) -> None:
-        self.folder, self._max_pixels = folder, max_pixels
+    def __init__(self, folder: Path, max_pixels: int, roots: Sequence[str] = ()) -> None:
+        self.folder, self._max_pixels, self._roots = folder, max_pixels, roots
         self._lock = threading.RLock()
         self._open()
 
     def _open(self) -> None:
         """Open the store, and forget what was read before."""
-        self._reader = StoreReader(self.folder, self._max_pixels)
+        self._reader = StoreReader(self.folder, self._max_pixels, roots=self._roots)
         self._editor = StoreEditor(self.folder, self._max_pixels, self._reader.rows)
         self._state: dict[str, tuple[int, int]] = {}
         self._versions: dict[str, Version] = {}

@@ -8,6 +8,7 @@ from pathlib import Path
 from grounded_sam.errors import ConfigError
 from grounded_sam.files import home_path
 from grounded_sam.media.files import find_files
+from grounded_sam.remote import Location, below, is_address
 from grounded_sam.serve.problems import RequestError
 
 #: Prefix of the names of the package's own examples.
@@ -23,10 +24,11 @@ class Roots:
     refused in the same words whether it exists or not.
 
     Args:
-        folders: The roots.
+        folders: The roots; addresses are those below which addresses in stores may be opened.
 
     Attributes:
-        folders: The roots, resolved.
+        folders: The folders among the roots, resolved.
+        addresses: The addresses among the roots.
 
     Raises:
         ConfigError: If one is not a folder.
@@ -38,14 +40,19 @@ class Roots:
 
     def __init__(self, folders: Sequence[str | Path]) -> None:
         self.folders: list[Path] = []
+        self.addresses = [str(folder) for folder in folders if is_address(folder)]
         for folder in folders:
+            if is_address(folder):
+                continue
             path = home_path(folder)
             if not path.is_dir():
                 raise ConfigError(f"serve.roots: folder {folder} does not exist")
             self.folders.append(path.resolve())
 
-    def contains(self, path: Path) -> bool:
-        """Return whether a path is in one of the roots, after all links in it are followed."""
+    def contains(self, path: Path | Location) -> bool:
+        """Return whether a path is in one of the roots, after all links in it are followed, or an address below one."""
+        if isinstance(path, Location):
+            return any(below(root, str(path)) is not None for root in self.addresses)
         try:
             resolved = path.resolve()
         except (OSError, RuntimeError, ValueError):

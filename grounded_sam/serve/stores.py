@@ -12,6 +12,7 @@ from PIL import Image
 from grounded_sam.errors import ConfigError
 from grounded_sam.files import home_path
 from grounded_sam.formats.store import find_store
+from grounded_sam.remote import Location
 from grounded_sam.serve.memory import ByteLimited
 from grounded_sam.serve.objects import jpeg
 from grounded_sam.serve.open_store import OpenStore
@@ -57,7 +58,7 @@ class Stores:
             folder = find_store(self.folders[name])
             store = self._open.get(name)
             if store is None or store.folder != folder:
-                store = self._open[name] = OpenStore(folder, self._max_pixels)
+                store = self._open[name] = OpenStore(folder, self._max_pixels, self._roots.addresses)
         store.refresh()
         return store
 
@@ -98,6 +99,8 @@ class Stores:
         frame = self._readable(name, picture_id)
         if frame.video is None and frame.file is not None:
             try:
+                if isinstance(frame.file, Location):
+                    return uploads.add(io.BytesIO(frame.file.read_bytes()), frame.name, "picture", check)
                 with frame.file.open("rb") as file:
                     return uploads.add(file, frame.name, "picture", check)
             except OSError as error:

@@ -32,7 +32,7 @@ def job_picture(folder: Path, name: str, roots: Roots, max_pixels: int, max_side
         ImageError: If it cannot be read.
     """
     if any((folder / "store").glob("_run-*.json")):
-        frame = _stored_frame(folder, name, max_pixels)
+        frame = _stored_frame(folder, name, max_pixels, roots)
         if frame is not None:
             if frame.file is not None and not roots.contains(frame.file):
                 raise RequestError(403, f"{name} is outside of the folders that this server may read (serve.roots)")
@@ -46,9 +46,9 @@ def job_picture(folder: Path, name: str, roots: Roots, max_pixels: int, max_side
     raise RequestError(404, f"the input of the job has no picture {name[:80]!r} any more, or it is a frame of a video")
 
 
-def _stored_frame(folder: Path, name: str, max_pixels: int) -> Frame | None:
+def _stored_frame(folder: Path, name: str, max_pixels: int, roots: Roots) -> Frame | None:
     """Return a picture of a job that has a store."""
-    reader = StoreReader(find_store(folder), max_pixels)
+    reader = StoreReader(find_store(folder), max_pixels, roots=roots.addresses)
     for key in reader.keys():  # noqa: SIM118, the reader is no mapping
         if name == reader.name(key) or name.startswith(f"{reader.name(key)}/"):
             for result in reader.read(key, reader.vocabulary):

@@ -32,6 +32,7 @@ class DatasetSink(ABC):
     Attributes:
         name: Name of the format: its key in the config and, of most formats, its folder in `output`.
         reserved_folders: Names of folders that its readers do not find images in, and that are encoded.
+        takes_image_addresses: Whether its files can name images by their addresses.
         folder: That folder.
         num_images: Images written so far.
         num_objects: Objects written so far.
@@ -42,6 +43,7 @@ class DatasetSink(ABC):
 
     name: ClassVar[str]
     reserved_folders: ClassVar[frozenset[str]] = frozenset()
+    takes_image_addresses: ClassVar[bool] = False
 
     output: Path
     vocabulary: Vocabulary
@@ -55,7 +57,9 @@ class DatasetSink(ABC):
         self.folder: Path = output_path(self.output) / self.name  # type: ignore[assignment]
         self.num_images = self.num_objects = 0
         self._splits = Splits(self.split, self.seed)
-        self._image_files = DatasetImages(self.images, f"sink.{self.name}.images", self.reserved_folders)
+        self._image_files = DatasetImages(
+            self.images, f"sink.{self.name}.images", self.reserved_folders, self.takes_image_addresses
+        )
         check_number(f"sink.{self.name}.tolerance", self.tolerance, 0)
         self._is_open = False
 

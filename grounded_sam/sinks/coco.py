@@ -78,7 +78,8 @@ class CocoSink(DatasetSink):
         vocabulary: Classes of the run.
         split: Share of each split, see `splits.Splits`.
         seed: Seed of the split.
-        images: `none`; `link` or `copy` for image files under `images/`, which `file_name` then names.
+        images: `none`; `link` or `copy` for image files under `images/`, which `file_name` then names; `address`
+            for the addresses of images as `coco_url`, where the input is one.
         segmentation: `rle` (exact), or `polygon` for tools that cannot read RLE (exact too, read by pycocotools).
         tolerance: Largest distance in pixels of simplified polygons from the outline; 0 for exact ones.
         file: Name of the JSON file.
@@ -88,6 +89,7 @@ class CocoSink(DatasetSink):
     """
 
     name: ClassVar[str] = "coco"
+    takes_image_addresses: ClassVar[bool] = True
     takes_address: ClassVar[bool] = True
 
     images: ImageMode = "none"
@@ -104,7 +106,7 @@ class CocoSink(DatasetSink):
         check_choice("sink.coco.segmentation", self.segmentation, ("rle", "polygon"))
         if Path(self.file).name != self.file:
             raise ConfigError(f"sink.coco.file must be a file name without a folder, got {self.file!r}")
-        if self.images != "none" and isinstance(output_path(self.output), RemotePath):
+        if self.images in ("link", "copy") and isinstance(output_path(self.output), RemotePath):
             raise ConfigError(
                 f"sink.coco.images={self.images} writes image files to a folder, not to {self.output}; use "
                 "sink.coco.images=none there"
@@ -138,9 +140,11 @@ class CocoSink(DatasetSink):
     def _write(self, result: FrameResult) -> int:
         frame, detections, split = result.frame, result.packed, self._splits(result.frame)
         name, (height, width) = frame.name, frame.size_hw
-        if self.images != "none":
-            name = self._image_files.save(frame, self.folder / "images", self._image_files.unique_stem(frame))
         record = dict(frame.record)
+        if self.images == "address":
+            record["coco_url"] = self._image_files.address(frame)
+        elif self.images != "none":
+            name = self._image_files.save(frame, self.folder / "images", self._image_files.unique_stem(frame))
         image_id = self._image_ids(record.pop("id", None))
         if isinstance(record.get("license"), dict):
             record["license"] = self._license_id(record["license"])

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Literal
 
 from grounded_sam.checks import check_choice
-from grounded_sam.errors import ConfigError, ImageError
+from grounded_sam.errors import ConfigError, ImageError, RemoteError
 from grounded_sam.files import UniqueNames, atomic_write, atomic_write_text, keep_output
 from grounded_sam.formats.coco import read_json
 from grounded_sam.media.files import is_video_file
 from grounded_sam.media.images import open_image
+from grounded_sam.remote import Location
 from grounded_sam.structures.frame import Frame
 
 #: How image files get into a dataset.
-ImageMode = Literal["link", "copy", "none"]
+ImageMode = Literal["link", "copy", "none", "address"]
 #: Suffixes of the formats that every training program reads.
 COMMON_SUFFIXES = {"JPEG": ".jpg", "PNG": ".png", "BMP": ".bmp"}
 
@@ -32,17 +33,21 @@ class DatasetImages:
     of other formats, and images that were resized. Frames of video files become JPEG.
 
     Args:
-        mode: `link` (symbolic links, or copies where the file system has none), `copy`, or `none` for no image files.
+        mode: `link` (symbolic links, or copies where the file system has none, and of images under addresses), `copy`,
+            `none` for no image files, or `address` to name images at their addresses instead.
         key: Name of the setting, for messages.
         reserved: Names that no folder may have.
+        takes_addresses: Whether the format can name addresses.
 
     Raises:
         ConfigError: If `mode` is none of these.
     """
 
-    def __init__(self, mode: ImageMode, key: str, reserved: Collection[str] = ()) -> None:
-        check_choice(key, mode, ("link", "copy", "none"))
-        self.mode = mode
+    def __init__(
+        self, mode: ImageMode, key: str, reserved: Collection[str] = (), takes_addresses: bool = False
+    ) -> None:
+        check_choice(key, mode, ("link", "copy", "none", *(["address"] if takes_addresses else [])))
+        self.mode, self.key = mode, key
         self._names = UniqueNames(reserved)
 
     def read_names(self, folder: Path) -> None:
@@ -82,26 +87,42 @@ class DatasetImages:
             stem: Its path in the folder without suffix, from `unique_stem`.
 
         Returns:
-            Its path in the folder, `stem` with a suffix; with mode `none` the one that it would have.
+            Its path in the folder, `stem` with a suffix; with mode `none` the one that it would have, and with mode
+            `address` its address.
 
         Raises:
             ImageError: If its pixels are needed and cannot be read.
         """
-        suffix = _usable_suffix(frame)
+        if self.mode == "address":
+            return self.address(frame)
+        content = _content(frame) if self.mode != "none" or _is_image_file(frame) else None
+        suffix = _usable_suffix(frame, content)
         name = stem + (suffix or (".png" if _is_image_file(frame) or frame.video is None else ".jpg"))
         if self.mode == "none":
             return name
         path = folder / name
-        if frame.file is not None and path.exists() and frame.file.exists() and path.samefile(frame.file):
+        if isinstance(frame.file, Path) and path.exists() and frame.file.exists() and path.samefile(frame.file):
             keep_output(path)
             return name  # the input itself, or a link to it
         with atomic_write(path, is_copy=True) as part:
             if suffix is None:
                 _encode(frame, part, "JPEG" if name.endswith(".jpg") else "PNG")
+            elif content is not None:
+                part.write_bytes(content)
             else:
-                assert frame.file is not None
+                assert isinstance(frame.file, Path)
                 self._link_or_copy(frame.file, part)
         return name
+
+    def address(self, frame: Frame) -> str:
+        """Return the address of an image, without credentials.
+
+        Raises:
+            ImageError: If it is a file of this machine, or a frame of a video.
+        """
+        if not isinstance(frame.file, Location) or frame.video is not None:
+            raise ImageError(f"{frame.name} has no address; {self.key}=address is for images in buckets, use copy")
+        return str(frame.file)
 
     def save_video(self, frame: Frame, folder: Path) -> str:
         """Link or copy the video file that a frame comes from.
@@ -116,7 +137,7 @@ class DatasetImages:
         Raises:
             ImageError: If the file is gone.
         """
-        assert frame.file is not None and frame.video is not None
+        assert isinstance(frame.file, Path) and frame.video is not None
         suffix = frame.file.suffix
         name = self._names(frame.video.removesuffix(suffix), suffix, frame.video).as_posix()
         path = folder / name
@@ -161,12 +182,24 @@ def _encode(frame: Frame, path: Path, image_format: Literal["JPEG", "PNG"]) -> N
     Image.fromarray(frame.image).save(path, format=image_format, **options)
 
 
-def _usable_suffix(frame: Frame) -> str | None:
+def _content(frame: Frame) -> bytes | None:
+    """Return the file of an image under an address; None for a file of this machine, and if it cannot be read."""
+    if not isinstance(frame.file, Location):
+        return None
+    if frame.content is not None and frame.content.data is not None:
+        return frame.content.data
+    try:
+        return frame.file.read_bytes()
+    except RemoteError:  # reported when its pixels are requested
+        return None
+
+
+def _usable_suffix(frame: Frame, content: bytes | None) -> str | None:
     """Return the suffix of a frame's file if the dataset can use the file; None if it has to be re-encoded."""
-    if not _is_image_file(frame):
+    if not _is_image_file(frame) or (isinstance(frame.file, Location) and content is None):
         return None
     try:
-        with open_image(frame.file, sys.maxsize) as image:  # type: ignore[arg-type]
+        with open_image(content or frame.file, sys.maxsize) as image:  # type: ignore[arg-type]
             is_plain = image.mode in ("RGB", "L") and getattr(image, "n_frames", 1) == 1
             is_upright = image.getexif().get(0x0112, 1) == 1
             is_same_size = image.size == (frame.size_hw[1], frame.size_hw[0])

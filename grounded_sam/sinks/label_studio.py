@@ -53,7 +53,8 @@ class LabelStudioSink(DatasetSink):
         vocabulary: Classes of the run.
         split: Share of each split, see `splits.Splits`; written as `data.split`.
         seed: Seed of the split.
-        images: `link`, `copy` or `none`, also of videos; see `dataset_images.DatasetImages`.
+        images: `link`, `copy` or `none`, also of videos; see `dataset_images.DatasetImages`. `address` names images at
+            their addresses (`s3://bucket/a.jpg`), which Label Studio reads with its own credentials.
         regions: `polygon`, `brush` (exact, but Label Studio's own converter omits it from COCO and YOLO), or `both`.
             Without masks regions are rectangles.
         videos: `video`, or `frames` for each frame as an image.
@@ -66,6 +67,7 @@ class LabelStudioSink(DatasetSink):
     """
 
     name: ClassVar[str] = "label_studio"
+    takes_image_addresses: ClassVar[bool] = True
 
     images: ImageMode = "copy"
     regions: Literal["polygon", "brush", "both"] = "polygon"
@@ -102,14 +104,17 @@ class LabelStudioSink(DatasetSink):
     def _is_in_video_file(self, frame: Frame) -> bool:
         if self.videos == "frames" or frame.video is None or frame.file is None or frame.time_s is None:
             return False
-        return is_video_file(frame.file) and (self.images == "none" or frame.file.is_file())
+        if not isinstance(frame.file, Path) or not is_video_file(frame.file):
+            return False
+        return self.images == "none" or frame.file.is_file()
 
     def _write_image(self, result: FrameResult) -> None:
         """Write the task of an image."""
         frame, detections = result.frame, result.detections
         name = self._image_files.save(frame, self.folder / "images", self._image_files.unique_stem(frame))
         regions = [region for i in range(len(detections)) for region in self._regions(detections, i, frame.size_hw)]
-        data = {"image": self.url.replace("{name}", quote(name)), "file": frame.name}
+        url = name if self.images == "address" else self.url.replace("{name}", quote(name))
+        data = {"image": url, "file": frame.name}
         if (split := self._splits(frame)) is not None:
             data["split"] = split
         score = float(detections.confidence.mean()) if detections.confidence is not None and len(detections) else 0.0

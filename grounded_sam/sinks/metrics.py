@@ -16,11 +16,12 @@ from grounded_sam.formats.labels import read_ground_truth
 from grounded_sam.formats.video_masks import LabelledVideos
 from grounded_sam.hydra_state import in_sweep
 from grounded_sam.media.images import MAX_PIXELS
+from grounded_sam.output.paths import OutputPath
 from grounded_sam.structures.vocabulary import Vocabulary
 
 
 def metrics_sink(
-    output: Path,
+    output: OutputPath,
     vocabulary: Vocabulary,
     truth: str | Path | None = None,
     iou: float = 0.5,
@@ -61,3 +62,6 @@ def metrics_sink(
     if isinstance(labels, LabelledVideos):
         return VideoMetrics(output, vocabulary, labels, float(iou), metric, errors, objects, frame_offset)
     return ImageMetrics(output, vocabulary, labels, float(iou), metric, errors, precision)
+
+
+metrics_sink.takes_address = True  # type: ignore[attr-defined]  # see `structures.protocols.TakesAddress`

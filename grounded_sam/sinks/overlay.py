@@ -134,8 +134,7 @@ class OverlaySink:
         if self._current is None or self._current[0] != video:
             self._close()
             path = self.folder / self._names(video, ".mp4")
-            is_file = frame.file is not None and frame.file.is_file()
-            look = read_look(frame.file) if is_file and frame.file is not None else None
+            look = read_look(frame.file) if isinstance(frame.file, Path) and frame.file.is_file() else None
             report = partial(self._report, video)
             self._current = video, Mp4Writer(path, self._sound_file(frame, video), self.crf, look, report)
             self._num_videos += 1
@@ -151,7 +150,8 @@ class OverlaySink:
             return None if frame.file is None else str(frame.file)
         if self.sound_from is None or not os.path.isdir(self.sound_from):
             return self.sound_from
-        if frame.file is not None and is_video_file(frame.file) and frame.file.is_relative_to(self.sound_from):
+        is_video = isinstance(frame.file, Path) and is_video_file(frame.file)
+        if is_video and frame.file.is_relative_to(self.sound_from):  # type: ignore[union-attr]
             return str(frame.file)  # its name may have got a number in a store
         path = os.path.join(self.sound_from, video)
         if not os.path.isfile(path):

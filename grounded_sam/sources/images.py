@@ -21,7 +21,7 @@ from grounded_sam.files import require_regular
 from grounded_sam.media.files import InputFiles, find_files, relative_name
 from grounded_sam.media.images import MAX_PIXELS, decode_image, read_image
 from grounded_sam.media.listing import RemoteImages, names_addresses, with_state
-from grounded_sam.media.prefetch import WORKERS, Prefetch, map_ahead
+from grounded_sam.media.prefetch import FETCHERS, WORKERS, Prefetch, map_ahead
 from grounded_sam.remote import Location
 from grounded_sam.sources.inputs import check_input
 from grounded_sam.sources.shards import check_shard, shard_of
@@ -36,8 +36,6 @@ AHEAD = max(2, WORKERS)
 MAX_BYTES = 256 << 20
 #: Bytes of the largest object that is read.
 MAX_OBJECT_BYTES = 2 << 30
-#: Objects that are fetched at the same time.
-FETCHERS = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,9 +120,8 @@ class ImageSource:
         if not isinstance(input, InputFiles) and names_addresses(path):
             self._remote = remote = RemoteImages.open(path)
             self.is_single = remote.is_file
-            with closing(remote.images(lambda name, reason: None)) as images:
-                if not remote.is_file and next(images, None) is None:
-                    raise ConfigError(remote.nothing_found())
+            if not remote.is_file and next(remote.images(lambda name, reason: None), None) is None:
+                raise ConfigError(remote.nothing_found())
             return
         files = input if isinstance(input, InputFiles) else find_files(path)
         if not files.images:

@@ -106,7 +106,7 @@ def test_a_resumed_run_reads_only_what_has_changed(bucket, tree, tmp_path, monke
 def test_a_local_run_that_resumes_does_not_read_the_images(tree, tmp_path, monkeypatch):
     label(tree, tmp_path / "out")
     (tree / "bad.png").unlink()
-    monkeypatch.setattr("grounded_sam.sources.images.read_item", lambda item: 1 / 0)
+    monkeypatch.setattr("grounded_sam.sources.items.read_item", lambda item: 1 / 0)
     monkeypatch.setattr("grounded_sam.formats.store_writer.file_digest", lambda files: 1 / 0)
     detector, _ = label(tree, tmp_path / "out")
     assert not detector.calls

@@ -18,7 +18,7 @@ from grounded_sam.formats.store_writer import StoreWriter
 from grounded_sam.media.prefetch import Prefetch
 from grounded_sam.pipeline.frames import process_frames
 from grounded_sam.pipeline.runner import PendingWrites, Summary, count_result
-from grounded_sam.sources.images import AHEAD
+from grounded_sam.sources.items import AHEAD
 from grounded_sam.sources.video import VideoList
 from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.protocols import ListsItems

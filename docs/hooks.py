@@ -9,7 +9,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[1]
-GROUPS = ("source", "detector", "segmenter", "tracker", "sink", "preset", "sweep", "serve")
+GROUPS = ("source", "detector", "segmenter", "tracker", "sink", "engine", "preset", "sweep", "serve")
 LINE = re.compile(r"^(?P<indent> *)(?P<key>[\w.@/]+):(?: +(?P<value>[^#\s].*?))?(?: +# (?P<comment>.*))?$")
 
 

@@ -25,6 +25,7 @@ FLOORS = (
     ("pipeline", "evaluation"),
     ("sinks",),
     ("config",),
+    ("engine",),
     ("serve",),
     ("cli",),
     ("__main__",),

@@ -114,6 +114,8 @@ def _run_job(cfg: DictConfig, output: OutputPath, sweep: Sweep | None, overrides
             print(line)
         if summary.interrupted:
             sys.exit(130)
+        if summary.missing:
+            sys.exit(f"grounded-sam: {missing_line(summary)}")
     return value
 
 
@@ -154,30 +156,16 @@ def _reason(error: Exception, overrides: list[str]) -> str | None:
 def _process(
     cfg: DictConfig, output: OutputPath, sweep: Sweep | None, record: dict[str, Any]
 ) -> tuple[Summary, Sequence[Sink]]:
-    """Build everything and run it; add costs to `record`."""
-    from grounded_sam.config.build import build, build_sinks, build_source, share_predictions
-    from grounded_sam.formats.output_classes import OutputClasses
-    from grounded_sam.pipeline.prediction_cache import CachedStages
-    from grounded_sam.pipeline.runner import Runner
-    from grounded_sam.structures.protocols import HasVocabulary, Measures
+    """Run it on the engine of the config, which adds counts and costs to `record`."""
+    from grounded_sam.config.build import build_node
+    from grounded_sam.engine.job import Engine, Job
+    from grounded_sam.engine.local import LocalEngine
+    from grounded_sam.errors import ConfigError
 
-    source = build_source(cfg)
-    pipeline = build(cfg, None if sweep is None else _reusable_stages)
-    if pipeline.vocabulary is None and isinstance(source, HasVocabulary):
-        pipeline.vocabulary = source.vocabulary
-    request = pipeline.request()
-    classes = OutputClasses(output, request.classes)
-    sinks = build_sinks(cfg, output, request.classes, classes)
-    if sweep is not None:
-        share_predictions(cfg, pipeline, request.classes, sweep.predictions)
-    summary = Runner(pipeline, source, sinks, output, request, classes).run()
-    record["measured"] = any(isinstance(sink, Measures) for sink in sinks)
-    stages = pipeline.stages
-    results, boxes = (stages.results, stages.boxes) if isinstance(stages, CachedStages) else (None, None)
-    record |= {"images": summary.images, "seconds": dict(pipeline.seconds)}
-    record |= {"objects": dict(summary.objects), "empty": summary.empty}
-    record |= {"replayed": results.replayed if results else 0, "boxes_replayed": boxes.replayed if boxes else 0}
-    return summary, sinks
+    engine = build_node(cfg, "engine") if "engine" in cfg else LocalEngine()  # an earlier version saved no engine
+    if not isinstance(engine, Engine):
+        raise ConfigError(f"engine._target_ must be a class with a method run, got {type(engine).__name__}")
+    return engine.run(Job(cfg, output, sweep, None if sweep is None else _reusable_stages, record))
 
 
 def measured_value(sinks: Sequence[Sink]) -> float | None:
@@ -225,6 +213,17 @@ def summary_line(summary: Summary) -> str:
     verb = "Interrupted after" if summary.interrupted else "Processed"
     noted = f" ({', '.join(details)})" if details else ""
     return f"{verb} {processed}{noted}: {counts}"
+
+
+def missing_line(summary: Summary) -> str:
+    """Return what to say of images that were listed, and are neither stored nor skipped.
+
+    >>> from grounded_sam.pipeline.runner import Summary
+    >>> missing_line(Summary(missing=2))
+    '2 images or videos were listed, but are neither stored nor skipped; run the same command again'
+    """
+    files = count_of(summary.missing, "image or video", "images or videos")
+    return f"{files} were listed, but are neither stored nor skipped; run the same command again"
 
 
 def main() -> None:

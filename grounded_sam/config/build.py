@@ -327,8 +327,7 @@ def share_predictions(cfg: DictConfig, pipeline: Pipeline, vocabulary: Vocabular
 
     stages = pipeline.stages
     assert isinstance(stages, DetectThenSegment)
-    has_store = any(_is_store(node, name) for name, node in (cfg.sink or {}).items())
-    if has_store or isinstance(pipeline.detector, StoredDetector):  # their detections come from elsewhere
+    if has_store(cfg) or isinstance(pipeline.detector, StoredDetector):  # their detections come from elsewhere
         return
     candidates = None if stages.verifier is None else stages.before_masks()
     if stages.tiles.size is not None or (stages.refine.changes and candidates is None):
@@ -386,6 +385,11 @@ def check_output_address(cfg: DictConfig, output: OutputPath) -> None:
             f"metrics and jsonl can; use sink=store there, then 'source=stored input={output} sink={names} "
             "output=FOLDER'"
         )
+
+
+def has_store(cfg: DictConfig) -> bool:
+    """Return whether a sink of a config reads back what earlier runs wrote."""
+    return any(_is_store(node, str(name)) for name, node in (cfg.sink or {}).items())
 
 
 def build_sinks(

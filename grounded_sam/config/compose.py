@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 #: Config groups, whose overrides name a choice instead of a value.
-GROUPS = ("source", "detector", "segmenter", "verify", "tracker", "sink", "preset")
+GROUPS = ("source", "detector", "segmenter", "verify", "tracker", "sink", "engine", "preset")
 #: Keys that were renamed after version 0.1.0, outside of stages: old to new.
 RENAMED = {"phrasing": "prompt_template", "exports": "export_dir"} | {
     f"{group}.{old}": f"{group}.{new}" for group, keys in GROUP_KEYS.items() for old, new in keys.items()

@@ -5,11 +5,11 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from grounded_sam.files import atomic_write
+from grounded_sam.files import atomic_write_bytes
+from grounded_sam.output.paths import OutputPath
 
 #: Number of bins of equal width, as in Guo et al. 2017.
 BINS = 10
@@ -71,7 +71,7 @@ def calibrate(scores: Sequence[float], right: Sequence[bool]) -> Calibration:
     return Calibration(count, round(error, 12), tuple(bins))
 
 
-def write_diagram(path: Path, curves: Mapping[str, Calibration]) -> None:
+def write_diagram(path: OutputPath, curves: Mapping[str, Calibration]) -> None:
     """Draw reliability diagrams side by side, as a PNG.
 
     Args:
@@ -87,15 +87,14 @@ def write_diagram(path: Path, curves: Mapping[str, Calibration]) -> None:
     figure = Figure(figsize=(4.6 * len(drawn), 4.4), layout="constrained")
     for axis, (name, curve) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items(), strict=True):
         lows, rates = [b.low + 0.5 / BINS for b in curve.bins], [b.rate for b in curve.bins]
-        axis.bar(lows, rates, width=0.9 / BINS, color="#9ecae1", label="rate")
-        axis.plot([b.score for b in curve.bins], rates, "o", color="#08519c", label="rate at the mean score")
+        axis.bar(lows, rates, width=0.9 / BINS, color="#9ecae1", label="fraction correct")
+        axis.plot([b.score for b in curve.bins], rates, "o", color="#08519c", label="at the mean score")
         axis.plot([0, 1], [0, 1], "--", color="#666666", label="calibrated")
         for b in curve.bins:
             axis.annotate(str(b.count), (b.low + 0.5 / BINS, 0.01), ha="center", va="bottom", fontsize=7)
-        axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="score", ylabel="part that is right")
+        axis.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="score", ylabel="fraction correct")
         axis.set_title(f"{name}: calibration error {curve.error:.3f}", fontsize=10)
         axis.legend(loc="upper left", fontsize=7)
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=110)
-    with atomic_write(path) as part:
-        part.write_bytes(out.getvalue())
+    atomic_write_bytes(path, out.getvalue())

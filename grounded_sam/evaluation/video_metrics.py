@@ -286,7 +286,7 @@ class VideoMetrics:
         return f"{tables_text}\n  metrics in {self.output / 'metrics.json'}{note}"
 
 
-def _check_ids(measured: Mapping[str, VideoScores], path: Path) -> None:
+def _check_ids(measured: Mapping[str, VideoScores], path: OutputPath) -> None:
     """Check that some track has the id of an object.
 
     Raises:

@@ -184,6 +184,10 @@ class StoreReader:
         """
         return self._index.find(name, digest, path)
 
+    def has_name(self, name: str, path: str) -> bool:
+        """Return whether an image or video of this name or path is stored, with whatever content."""
+        return self._index.has_name(name, path)
+
     def find_unchanged(self, name: str, path: str, state: int | None) -> str | None:
         """Return the key of an image or of a complete video whose file is still the same; None if that is not sure.
 

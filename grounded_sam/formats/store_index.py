@@ -174,6 +174,10 @@ class StoreIndex:
                 return key
         return None
 
+    def has_name(self, name: str, path: str) -> bool:
+        """Return whether there is an image or video of this name or path, with whatever content."""
+        return name in self._keys_by_name or path in self.images
+
     def find_unchanged(self, name: str, path: str, state: int | None) -> str | None:
         """Return the key of an image or of a complete video whose file is still the same; None if that is not sure.
 

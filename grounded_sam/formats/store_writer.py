@@ -111,6 +111,10 @@ class StoreWriter:
         """Return what the store knows of a file that `lookup` did not find, for `expect`; None for nothing."""
         return self._files.known(self._reader.rows, name, files, is_video)
 
+    def has_name(self, name: str, files: Sequence[Path | Location]) -> bool:
+        """Return whether the store has an image or video of this name or path, with whatever content."""
+        return self._reader.has_name(name, stored_path(files[0]))
+
     def expect(self, known: KnownFile) -> None:
         """Take over what the process that opened the store knows of a file that is about to be written."""
         self._files.expect(known)

@@ -11,20 +11,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import groupby
 from typing import Any
 
-from grounded_sam.errors import ImageError, count_of
+from grounded_sam.errors import ImageError
 from grounded_sam.files import atomic_write_text
 from grounded_sam.formats.output_classes import OutputClasses
 from grounded_sam.media.prefetch import WORKERS
 from grounded_sam.media.progress import ProgressBar
 from grounded_sam.output.claim import Claim, absolute, check_output, claim
 from grounded_sam.output.paths import OutputPath, output_path
-from grounded_sam.pipeline.images import convert_errors, process_images
+from grounded_sam.pipeline.frames import process_frames
+from grounded_sam.pipeline.images import convert_errors
 from grounded_sam.pipeline.pipeline import Pipeline
 from grounded_sam.pipeline.prediction_cache import CachedStages
-from grounded_sam.structures.frame import Frame
 from grounded_sam.structures.protocols import (
     ListsSkipped,
     Lookup,
@@ -61,6 +60,7 @@ class Summary:
         removed: Number of files of earlier runs that were removed from the folders of the sinks.
         kept: Files there that only an earlier run wrote, but that were changed since, or are copies of images.
         interrupted: Whether the run was stopped early, by Ctrl-C.
+        missing: Number of images and videos that were listed, and are neither stored nor skipped.
     """
 
     images: int = 0
@@ -73,6 +73,7 @@ class Summary:
     removed: int = 0
     kept: list[OutputPath] = field(default_factory=list)
     interrupted: bool = False
+    missing: int = 0
 
     @property
     def unit(self) -> str:
@@ -80,6 +81,26 @@ class Summary:
         if not self.frames:
             return "images"
         return "frames" if self.frames == self.images else "images and frames"
+
+
+def count_result(result: FrameResult, summary: Summary, tracks: dict[tuple[str | None, int], str]) -> None:
+    """Add a result to a summary.
+
+    Args:
+        result: The result.
+        summary: The summary; the objects of tracked videos are not added to it yet.
+        tracks: To which those are added: video and tracker id to class name.
+    """
+    summary.images += 1
+    summary.stored += result.stored
+    summary.frames += result.frame.video is not None
+    names = [str(name) for name in result.raw.data.get("class_name", [])]
+    summary.empty += not names
+    if result.raw.tracker_id is None:
+        summary.objects.update(names)
+    else:
+        ids = result.raw.tracker_id.tolist()
+        tracks |= {(result.frame.video, i): name for i, name in zip(ids, names, strict=True)}
 
 
 class PendingWrites:
@@ -233,31 +254,18 @@ class Runner:
         resumes = lookup is not None and isinstance(self.source, Resumable)
         frames = self.source.resume(lookup) if resumes else iter(self.source)  # type: ignore[attr-defined]
         try:
-            for (stored, video), group in groupby(frames, key=_group_key):
-                if stored:
-                    yield from self._stored(group)
-                elif video is None or not self.pipeline.has_tracker:
-                    yield from process_images(
-                        group, self.request.classes, self.pipeline.stages, on_skipped=self._unusable.append
-                    )
-                else:
-                    yield from self._track(video, group)
+            yield from process_frames(
+                frames,
+                self.pipeline,
+                self.request,
+                on_skipped=self._unusable.append,
+                on_stopped=self._stopped_videos.append,
+                stored=self._stored,
+            )
         finally:
             if isinstance(frames, Generator):
                 with suppress(ValueError):  # a thread that is stuck in it, such as in a stream without data
                     frames.close()
-
-    def _track(self, video: str, frames: Iterator[Any]) -> Generator[FrameResult]:
-        """Yield the results of a video; where a frame cannot be processed, only its video stops."""
-        count = 0
-        try:
-            with closing(self.pipeline.track_frames(frames, self.request)) as results:
-                for result in results:
-                    count += 1
-                    yield result
-        except ImageError as error:
-            self._unusable.append(Skipped(video, f"{error}; stopped after {count_of(count, 'frame')}"))
-            self._stopped_videos.append(video)
 
     def _lookup(self) -> Lookup | None:
         """Return the function that finds stored results: of the store, else of the prediction cache."""
@@ -310,22 +318,14 @@ class Runner:
 
     def _count(self, result: FrameResult) -> None:
         """Add a result to the summary."""
-        self.summary.images += 1
-        self.summary.stored += result.stored
-        self.summary.frames += result.frame.video is not None
-        names = [str(name) for name in result.raw.data.get("class_name", [])]
-        self.summary.empty += not names
+        count_result(result, self.summary, self._tracks)
         if self.request.clicks is not None and result.frame.video is None:
-            self.request.clicks.note_objects(result.frame, len(names))
-        if result.raw.tracker_id is None:
-            self.summary.objects.update(names)
-        else:
-            ids = result.raw.tracker_id.tolist()
-            self._tracks |= {(result.frame.video, i): name for i, name in zip(ids, names, strict=True)}
+            self.request.clicks.note_objects(result.frame, len(result.raw))
 
     def _skipped(self) -> list[Skipped]:
         """Return everything that could not be used so far."""
-        return [*self.source.skipped, *self._unusable, *(self.store.notes() if self.store is not None else ())]
+        notes = self.store.notes() if self.store is not None else ()
+        return list(dict.fromkeys([*self.source.skipped, *self._unusable, *notes]))
 
     def _unused_clicks(self) -> list[Skipped]:
         """Return the clicks that no frame took; none where other runs or shards may have had their frames."""
@@ -361,13 +361,6 @@ class Runner:
                 f"no usable images, {len(summary.skipped)} skipped; the first: {first.file}: {first.reason} "
                 f"(all in {path})"
             )
-
-
-def _group_key(item: Frame | FrameResult) -> tuple[bool, str | None]:
-    """Return whether an item is a stored result, and the video that it belongs to."""
-    if isinstance(item, FrameResult):
-        return True, item.frame.video
-    return False, item.video
 
 
 def _length(source: Source) -> int | None:

@@ -107,6 +107,18 @@ class StoreSink:
         """Return the problems recorded for files that `lookup` has found, such as truncated videos."""
         return list(self._notes)
 
+    def add_written(self, images: int, objects: int, files: int) -> None:
+        """Count what workers have written in this run, files of which `lookup` has found since.
+
+        Args:
+            images: Number of images and frames.
+            objects: Number of detections.
+            files: Number of images and videos.
+        """
+        self._writer.images += images
+        self._writer.objects += objects
+        self._files_resumed = max(0, self._files_resumed - files)
+
     def not_searched(self) -> list[Skipped]:
         """Return which classes of the run were not looked for in the files that `lookup` has found."""
         return self._writer.not_searched()

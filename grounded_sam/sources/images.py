@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from typing import Self
 
 from grounded_sam.errors import ConfigError
 from grounded_sam.media.files import InputFiles, find_files, relative_name
@@ -127,6 +128,12 @@ class ImageSource(ItemSource):
         for name, place in remote.images(note):
             if is_own(name):
                 yield item_of(name, place)
+
+    def without_listing(self) -> Self:
+        """Return a source that lists nothing; see `structures.protocols.ListsItems`."""
+        source = super().without_listing()
+        source.files, source._remote = [], None
+        return source
 
     def name(self, path: Path) -> str:
         """Return the name of an image in the output: its path relative to the input, with `/`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable, Iterator
@@ -9,6 +10,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -104,6 +106,12 @@ class ItemSource(ABC):
     def items(self) -> Iterator[SourceItem]:
         """Yield the images without reading them; see `structures.protocols.ListsItems`."""
         return self._items(with_states=True)
+
+    def without_listing(self) -> Self:
+        """Return a source that need not list anything any more; see `structures.protocols.ListsItems`."""
+        source = copy.copy(self)
+        source.skipped = []
+        return source
 
     def fetch(self, item: SourceItem) -> bytes:
         """Read the encoded bytes of an image; see `structures.protocols.ListsItems`."""

@@ -89,6 +89,9 @@ class ListsItems(Protocol):
             ConfigError: If the input cannot be listed; `RemoteError` for an address.
         """
 
+    def without_listing(self) -> ListsItems:
+        """Return a source that can `fetch` and `decode`, but lists nothing: it is small, and can be pickled."""
+
     def fetch(self, item: SourceItem) -> bytes:
         """Read the encoded bytes of an image; transient errors are tried again. Any thread or process may call it.
 

@@ -463,6 +463,16 @@ class Location:
         return read_bytes(fs, key)
 
 
+def local_archive(address: str) -> str | None:
+    """Return the path of the archive of this machine that an address has a member of; None if it has none.
+
+    >>> local_archive("tar://a.jpg::/data/a.tar"), local_archive("s3://bucket/a.jpg")
+    ('/data/a.tar', None)
+    """
+    archive = address.rpartition("::")[2] if protocol_of(address) in _ARCHIVES and "::" in address else ""
+    return archive if archive and not protocol_of(archive) else None
+
+
 def below(root: str, address: str) -> str | None:
     """Return an address with the credentials of a root above it; None if it is not below that root.
 

@@ -106,7 +106,7 @@ def test_a_resumed_run_reads_only_what_has_changed(bucket, tree, tmp_path, monke
 def test_a_local_run_that_resumes_does_not_read_the_images(tree, tmp_path, monkeypatch):
     label(tree, tmp_path / "out")
     (tree / "bad.png").unlink()
-    monkeypatch.setattr("grounded_sam.sources.images.read_item", lambda item: 1 / 0)
+    monkeypatch.setattr("grounded_sam.sources.items.read_item", lambda item: 1 / 0)
     monkeypatch.setattr("grounded_sam.formats.store_writer.file_digest", lambda files: 1 / 0)
     detector, _ = label(tree, tmp_path / "out")
     assert not detector.calls
@@ -215,7 +215,8 @@ def test_a_stored_address_is_opened_only_below_a_named_root(bucket, tree, tmp_pa
 def test_which_addresses_are_below_a_root(root, address, expected):
     assert (below(root, address) is not None) is expected
     row = {"path": address, "file": "a.jpg", "video": None, "bytes": 1, "etag": "x", "mtime_ns": 1, "digest": "0"}
-    assert StoredFiles(None, [root] if root else []).find(row, ()).refused in (not expected, False)
+    is_path = address.startswith("file:") or address.endswith("::/etc/x.zip")  # as any path of this machine
+    assert StoredFiles(None, [root] if root else []).find(row, ()).refused is (not expected and not is_path)
 
 
 def test_a_server_opens_addresses_below_its_roots(bucket):  # noqa: F811

@@ -113,7 +113,7 @@ class RemoteImages:
             RemoteError: If the input cannot be listed.
         """
         suffixes, formats = image_suffixes(), safe_formats()
-        for name, place in self._places(note):
+        for name, place in self.places(note):
             suffix = PurePosixPath(name).suffix.lower()
             if isinstance(place, Path):
                 yield name, place
@@ -124,8 +124,8 @@ class RemoteImages:
             elif (reason := unread_reason(Path(name), formats)) is not None:
                 note(name, reason)
 
-    def _places(self, note: Callable[[str, str], None]) -> Iterator[tuple[str, Location | Path]]:
-        """Yield names and places of all objects."""
+    def places(self, note: Callable[[str, str], None]) -> Iterator[tuple[str, Location | Path]]:
+        """Yield names and places of all objects, of whatever kind, without hidden ones and what earlier runs wrote."""
         if self.listing is not None:
             yield from self._listed_places(note)
         elif self.is_file:

@@ -30,9 +30,10 @@ class ListServer(BaseHTTPRequestHandler):
         query = parse_qs(urlsplit(self.path).query)
         start = int(query.get("continuation-token", ["0"])[0])
         end = min(start + PAGE, self.keys)
+        rest = "<LastModified>2026-01-01T00:00:00.000Z</LastModified><StorageClass>STANDARD</StorageClass></Contents>"
         objects = "".join(
-            f"<Contents><Key>photos/{i // PAGE:04d}/{i:08d}.jpg</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
-            f"<ETag>&quot;{i:032x}&quot;</ETag><Size>{100_000 + i}</Size><StorageClass>STANDARD</StorageClass></Contents>"
+            f"<Contents><Key>photos/{i // PAGE:04d}/{i:08d}.jpg</Key>"
+            f"<ETag>&quot;{i:032x}&quot;</ETag><Size>{100_000 + i}</Size>{rest}"
             for i in range(start, end)
         )
         more = f"<NextContinuationToken>{end}</NextContinuationToken>" if end < self.keys else ""

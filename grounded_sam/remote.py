@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 from urllib.parse import unquote
@@ -37,7 +38,7 @@ T = TypeVar("T")
 _STREAMS = {"rtsp", "rtsps", "rtmp", "rtmps", "rtp", "srt", "udp", "tcp", "mms", "mmsh"}
 _LOCAL = {"file", "local"}
 #: Protocols whose address names a member of an archive: `zip://MEMBER::ARCHIVE`.
-_ARCHIVES = {"zip", "tar"}
+_ARCHIVES = {"zip", "tar", "parquet"}  # of a table, the member is COLUMN/GROUP/ROW, which fsspec does not know
 #: What web addresses must end with to be files; all others are streams, as of cameras, or videos.
 _WEB_SUFFIXES = {
     *(".avif", ".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".jxl", ".png", ".ppm", ".tif", ".tiff", ".webp"),
@@ -383,6 +384,31 @@ def _read_span(archive: str, start: int, end: int) -> bytes:
         return file.read(end - start)
 
 
+@lru_cache(maxsize=2)
+def _row_group(archive: str, group: int, column: str) -> Any:
+    """Return a column of a group of rows of a Parquet file; rows of one group are mostly read one after the other."""
+    import pyarrow.parquet as pq
+
+    if not is_address(archive):
+        with pq.ParquetFile(os.path.expanduser(archive)) as table:
+            return table.read_row_group(group, columns=[column]).column(0)
+    fs, key = open_filesystem(archive)
+    with fs.open(key, "rb", block_size=_ARCHIVE_BLOCK) as file, pq.ParquetFile(file) as table:
+        return table.read_row_group(group, columns=[column]).column(0)
+
+
+def _read_cell(address: str) -> bytes:
+    """Return the bytes of a cell of a Parquet file: `parquet://COLUMN/GROUP/ROW::FILE`."""
+    member, _, archive = address.rpartition("::")
+    with convert_remote_errors(address):
+        column, group, row = member.partition("://")[2].rsplit("/", 2)
+        value = retry(lambda: _row_group(archive, int(group), column))[int(row)].as_py()
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(data, bytes):
+            raise RemoteError(f"{redact_address(address)}: no bytes in this row")
+        return data
+
+
 @dataclass(frozen=True)
 class Location:
     """An object under an address, as it was listed. It can be pickled, and holds no connection.
@@ -431,8 +457,20 @@ class Location:
             if len(data) != self.span[1] - self.span[0]:
                 raise RemoteError(f"{self}: the archive ends in it")
             return data
+        if protocol_of(self.address) == "parquet":
+            return _read_cell(self.address)
         fs, key = open_filesystem(self.address)
         return read_bytes(fs, key)
+
+
+def local_archive(address: str) -> str | None:
+    """Return the path of the archive of this machine that an address has a member of; None if it has none.
+
+    >>> local_archive("tar://a.jpg::/data/a.tar"), local_archive("s3://bucket/a.jpg")
+    ('/data/a.tar', None)
+    """
+    archive = address.rpartition("::")[2] if protocol_of(address) in _ARCHIVES and "::" in address else ""
+    return archive if archive and not protocol_of(archive) else None
 
 
 def below(root: str, address: str) -> str | None:

@@ -215,7 +215,8 @@ def test_a_stored_address_is_opened_only_below_a_named_root(bucket, tree, tmp_pa
 def test_which_addresses_are_below_a_root(root, address, expected):
     assert (below(root, address) is not None) is expected
     row = {"path": address, "file": "a.jpg", "video": None, "bytes": 1, "etag": "x", "mtime_ns": 1, "digest": "0"}
-    assert StoredFiles(None, [root] if root else []).find(row, ()).refused in (not expected, False)
+    is_path = address.startswith("file:") or address.endswith("::/etc/x.zip")  # as any path of this machine
+    assert StoredFiles(None, [root] if root else []).find(row, ()).refused is (not expected and not is_path)
 
 
 def test_a_server_opens_addresses_below_its_roots(bucket):  # noqa: F811

@@ -82,6 +82,13 @@ def test_they_are_labeled_resumed_and_exported(shards, bucket, tmp_path):  # noq
     assert [int(frame.image[0, 0, 0]) for frame in replayed] == [0, 10, 20, 1, 11, 21]
 
 
+def test_shards_of_this_machine_are_replayed(shards, tmp_path):
+    model = Pipeline(Halves(), Fill(), vocabulary=CLASSES)
+    Runner(model, WebDatasetSource(shards), [StoreSink(tmp_path / "out", CLASSES, {})], tmp_path / "out").run()
+    replayed = list(StoreSource(tmp_path / "out"))
+    assert [int(frame.image[0, 0, 0]) for frame in replayed] == [0, 10, 20, 1, 11, 21]
+
+
 def test_a_truncated_tar_gives_what_it_holds_and_is_listed(shards, bucket):  # noqa: F811
     path = shards / "train-000.tar"
     whole = path.read_bytes()

@@ -16,7 +16,7 @@ from grounded_sam.files import home_path, require_regular
 from grounded_sam.formats.store_runs import file_digest
 from grounded_sam.media.files import common_folder, is_video_file
 from grounded_sam.media.listing import with_state
-from grounded_sam.remote import Location, below, is_address
+from grounded_sam.remote import Location, below, is_address, local_archive, protocol_of
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,8 @@ class StoredFile:
 
     def _problem_of_object(self, place: Location) -> str | None:
         try:
+            if protocol_of(place.address) == "parquet":  # of a row nothing is known but its content
+                return self._problem_of_content(place)
             now = with_state(Location(place.address))
             is_same_size = now.size == self.row["bytes"]
             if is_same_size and now.etag is not None and now.etag == self.row["etag"]:
@@ -123,6 +125,8 @@ class StoredFiles:
     def _at_stored_path(self, path: str, row: Mapping[str, Any]) -> StoredFile:
         if not is_address(path):
             return StoredFile(Path(path), row)
+        if local_archive(path) is not None:  # a file of this machine, as a path is
+            return StoredFile(_location(path, row), row)
         allowed = (found for root in self.roots if (found := below(root, path)) is not None)
         address = next(allowed, None)
         if address is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from grounded_sam.errors import ConfigError
 from grounded_sam.files import home_path
 from grounded_sam.media.files import find_files
-from grounded_sam.remote import Location, below, is_address
+from grounded_sam.remote import Location, below, is_address, local_archive
 from grounded_sam.serve.problems import RequestError
 
 #: Prefix of the names of the package's own examples.
@@ -52,6 +52,8 @@ class Roots:
     def contains(self, path: Path | Location) -> bool:
         """Return whether a path is in one of the roots, after all links in it are followed, or an address below one."""
         if isinstance(path, Location):
+            if (archive := local_archive(path.address)) is not None:
+                return self.contains(Path(archive))
             return any(below(root, str(path)) is not None for root in self.addresses)
         try:
             resolved = path.resolve()

@@ -113,7 +113,7 @@ class StoreWriter:
 
     def has_name(self, name: str, files: Sequence[Path | Location]) -> bool:
         """Return whether the store has an image or video of this name or path, with whatever content."""
-        return self._reader.has_name(name, _stored_path(files[0]))
+        return self._reader.has_name(name, stored_path(files[0]))
 
     def expect(self, known: KnownFile) -> None:
         """Take over what the process that opened the store knows of a file that is about to be written."""

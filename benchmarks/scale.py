@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -79,9 +79,7 @@ class Bench:
         for i in range(images):
             Image.fromarray(np.full((24, 32, 3), i % 256, np.uint8)).save(folder / "in" / f"{i:06d}.png")
         (folder / "conf" / "detector").mkdir(parents=True)
-        (folder / "conf" / "detector" / "sleeps.yaml").write_text(
-            "_target_: scale.Sleeps\nseconds: 0.01\nslow: 0\n"
-        )
+        (folder / "conf" / "detector" / "sleeps.yaml").write_text("_target_: scale.Sleeps\nseconds: 0.01\nslow: 0\n")
 
     def command(self, name: str, *overrides: str, slow: int = 0) -> list[str]:
         """Return the command that labels into `name`, and logs into `name`-log."""
@@ -206,9 +204,7 @@ def skew(bench: Bench) -> dict[str, object]:
     slow = bench.images // 10
     ideal = bench.seconds * (slow * 20 + bench.images - slow) / 2
     bench.start("skew", *bench.ray(2), slow=slow).wait()
-    shards = [
-        bench.start("shards", f"source.shard={i}", "source.num_shards=2", slow=slow) for i in range(2)
-    ]
+    shards = [bench.start("shards", f"source.shard={i}", "source.num_shards=2", slow=slow) for i in range(2)]
     for shard in shards:
         shard.wait()
     ray, static = bench.seconds_of("skew"), bench.seconds_of("shards")

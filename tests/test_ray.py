@@ -38,6 +38,7 @@ def ray_cluster(s3, tmp_path_factory):  # noqa: F811
         logs = tmp_path_factory.mktemp("logs")
         patch.setenv("POISON_LOGS", str(logs))
         patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_worker_niceness", "0")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(
             address="local", num_cpus=2, include_dashboard=False, object_store_memory=200_000_000, log_to_driver=False

@@ -22,7 +22,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -38,13 +38,12 @@ class Sleeps:
     """A detector that finds the left half of each image after a while, and logs when it was there.
 
     Args:
-        log: Folder of the logs, one file per process.
-        seconds: Seconds per image.
+        seconds: Seconds per image. Logs go to the folder of `SCALE_LOG`, one file per process.
         slow: Images whose number is below this take 20 times as long.
     """
 
-    def __init__(self, log: str, seconds: float, slow: int = 0) -> None:
-        self.log, self.seconds, self.slow = Path(log), seconds, slow
+    def __init__(self, seconds: float, slow: int = 0) -> None:
+        self.log, self.seconds, self.slow = Path(os.environ["SCALE_LOG"]), seconds, slow
         self.log.mkdir(parents=True, exist_ok=True)
 
     def detect(self, frames, vocabulary):
@@ -80,16 +79,14 @@ class Bench:
         for i in range(images):
             Image.fromarray(np.full((24, 32, 3), i % 256, np.uint8)).save(folder / "in" / f"{i:06d}.png")
         (folder / "conf" / "detector").mkdir(parents=True)
-        (folder / "conf" / "detector" / "sleeps.yaml").write_text(
-            "_target_: scale.Sleeps\nlog: ''\nseconds: 0.01\nslow: 0\n"
-        )
+        (folder / "conf" / "detector" / "sleeps.yaml").write_text("_target_: scale.Sleeps\nseconds: 0.01\nslow: 0\n")
 
     def command(self, name: str, *overrides: str, slow: int = 0) -> list[str]:
         """Return the command that labels into `name`, and logs into `name`-log."""
         return [
             *(sys.executable, "-W", "ignore", "-m", "grounded_sam", f"--config-dir={self.folder / 'conf'}"),
             *("preset=label", "detector=sleeps", "segmenter=none", "tracker=none", "text=[a]", "sink=[store]"),
-            *(f"input={self.folder / 'in'}", f"output={self.folder / name}", f"detector.log={self.log(name)}"),
+            *(f"input={self.folder / 'in'}", f"output={self.folder / name}"),
             *(f"detector.seconds={self.seconds}", f"detector.slow={slow}", "device=cpu", *overrides),
         ]
 
@@ -100,9 +97,11 @@ class Bench:
         """Return the overrides for a number of workers."""
         return ["engine=ray", f"engine.concurrency={workers}", "engine.num_cpus=1", f"engine.batch={BATCH}"]
 
-    def start(self, command: Sequence[str]) -> subprocess.Popen[bytes]:
+    def start(self, name: str, *overrides: str, slow: int = 0) -> subprocess.Popen[bytes]:
+        """Start the command that labels into `name`."""
+        command = self.command(name, *overrides, slow=slow)
         path = os.pathsep.join([str(HERE), str(HERE.parent)])
-        env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+        env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "SCALE_LOG": str(self.log(name))}
         return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
 
     def seconds_of(self, name: str) -> float:
@@ -188,11 +187,11 @@ class Memory(threading.Thread):
 
 def throughput(bench: Bench) -> dict[str, object]:
     started = time.time()
-    process = bench.start(bench.command("local"))
+    process = bench.start("local")
     process.wait()
     local = {"images_per_s": bench.images / bench.seconds_of("local"), "wall_s": time.time() - started}
     started = time.time()
-    process = bench.start(bench.command("ray", *bench.ray(2)))
+    process = bench.start("ray", *bench.ray(2))
     memory = Memory(process.pid, lambda: len(list(bench.log("ray").glob("*"))) == 2)
     code = process.wait()
     first = min(start for _, start, _ in log_of(bench.log("ray")))
@@ -204,10 +203,8 @@ def throughput(bench: Bench) -> dict[str, object]:
 def skew(bench: Bench) -> dict[str, object]:
     slow = bench.images // 10
     ideal = bench.seconds * (slow * 20 + bench.images - slow) / 2
-    bench.start(bench.command("skew", *bench.ray(2), slow=slow)).wait()
-    shards = [
-        bench.start(bench.command("shards", f"source.shard={i}", "source.num_shards=2", slow=slow)) for i in range(2)
-    ]
+    bench.start("skew", *bench.ray(2), slow=slow).wait()
+    shards = [bench.start("shards", f"source.shard={i}", "source.num_shards=2", slow=slow) for i in range(2)]
     for shard in shards:
         shard.wait()
     ray, static = bench.seconds_of("skew"), bench.seconds_of("shards")
@@ -215,7 +212,7 @@ def skew(bench: Bench) -> dict[str, object]:
 
 
 def kills(bench: Bench, times: int = 10, every_s: float = 10.0) -> dict[str, object]:
-    process, done = bench.start(bench.command("kills", *bench.ray(2))), 0
+    process, done = bench.start("kills", *bench.ray(2)), 0
     while done < times and process.poll() is None:
         time.sleep(every_s)
         workers = workers_of(process.pid)
@@ -230,7 +227,7 @@ def driver(bench: Bench, times: int = 5) -> dict[str, object]:
     moments, killed = random.Random(3), 0
     while True:
         before = len(log_of(bench.log("driver")))
-        process = bench.start(bench.command("driver", *bench.ray(2)))
+        process = bench.start("driver", *bench.ray(2))
         wanted = before + bench.images * moments.uniform(0.08, 0.18)
         while killed < times and process.poll() is None and len(log_of(bench.log("driver"))) < wanted:
             time.sleep(0.2)

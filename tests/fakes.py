@@ -168,25 +168,18 @@ class Poison(Halves):
 
     Args:
         level: The gray level.
-        log: A file to which each call adds a line: the gray level of the image.
-        slow_every: Images whose gray level is divisible by it take 20 times as long; None for none.
-        delay: Seconds to sleep per image.
+        log: Name of a file in the folder of `POISON_LOGS`, to which each image adds its name.
     """
 
-    def __init__(
-        self, level: int = -1, log: str | None = None, slow_every: int | None = None, delay: float = 0.0
-    ) -> None:
+    def __init__(self, level: int, log: str) -> None:
         super().__init__()
-        self.level, self.log, self.slow_every, self.seconds = level, log, slow_every, delay
+        self.level, self.log = level, Path(os.environ["POISON_LOGS"]) / log
 
     def detect(self, frames: Sequence[Frame], vocabulary: Vocabulary) -> list[sv.Detections]:
         for frame in frames:
-            level = int(frame.image[0, 0, 0])
-            if self.log is not None:
-                with open(self.log, "a") as log:
-                    log.write(f"{frame.name}\n")
-            if level == self.level:
+            with self.log.open("a") as log:
+                log.write(f"{frame.name}\n")
+            if frame.image[0, 0, 0] == self.level:
                 os.kill(os.getpid(), signal.SIGSEGV)
                 time.sleep(60)
-            time.sleep(self.seconds * (20 if self.slow_every and level % self.slow_every == 0 else 1))
         return super().detect(frames, vocabulary)

@@ -29,18 +29,21 @@ FAKES = ("segmenter=none", "text=[a,b,c]", "preset=label", "sink=[coco]", "devic
 
 
 @pytest.fixture(scope="module")
-def ray_cluster(s3):  # noqa: F811
-    """Start Ray once for all tests of this module; its workers know the S3 server."""
+def ray_cluster(s3, tmp_path_factory):  # noqa: F811
+    """Start Ray once for all tests of this module; its workers know the S3 server. Yield a folder for their logs."""
     ray = pytest.importorskip("ray", reason="the extra `ray` is not installed")
     pytest.importorskip("ray.data", reason="the extra `ray` is not installed")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", f"{Path(__file__).parent}:{Path(__file__).parents[1]}")
+        logs = tmp_path_factory.mktemp("logs")
+        patch.setenv("POISON_LOGS", str(logs))
         patch.setenv("RAY_AUTH_MODE", "disabled")
+        patch.setenv("RAY_worker_niceness", "0")
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         ray.init(
             address="local", num_cpus=2, include_dashboard=False, object_store_memory=200_000_000, log_to_driver=False
         )
-        yield
+        yield logs
         ray.shutdown()
 
 
@@ -96,9 +99,9 @@ def test_two_workers_store_and_export_what_one_process_does(ray_cluster, tmp_pat
 
 
 def test_only_the_image_that_kills_its_worker_is_put_aside(ray_cluster, tmp_path):
-    folder, log = tmp_path / "in", tmp_path / "log"
+    folder, log = tmp_path / "in", ray_cluster / "poison"
     write_images(folder, 50)
-    settings = {"level": 23, "log": str(log)}
+    settings = {"level": 23, "log": "poison"}
     engine = RayEngine(concurrency=2, num_cpus=1, batch=5)
     made = with_detector(job(folder, tmp_path / "out"), "fakes.Poison", **settings)
     summary, _ = run(engine, made)

@@ -271,6 +271,7 @@ class RayEngine:
         pool = None
         if self.address is None:
             os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else a token is written to the home folder
+            os.environ.setdefault("RAY_worker_niceness", "0")  # else all other programs have precedence
             resources = {"CPU": float(_cores()), "GPU": float(_gpus(device))}
             pool = self._pool(device, resources)
             if pool.num_gpus * pool.sizes[1] > resources["GPU"] + 1e-6:

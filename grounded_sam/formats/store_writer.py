@@ -108,7 +108,7 @@ class StoreWriter:
         return cls(share.folder, share.vocabulary, {}, max_pixels=share.max_pixels, share=share)
 
     def known(self, name: str, files: Sequence[Path | Location], is_video: bool = False) -> KnownFile | None:
-        """Return what the store knows of a file that `lookup` did not find, for `expect`; None for nothing."""
+        """Return what is stored of a file that `lookup` did not find, for `expect`; None for nothing."""
         return self._files.known(self._reader.rows, name, files, is_video)
 
     def has_name(self, name: str, files: Sequence[Path | Location]) -> bool:
@@ -220,10 +220,7 @@ class StoreWriter:
         if self._video_row is not None and self._video_row["video"] != frame.video:
             self._end_video()
         columns = self._frame_columns(frame)
-        record = json.dumps(dict(frame.record)) if frame.record else None
-        rows: list[dict[str, Any]] = [{"kind": "image", **columns, "objects": len(detections), "record": record}]
-        if (presence := detections.metadata.get("presence")) is not None:
-            rows[0]["presence"] = json.dumps(presence)
+        rows = [{"kind": "image", **columns, **_image_columns(frame, detections)}]
         rows += [{"kind": "object", **columns, **row} for row in object_rows(detections)]
         if frame.name in self._noted:  # used in part; a note before the image would be taken for one of an earlier run
             rows.append(self._noted[frame.name])
@@ -234,11 +231,7 @@ class StoreWriter:
     def _frame_columns(self, frame: Frame) -> dict[str, Any]:
         """Return the columns that an image row and its object rows have in common."""
         height, width = frame.size_hw
-        columns: dict[str, Any] = {
-            "file": frame.name,
-            "path": self._files.path(frame),
-            "fingerprint": self._run.fingerprint,
-        }
+        columns = {"file": frame.name, "path": self._files.path(frame), "fingerprint": self._run.fingerprint}
         columns |= {"width": width, "height": height, "time_s": frame.time_s, **self._files.columns(frame)}
         if frame.video is None:
             self._files.forget(frame.name)
@@ -318,6 +311,16 @@ def _check_settings(current: StoreRun, reader: StoreReader) -> None:
             "choose another output, resume=extend to keep its results and add to them, or resume=replace to process "
             "all again and keep what people decided"
         )
+
+
+def _image_columns(frame: Frame, detections: sv.Detections) -> dict[str, Any]:
+    """Return the columns that only the row of an image has."""
+    presence = detections.metadata.get("presence")
+    return {
+        "objects": len(detections),
+        "record": json.dumps(dict(frame.record)) if frame.record else None,
+        "presence": None if presence is None else json.dumps(presence),
+    }
 
 
 class _SearchedClasses:

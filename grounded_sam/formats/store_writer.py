@@ -231,8 +231,9 @@ class StoreWriter:
     def _frame_columns(self, frame: Frame) -> dict[str, Any]:
         """Return the columns that an image row and its object rows have in common."""
         height, width = frame.size_hw
-        columns = {"file": frame.name, "path": self._files.path(frame), "fingerprint": self._run.fingerprint}
-        columns |= {"width": width, "height": height, "time_s": frame.time_s, **self._files.columns(frame)}
+        columns: dict[str, Any] = {"file": frame.name, "path": self._files.path(frame)}
+        columns |= {"fingerprint": self._run.fingerprint, "width": width, "height": height, "time_s": frame.time_s}
+        columns |= self._files.columns(frame)
         if frame.video is None:
             self._files.forget(frame.name)
             return columns

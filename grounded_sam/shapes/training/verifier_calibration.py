@@ -141,14 +141,14 @@ def judge(pipeline: Pipeline, seed: int, count: int, photos: Sequence[NDArray[np
             continue
         assert detections.confidence is not None
         data = detections.data
-        row = features(detections.confidence, data["verify_score"], data["verify_margin"], data.get("mask_score"))
-        parts["x"].append(row)
+        values = features(detections.confidence, data["verify_score"], data["verify_margin"], data.get("mask_score"))
+        parts["x"].append(values)
         parts["correct"].append(match(detections, phrases, scene))
         parts["unseen"].append(is_unseen[ids])
-        product = detections.confidence * data["verify_score"]
+        product = detections.confidence * np.asarray(data["verify_score"], np.float64)
         for class_id in np.unique(ids):
             rows = np.flatnonzero(ids == class_id)
-            parts["best"].append(row[rows[product[rows].argmax()]][None])
+            parts["best"].append(values[rows[product[rows].argmax()]][None])
             parts["present"].append(shown[[class_id]])
             parts["best_unseen"].append(is_unseen[[class_id]])
     x, correct, unseen, best, present, best_unseen = (np.concatenate(part) for part in parts.values())

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import functools
 import http.server
+import os
+import re
+import subprocess
+import sys
 import threading
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,6 +43,8 @@ def tree(tmp_path):
     return tmp_path / "in"
 
 
+#: A command of this checkout.
+PACKAGE_ENV = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 EXPECTED = {"a.jpg", "b/10.png", "b/2.png", "b/UPPER.JPG", "c d.png"}
 
 
@@ -211,3 +218,14 @@ def test_items_are_fetched_and_decoded_elsewhere(bucket, tree):  # noqa: F811
             else:
                 with pytest.raises(ImageError, match="the file is empty"):
                     source.decode(item, data)
+
+
+def test_a_long_listing_is_not_kept_in_memory():
+    script = Path(__file__).parents[1] / "benchmarks" / "listing.py"
+    done = subprocess.run(
+        [sys.executable, str(script), "--keys", "20000"], capture_output=True, text=True, check=False, env=PACKAGE_ENV
+    )
+    assert done.returncode == 0, done.stderr
+    count, seconds, first, memory = re.findall(r"[-+\d.,]+(?= images| s,| MiB)", done.stdout)
+    assert count == "20,000" and float(memory) < 25
+    assert float(first) < float(seconds) / 2

@@ -78,7 +78,7 @@ def test_two_workers_store_and_export_what_one_process_does(ray_cluster, tmp_pat
         ("ray", RayEngine(concurrency=2, num_cpus=1, batch=7), "sink=[coco]"),  # the store is added
         ("local", LocalEngine(), "sink=[store,coco]"),
     ):
-        settings = with_detector(job(folder, tmp_path / name, sinks), "fakes.Levels", "fakes.ByLevel")
+        settings = with_detector(job(folder, tmp_path / name, sinks), "fakes.Levels", "fakes.ConfiguredByLevel")
         made[name] = run(engine, settings)[0]
     assert distinct_rows(tmp_path / "ray" / "store") == distinct_rows(tmp_path / "local" / "store")
     for file in ("annotations.json", "skipped.json"):
@@ -89,7 +89,7 @@ def test_two_workers_store_and_export_what_one_process_does(ray_cluster, tmp_pat
     assert ours.stored == ours.missing == 0 and ours.images == theirs.images
     # The next run finds everything, and starts no worker.
     (folder / "0003.png").touch()
-    again = with_detector(job(folder, tmp_path / "ray"), "fakes.NoSuchDetector", "fakes.ByLevel")
+    again = with_detector(job(folder, tmp_path / "ray"), "fakes.NoSuchDetector", "fakes.ConfiguredByLevel")
     again.cfg.sink.coco.file = "again.json"
     again.cfg.detector["_target_"] = "fakes.Levels"
     (folder / "damaged.png").unlink()

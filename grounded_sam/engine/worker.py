@@ -80,7 +80,7 @@ class Report:
     error: str | None = None
 
 
-class Worker:
+class UnitWorker:
     """Process units with a pipeline that is built once.
 
     Args:
@@ -187,15 +187,15 @@ class SafeWorker:
     """
 
     def __init__(self, settings: WorkerSettings) -> None:
-        self._worker: Worker | None = None
+        self._worker: UnitWorker | None = None
         self._error = ""
         try:
-            self._worker = Worker(settings)
+            self._worker = UnitWorker(settings)
         except Exception as error:
             self._error = _reason(error)
 
     def process(self, unit: Unit, contents: Sequence[bytes | str]) -> Report:
-        """Process a unit, see `Worker.process`."""
+        """Process a unit, see `UnitWorker.process`."""
         if self._worker is None:
             return Report(error=self._error)
         try:

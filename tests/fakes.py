@@ -183,3 +183,10 @@ class Poison(Halves):
                 os.kill(os.getpid(), signal.SIGSEGV)
                 time.sleep(60)
         return super().detect(frames, vocabulary)
+
+
+class ConfiguredByLevel(ByLevel):
+    """`ByLevel` as a config builds it, with the segmenter of the pipeline."""
+
+    def __init__(self, segmenter: object = None) -> None:
+        super().__init__()

@@ -15,7 +15,7 @@ from s3 import bucket, s3  # noqa: F401
 from test_store import clip, distinct_rows, write_images
 
 from grounded_sam.config.compose import compose
-from grounded_sam.engine.job import Engine, Job
+from grounded_sam.engine.job import Engine, EngineJob
 from grounded_sam.engine.listing import KILLED, Listing, Unit, parts_of
 from grounded_sam.engine.local import LocalEngine
 from grounded_sam.engine.ray import RayEngine
@@ -47,13 +47,13 @@ def ray_cluster(s3, tmp_path_factory):  # noqa: F811
         ray.shutdown()
 
 
-def job(folder: Path, output: Path, *overrides: str) -> Job:
+def job(folder: Path, output: Path, *overrides: str) -> EngineJob:
     """Return a job with a detector without weights."""
     cfg = compose([*FAKES, f"input={folder}", f"output={output}", "tracker=none", *overrides])
-    return Job(cfg, output)
+    return EngineJob(cfg, output)
 
 
-def with_detector(made: Job, target: str, tracker: str | None = None, **settings: object) -> Job:
+def with_detector(made: EngineJob, target: str, tracker: str | None = None, **settings: object) -> EngineJob:
     """Set the detector of a job, and its tracker."""
     made.cfg.detector = {"_target_": target, **settings}
     if tracker is not None:
@@ -61,7 +61,7 @@ def with_detector(made: Job, target: str, tracker: str | None = None, **settings
     return made
 
 
-def run(engine: Engine, made: Job):
+def run(engine: Engine, made: EngineJob):
     """Run a job as the command does."""
     with claim(made.output):
         return engine.run(made)
@@ -78,7 +78,7 @@ def test_two_workers_store_and_export_what_one_process_does(ray_cluster, tmp_pat
         ("ray", RayEngine(concurrency=2, num_cpus=1, batch=7), "sink=[coco]"),  # the store is added
         ("local", LocalEngine(), "sink=[store,coco]"),
     ):
-        settings = with_detector(job(folder, tmp_path / name, sinks), "fakes.Levels", "fakes.ByLevel")
+        settings = with_detector(job(folder, tmp_path / name, sinks), "fakes.Levels", "fakes.ConfiguredByLevel")
         made[name] = run(engine, settings)[0]
     assert distinct_rows(tmp_path / "ray" / "store") == distinct_rows(tmp_path / "local" / "store")
     for file in ("annotations.json", "skipped.json"):
@@ -89,7 +89,7 @@ def test_two_workers_store_and_export_what_one_process_does(ray_cluster, tmp_pat
     assert ours.stored == ours.missing == 0 and ours.images == theirs.images
     # The next run finds everything, and starts no worker.
     (folder / "0003.png").touch()
-    again = with_detector(job(folder, tmp_path / "ray"), "fakes.NoSuchDetector", "fakes.ByLevel")
+    again = with_detector(job(folder, tmp_path / "ray"), "fakes.NoSuchDetector", "fakes.ConfiguredByLevel")
     again.cfg.sink.coco.file = "again.json"
     again.cfg.detector["_target_"] = "fakes.Levels"
     (folder / "damaged.png").unlink()
@@ -137,7 +137,7 @@ def test_images_and_store_may_be_in_a_bucket(ray_cluster, tmp_path, bucket):  # 
 def test_workers_run_the_small_models(ray_cluster, tmp_path):
     for name, engine in (("ray", RayEngine(concurrency=1, num_cpus=1)), ("local", LocalEngine())):
         overrides = ["preset=demo", "source=images", "tracker=none", "sink=[coco]", "device=cpu"]
-        run(engine, Job(compose(overrides), tmp_path / name))
+        run(engine, EngineJob(compose(overrides), tmp_path / name))
     ours, theirs = (json.loads((tmp_path / name / "annotations.json").read_text()) for name in ("ray", "local"))
     assert ours["images"] == theirs["images"] and len(ours["annotations"]) == len(theirs["annotations"]) > 10
     for one, other in zip(ours["annotations"], theirs["annotations"], strict=True):

@@ -158,14 +158,14 @@ def _process(
 ) -> tuple[Summary, Sequence[Sink]]:
     """Run it on the engine of the config, which adds counts and costs to `record`."""
     from grounded_sam.config.build import build_node
-    from grounded_sam.engine.job import Engine, Job
+    from grounded_sam.engine.job import Engine, EngineJob
     from grounded_sam.engine.local import LocalEngine
     from grounded_sam.errors import ConfigError
 
     engine = build_node(cfg, "engine") if "engine" in cfg else LocalEngine()  # an earlier version saved no engine
     if not isinstance(engine, Engine):
         raise ConfigError(f"engine._target_ must be a class with a method run, got {type(engine).__name__}")
-    return engine.run(Job(cfg, output, sweep, None if sweep is None else _reusable_stages, record))
+    return engine.run(EngineJob(cfg, output, sweep, None if sweep is None else _reusable_stages, record))
 
 
 def measured_value(sinks: Sequence[Sink]) -> float | None:

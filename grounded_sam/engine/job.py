@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Job:
+class EngineJob:
     """A run of the command.
 
     Attributes:
@@ -38,7 +38,7 @@ class Job:
 class Engine(Protocol):
     """Runs jobs. The keys of its YAML in `conf/engine/` are the arguments of its class."""
 
-    def run(self, job: Job) -> tuple[Summary, Sequence[Sink]]:
+    def run(self, job: EngineJob) -> tuple[Summary, Sequence[Sink]]:
         """Build the stages, process the input, and return what was done, and the sinks.
 
         Raises:

@@ -122,7 +122,7 @@ class Listing:
         """Yield the units of work as they are found, videos first, those with the largest files before others."""
         videos = [part for part in self.parts if isinstance(part, VideoSource)]
         for video in sorted(videos, key=_bytes_of, reverse=True):
-            if self._is_left(video.name, video.decoder.files):
+            if self._is_left(video.name, video.decoder.files, may_read=True):
                 known = self.store.writer.known(video.name, video.decoder.files, is_video=True)
                 yield Unit(video=video, known=() if known is None else (known,))
         for number, part in enumerate(self.parts):
@@ -146,13 +146,17 @@ class Listing:
         if items:
             yield Unit(number, tuple(items), known=tuple(known))
 
-    def _is_left(self, name: str, files: Sequence[Path | Location]) -> bool:
-        """Count an image or video, and return whether it is left to do."""
+    def _is_left(self, name: str, files: Sequence[Path | Location], may_read: bool = False) -> bool:
+        """Count an image or video, and return whether it is left to do.
+
+        A video is read here, since its digest, by which it is resumed, is known to no worker.
+        """
         self.listed += 1
         if name in self.skipped:
             self.passed += 1
             return False
-        if find_stored(self.store.lookup, self.store.writer, name, files) is not None:
+        lookup, writer = self.store.lookup, self.store.writer
+        if (lookup(name, files) if may_read else find_stored(lookup, writer, name, files)) is not None:
             self.resumed += 1
             return False
         note = self.store.writer.note(name)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from grounded_sam.config.build import build, build_sinks, build_source, share_predictions
-from grounded_sam.engine.job import Job
+from grounded_sam.engine.job import EngineJob
 from grounded_sam.formats.output_classes import OutputClasses
 from grounded_sam.pipeline.prediction_cache import CachedStages
 from grounded_sam.pipeline.runner import Runner, Summary
@@ -15,7 +15,7 @@ from grounded_sam.structures.protocols import HasVocabulary, Measures, Sink
 class LocalEngine:
     """Run a job in this process with `pipeline.runner.Runner`."""
 
-    def run(self, job: Job) -> tuple[Summary, Sequence[Sink]]:
+    def run(self, job: EngineJob) -> tuple[Summary, Sequence[Sink]]:
         """Build everything and run it; see `engine.job.Engine`."""
         source = build_source(job.cfg)
         pipeline = build(job.cfg, job.reusable)

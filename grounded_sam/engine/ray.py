@@ -28,7 +28,7 @@ from grounded_sam.config.build import (
     vocabulary_from_config,
 )
 from grounded_sam.config.hydra import conf_dir
-from grounded_sam.engine.job import Job
+from grounded_sam.engine.job import EngineJob
 from grounded_sam.engine.listing import KILLED, Listing, ReplaySource, parts_of
 from grounded_sam.engine.local import counts_of
 from grounded_sam.engine.ray_dataset import Pool, run_pass
@@ -138,7 +138,7 @@ class RayEngine:
         self.num_gpus, self.num_cpus, self.batch = num_gpus, num_cpus, batch
         self.object_store_memory, self.retry_killed = object_store_memory, retry_killed
 
-    def run(self, job: Job) -> tuple[Summary, Sequence[Sink]]:
+    def run(self, job: EngineJob) -> tuple[Summary, Sequence[Sink]]:
         """Process the input on workers, then hand what is stored to the other sinks; see `engine.job.Engine`."""
         start = time.perf_counter()
         _check_job(job)
@@ -155,7 +155,7 @@ class RayEngine:
         return self._finish(job, cfg, request, classes, totals, start)
 
     def _passes(
-        self, job: Job, cfg: DictConfig, request: Request, classes: OutputClasses, pool: Pool, totals: _Totals
+        self, job: EngineJob, cfg: DictConfig, request: Request, classes: OutputClasses, pool: Pool, totals: _Totals
     ) -> None:
         """Process everything, then what is missing one by one, and put aside what kills its workers."""
         missing = 0
@@ -225,7 +225,7 @@ class RayEngine:
                 totals.skipped[skipped] = None
 
     def _finish(
-        self, job: Job, cfg: DictConfig, request: Request, classes: OutputClasses, totals: _Totals, start: float
+        self, job: EngineJob, cfg: DictConfig, request: Request, classes: OutputClasses, totals: _Totals, start: float
     ) -> tuple[Summary, Sequence[Sink]]:
         """Hand what is stored to the sinks, and return the summary of all workers."""
         source = build_source(cfg)
@@ -338,7 +338,7 @@ def _gpus(device: str) -> int:
     return torch.cuda.device_count() if device in ("auto", "cuda") else 0
 
 
-def _check_job(job: Job) -> None:
+def _check_job(job: EngineJob) -> None:
     """Check that a job can be divided between workers.
 
     Raises:
@@ -391,7 +391,7 @@ def _request_of_detector(config: dict[str, Any]) -> tuple[Request | None, str | 
         return None, str(error) if isinstance(error, GroundedSamError) else describe_error(error)
 
 
-def _open_store(job: Job, cfg: DictConfig, request: Request, classes: OutputClasses) -> StoreSink:
+def _open_store(job: EngineJob, cfg: DictConfig, request: Request, classes: OutputClasses) -> StoreSink:
     """Open the store with what was written so far, without the other sinks."""
     return store_of(build_sinks(cfg, job.output, request.classes, classes))
 

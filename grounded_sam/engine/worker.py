@@ -13,7 +13,7 @@ from typing import Any
 
 from grounded_sam.engine.listing import Part, Unit
 from grounded_sam.errors import GroundedSamError, ImageError, describe_error
-from grounded_sam.formats.store_share import StoreShare
+from grounded_sam.formats.store_share import KnownFile, StoreShare, state_columns
 from grounded_sam.formats.store_writer import StoreWriter
 from grounded_sam.media.prefetch import Prefetch
 from grounded_sam.pipeline.frames import process_frames
@@ -21,6 +21,7 @@ from grounded_sam.pipeline.runner import PendingWrites, Summary, count_result
 from grounded_sam.sources.items import AHEAD
 from grounded_sam.sources.video import VideoList
 from grounded_sam.structures.frame import Frame
+from grounded_sam.structures.items import FileContent
 from grounded_sam.structures.protocols import ListsItems
 from grounded_sam.structures.request import Request
 from grounded_sam.structures.results import Skipped
@@ -79,7 +80,7 @@ class Report:
     error: str | None = None
 
 
-class Worker:
+class UnitWorker:
     """Process units with a pipeline that is built once.
 
     Args:
@@ -167,6 +168,10 @@ class Worker:
                 frame = source.decode(item, content)
             except ImageError as error:
                 skipped.append(Skipped(item.name, str(error).removeprefix(f"{item.place}: ")))
+                if isinstance(content, bytes) and item.name not in {known.name for known in unit.known}:
+                    read = FileContent.of(item, content)
+                    columns = {"digest": read.digest, **state_columns(item.place, read)}
+                    self.writer.expect(KnownFile(item.name, item.name, columns))
                 continue
             finally:
                 skipped += source.skipped  # type: ignore[attr-defined]
@@ -182,15 +187,15 @@ class SafeWorker:
     """
 
     def __init__(self, settings: WorkerSettings) -> None:
-        self._worker: Worker | None = None
+        self._worker: UnitWorker | None = None
         self._error = ""
         try:
-            self._worker = Worker(settings)
+            self._worker = UnitWorker(settings)
         except Exception as error:
             self._error = _reason(error)
 
     def process(self, unit: Unit, contents: Sequence[bytes | str]) -> Report:
-        """Process a unit, see `Worker.process`."""
+        """Process a unit, see `UnitWorker.process`."""
         if self._worker is None:
             return Report(error=self._error)
         try:

@@ -23,7 +23,7 @@ from PIL import Image
 from test_metrics import measure
 
 from grounded_sam import ConfigError, Vocabulary
-from grounded_sam.evaluation.calibration import calibrate
+from grounded_sam.evaluation.calibration import measure_reliability
 from grounded_sam.evaluation.phrase_scores import IOUS, PairMatch, best_match, match_pair, phrase_scores
 from grounded_sam.formats.coco import CocoFile
 from grounded_sam.formats.labels import read_ground_truth
@@ -382,7 +382,7 @@ def test_the_reliability_diagram_is_drawn(tmp_path):
 @given(st.lists(st.tuples(st.floats(0, 1), st.booleans()), min_size=1))
 def test_the_calibration_error_is_that_of_its_definition(rows):
     scores, right = zip(*rows, strict=True)
-    curve = calibrate(scores, right)
+    curve = measure_reliability(scores, right)
     assert 0 <= curve.error <= 1 and curve.count == len(rows) == sum(b.count for b in curve.bins)
     assert sum(b.count * b.rate for b in curve.bins) == pytest.approx(sum(right))
     assert sum(b.count * b.score for b in curve.bins) == pytest.approx(sum(scores))
@@ -393,8 +393,8 @@ def test_the_calibration_error_is_that_of_its_definition(rows):
 def test_scores_drawn_from_their_own_probability_are_calibrated():
     rng = np.random.default_rng(0)
     scores = rng.random(20_000)
-    assert calibrate(scores, rng.random(20_000) < scores).error < 0.02
-    assert calibrate(scores, rng.random(20_000) < scores**3).error > 0.15
+    assert measure_reliability(scores, rng.random(20_000) < scores).error < 0.02
+    assert measure_reliability(scores, rng.random(20_000) < scores**3).error > 0.15
 
 
 # Videos

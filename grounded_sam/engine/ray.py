@@ -327,8 +327,8 @@ def _without_stderr() -> Iterator[None]:
 
 
 def _cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Return the number of cores of this machine."""
+    return os.cpu_count() or 1
 
 
 def _gpus(device: str) -> int:

@@ -33,7 +33,7 @@ class Bin:
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Reliability:
     """A reliability diagram.
 
     Attributes:
@@ -48,14 +48,14 @@ class Calibration:
     bins: tuple[Bin, ...]
 
 
-def calibrate(scores: Sequence[float], right: Sequence[bool]) -> Calibration:
+def measure_reliability(scores: Sequence[float], right: Sequence[bool]) -> Reliability:
     """Compare scores with the rate at which they are right ("On calibration of modern neural networks", Guo et al.).
 
     Args:
         scores: Scores, 0 to 1.
         right: Whether what they say is true.
 
-    >>> calibrate([0.9, 0.9, 0.1, 0.1], [True, True, False, False]).error
+    >>> measure_reliability([0.9, 0.9, 0.1, 0.1], [True, True, False, False]).error
     0.1
     """
     values, hits = np.asarray(scores, np.float64), np.asarray(right, bool)
@@ -68,10 +68,10 @@ def calibrate(scores: Sequence[float], right: Sequence[bool]) -> Calibration:
             bins.append(Bin(number / BINS, int(rows.sum()), mean, rate))
     count = len(values)
     error = sum(b.count * abs(b.score - b.rate) for b in bins) / count if count else -1.0
-    return Calibration(count, round(error, 12), tuple(bins))
+    return Reliability(count, round(error, 12), tuple(bins))
 
 
-def write_diagram(path: OutputPath, curves: Mapping[str, Calibration]) -> None:
+def write_diagram(path: OutputPath, curves: Mapping[str, Reliability]) -> None:
     """Draw reliability diagrams side by side, as a PNG.
 
     Args:

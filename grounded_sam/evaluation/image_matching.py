@@ -9,7 +9,7 @@ import numpy as np
 import supervision as sv
 from numpy.typing import NDArray
 
-from grounded_sam.evaluation.calibration import Calibration, calibrate
+from grounded_sam.evaluation.calibration import Reliability, measure_reliability
 from grounded_sam.evaluation.thresholds import BestThreshold, best_threshold
 from grounded_sam.structures.detections import select_rows
 from grounded_sam.structures.vocabulary import Vocabulary
@@ -152,10 +152,12 @@ class ImageMatcher:
                 entry["score"] = float(detections.confidence[i])
             self.mistakes.append(entry)
 
-    def calibration(self) -> Calibration:
+    def calibration(self) -> Reliability:
         """Compare the scores of all detections with the rate at which they match a label."""
         scored = [detection for detections in self._scored for detection in detections]
-        return calibrate([detection.probability for detection in scored], [detection.is_match for detection in scored])
+        return measure_reliability(
+            [detection.probability for detection in scored], [detection.is_match for detection in scored]
+        )
 
     def best_thresholds(self, precision: float | None) -> list[BestThreshold | None]:
         """Find the best threshold of each class.

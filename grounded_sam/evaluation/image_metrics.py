@@ -14,7 +14,7 @@ import numpy as np
 import supervision as sv
 
 from grounded_sam.errors import ConfigError, count_of
-from grounded_sam.evaluation.calibration import Calibration, write_diagram
+from grounded_sam.evaluation.calibration import Reliability, write_diagram
 from grounded_sam.evaluation.coco_scores import CocoEvaluator
 from grounded_sam.evaluation.image_matching import ImageMatcher
 from grounded_sam.evaluation.mistakes import WorstImages
@@ -191,7 +191,7 @@ class ImageMetrics:
         write_diagram(self.output / "calibration.png", self._curves())
         self._worst.write(self.output / "errors")
 
-    def _curves(self) -> dict[str, Calibration]:
+    def _curves(self) -> dict[str, Reliability]:
         """Return how far the scores of detections and of presence are probabilities."""
         return {"detections": self._matcher.calibration(), "presence": self._phrases.calibration()}
 

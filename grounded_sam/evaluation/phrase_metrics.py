@@ -10,7 +10,7 @@ import numpy as np
 import supervision as sv
 
 from grounded_sam.errors import ConfigError
-from grounded_sam.evaluation.calibration import Calibration, calibrate
+from grounded_sam.evaluation.calibration import Reliability, measure_reliability
 from grounded_sam.evaluation.image_matching import label_overlaps, probabilities
 from grounded_sam.evaluation.phrase_scores import PairMatch, best_match, match_pair, phrase_scores
 from grounded_sam.evaluation.values import render_table
@@ -46,9 +46,9 @@ class _Pairs:
             **phrase_scores(self.matches),
         }
 
-    def calibration(self) -> Calibration:
+    def calibration(self) -> Reliability:
         """Compare the scores of presence with the rate of presence."""
-        return calibrate(self.presence, [pair.labels > 0 for pair in self.matches])
+        return measure_reliability(self.presence, [pair.labels > 0 for pair in self.matches])
 
 
 class PhraseMetrics:
@@ -138,10 +138,10 @@ class PhraseMetrics:
         """Return the entry of `metrics.json` of a class."""
         return self._pairs[class_id].values()
 
-    def calibration(self) -> Calibration:
+    def calibration(self) -> Reliability:
         """Compare the scores of presence of all pairs with the rate of presence."""
         scores = [score for pairs in self._pairs for score in pairs.presence]
-        return calibrate(scores, [match.labels > 0 for pairs in self._pairs for match in pairs.matches])
+        return measure_reliability(scores, [match.labels > 0 for pairs in self._pairs for match in pairs.matches])
 
 
 def _match(detections: sv.Detections, labels: sv.Detections, name: str) -> PairMatch:

@@ -55,6 +55,7 @@ def part_name(sequence: int, stamp: str) -> str:
 def sequence_of(part: OutputPath) -> int:
     """Return the position of a part in its store; 0 for those of earlier versions, whose names begin with a time.
 
+    >>> from pathlib import Path
     >>> sequence_of(Path("part-00000007-a.parquet")), sequence_of(Path("part-20261127T021344.083252-93c3.parquet"))
     (7, 0)
     """

@@ -218,7 +218,7 @@ class RemoteClaim:
         """Read the digests of the files that runs wrote, by their path in the folder; empty if there is no list."""
         listed: dict[str, set[str]] = {}
         try:
-            lines = self._listing.read_text(errors="replace").splitlines()
+            lines = self._listing.read_text(encoding="utf-8", errors="replace").splitlines()
         except FileNotFoundError:
             return listed
         for line in lines:

@@ -135,8 +135,8 @@ def judge(pipeline: Pipeline, seed: int, count: int, photos: Sequence[NDArray[np
             objects[pair in VALIDATION_PAIRS] += any(phrase.matches(pair) for phrase in phrases)
         ids = np.asarray(detections.class_id)
         nothing = ~np.isin(np.arange(len(phrases)), ids)
-        for row, group in enumerate((nothing, nothing & is_unseen)):
-            missed[row] += ((group & shown).sum(), (group & ~shown).sum())
+        for number, group in enumerate((nothing, nothing & is_unseen)):
+            missed[number] += ((group & shown).sum(), (group & ~shown).sum())
         if not len(detections):
             continue
         assert detections.confidence is not None
@@ -145,7 +145,7 @@ def judge(pipeline: Pipeline, seed: int, count: int, photos: Sequence[NDArray[np
         parts["x"].append(row)
         parts["correct"].append(match(detections, phrases, scene))
         parts["unseen"].append(is_unseen[ids])
-        product = detections.confidence * data["verify_score"]
+        product = detections.confidence * np.asarray(data["verify_score"], np.float64)
         for class_id in np.unique(ids):
             rows = np.flatnonzero(ids == class_id)
             parts["best"].append(row[rows[product[rows].argmax()]][None])

@@ -72,7 +72,7 @@ class ImageTextVerifier:
         calibration: Weights of the calibrated score; None for those of the checkpoint, else for equal ones.
         presence: Weights of presence, likewise.
         whole_image: Whether presence averages the logits of the best box and of the whole image.
-        examples: Example images by class; see `prototypes.Prototypes`.
+        examples: Examples by class; see `formats.examples`.
         negative_examples: Example images of look-alikes, which compete with all classes.
         words: Whether classes with examples are compared with their phrases as well; the better one counts.
 
@@ -97,7 +97,7 @@ class ImageTextVerifier:
         calibration: Mapping[str, float] | None = None,
         presence: Mapping[str, float] | None = None,
         whole_image: bool = False,
-        examples: Mapping[str, Any] | None = None,
+        examples: Any = None,
         negative_examples: Any = None,
         words: bool = False,
     ) -> None:

@@ -127,7 +127,7 @@ def _cosine_filters(side: int, count: int) -> Tensor:
     return 0.5 * torch.stack(filters[:count])
 
 
-def build_verifier_processor(tokenizer: BertTokenizerFast) -> SiglipProcessor:
+def build_siglip_processor(tokenizer: BertTokenizerFast) -> SiglipProcessor:
     """Build the processor of the model."""
     return SiglipProcessor(SiglipImageProcessor(size={"height": SIZE, "width": SIZE}), tokenizer)
 
@@ -513,7 +513,7 @@ def main() -> None:
     finally:  # also when interrupted
         folder = out / "model"
         siglip.cpu().half().save_pretrained(folder)
-        build_verifier_processor(tokenizer).save_pretrained(folder)
+        build_siglip_processor(tokenizer).save_pretrained(folder)
         log.info("model in %s", folder)
 
 

@@ -135,8 +135,8 @@ def judge(pipeline: Pipeline, seed: int, count: int, photos: Sequence[NDArray[np
             objects[pair in VALIDATION_PAIRS] += any(phrase.matches(pair) for phrase in phrases)
         ids = np.asarray(detections.class_id)
         nothing = ~np.isin(np.arange(len(phrases)), ids)
-        for row, group in enumerate((nothing, nothing & is_unseen)):
-            missed[row] += ((group & shown).sum(), (group & ~shown).sum())
+        for number, group in enumerate((nothing, nothing & is_unseen)):
+            missed[number] += ((group & shown).sum(), (group & ~shown).sum())
         if not len(detections):
             continue
         assert detections.confidence is not None

@@ -92,7 +92,7 @@ def load_or_draw(path: Path, draw: list[tuple[str, int]], seed: int, pairs: Sequ
     return crops
 
 
-def jitter_crop_box(rng: np.random.Generator, xyxy: NDArray[np.floating], amount: float = 0.08) -> NDArray[np.float64]:
+def _jitter(rng: np.random.Generator, xyxy: NDArray[np.floating], amount: float = 0.08) -> NDArray[np.float64]:
     """Move the sides of a box by up to a fraction of its size, as detectors do."""
     x1, y1, x2, y2 = (float(value) for value in xyxy)
     width, height = x2 - x1, y2 - y1
@@ -112,7 +112,7 @@ def draw_objects(seed: int, count: int, pairs: Sequence[Pair], photos: list[NDAr
         scene = make_scene(rng, pairs, photos=photos, diameter=(0.08, 0.45))
         for i, (color, shape) in enumerate(scene.pairs):
             for _ in range(2):
-                box, margin = jitter_crop_box(rng, scene.xyxy[i]), rng.uniform(1.05, 1.45)
+                box, margin = _jitter(rng, scene.xyxy[i]), rng.uniform(1.05, 1.45)
                 mask = scene.masks[i].astype(np.uint8) * 255
                 pixels.append(crop_square(scene.image, box, margin, SIZE))
                 masks.append(crop_square(mask, box, margin, SIZE, fill=0))
@@ -238,6 +238,6 @@ def draw_outline(
     solid = coverage[..., 0] >= 0.5
     if not solid.any():
         solid[side // 2, side // 2] = True
-    box, margin = jitter_crop_box(rng, masks_to_xyxy(solid[None])[0]), rng.uniform(1.05, 1.45)
+    box, margin = _jitter(rng, masks_to_xyxy(solid[None])[0]), rng.uniform(1.05, 1.45)
     crop = crop_square(np.clip(image, 0, 255).astype(np.uint8), box, margin, SIZE)
     return crop, crop_square(solid.astype(np.uint8) * 255, box, margin, SIZE, fill=0), color

@@ -299,6 +299,12 @@ def test_classes_that_an_image_does_not_list_are_not_measured(tmp_path):
     assert "2 detections of classes that are not labeled in their image" in sink.summary()
 
 
+def test_lists_of_category_ids_are_not_exported(tmp_path):
+    """Another file may number the categories otherwise."""
+    truth = CocoFile(write_truth(tmp_path, [{"neg_category_ids": [2], "license": 3}], [(0, 1, 0, {})]))
+    assert truth.image_record(truth.images[0]) == {"id": truth.images[0]["id"], "license": 3}
+
+
 def test_pairs_that_are_not_labeled_completely_are_left_out(tmp_path):
     truth = write_truth(
         tmp_path, [{"not_exhaustive_category_ids": [1]}, {}], [(0, 1, 0, {}), (1, 2, 0, {"iscrowd": 1})]

@@ -181,7 +181,7 @@ def test_calibration_reads_its_weights_and_refuses_others():
         ({"examples": {"cat": [np.zeros((4, 4, 3), np.uint8)]}}, "not in text: 'cat'; text has 'vehicle', 'dog'"),
         ({"negative_examples": [np.zeros((4, 4, 3), np.uint8)]}, "has look-alikes, but no examples"),
         ({"examples": {"dog": []}}, "verify.examples.dog has no example"),
-        ({"examples": {"dog": [{"box": [0, 0, 1, 1]}]}}, "verify.examples.dog: "),
+        ({"examples": {"dog": [{"box": [0, 0, 1, 1]}]}}, "verify.examples.dog: expected an image or"),
         (
             {"examples": {"dog": {"image": np.zeros((4, 4, 3), np.uint8), "box": [9, 9, 12, 12]}}},
             "lies outside verify.examples.dog, which is 4x4 px",

@@ -13,7 +13,7 @@ import supervision as sv
 from numpy.typing import NDArray
 
 from grounded_sam.errors import ConfigError, shorten
-from grounded_sam.formats.known_phrases import KnownPhrases, read_known_phrases
+from grounded_sam.formats.known_phrases import ABSENT, INCOMPLETE, KnownPhrases, read_known_phrases
 from grounded_sam.formats.sa_co import is_sa_co, read_sa_co
 from grounded_sam.formats.segmentations import (
     box_problem,
@@ -34,7 +34,8 @@ from grounded_sam.structures.results import Skipped
 from grounded_sam.structures.vocabulary import Vocabulary
 
 #: Keys of an image and of an annotation that frames and detections have; the others are their `record`.
-_IMAGE_KEYS = {"file_name", "width", "height", "video", "frame", "time_s"}
+#: Lists of category ids are no record, since exports number the classes of their run.
+_IMAGE_KEYS = {"file_name", "width", "height", "video", "frame", "time_s", ABSENT, INCOMPLETE}
 _ANNOTATION_KEYS = {
     *("image_id", "category_id", "bbox", "segmentation", "area", "iscrowd"),
     *("score", "mask_score", "track_id"),

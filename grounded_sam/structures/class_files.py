@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -82,10 +83,11 @@ def without_root(categories: Sequence[Any], annotations: Any) -> list[Any]:
     """
     entries = [item for item in categories if isinstance(item, Mapping)]
     used = [a.get("category_id") for a in annotations or () if isinstance(a, Mapping)]
+    children = Counter(str(item.get("supercategory")) for item in entries)
     for root in entries:
-        others = [item for item in entries if item is not root]
-        is_root = root.get("supercategory") in (None, "", "none", root.get("name"))
-        if others and is_root and all(item.get("supercategory") == root.get("name") for item in others):
+        name, parent = root.get("name"), root.get("supercategory")
+        count = children[str(name)] - (str(parent) == str(name))
+        if parent in (None, "", "none", name) and count == len(entries) - 1 > 0:
             return [item for item in categories if item is not root] if root.get("id") not in used else list(categories)
     return list(categories)
 

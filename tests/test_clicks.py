@@ -178,7 +178,7 @@ def test_clicks_that_no_frame_takes_are_named_with_the_reason(tmp_path):
     expected = {
         "track.clicks[3]": "frame 400 is after the last one, 6",
         "track.clicks[4]": "frame 3 was not processed; see source.start and source.stride",
-        "track.clicks[5]": "none is named 'nix'",
+        "track.clicks[5]": "no image or frame is named 'nix'",
     }
 
     def run(video, name):

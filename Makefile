@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: demo test test-label-studio cases fuzz lint help docs pictures notebooks clean
+.PHONY: demo test test-label-studio test-ray cases fuzz lint help docs pictures notebooks clean
 
 # sam2 is built from source, which needs torch. Installing torch first and building without isolation avoids downloading
 # it twice. The CUDA extension of sam2 is not needed.
@@ -28,11 +28,15 @@ test: $(VENV)/installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not label_studio'
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not label_studio and not ray'
 
 # Starts a Label Studio: the command GROUNDED_SAM_LABEL_STUDIO, or label-studio on the path; needs chromium, too.
 test-label-studio: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m label_studio tests/test_label_studio_live.py
+
+# Starts Ray on this machine, with two workers.
+test-ray: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m ray tests/test_ray.py
 
 # Checks and inputs that are kept outside of the repository; they take a quarter of an hour. See the README there.
 CASES ?= ../shared/cases

@@ -67,6 +67,7 @@ def run(engine: Engine, made: EngineJob):
         return engine.run(made)
 
 
+@pytest.mark.ray
 def test_two_workers_store_and_export_what_one_process_does(ray_cluster, tmp_path):
     folder = tmp_path / "in"
     write_images(folder, 60)
@@ -98,6 +99,7 @@ def test_two_workers_store_and_export_what_one_process_does(ray_cluster, tmp_pat
     assert (tmp_path / "ray" / "again.json").read_bytes() == (tmp_path / "ray" / "annotations.json").read_bytes()
 
 
+@pytest.mark.ray
 def test_only_the_image_that_kills_its_worker_is_put_aside(ray_cluster, tmp_path):
     folder, log = tmp_path / "in", ray_cluster / "poison"
     write_images(folder, 50)
@@ -119,6 +121,7 @@ def test_only_the_image_that_kills_its_worker_is_put_aside(ray_cluster, tmp_path
     assert [unit.names for unit in listed.units()] == [["0023.png"]]
 
 
+@pytest.mark.ray
 def test_images_and_store_may_be_in_a_bucket(ray_cluster, tmp_path, bucket):  # noqa: F811
     folder = tmp_path / "in"
     write_images(folder, 12)
@@ -134,6 +137,7 @@ def test_images_and_store_may_be_in_a_bucket(ray_cluster, tmp_path, bucket):  # 
     assert annotations[0] == annotations[1]
 
 
+@pytest.mark.ray
 def test_workers_run_the_small_models(ray_cluster, tmp_path):
     for name, engine in (("ray", RayEngine(concurrency=1, num_cpus=1)), ("local", LocalEngine())):
         overrides = ["preset=demo", "source=images", "tracker=none", "sink=[coco]", "device=cpu"]
@@ -156,6 +160,7 @@ def test_units_are_batches_of_images_and_whole_videos_the_largest_first(tmp_path
     assert (listing.listed, listing.to_do, listing.resumed) == (9, 9, 0)
 
 
+@pytest.mark.ray
 def test_an_error_of_a_worker_ends_the_run_with_its_reason(ray_cluster, tmp_path):
     folder = tmp_path / "in"
     write_images(folder, 4)

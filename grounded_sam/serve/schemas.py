@@ -55,6 +55,10 @@ class SelectKeys(Settings):
     top_k: int | None = Field(default=None, ge=0, le=100_000, description="largest number of objects; null: no limit")
     min_area: Area = Field(default=1, description="smallest area in pixels, of the mask or else of the box")
     max_area: Area | None = Field(default=None, description="largest area in pixels; null: no limit")
+    verify: Score | None = Field(default=None, description="lowest score of the verifier, 0 to 1; null: any")
+    presence: Score | None = Field(
+        default=None, description="lowest probability that a class is in the picture at all, 0 to 1; null: any"
+    )
 
 
 class FileBody(Body):

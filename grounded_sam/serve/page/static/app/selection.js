@@ -74,7 +74,8 @@ function beforeMasks(settings, refined) {
  */
 export function select(objects, settings, prediction) {
   const low = thresholds(settings, prediction.classes, prediction.class_score);
-  let rows = [...objects];
+  const isVerified = (object) => !(object.verify_score < settings.verify); // also where either is missing
+  let rows = settings.verify === null ? [...objects] : objects.filter(isVerified);
   if (rows.some((object) => object.detector_score !== undefined)) {
     rows = pass(rows, beforeMasks(settings, true), low, (object) => object.detector_score);
     rows.sort((a, b) => a.id - b.id);

@@ -141,7 +141,12 @@ def test_the_server_tells_what_it_is(client):
     assert client.get("/health").json() == {"status": "ok"}
     assert client.get("/ready").json()["status"] == "ready"
     about = client.get("/v1/about").json()
-    assert about["stages"] == {"detector": "GroundingDino", "segmenter": "Sam2", "tracker": "Sam2Tracker", "verify": None}
+    assert about["stages"] == {
+        "detector": "GroundingDino",
+        "segmenter": "Sam2",
+        "tracker": "Sam2Tracker",
+        "verify": None,
+    }
     assert about["device"] == "cpu" and about["stores"] == ["scenes"] and about["sweeps"] == ["plain", "scores"]
     score = compose(["preset=shapes"]).select.score
     assert about["settings"]["select"]["score"] == score and about["limits"]["max_body_bytes"] == 4_000_000

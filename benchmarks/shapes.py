@@ -34,7 +34,7 @@ import signed_distance
 from independent import COLORS, HELD_OUT_PAIRS, SHAPES, LabeledShape, photo_files
 
 from grounded_sam import Pipeline, Select, load
-from grounded_sam.shapes.training.calibration import expected_calibration_error
+from grounded_sam.evaluation.calibration import measure_reliability
 from grounded_sam.shapes.training.segmenter import correcting_click
 
 LabeledScenes = list[tuple[np.ndarray, list[LabeledShape]]]
@@ -176,7 +176,7 @@ def calibration_error(scenes: LabeledScenes) -> float:
         detections = model.detect(image, queried)
         scores.append(detections.confidence)
         correct.append(match_detections(detections, objects, "pairs", box_iou(detections, objects), 0.5))
-    return expected_calibration_error(np.concatenate(scores), np.concatenate(correct))
+    return measure_reliability(np.concatenate(scores), np.concatenate(correct)).error
 
 
 def false_positives_per_image(scenes: LabeledScenes, precision: str = "exact") -> float:

@@ -38,8 +38,8 @@ from independent import COLORS, HELD_OUT_PAIRS, NEW_SHAPES, SHAPES, LabeledShape
 from shapes import PAIRS, average_precision, box_iou, match_detections, name_of, to_xywh
 
 from grounded_sam import Pipeline, Select, load
+from grounded_sam.evaluation.calibration import measure_reliability
 from grounded_sam.pipeline.select import select_detections
-from grounded_sam.shapes.training.calibration import expected_calibration_error
 from grounded_sam.shapes.training.verifier_calibration import correlation
 from grounded_sam.structures.detections import select_rows
 from grounded_sam.structures.frame import Frame
@@ -182,7 +182,7 @@ def print_together(scenes: list[Any], verified: Pipeline, alone: Select) -> None
         print(
             f"{name:15} MCC {mcc[0]:.3f}, unseen {mcc[1]:.3f}   F1 {f1[0]:.3f}, unseen {f1[1]:.3f}   "
             f"AP50 {np.mean(list(ap.values())):.3f}, unseen {np.mean([ap[n] for n in unseen if n in ap]):.3f}   "
-            f"calibration error {expected_calibration_error(score, right):.3f}   "
+            f"calibration error {measure_reliability(score, right).error:.3f}   "
             f"false per empty scene {tally.false_on_empty / max(empty, 1):.3f}",
             flush=True,
         )

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from grounded_sam.files import atomic_write_bytes
 from grounded_sam.output.paths import OutputPath
@@ -48,12 +49,14 @@ class Reliability:
     bins: tuple[Bin, ...]
 
 
-def measure_reliability(scores: Sequence[float], right: Sequence[bool]) -> Reliability:
+def measure_reliability(
+    scores: Sequence[float] | NDArray[np.floating], right: Sequence[bool] | NDArray[np.bool_]
+) -> Reliability:
     """Compare scores with the rate at which they are right ("On calibration of modern neural networks", Guo et al.).
 
     Args:
         scores: Scores, 0 to 1.
-        right: Whether what they say is true.
+        right: Whether each one is right.
 
     >>> measure_reliability([0.9, 0.9, 0.1, 0.1], [True, True, False, False]).error
     0.1

@@ -20,7 +20,7 @@ from grounded_sam.structures.vocabulary import Vocabulary
 
 #: Metrics that a sweep can maximize.
 RANKING = ("cgF1", "cgF1_50", "pmF1", "pmF1_50", "IL_MCC", "IL_F1")
-#: Most classes that printed tables list; `metrics.json` has all.
+#: Largest number of classes in printed tables; `metrics.json` has all of them.
 MAX_ROWS = 40
 _COLUMNS = ("class", "present", "absent", "found", "false", "MCC", "false/absent", "pmF1", "cgF1")
 #: Metrics that are 0 whatever was found where there is no negative pair, or no positive one.
@@ -135,7 +135,7 @@ class PhraseMetrics:
         }
 
     def values_of(self, class_id: int) -> dict[str, Any]:
-        """Return the entry of `metrics.json` of a class."""
+        """Return the entry of a class in `metrics.json`."""
         return self._pairs[class_id].values()
 
     def calibration(self) -> Reliability:

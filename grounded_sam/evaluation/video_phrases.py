@@ -60,7 +60,7 @@ class VideoPhrases:
         return self._values(self.vocabulary.classes)
 
     def by_class(self) -> dict[str, dict[str, Any]]:
-        """Return the entry of `metrics.json` of each class."""
+        """Return the entry of each class in `metrics.json`."""
         return {name: self._values((name,)) for name in self.vocabulary.classes}
 
     def _values(self, names: tuple[str, ...]) -> dict[str, Any]:

@@ -153,7 +153,7 @@ class Manifest:
                 else:
                     self._records[record.name] = record
         unknown = [name for name in self._records if name not in self.lost and name not in parts]
-        # One that was written after `parts` were listed is not missing.
+        # A part that was written after `parts` were listed is not missing.
         self.missing = [name for name in unknown if folder is not None and not (folder / name).exists()]
 
     def read(self, part: OutputPath) -> bytes:

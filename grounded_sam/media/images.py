@@ -243,7 +243,7 @@ def guarded(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def _guards(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Lift Pillow's limits, and turn what is raised inside into an `ImageError` with the path."""
+    """Lift Pillow's limits, and convert errors to `ImageError`s that name the path."""
     from PIL import UnidentifiedImageError
 
     try:

@@ -108,7 +108,7 @@ class StoreSink:
         return list(self._notes)
 
     def add_written(self, images: int, objects: int, files: int) -> None:
-        """Count what workers have written in this run, files of which `lookup` has found since.
+        """Add to the counts what workers have written in this run, whose files `lookup` has found since.
 
         Args:
             images: Number of images and frames.

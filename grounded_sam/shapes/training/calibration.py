@@ -20,6 +20,7 @@ import supervision as sv
 from numpy.typing import NDArray
 
 from grounded_sam.detectors.grounding_dino import GroundingDino
+from grounded_sam.evaluation.calibration import measure_reliability
 from grounded_sam.files import atomic_write_text
 from grounded_sam.pipeline.select import Select, select_detections
 from grounded_sam.shapes.phrases import Phrase, sample_text
@@ -153,17 +154,6 @@ def fit_platt(score: NDArray[np.float64], correct: NDArray[np.bool_]) -> tuple[f
     return float(np.exp(log_scale)), float(offset)
 
 
-def expected_calibration_error(score: NDArray[np.float64], correct: NDArray[np.bool_], bins: int = 10) -> float:
-    """Compute the expected calibration error (Guo et al. 2017) over bins of equal width.
-
-    >>> expected_calibration_error(np.array([0.9, 0.9]), np.array([True, False]))
-    0.4
-    """
-    index = np.minimum((score * bins).astype(int), bins - 1)
-    gaps = [abs(score[index == i].sum() - correct[index == i].sum()) for i in range(bins)]
-    return float(sum(gaps) / max(len(score), 1))
-
-
 def calibrate(folder: Path, photos: Sequence[NDArray[np.uint8]], count: int = 500, nms: float = 0.7) -> None:
     """Fit the calibration of a detector, write it to its `config.json`, and log how good it is."""
     path = folder / "config.json"
@@ -182,7 +172,7 @@ def calibrate(folder: Path, photos: Sequence[NDArray[np.uint8]], count: int = 50
     atomic_write_text(path, json.dumps(config, indent=2) + "\n")
     log.info("phrase_calibration %s", config["phrase_calibration"])
     measured = collect_scores(GroundingDino(str(folder)), 32, count, photos, nms)
-    log.info("expected calibration error %.3f", expected_calibration_error(measured.score, measured.correct))
+    log.info("expected calibration error %.3f", measure_reliability(measured.score, measured.correct).error)
     for threshold in np.arange(0.1, 0.75, 0.05):
         f1 = []
         for is_unseen, num_objects in enumerate(measured.num_objects):

@@ -28,6 +28,7 @@ from safetensors.numpy import save_file
 from transformers import SiglipModel
 
 from grounded_sam.config.build import load
+from grounded_sam.evaluation.calibration import measure_reliability
 from grounded_sam.files import atomic_write, atomic_write_text
 from grounded_sam.pipeline.pipeline import Pipeline
 from grounded_sam.pipeline.select import Select, select_detections
@@ -43,7 +44,7 @@ from grounded_sam.shapes.scenes import (
     load_photos,
     make_scene,
 )
-from grounded_sam.shapes.training.calibration import expected_calibration_error, match
+from grounded_sam.shapes.training.calibration import match
 from grounded_sam.shapes.training.verifier import compare, match_phrases, tokenize, vary
 from grounded_sam.shapes.training.verifier_crops import (
     ALL_COLORS,
@@ -316,7 +317,7 @@ def report(measured: Judged, weights: ScoreWeights, presence: ScoreWeights) -> N
     detector = _sigmoid(measured.features[:, 1])
     calibrated = _sigmoid(measured.features @ np.array(list(asdict(weights).values())))
     for name, score in (("detector", detector), ("calibrated", calibrated)):
-        log.info("%s: expected calibration error %.3f", name, expected_calibration_error(score, measured.correct))
+        log.info("%s: expected calibration error %.3f", name, measure_reliability(score, measured.correct).error)
         for threshold in (0.2, 0.3, 0.4, 0.45, 0.5, 0.55, 0.6, 0.7, 0.8):
             f1 = []
             for is_unseen, objects in enumerate(measured.objects):

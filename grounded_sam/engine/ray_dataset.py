@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import pickle
 import threading
+import uuid
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -149,6 +151,35 @@ class UnitFeed:
         self.queue.shutdown(force=True)
 
 
+@dataclass
+class _Actors:
+    """Options of the actors of a pass, each with a name of its own.
+
+    Ray Data forgets an actor that is being started again when a dataset ends, so that it keeps its cores and no actor of
+    the next pass can start.
+
+    Attributes:
+        options: Options of all of them.
+        names: Names of those that were started.
+    """
+
+    options: dict[str, Any]
+    names: list[str] = field(default_factory=list)
+
+    def next_options(self) -> dict[str, Any]:
+        """Return the options of the next actor."""
+        self.names.append(f"grounded_sam-{uuid.uuid4().hex}")
+        return {**self.options, "name": self.names[-1]}
+
+    def kill(self) -> None:
+        """End those that are still there."""
+        import ray
+
+        for name in self.names:
+            with suppress(ValueError):  # it has ended
+                ray.kill(ray.get_actor(name))
+
+
 def run_pass(units: Iterable[Unit], settings: WorkerSettings, pool: Pool) -> Generator[Report]:
     """Process units on the workers of a pool, and yield their reports as they come.
 
@@ -175,7 +206,7 @@ def run_pass(units: Iterable[Unit], settings: WorkerSettings, pool: Pool) -> Gen
     feed = UnitFeed(units, ahead)
     smallest, largest = pool.sizes
     in_flight = {"max_tasks_in_flight_per_actor": 1} if pool.singly else {}
-    options = {"max_restarts": -1, "max_task_retries": 0 if pool.singly else 1}
+    actors = _Actors({"max_restarts": -1, "max_task_retries": 0 if pool.singly else 1})
     try:
         with DataContext.current(context):
             dataset = read_datasource(_source(feed.queue), override_num_blocks=1, num_cpus=0)
@@ -195,7 +226,7 @@ def run_pass(units: Iterable[Unit], settings: WorkerSettings, pool: Pool) -> Gen
                 compute=ActorPoolStrategy(min_size=smallest, max_size=largest, **in_flight),
                 num_cpus=pool.num_cpus,
                 num_gpus=pool.num_gpus,
-                ray_remote_args_fn=lambda: options,
+                ray_remote_args_fn=actors.next_options,
             )
             for block in dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
                 for row in range(block.num_rows):
@@ -205,6 +236,7 @@ def run_pass(units: Iterable[Unit], settings: WorkerSettings, pool: Pool) -> Gen
             raise feed.error
     finally:
         feed.close()
+        actors.kill()
 
 
 def _source(units: Any) -> Any:

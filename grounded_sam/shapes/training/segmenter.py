@@ -649,7 +649,9 @@ def main() -> None:
     """Train the segmenter and write its weights to `out`."""
     cfg = load_settings("segmenter")
     model = build_segmenter(cfg.model)
-    if cfg.decoder_from:
+    if cfg.start_from:
+        model.load_state_dict({name: value.float() for name, value in load_file(cfg.start_from).items()})
+    elif cfg.decoder_from:
         load_decoder(model, cfg.decoder_from)
     segmenter: TrainableSegmenter = TrainableSam2(model) if cfg.model == "sam2" else TrainableSam(model)
     batches = PromptBatches(cfg, segmenter.size, segmenter.keep_aspect)

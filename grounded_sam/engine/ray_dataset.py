@@ -155,8 +155,8 @@ class UnitFeed:
 class _Actors:
     """Options of the actors of a pass, each with a name of its own.
 
-    Ray Data forgets an actor that is being started again when a dataset ends, so that it keeps its cores and no actor of
-    the next pass can start.
+    Ray Data (2.60) forgets an actor that is being started again when a dataset ends. The actor then keeps its cores,
+    and no actor of the next pass can start.
 
     Attributes:
         options: Options of all of them.

@@ -2,11 +2,14 @@
 
     python benchmarks/scale.py --json scale.json                        # everything
     python benchmarks/scale.py throughput skew --images 1000            # some of it
+    python benchmarks/scale.py bucket --images 20000 --seconds 0.01
 
 - `throughput`: images a second after the workers are up, of one process and of two workers, and startup and memory.
 - `skew`: the first tenth of the images takes 20 times as long; two workers, and two static shards, against the ideal.
 - `kills`: one of two workers is killed every ten seconds, ten times; what is lost, stored twice or computed again.
 - `driver`: the command is killed at five random moments and started again; the same.
+- `bucket`: the images in a bucket of an S3 server (moto) on this machine, beside the same in a folder, by one process,
+  and by two workers; rows of the stores that differ, images a second, memory, temporary files.
 """
 
 from __future__ import annotations
@@ -169,9 +172,9 @@ class Memory(threading.Thread):
 
     def run(self) -> None:
         while not self.ended.wait(1):
-            if self.is_up() and (workers := workers_of(self.pid)):
+            if self.is_up():
                 self.driver.append(rss_mib(self.pid))
-                self.workers.append(max(map(rss_mib, workers)))
+                self.workers.append(max(map(rss_mib, workers_of(self.pid)), default=0.0))
 
     def result(self) -> dict[str, float]:
         """Return medians of the second and of the last fifth, in MiB."""
@@ -245,9 +248,51 @@ def driver(bench: Bench, times: int = 5) -> dict[str, object]:
     return {"killed": killed, "exit": process.wait(), "again_per_kill": share, **counts}
 
 
+def bucket(bench: Bench) -> dict[str, object]:
+    import pyarrow.parquet as pq
+
+    sys.path.insert(0, str(HERE.parent / "tests"))
+    from s3 import CREDENTIALS, client, running_server
+
+    def rows_of(name: str) -> list[tuple[str, ...]]:
+        tables = [pq.read_table(part) for part in sorted((bench.folder / name / "store").glob("*.parquet"))]
+        columns = [c for c in tables[0].column_names if c not in ("path", "etag", "mtime_ns", "take")]
+        return sorted({tuple(repr(row[c]) for c in columns) for table in tables for row in table.to_pylist()})
+
+    def temporary_files() -> set[str]:
+        return {entry.name for entry in Path(tempfile.gettempdir()).iterdir() if not entry.name.startswith("ray")}
+
+    figures: dict[str, object] = {"images": bench.images}
+    with running_server() as endpoint:
+        os.environ.update(CREDENTIALS, AWS_ENDPOINT_URL=endpoint, NO_PROXY="127.0.0.1")
+        s3 = client(endpoint)
+        s3.create_bucket(Bucket="scale")
+        for path in sorted((bench.folder / "in").iterdir()):
+            s3.put_object(Bucket="scale", Key=f"photos/{path.name}", Body=path.read_bytes())
+        before = temporary_files()
+        runs = {
+            "folder": (),
+            "bucket": ("input=s3://scale/photos/",),
+            "ray": ("input=s3://scale/photos/", *bench.ray(2)),
+        }
+        for name, overrides in runs.items():
+            process = bench.start(name, *overrides)
+            memory = Memory(process.pid, lambda name=name: bench.log(name).exists())
+            code = process.wait()
+            figures[name] = {
+                **{"exit": code, "images_per_s": bench.images / bench.seconds_of(name)},
+                **{"computed": len(log_of(bench.log(name))), **memory.result()},
+            }
+            if name != "folder":
+                figures[name]["rows_that_differ"] = len(set(rows_of("folder")) ^ set(rows_of(name)))
+        figures["rows"] = len(rows_of("folder"))
+        figures["temporary_files"] = sorted(temporary_files() - before)
+    return figures
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parts = {"throughput": throughput, "skew": skew, "kills": kills, "driver": driver}
+    parts = {"throughput": throughput, "skew": skew, "kills": kills, "driver": driver, "bucket": bucket}
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(parts)}; default: all")
     parser.add_argument("--images", type=int, default=2000)
     parser.add_argument("--seconds", type=float, default=0.05, help="per image")

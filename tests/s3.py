@@ -13,6 +13,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,21 +80,30 @@ def client(endpoint: str) -> Any:
     )
 
 
+@contextmanager
+def running_server() -> Iterator[str]:
+    """Run a moto server, and yield its address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+        try:
+            _wait_for(port, server)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.kill()
+
+
 @pytest.fixture(scope="session")
 def s3() -> Iterator[str]:
     """Start a moto server, set the environment variables of its clients, and return its address."""
     pytest.importorskip("moto.server", reason="moto is not installed")
     pytest.importorskip("s3fs", reason="the extra `remote` is not installed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
-    endpoint = f"http://127.0.0.1:{port}"
-    settings = {**CREDENTIALS, "AWS_ENDPOINT_URL": endpoint}
-    before = {name: os.environ.get(name) for name in (*settings, "AWS_PROFILE", "NO_PROXY")}
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as server:
+    with running_server() as endpoint:
+        settings = {**CREDENTIALS, "AWS_ENDPOINT_URL": endpoint}
+        before = {name: os.environ.get(name) for name in (*settings, "AWS_PROFILE", "NO_PROXY")}
         try:
-            _wait_for(port, server)
             os.environ.update(settings, NO_PROXY="127.0.0.1")
             os.environ.pop("AWS_PROFILE", None)
             yield endpoint
@@ -102,7 +112,6 @@ def s3() -> Iterator[str]:
                 os.environ.pop(name, None)
                 if value is not None:
                     os.environ[name] = value
-            server.kill()
 
 
 @pytest.fixture

@@ -38,7 +38,9 @@ T = TypeVar("T")
 _STREAMS = {"rtsp", "rtsps", "rtmp", "rtmps", "rtp", "srt", "udp", "tcp", "mms", "mmsh"}
 _LOCAL = {"file", "local"}
 #: Protocols whose address names a member of an archive: `zip://MEMBER::ARCHIVE`.
-_ARCHIVES = {"zip", "tar", "parquet"}  # of a table, the member is COLUMN/GROUP/ROW, which fsspec does not know
+_ARCHIVES = {"zip", "tar", "parquet", "lance"}
+#: Those of them that are tables, which fsspec does not know; see `_read_cell`.
+TABLES = {"parquet", "lance"}
 #: What web addresses must end with to be files; all others are streams, as of cameras, or videos.
 _WEB_SUFFIXES = {
     *(".avif", ".bmp", ".gif", ".heic", ".jpeg", ".jpg", ".jxl", ".png", ".ppm", ".tif", ".tiff", ".webp"),
@@ -397,12 +399,71 @@ def _row_group(archive: str, group: int, column: str) -> Any:
         return table.read_row_group(group, columns=[column]).column(0)
 
 
+def open_lance(address: str, version: int | None = None) -> Any:
+    """Open a Lance table, local or under an address.
+
+    Args:
+        address: Path or address of the table.
+        version: Version of the table; None for the newest.
+
+    Returns:
+        A `lance.LanceDataset`.
+
+    Raises:
+        ConfigError: If the package is not installed.
+        RemoteError: If the table cannot be read; `MissingObjectError` if there is none.
+    """
+    try:
+        import lance
+    except ImportError as error:
+        raise ConfigError(
+            f"{redact_address(address)}: Lance tables need the extra lance: pip install 'grounded_sam[lance]'"
+        ) from error
+    protocol, options = protocol_of(address), {}
+    if protocol in ("s3", "s3a"):  # Lance does not use fsspec, but the same environment variables
+        user, rest = _split_user(address)
+        key, _, secret = user.partition(":")
+        address = f"{protocol}://{rest}"
+        if user:
+            options = {"aws_access_key_id": unquote(key), "aws_secret_access_key": unquote(secret)}
+        if os.environ.get("AWS_ENDPOINT_URL", "").startswith("http://"):
+            options["allow_http"] = "true"
+    shown = redact_address(address)
+    try:
+        return lance.dataset(address if protocol else os.path.abspath(address), version, storage_options=options)
+    except Exception as error:
+        reason = lance_reason(error)
+        if "not found" in reason.lower():
+            raise MissingObjectError(f"{shown}: no Lance table, or no version {version or 1} of it") from error
+        raise RemoteError(f"{shown}: {reason}") from error
+
+
+def lance_reason(error: Exception) -> str:
+    """Return the message of an error of Lance, a ValueError or OSError, without places in its source."""
+    return re.sub(r",? \S+\.rs:\d+(:\d+)?", "", redact(describe_error(error)))
+
+
+@lru_cache(maxsize=8)
+def _lance_table(address: str, version: int) -> Any:
+    """Return a version of a Lance table, which does not change."""
+    return open_lance(address, version)
+
+
 def _read_cell(address: str) -> bytes:
-    """Return the bytes of a cell of a Parquet file: `parquet://COLUMN/GROUP/ROW::FILE`."""
+    """Return the bytes of a cell of a table.
+
+    Args:
+        address: `parquet://COLUMN/GROUP/ROW::FILE`, with a row of a group of rows, or
+            `lance://COLUMN/VERSION/ROW::TABLE`.
+    """
     member, _, archive = address.rpartition("::")
+    protocol, _, cell = member.partition("://")
     with convert_remote_errors(address):
-        column, group, row = member.partition("://")[2].rsplit("/", 2)
-        value = retry(lambda: _row_group(archive, int(group), column))[int(row)].as_py()
+        column, part, row = cell.rsplit("/", 2)
+        if protocol == "parquet":
+            value = retry(lambda: _row_group(archive, int(part), column))[int(row)].as_py()
+        else:
+            value = _lance_table(archive, int(part)).take([int(row)], columns=[column]).column(0)[0].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
             raise RemoteError(f"{redact_address(address)}: no bytes in this row")
@@ -457,7 +518,7 @@ class Location:
             if len(data) != self.span[1] - self.span[0]:
                 raise RemoteError(f"{self}: the archive ends in it")
             return data
-        if protocol_of(self.address) == "parquet":
+        if protocol_of(self.address) in TABLES:
             return _read_cell(self.address)
         fs, key = open_filesystem(self.address)
         return read_bytes(fs, key)

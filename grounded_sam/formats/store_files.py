@@ -16,7 +16,7 @@ from grounded_sam.files import home_path, require_regular
 from grounded_sam.formats.store_runs import file_digest
 from grounded_sam.media.files import common_folder, is_video_file
 from grounded_sam.media.listing import with_state
-from grounded_sam.remote import Location, below, is_address, local_archive, protocol_of
+from grounded_sam.remote import TABLES, Location, below, is_address, local_archive, protocol_of
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class StoredFile:
 
     def _problem_of_object(self, place: Location) -> str | None:
         try:
-            if protocol_of(place.address) == "parquet":  # of a row nothing is known but its content
+            if protocol_of(place.address) in TABLES:  # of a row nothing is known but its content
                 return self._problem_of_content(place)
             now = with_state(Location(place.address))
             is_same_size = now.size == self.row["bytes"]

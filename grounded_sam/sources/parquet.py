@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,11 +14,9 @@ from grounded_sam.media.images import MAX_PIXELS
 from grounded_sam.remote import Location
 from grounded_sam.sources.containers import find_containers, known_place, open_container, reason_of
 from grounded_sam.sources.items import ItemSource, ReadItem
+from grounded_sam.sources.tables import BATCH_ROWS, NO_BYTES, image_column, read_cell
 from grounded_sam.structures.items import SourceItem
 from grounded_sam.structures.results import Skipped
-
-#: Rows that are held at a time.
-BATCH_ROWS = 16
 
 
 class ParquetSource(ItemSource):
@@ -72,53 +69,16 @@ class ParquetSource(ItemSource):
         try:
             known = known_place(place)
             with open_container(place) as file, pq.ParquetFile(file) as table:
-                column = _image_column(table.schema_arrow, self.column)
+                column = image_column(table.schema_arrow, self.column)
                 for group in range(table.num_row_groups):
                     first = count
                     for batch in table.iter_batches(BATCH_ROWS, row_groups=[group], columns=[column]):
                         for cell in batch.column(0).to_pylist():
-                            item, data = _item(name, known, (column, group, count - first), count, cell)
+                            read = read_cell(name, known, f"parquet://{column}/{group}/{count - first}", count, cell)
                             count += 1
-                            if data is None:
-                                self.skipped.append(Skipped(item.name, "no bytes in this row, perhaps a path alone"))
+                            if read.data is None:
+                                self.skipped.append(Skipped(read.item.name, NO_BYTES))
                             else:
-                                yield ReadItem(item, data)
+                                yield read
         except (OSError, RemoteError, pa.ArrowException, ValueError) as error:
             self.skipped.append(Skipped(name, f"{reason_of(error, place)}; its first {count:,} rows were read"))
-
-
-def _image_column(schema: pa.Schema, wanted: str | None) -> str:
-    """Return the column with encoded images.
-
-    Raises:
-        ValueError: If there is none, or more than one could be meant.
-    """
-    found = [field.name for field in schema if _holds_bytes(field.type)]
-    if wanted is not None:
-        if wanted not in found:
-            raise ValueError(f"no column {wanted!r} of bytes (source.column); those of bytes are {found}")
-        return wanted
-    if "image" in found or len(found) == 1:
-        return "image" if "image" in found else found[0]
-    raise ValueError(f"set source.column to the column of the images, one of {found or list(schema.names)}")
-
-
-def _holds_bytes(kind: pa.DataType) -> bool:
-    if pa.types.is_struct(kind):
-        return any(kind.field(i).name == "bytes" for i in range(kind.num_fields))
-    return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-
-def _item(
-    table: str, place: Location, cell_at: tuple[str, int, int], row: int, cell: Any
-) -> tuple[SourceItem, bytes | None]:
-    """Return the item of a row, and its bytes."""
-    column, group, row_in_group = cell_at
-    data, path = (cell.get("bytes"), cell.get("path")) if isinstance(cell, dict) else (cell, None)
-    name = PurePosixPath(path.replace("\\", "/")).name if isinstance(path, str) else ""
-    size = None if data is None else len(data)
-    address = f"parquet://{column}/{group}/{row_in_group}::{place.address}"
-    etag = None if place.etag is None else f"{place.etag}@{row}"
-    location = Location(address, size, etag, place.modified_ns)
-    full = f"{table}/{row:06d}{'-' + name if name else ''}"
-    return SourceItem(full, location, str(row), size, etag, place.modified_ns), data

@@ -95,8 +95,7 @@ def sample_prompt(rng: np.random.Generator, scene: Scene) -> list[Phrase]:
     """Sample one to ten phrases of which about half are in the scene, the rest mostly look-alikes."""
     count = int(rng.choice([1, 1, 2, 4, 6, 10]))
     present = list(dict.fromkeys(scene.pairs))
-    pool = (*TRAIN_PAIRS, *VALIDATION_PAIRS, *EXTRA_PAIRS[::4])
-    absent = [pair for pair in pool if pair not in present]
+    absent = [pair for pair in PAIRS if pair not in present]  # as frequent as in the scenes
     shared = {word for pair in present for word in pair}
     alike = [pair for pair in absent if shared & set(pair)] or absent
     names: list[tuple[str | None, str | None]] = []

@@ -169,6 +169,24 @@ def test_pictures_are_small_and_all_are_shown():
     assert sum(path.stat().st_size for path in pictures) < 2_000_000
 
 
+def test_what_users_process_is_an_image_in_all_texts():
+    """A picture is a name in the API alone."""
+    texts = {name: re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S) for name, text in NAMES.items()}
+    for path in [*(ROOT / "conf").rglob("*.yaml"), *(ROOT / "grounded_sam" / "serve" / "page").rglob("*.html")]:
+        texts[str(path)] = re.sub(r"data-part=\S+|class=\S+", "", path.read_text(encoding="utf-8"))
+    for path in (ROOT / "grounded_sam").rglob("*.py"):
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        strings = [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+        texts[str(path)] = "\n".join(string for string in strings if " " in string)
+    for path in (ROOT / "grounded_sam" / "serve" / "page").rglob("*.js"):
+        strings = re.findall(r'"[^"\n]*"', path.read_text(encoding="utf-8"))
+        texts[str(path)] = "\n".join(string for string in strings if " " in string)
+    for name, given in texts.items():
+        text = re.sub(r"`[^`]*`|/v1/\S*", "", given)
+        found = re.search(r"(?<![\w/-])pictures?(?![\w.])", text, re.I)
+        assert not found, f"{name}: {text[max(0, found.start() - 40) : found.end() + 40]!r}"
+
+
 class _Resources(html.parser.HTMLParser):
     """Collect what a browser would load with a page."""
 

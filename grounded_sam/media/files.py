@@ -40,7 +40,7 @@ class InputFiles:
         videos: Video files.
         root: Folder that names in the output are relative to.
         is_file: Whether the input is itself the file, rather than a folder, glob or list.
-        unread: Pictures and videos of formats that are not read, and folders that cannot be opened, with the reason.
+        unread: Images and videos of formats that are not read, and folders that cannot be opened, with the reason.
         outputs: Folders with results of earlier runs, whose files were passed over.
     """
 
@@ -308,7 +308,7 @@ def _select_media(found: FoundFiles, root: Path) -> InputFiles:
 
 
 def unread_files(files: Iterable[Path]) -> dict[Path, str]:
-    """Return the pictures and videos of formats that are not read, with the reason and the way out."""
+    """Return the images and videos of formats that are not read, with the reason and the way out."""
     formats = safe_formats()
     return {path: reason for path in files if (reason := unread_reason(path, formats)) is not None}
 

@@ -1,10 +1,11 @@
 // The view Browse: the images of a store in a grid, and verdicts about their objects by keyboard.
 
 import * as api from "./api.js";
-import { Viewer, drawLabel, loadImage } from "./canvas.js";
+import { Viewer, loadImage } from "./canvas.js";
 import { colorOf } from "./colors.js";
 import { button, el, guarded, isTyping, tell } from "./dom.js";
 import { Grid } from "./grid.js";
+import { drawLabels } from "./labels.js";
 import { withShape } from "./objects.js";
 import { Verdicts } from "./verdicts.js";
 
@@ -209,8 +210,7 @@ export class BrowseView {
   decorate(context, unit) {
     const { current } = this;
     if (!current) return;
-    const [x1, y1] = current.box;
-    drawLabel(context, current.class, x1, Math.max(y1, 16 * unit), unit, this.color(current));
+    drawLabels(context, unit, [{ text: current.class, box: current.box, color: this.color(current) }]);
   }
 
   chooseAt([x, y]) {

@@ -304,18 +304,3 @@ export function loadImage(url) {
     image.src = url;
   });
 }
-
-/** Draw a small label in the image, of the same size at any zoom. */
-export function drawLabel(context, text, x, y, unit, color) {
-  context.font = `${12 * unit}px system-ui, sans-serif`;
-  const width = context.measureText(text).width + 8 * unit;
-  context.fillStyle = color;
-  context.fillRect(x, y - 16 * unit, width, 16 * unit);
-  context.fillStyle = isLight(color) ? "#000" : "#fff";
-  context.fillText(text, x + 4 * unit, y - 4 * unit);
-}
-
-function isLight(color) {
-  const value = parseInt(color.slice(1), 16);
-  return 0.3 * (value >> 16) + 0.59 * ((value >> 8) & 255) + 0.11 * (value & 255) > 140;
-}

@@ -1,9 +1,10 @@
 // The view Compare: two jobs of a sweep side by side, those images first that differ most.
 
 import * as api from "./api.js";
-import { Viewer, drawLabel, loadImage } from "./canvas.js";
+import { Viewer, loadImage } from "./canvas.js";
 import { colorOf } from "./colors.js";
 import { countOf, el, guarded, isTyping, tell } from "./dom.js";
+import { drawLabels } from "./labels.js";
 import { withShape } from "./objects.js";
 
 export class CompareView {
@@ -150,12 +151,12 @@ export class CompareView {
   }
 
   decorate(context, unit, side) {
-    for (const [object, isMatched] of this.picture?.shapes?.[side] || []) {
-      if (isMatched) continue;
-      const [x1, y1] = object.box;
-      const color = colorOf(object.class, this.classes.indexOf(object.class));
-      drawLabel(context, `only here: ${object.class} ${object.score.toFixed(2)}`, x1, Math.max(y1, 16 * unit), unit, color);
-    }
+    const different = (this.picture?.shapes?.[side] || []).filter(([, isMatched]) => !isMatched);
+    drawLabels(context, unit, different.map(([object]) => ({
+      text: `only here: ${object.class} ${object.score.toFixed(2)}`,
+      box: object.box,
+      color: colorOf(object.class, this.classes.indexOf(object.class)),
+    })));
   }
 
   follow(viewer) {

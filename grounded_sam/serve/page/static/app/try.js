@@ -1,10 +1,11 @@
 // The view Try: an image, words, what is found, and corrections.
 
 import * as api from "./api.js";
-import { Viewer, drawLabel, loadImage } from "./canvas.js";
+import { Viewer, loadImage } from "./canvas.js";
 import { colorOf, setColors } from "./colors.js";
 import { button, countOf, debounce, guarded, isTyping, save, tell } from "./dom.js";
 import { examplePictures, firstPicture } from "./first.js";
+import { drawLabels } from "./labels.js";
 import { ObjectList } from "./object_list.js";
 import { Objects } from "./objects.js";
 import { makePicker, takeDrops } from "./picker.js";
@@ -222,13 +223,13 @@ export class TryView {
   }
 
   decorate(context, unit) {
-    for (const object of this.objects.list()) {
-      if (object.isHidden || (!this.toolbar.hasLabels && object.key !== this.objects.active)) continue;
-      const color = this.colorOf(object.class);
-      const [x1, y1] = object.box;
-      const score = object.isAdded ? "" : ` ${object.score.toFixed(2)}`;
-      drawLabel(context, object.class + score, x1, Math.max(y1, 16 * unit), unit, color);
-    }
+    const named = this.objects.list()
+      .filter((object) => !object.isHidden && (this.toolbar.hasLabels || object.key === this.objects.active));
+    drawLabels(context, unit, named.map((object) => ({
+      text: object.isAdded ? object.class : `${object.class} ${object.score.toFixed(2)}`,
+      box: object.box,
+      color: this.colorOf(object.class),
+    })));
     this.prompts.draw(context, unit);
     this.viewer.tool?.draw?.(context, unit);
   }

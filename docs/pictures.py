@@ -117,10 +117,10 @@ def sweep(folder: Path) -> None:
 
 
 def mistakes(folder: Path) -> None:
-    """Draw the image with the most mistakes among some scenes, at a threshold that is too high."""
-    names = write_labeled_scenes(folder, 12, (480, 640))
-    settings = ["preset=shapes", f"text=[{','.join(names)}]", "truth=truth.json", "sink=metrics", "select.score=0.95"]
-    run(*settings, "input=scenes", "output=metrics", "sink.metrics.errors=1", cwd=folder)
+    """Draw the image with the most mistakes of the demo, with thresholds that are wrong on purpose."""
+    thresholds = ["select.score=0.05", "select.nms=0.9", "select.class_score={red circle: 0.99, blue square: 0.9}"]
+    settings = ["preset=demo", "source=images", "truth=builtin:demo", "sink=metrics", "sink.metrics.errors=1"]
+    run(*settings, *CLEAN, *thresholds, "output=metrics", cwd=folder)
     path = next((folder / "metrics" / "errors").iterdir())
     save(np.asarray(Image.open(path)), "mistakes.jpg", 640)
 
@@ -214,15 +214,17 @@ def show_compare(shown: Any) -> None:
     shown.locator("#compared-0").wait_for()
 
 
-def write_labeled_scenes(folder: Path, count: int, size_hw: tuple[int, int] = (320, 420)) -> list[str]:
+def write_labeled_scenes(folder: Path, count: int) -> list[str]:
     """Write scenes to `scenes/` and their labels to `truth.json`; return the names of their classes."""
-    scenes: list[Scene] = [make_scene(np.random.default_rng([77, i]), count=5, size_hw=size_hw) for i in range(count)]
+    scenes: list[Scene] = [
+        make_scene(np.random.default_rng([77, i]), count=5, size_hw=(320, 420)) for i in range(count)
+    ]
     names = sorted({" ".join(pair) for scene in scenes for pair in scene.pairs})
     (folder / "scenes").mkdir()
     images, annotations = [], []
     for i, scene in enumerate(scenes):
         Image.fromarray(scene.image).save(folder / "scenes" / f"{i:02}.png")
-        images.append({"id": i + 1, "file_name": f"{i:02}.png", "width": size_hw[1], "height": size_hw[0]})
+        images.append({"id": i + 1, "file_name": f"{i:02}.png", "width": 420, "height": 320})
         for pair, mask, (x1, y1, x2, y2) in zip(scene.pairs, scene.masks, scene.xyxy.tolist(), strict=True):
             ids = {"id": len(annotations) + 1, "image_id": i + 1, "category_id": names.index(" ".join(pair)) + 1}
             box = {"bbox": [x1, y1, x2 - x1, y2 - y1], "area": int(mask.sum()), "iscrowd": 0}

@@ -22,18 +22,20 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from grounded_sam import load
-from grounded_sam.shapes.scenes import Scene, make_crowded_scene, make_scene
+from grounded_sam.shapes.scenes import Scene, make_scene
 from grounded_sam.structures.masks import encode_rle
 
 FOLDER = Path(__file__).parent / "images"
 DEMO = Path(__file__).parents[1] / "grounded_sam" / "shapes" / "examples" / "demo"
+#: The masks of the small models have stray pixels.
+CLEAN = ["segmenter.min_region_area=400", "segmenter.max_hole_area=400"]
 TEXT = ["red circle", "blue square", "green star", "yellow triangle", "orange ring", "purple cross"]
 
 
 @functools.cache
 def model(*overrides: str) -> Any:
     """Return the small models."""
-    return load("select.score=0.5", *overrides, preset="shapes")
+    return load("select.score=0.5", *CLEAN, *overrides, preset="shapes")
 
 
 def run(*arguments: str, cwd: Path) -> None:
@@ -85,17 +87,23 @@ def clip(_: Path) -> None:
 
 
 def tiles(_: Path) -> None:
-    """Search a crowded image as a whole and in tiles."""
-    scene = make_crowded_scene(np.random.default_rng(12))
-    names = sorted({" ".join(pair) for pair in scene.pairs})
-    whole = model().segment(scene.image, names).plot(boxes=False, labels=False, opacity=0.6)
-    tiled = model("tiles.size=256").segment(scene.image, names).plot(boxes=False, labels=False, opacity=0.6)
-    save(mosaic([[whole, tiled]]), "tiles.png", 1280)
+    """Search an image of small objects as a whole and in tiles."""
+    pairs = [("red", "circle"), ("blue", "square"), ("yellow", "star"), ("orange", "triangle")]
+    scene = make_scene(np.random.default_rng(14), pairs, count=30, size_hw=(800, 1000), diameter=(0.045, 0.07))
+    options, names = {"boxes": False, "labels": False, "opacity": 0.7}, [" ".join(pair) for pair in pairs]
+    drawn = [
+        model("segmenter.min_region_area=0", "segmenter.max_hole_area=0", *size).segment(scene.image, names)
+        for size in ((), ("tiles.size=300",))
+    ]
+    print("tiles:", *(f"{len(found)} of {len(scene.pairs)}" for found in drawn))
+    save(mosaic([[found.plot(**options) for found in drawn]]), "tiles.png", 1280)
 
 
 def report(folder: Path) -> None:
     """Take a screenshot of the report of the demo's images."""
-    run("preset=[demo,label]", "source=images", "output=labels", cwd=folder)
+    for path in DEMO.glob("*.png"):
+        shutil.copy(path, folder)
+    run("preset=[demo,label]", "input=*.png", *CLEAN, "output=labels", cwd=folder)
     screenshot(folder / "labels" / "report.html", "report.png", (1200, 900))
 
 
@@ -109,10 +117,10 @@ def sweep(folder: Path) -> None:
 
 
 def mistakes(folder: Path) -> None:
-    """Draw the image with the most mistakes among some scenes, at a threshold that is too high."""
-    names = write_labeled_scenes(folder, 12)
-    settings = ["preset=shapes", f"text=[{','.join(names)}]", "truth=truth.json", "sink=metrics", "select.score=0.95"]
-    run(*settings, "input=scenes", "output=metrics", "sink.metrics.errors=1", cwd=folder)
+    """Draw the image with the most mistakes of the demo, with thresholds that are wrong on purpose."""
+    thresholds = ["select.score=0.05", "select.nms=0.9", "select.class_score={red circle: 0.99, blue square: 0.9}"]
+    settings = ["preset=demo", "source=images", "truth=builtin:demo", "sink=metrics", "sink.metrics.errors=1"]
+    run(*settings, *CLEAN, *thresholds, "output=metrics", cwd=folder)
     path = next((folder / "metrics" / "errors").iterdir())
     save(np.asarray(Image.open(path)), "mistakes.jpg", 640)
 
@@ -144,11 +152,11 @@ def page(folder: Path) -> None:
     from playwright.sync_api import sync_playwright
 
     names = write_labeled_scenes(folder, 24)
-    settings = ["preset=shapes", "input=scenes", f"text=[{','.join(names)}]"]
+    settings = ["preset=shapes", "input=scenes", f"text=[{','.join(names)}]", *CLEAN]
     run(*settings, "select.score=0.2", "sink=store", "output=labels", cwd=folder)
     run("-m", *settings, "sink=coco", "output=sweep", "select.score=0.3,0.75", cwd=folder)
     options = ["serve.port=0", "serve.roots=[.]", "serve.stores={scenes: labels}", "serve.sweeps={scores: sweep}"]
-    command = [sys.executable, "-m", "grounded_sam.cli.serve", "preset=shapes", *options]
+    command = [sys.executable, "-m", "grounded_sam.cli.serve", "preset=shapes", *CLEAN, *options]
     server = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, text=True)
     url = ""
     try:

@@ -21,6 +21,8 @@ from PIL import Image
 
 FOLDER = Path(__file__).parent
 MAX_SIDE, MAX_BYTES = 900, 400_000
+#: Colors and fonts of a terminal.
+ANSI = re.compile(r"\x1b\[[\d;]*m")
 #: Beginnings of absolute paths, which differ between machines.
 PATHS = re.compile(r"(?<![\w.:/])/(?:home|root|tmp|work|usr|opt|Users|private|var|mnt)/[^\s'\"]*|[A-Z]:\\\\")
 
@@ -43,8 +45,9 @@ def execute(path: Path) -> Any:
 
 
 def clean(output: Any) -> Any:
-    """Return an output without what differs between machines; None if nothing is left of it."""
+    """Return an output without colors and what differs between machines; None if nothing is left of it."""
     if output.output_type == "stream":
+        output.text = ANSI.sub("", output.text)
         return output if output.name == "stdout" and output.text.strip() else None
     data = output.get("data", {})
     if "image/png" in data:

@@ -11,6 +11,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import urllib.parse
 from pathlib import Path
 
 import pytest
@@ -139,18 +140,21 @@ def test_messages_of_the_troubleshooting_page_exist():
         assert any(all(part in text for part in fragments) for text in strings), message
 
 
-def test_links_of_the_readme_lead_somewhere():
-    text = NAMES["README.md"]
-    anchors = {
-        re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)$", text, re.M)
-    }
-    for target in re.findall(r"\]\(([^)]+)\)", text):
+def anchors_of(text: str) -> set[str]:
+    """Return the anchors of the headings of a page, as GitHub and MkDocs make them."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
+def test_links_of_files_outside_of_the_site_lead_somewhere(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
         path, _, anchor = target.partition("#")
         if target.startswith("https://"):
             continue
-        assert not path or (ROOT / path).is_file(), target
-        if anchor and not path:
-            assert anchor in anchors, target
+        assert (ROOT / (path or name)).is_file(), target
+        assert not anchor or anchor in anchors_of((ROOT / (path or name)).read_text(encoding="utf-8")), target
 
 
 def test_the_readme_renders_and_is_short():
@@ -169,19 +173,43 @@ def test_pictures_are_small_and_all_are_shown():
     assert sum(path.stat().st_size for path in pictures) < 2_000_000
 
 
-class _Resources(html.parser.HTMLParser):
-    """Collect what a browser would load with a page."""
+def test_what_users_process_is_an_image_in_all_texts():
+    """A picture is a name in the API alone."""
+    texts = {name: re.sub(r"^```.*?^```$", "", text, flags=re.M | re.S) for name, text in NAMES.items()}
+    for path in [*(ROOT / "conf").rglob("*.yaml"), *(ROOT / "grounded_sam" / "serve" / "page").rglob("*.html")]:
+        texts[str(path)] = re.sub(r"data-part=\S+|class=\S+", "", path.read_text(encoding="utf-8"))
+    for path in (ROOT / "grounded_sam").rglob("*.py"):
+        nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        strings = [n.value for n in nodes if isinstance(n, ast.Constant) and isinstance(n.value, str)]
+        texts[str(path)] = "\n".join(string for string in strings if " " in string)
+    for path in (ROOT / "grounded_sam" / "serve" / "page").rglob("*.js"):
+        strings = re.findall(r'"[^"\n]*"', path.read_text(encoding="utf-8"))
+        texts[str(path)] = "\n".join(string for string in strings if " " in string)
+    for name, given in texts.items():
+        text = re.sub(r"`[^`]*`|/v1/\S*", "", given)
+        found = re.search(r"(?<![\w/-])pictures?(?![\w.])", text, re.I)
+        assert not found, f"{name}: {text[max(0, found.start() - 40) : found.end() + 40]!r}"
 
-    def __init__(self) -> None:
+
+class _Page(html.parser.HTMLParser):
+    """Collect what a browser would load with a page, where its links lead, and the places in it."""
+
+    def __init__(self, path: Path) -> None:
         super().__init__()
-        self.urls: list[str] = []
+        self.resources: list[str] = []
+        self.links: list[str] = []
+        self.ids: set[str] = set()
+        self.feed(path.read_text(encoding="utf-8"))
 
     def handle_starttag(self, tag, attributes):
         values = dict(attributes)
+        self.ids.add(values.get("id") or "")
         if tag in ("script", "img", "iframe", "source") and values.get("src"):
-            self.urls.append(values["src"])
+            self.resources.append(values["src"])
         if tag == "link" and values.get("rel") in ("stylesheet", "icon", "preload", "preconnect"):
-            self.urls.append(values["href"])
+            self.resources.append(values["href"])
+        if tag == "a" and values.get("href"):
+            self.links.append(values["href"])
 
 
 def test_the_site_builds_and_needs_no_network(tmp_path):
@@ -189,14 +217,20 @@ def test_the_site_builds_and_needs_no_network(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path)]
     process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr
-    pages = [page for page in tmp_path.rglob("*.html") if page.name != "404.html"]  # which a server returns
+    # A server returns 404.html at any address, so that its links are absolute.
+    pages = {path.resolve(): _Page(path) for path in tmp_path.rglob("*.html") if path.name != "404.html"}
     assert len(pages) > 25
-    for page in pages:
-        resources = _Resources()
-        resources.feed(page.read_text(encoding="utf-8"))
-        for url in resources.urls:
-            assert not url.startswith(("http:", "https:", "//")), f"{page.name} loads {url}"
-            assert (page.parent / url.split("?")[0].split("#")[0]).is_file(), f"{page.name} loads {url}"
+    for path, page in pages.items():
+        for url in page.resources:
+            assert not url.startswith(("http:", "https:", "//")), f"{path.name} loads {url}"
+            assert (path.parent / url.split("?")[0].split("#")[0]).is_file(), f"{path.name} loads {url}"
+        for url in page.links:
+            if url.startswith(("http:", "https:")):
+                continue
+            target, _, anchor = urllib.parse.unquote(url).partition("#")
+            other = (path.parent / target).resolve() if target else path
+            assert other.is_file(), f"{path.name} links to {url}"
+            assert not anchor or other not in pages or anchor in pages[other].ids, f"{path.name} links to {url}"
     config = (tmp_path / "reference" / "config.html").read_text(encoding="utf-8")
     for key in ("select.max_ios", "tracker.prompt", "sink.overlay.opacity", "track.max_lost_frames"):
         assert f"<code>{key}</code>" in config

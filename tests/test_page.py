@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -351,6 +352,26 @@ def test_a_clip_gives_its_lanes(page, folders):
     page.until(f"() => groundedSam.views.video.source.tracks().length === {len(lanes) + 1}")
     page.page.click("#view-video button:has-text('Undo')")
     page.until(f"() => groundedSam.views.video.source.tracks().length === {len(lanes)}")
+
+
+def test_labels_do_not_cover_each_other_where_there_is_room(page):
+    boxes = [[100, 50, 200, 150], [110, 50, 220, 150], [0, 0, 50, 40], [0, 60, 30, 90]]
+    sizes = [[90, 16], [90, 16], [40, 16], [40, 16]]
+    page.open("try")
+    script = "async ([boxes, sizes]) => (await import('/static/app/labels.js')).placeLabels(boxes, sizes)"
+    corners = page.run(script, [boxes, sizes])
+    assert corners[0] == [100, 34] and corners[2] == [0, 0]  # above its box, and not above the image
+    places = [(x, y, x + width, y + height) for (x, y), (width, height) in zip(corners, sizes, strict=True)]
+    for (left, top, right, bottom), (x1, y1, x2, y2) in itertools.combinations(places, 2):
+        assert min(right, x2) <= max(left, x1) or min(bottom, y2) <= max(top, y1)
+
+
+def test_tracks_have_the_colors_of_their_classes_if_all_names_contain_one(page):
+    page.open("try")
+    script = "async (given) => (await import('/static/app/colors.js')).colorOfTrack(...given)"
+    named = [page.run(script, [track, "red car", ["red car", "blue car"]]) for track in (1, 2)]
+    others = [page.run(script, [track, "red car", ["red car", "person"]]) for track in (1, 2)]
+    assert named[0] == named[1] == "#dc2828" and others[0] != others[1]
 
 
 def test_lanes_of_a_store_are_split_merged_and_relabeled_there(page, folders):

@@ -546,7 +546,7 @@ def test_a_client_that_leaves_takes_its_request_with_it(client):
         with socket.create_connection(client.address) as connection:
             connection.sendall(head.encode() + b"\r\n\r\n" + body)
             until(lambda: worker.num_waiting == 1, 60)
-        until(lambda: not client.server.uploads.get(picture, "picture").users, 60)
+        until(lambda: not client.server.uploads.get(picture, "image").users, 60)
         assert all(work.future.cancelled() for work in worker._waiting)
     finally:
         release.set()

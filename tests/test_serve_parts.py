@@ -59,7 +59,7 @@ def upload(tmp_path: Path, name: str = "a.png", size: tuple[int, int] = (60, 40)
     from PIL import Image
 
     Image.new("RGB", size, (90, 20, len(name))).save(tmp_path / name)
-    return Upload(name, "picture", name, tmp_path / name, 1, *size)
+    return Upload(name, "image", name, tmp_path / name, 1, *size)
 
 
 SELECTS = [
@@ -250,16 +250,16 @@ def test_uploads_make_room_unless_they_are_in_use(tmp_path):
     uploads = Uploads(tmp_path / "uploads", 25)
 
     def add(content: bytes, name: str = "a") -> Upload:
-        return uploads.add(io.BytesIO(content), name, "picture", lambda upload: None)
+        return uploads.add(io.BytesIO(content), name, "image", lambda upload: None)
 
     first, second = add(b"1" * 10), add(b"2" * 10)
     assert add(b"1" * 10, "b") is first and len(uploads) == 2
-    with uploads.use(second.id, "picture"):
+    with uploads.use(second.id, "image"):
         third = add(b"3" * 10)
-        assert uploads.get(second.id, "picture") is second and third.path.read_bytes() == b"3" * 10
+        assert uploads.get(second.id, "image") is second and third.path.read_bytes() == b"3" * 10
         with pytest.raises(RequestError, match="never sent"):
-            uploads.get(first.id, "picture")
-        with uploads.use(third.id, "picture"), pytest.raises(RequestError, match="no room"):
+            uploads.get(first.id, "image")
+        with uploads.use(third.id, "image"), pytest.raises(RequestError, match="no room"):
             add(b"4" * 10)
     with pytest.raises(RequestError, match="more than the 25 bytes"):
         add(b"5" * 26)

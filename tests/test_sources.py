@@ -69,6 +69,7 @@ def test_files_with_the_same_name_in_two_folders_have_different_names(tmp_path):
         ("clip.mp4", "only videos; use source=auto or source=video"),
         ("empty", "no image in empty"),
         ("builtin:nothing", "available: builtin:demo"),
+        ("builtin:demo/nothing.mp4", "the files of that folder are scene-1.png"),
     ],
 )
 def test_an_input_without_images_is_refused(tree, monkeypatch, given, message):

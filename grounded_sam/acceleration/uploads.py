@@ -1,4 +1,4 @@
-"""Copy pictures and tables to a device without waiting for it."""
+"""Copy images and tables to a device without waiting for it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-#: Largest number of pictures that are kept on devices for later calls, and their largest total size in bytes.
+#: Largest number of images that are kept on devices for later calls, and their largest total size in bytes.
 MAX_KEPT, MAX_KEPT_BYTES = 16, 256 * 2**20
 
 
@@ -68,7 +68,7 @@ def copy_to_device(array: NDArray[Any], device: Any) -> DeviceCopy:
 
 
 class PictureUploads:
-    """Pictures on devices, kept for the stages that ask for the same array.
+    """Images on devices, kept for the stages that ask for the same array.
 
     A copy is dropped with its array, or when `max_kept` or `max_bytes` are exceeded, the oldest first. Any thread may
     call it.
@@ -87,7 +87,7 @@ class PictureUploads:
         return len(self._copies)
 
     def get(self, image: NDArray[np.uint8], device: torch.device, keep: bool) -> Tensor:
-        """Return a picture on a device; see `upload`."""
+        """Return an image on a device; see `upload`."""
         key = (id(image), str(device))
         with self._lock:
             found = self._copies.get(key)
@@ -122,7 +122,7 @@ _UPLOADS = PictureUploads()
 
 
 def upload(image: NDArray[np.uint8], device: Any, keep: bool = False) -> Tensor:
-    """Return a picture on a device, copied there at most once if it is kept.
+    """Return an image on a device, copied there at most once if it is kept.
 
     Args:
         image: RGB, `(H, W, 3) uint8`.

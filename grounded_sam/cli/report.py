@@ -159,12 +159,14 @@ def _plot(table: SweepTable) -> bytes:
     series: dict[str, list[Row]] = {}
     for row in rows:
         series.setdefault(", ".join(f"{key}={row[key]}" for key in swept if key != x_key), []).append(row)
-    for label, members in series.items():
+    for i, (label, members) in enumerate(series.items()):
+        # Dashes and smaller markers leave lines visible that lie below.
+        style: dict[str, Any] = {"marker": "o", "markersize": max(3, 7 - 2 * i), "linestyle": ("-", "--", ":")[i % 3]}
         points = _sorted_points(members, x_key, x_key in numeric)
-        axes[0].plot([x for x, _ in points], [row["metric"] for _, row in points], marker="o", label=label or None)
+        axes[0].plot([x for x, _ in points], [row["metric"] for _, row in points], label=label or None, **style)
         if has_rates:
             recall, precision = ([row[key] for _, row in points] for key in ("recall", "precision"))
-            axes[1].plot(recall, precision, marker="o", label=label or None)
+            axes[1].plot(recall, precision, label=label or None, **style)
     for axis, (x_label, y_label) in zip(axes, ((x_key, table.metric), ("recall", "precision")), strict=False):
         axis.set_xlabel(x_label)
         axis.set_ylabel(y_label)

@@ -91,7 +91,8 @@ def write_diagram(path: OutputPath, curves: Mapping[str, Reliability]) -> None:
     for axis, (name, curve) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items(), strict=True):
         lows, rates = [b.low + 0.5 / BINS for b in curve.bins], [b.rate for b in curve.bins]
         axis.bar(lows, rates, width=0.9 / BINS, color="#9ecae1", label="fraction correct")
-        axis.plot([b.score for b in curve.bins], rates, "o", color="#08519c", label="at the mean score")
+        points = {"color": "#08519c", "clip_on": False, "zorder": 3, "label": "at the mean score"}  # whole at the edges
+        axis.plot([b.score for b in curve.bins], rates, "o", **points)
         axis.plot([0, 1], [0, 1], "--", color="#666666", label="calibrated")
         for b in curve.bins:
             axis.annotate(str(b.count), (b.low + 0.5 / BINS, 0.01), ha="center", va="bottom", fontsize=7)

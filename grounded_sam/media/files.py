@@ -40,7 +40,7 @@ class InputFiles:
         videos: Video files.
         root: Folder that names in the output are relative to.
         is_file: Whether the input is itself the file, rather than a folder, glob or list.
-        unread: Pictures and videos of formats that are not read, and folders that cannot be opened, with the reason.
+        unread: Images and videos of formats that are not read, and folders that cannot be opened, with the reason.
         outputs: Folders with results of earlier runs, whose files were passed over.
     """
 
@@ -169,18 +169,21 @@ def find_files(given: str) -> InputFiles:
 
     Args:
         given: A file, a folder (searched recursively, without hidden files), a glob, a `.txt` file with one path per
-            line (`#` alone or followed by a space begins a comment), or `builtin:NAME`. What earlier runs wrote below
-            a folder, or below the part of a glob without wildcards, is passed over.
+            line (`#` alone or followed by a space begins a comment), `builtin:NAME`, or a file of that,
+            `builtin:NAME/FILE`. What earlier runs wrote below a folder, or below the part of a glob without wildcards,
+            is passed over.
 
     Raises:
         ConfigError: If the input does not exist, a glob matches nothing, or a list has no paths.
 
-    >>> len(find_files("builtin:demo").images)
-    4
+    >>> len(find_files("builtin:demo").images), len(find_files("builtin:demo/clip.mp4").videos)
+    (4, 1)
     """
     if given.startswith("builtin:"):
-        folder = builtin_folder("input", given)
-        return _select_media(_walk(folder), folder)
+        name, _, file = given.partition("/")
+        folder = builtin_folder("input", name)
+        found = _select_media(_walk(folder), folder)
+        return found if not file else find_files(str(_find_example(found, given, file)))
     path = home_path(given)
     if path.is_dir():
         return _select_media(_walk(path), path)
@@ -200,6 +203,15 @@ def find_files(given: str) -> InputFiles:
             raise ConfigError(f"no file matches {given}")
         return _select_media(found, common_folder([*found.files, *found.unread] or found.outputs))
     raise ConfigError(f"no such file or folder: {given}")
+
+
+def _find_example(files: InputFiles, given: str, name: str) -> Path:
+    """Return the example with a name, for `input`."""
+    named = {path.name: path for path in (*files.images, *files.videos)}
+    if name not in named:
+        available = ", ".join(named)
+        raise ConfigError(f"input={given} is not part of the package; the files of that folder are {available}")
+    return named[name]
 
 
 def builtin_folder(key: str, given: str) -> Path:
@@ -308,7 +320,7 @@ def _select_media(found: FoundFiles, root: Path) -> InputFiles:
 
 
 def unread_files(files: Iterable[Path]) -> dict[Path, str]:
-    """Return the pictures and videos of formats that are not read, with the reason and the way out."""
+    """Return the images and videos of formats that are not read, with the reason and the way out."""
     formats = safe_formats()
     return {path: reason for path in files if (reason := unread_reason(path, formats)) is not None}
 

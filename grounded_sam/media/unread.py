@@ -1,4 +1,4 @@
-"""Which files are pictures or videos that cannot be read, and what to do about it."""
+"""Which files are images or videos that cannot be read, and what to do about it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _REASONS = {suffix: reason for suffixes, reason in _REMEDIES for suffix in suffi
 
 
 def unread_reason(path: Path, formats: Sequence[str]) -> str | None:
-    """Return why a picture or video cannot be read, with the way out; None if its suffix says no such thing.
+    """Return why an image or video cannot be read, with the way out; None if its suffix says no such thing.
 
     Args:
         path: The file; only its suffix is looked at.

@@ -23,7 +23,7 @@ from grounded_sam.serve.routes import about, label_studio, pages, pictures, sess
 from grounded_sam.serve.server import Server
 
 DESCRIPTION = """\
-Detect, segment and track what text names. Boxes are xyxy in pixels of the upright picture, scores 0 to 1, masks
+Detect, segment and track what text names. Boxes are xyxy in pixels of the upright image, scores 0 to 1, masks
 compressed COCO RLE unless another form is asked for. An error is `{"error": "one sentence"}`.
 """
 

@@ -1,4 +1,4 @@
-"""A store that is browsed and reviewed: what is in its pictures, and what people decide about it."""
+"""A store that is browsed and reviewed: what is in its images, and what people decide about it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from grounded_sam.serve.store_pictures import (
 from grounded_sam.structures.results import FrameResult
 from grounded_sam.structures.vocabulary import Vocabulary
 
-#: Where the rows of a picture are: that of the picture, and those of the decisions.
+#: Where the rows of an image are: that of the image, and those of the decisions.
 Version = tuple[RowIndex, tuple[RowIndex, ...]]
 
 
@@ -43,7 +43,7 @@ class OpenStore:
 
     Args:
         folder: Folder of the store.
-        max_pixels: A store with larger pictures is refused.
+        max_pixels: A store with larger images is refused.
         roots: Addresses below which addresses in the store may be opened.
 
     Raises:
@@ -89,7 +89,7 @@ class OpenStore:
             self._state = state
 
     def _describe(self) -> None:
-        """Describe the pictures, reading anew those whose rows are other ones."""
+        """Describe the images, reading anew those whose rows are other ones."""
         known, versions = self._pictures, self._versions
         self._pictures, self._versions = {}, {}
         for key, number, index in _picture_rows(self._reader.rows.index):
@@ -101,7 +101,7 @@ class OpenStore:
             self._versions[picture_id] = version
 
     def _read(self, picture_id: str, key: str, number: int | None, index: RowIndex) -> StoredPicture:
-        """Read what a picture has."""
+        """Read what an image has."""
         return describe_picture(self._reader.rows, picture_id, key, number, index)
 
     @property
@@ -111,16 +111,16 @@ class OpenStore:
 
     @property
     def pictures(self) -> list[StoredPicture]:
-        """All pictures: images in order of their names, then the frames of videos."""
+        """All images in order of their names, then the frames of videos."""
         with self._lock:
             return list(self._pictures.values())
 
     def page(self, wanted: PictureFilter, cursor: int) -> dict[str, Any]:
-        """Return a page of the pictures that pass a filter.
+        """Return a page of the images that pass a filter.
 
         Args:
             wanted: The filter.
-            cursor: Number of pictures to pass over.
+            cursor: Number of images to pass over.
 
         Returns:
             `total`, `pictures`, `skipped` (with that reason alone), `next` (the cursor of the next page, or None),
@@ -152,21 +152,21 @@ class OpenStore:
         }
 
     def find(self, picture_id: str) -> StoredPicture:
-        """Return a picture.
+        """Return an image.
 
         Raises:
-            RequestError: If there is no such picture (404).
+            RequestError: If there is no such image (404).
         """
         picture = self._pictures.get(picture_id)
         if picture is None:
-            raise RequestError(404, f"the store has no picture {picture_id[:40]!r}")
+            raise RequestError(404, f"the store has no image {picture_id[:40]!r}")
         return picture
 
     def result(self, picture_id: str) -> FrameResult:
-        """Read the result of a picture; its pixels are read when they are needed.
+        """Read the result of an image; its pixels are read when they are needed.
 
         Raises:
-            RequestError: If there is no such picture (404).
+            RequestError: If there is no such image (404).
         """
         picture, words = self.find(picture_id), self._reader.vocabulary
         with self._lock:
@@ -175,20 +175,20 @@ class OpenStore:
             return self._reader.read_frame(picture.key, picture.frame, words)
 
     def file_problem(self, picture_id: str) -> str | None:
-        """Return why the file of a picture is not the one that was processed; None if it is."""
+        """Return why the file of an image is not the one that was processed; None if it is."""
         picture = self.find(picture_id)
         with self._lock:
             return self._reader.file_problem(picture.key)
 
     def objects(self, picture_id: str, masks: MaskForm) -> dict[str, Any]:
-        """Return a picture with its objects: `detections`, and apart from them those that somebody `rejected`.
+        """Return an image with its objects: `detections`, and apart from them those that somebody `rejected`.
 
         Args:
-            picture_id: Id of the picture.
+            picture_id: Id of the image.
             masks: Form of the masks.
 
         Raises:
-            RequestError: If there is no such picture (404).
+            RequestError: If there is no such image (404).
         """
         picture = self.find(picture_id)
         with self._lock:
@@ -280,7 +280,7 @@ class OpenStore:
         return {"objects": chosen, "unreviewed": sum(candidate.is_right is None for candidate in verdicts.candidates)}
 
     def _judged(self, picture: StoredPicture, number: int, words: Vocabulary) -> Verdicts:
-        """Return the candidates of a picture, read anew if its rows are other ones."""
+        """Return the candidates of an image, read anew if its rows are other ones."""
         version = self._versions[picture.id]
         state = version, number, words
         if picture.id not in self._verdicts or self._verdicts[picture.id][0] != state:
@@ -290,7 +290,7 @@ class OpenStore:
 
 
 def _picture_rows(index: StoreIndex) -> Iterator[tuple[str, int | None, RowIndex]]:
-    """Yield key, number of the frame and row of each picture."""
+    """Yield key, number of the frame and row of each image."""
     for key in index.sorted_keys():
         if key in index.images:
             yield key, None, index.images[key].index

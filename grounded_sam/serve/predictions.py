@@ -1,4 +1,4 @@
-"""Detect and segment once, select many times: candidates of pictures, and selections of them."""
+"""Detect and segment once, select many times: candidates of images, and selections of them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from grounded_sam.structures.masks import pack_masks, unpack_masks
 from grounded_sam.structures.protocols import Segmenter
 from grounded_sam.structures.vocabulary import Vocabulary
 
-#: Largest number of candidates of a picture, and largest size of their masks while they are computed, in bytes.
+#: Largest number of candidates of an image, and largest size of their masks while they are computed, in bytes.
 MAX_CANDIDATES, MASK_BYTES = 1000, 2 << 30
 #: Column with the confidence that a detection had before its mask changed it.
 DETECTOR_SCORE = "detector_score"
@@ -35,12 +35,12 @@ DETECTOR_SCORE = "detector_score"
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """The candidates of a picture.
+    """The candidates of an image.
 
     Attributes:
-        id: Fingerprint of all that decides them: picture, models, classes and what was kept.
-        picture: Id of the picture.
-        name: Name of the picture.
+        id: Fingerprint of all that decides them: image, models, classes and what was kept.
+        image: Id of the image.
+        name: Name of the image.
         size_hw: Its height and width in pixels.
         vocabulary: Classes.
         kept: What was kept: every detection that this selects is a candidate.
@@ -68,7 +68,7 @@ class Question:
 
     Attributes:
         id: As that of the prediction.
-        upload: The picture.
+        upload: The image.
         vocabulary: Classes to look for.
         kept: What to keep.
     """
@@ -80,16 +80,16 @@ class Question:
 
 
 class Predictor:
-    """Predict pictures, and keep the predictions.
+    """Predict images, and keep the predictions.
 
     Args:
         pipeline: The models.
         fingerprint: Fingerprint of all settings that decide what they find, without selection and classes.
         max_bytes: Largest size of all predictions that are kept.
-        max_pixels: Largest picture.
+        max_pixels: Largest image.
 
     Attributes:
-        computed: How many pictures the models have looked at.
+        computed: How many images the models have looked at.
     """
 
     def __init__(self, pipeline: Pipeline, fingerprint: str, max_bytes: int, max_pixels: int) -> None:
@@ -104,7 +104,7 @@ class Predictor:
         """Return what to compute for a request.
 
         Args:
-            upload: The picture.
+            upload: The image.
             vocabulary: Classes to look for.
             select: Selection of the request.
             min_score: Lowest score from which all candidates are kept; None for those that `select` needs.
@@ -119,7 +119,7 @@ class Predictor:
 
     @property
     def is_tiled(self) -> bool:
-        """Whether large pictures are detected in tiles."""
+        """Whether large images are detected in tiles."""
         return self.stages.tiles.size is not None
 
     def known(self, prediction_id: str) -> Prediction | None:
@@ -127,7 +127,7 @@ class Predictor:
         return self._kept.get(prediction_id)
 
     def answer(self, questions: Sequence[Question]) -> list[Prediction | GroundedSamError]:
-        """Predict pictures with the same classes and the same selection; called on the thread of the worker.
+        """Predict images with the same classes and the same selection; called on the thread of the worker.
 
         Returns:
             For each question its prediction, or why there is none.
@@ -247,7 +247,7 @@ class CandidateStages(DetectThenSegment):
         return self.verify(frames, self.add_masks(frames, candidates, vocabulary, segmenter), vocabulary)
 
     def _limited(self, frame: Frame, detections: sv.Detections) -> sv.Detections:
-        """Return the most confident detections, as many as a picture of this size may have."""
+        """Return the most confident detections, as many as an image of this size may have."""
         height, width = frame.size_hw
         limit = max(1, min(MAX_CANDIDATES, MASK_BYTES // (height * width)))
         if len(detections) <= limit:
@@ -362,10 +362,10 @@ def replace_confidence(detections: sv.Detections, confidence: Any) -> sv.Detecti
 
 
 def picture_frame(upload: Upload, max_pixels: int, index: int = 0) -> Frame:
-    """Return a picture as a frame whose pixels are read when they are needed.
+    """Return an image as a frame whose pixels are read when they are needed.
 
     Args:
-        upload: The picture.
+        upload: The image.
         max_pixels: Largest number of pixels.
         index: Index of the frame.
     """

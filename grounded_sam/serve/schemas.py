@@ -57,12 +57,12 @@ class SelectKeys(Settings):
     max_area: Area | None = Field(default=None, description="largest area in pixels; null: no limit")
     verify: Score | None = Field(default=None, description="lowest score of the verifier, 0 to 1; null: any")
     presence: Score | None = Field(
-        default=None, description="lowest probability that a class is in the picture at all, 0 to 1; null: any"
+        default=None, description="lowest probability that a class is in the image at all, 0 to 1; null: any"
     )
 
 
 class FileBody(Body):
-    """A picture or video, as base64 or as the path of a file below the roots of the server."""
+    """An image or video, as base64 or as the path of a file below the roots of the server."""
 
     data: str | None = Field(default=None, description="content of a file in base64, with or without `data:...,`")
     path: str | None = Field(
@@ -89,9 +89,9 @@ class Words(Body):
 
 
 class PredictBody(Words):
-    """Predict the objects of a picture."""
+    """Predict the objects of an image."""
 
-    picture: Id = Field(description="id of a picture")
+    picture: Id = Field(description="id of an image")
     select: SelectKeys = Field(default_factory=SelectKeys, description="which detections are kept")
     min_score: Score | None = Field(
         default=None,
@@ -112,9 +112,9 @@ class SelectBody(Body):
 
 
 class SessionBody(Body):
-    """Encode a picture for clicks."""
+    """Encode an image for clicks."""
 
-    picture: Id = Field(description="id of a picture")
+    picture: Id = Field(description="id of an image")
 
 
 class Rle(Body):
@@ -227,13 +227,13 @@ class EditItem(Body):
         default=None, alias="class", max_length=500, description="new class of relabel, relabel_track and add"
     )
     mask: Rle | list[list[Coordinate]] | None = Field(
-        default=None, description="mask of `mask` and `add`: COCO RLE or polygons, of the size of the picture"
+        default=None, description="mask of `mask` and `add`: COCO RLE or polygons, of the size of the image"
     )
     box: Annotated[list[Coordinate], Field(min_length=4, max_length=4)] | None = Field(
-        default=None, description="box of `box` and `add`: [x1, y1, x2, y2] in pixels, inside the picture"
+        default=None, description="box of `box` and `add`: [x1, y1, x2, y2] in pixels, inside the image"
     )
     picture: Id | None = Field(
-        default=None, description="picture of `add`; of an action on tracks, any frame of the video"
+        default=None, description="image of `add`; of an action on tracks, any frame of the video"
     )
     file: str | None = Field(
         default=None, max_length=4096, description="instead of `picture`: its name; of an action on tracks, the video's"
@@ -277,7 +277,7 @@ class ErrorAnswer(BaseModel):
 
 
 class PictureAnswer(BaseModel):
-    """A picture that the server has."""
+    """An image that the server has."""
 
     id: str = Field(description="digits of the SHA-256 of its content")
     name: str = Field(description="its name")
@@ -303,10 +303,10 @@ class DetectedObject(BaseModel):
 
 
 class PredictionAnswer(BaseModel):
-    """The objects of a picture, most confident first."""
+    """The objects of an image, most confident first."""
 
-    prediction: str = Field(description="fingerprint of picture, models, classes and what was kept; for /v1/select")
-    picture: str = Field(description="id of the picture")
+    prediction: str = Field(description="fingerprint of image, models, classes and what was kept; for /v1/select")
+    picture: str = Field(description="id of the image")
     width: int = Field(description="pixels")
     height: int = Field(description="pixels")
     classes: list[str] = Field(description="classes that `class_id` refers to")
@@ -321,7 +321,7 @@ class SessionAnswer(BaseModel):
     """A session."""
 
     id: str = Field(description="its id")
-    picture: str = Field(description="id of the picture")
+    picture: str = Field(description="id of the image")
     width: int = Field(description="pixels")
     height: int = Field(description="pixels")
     bytes: int = Field(description="memory that it takes")
@@ -357,7 +357,7 @@ class JobAnswer(BaseModel):
 
 
 class StoredPictureAnswer(BaseModel):
-    """A picture of a store."""
+    """An image of a store."""
 
     id: str = Field(description="its id in the server")
     name: str = Field(description="its name in the store")
@@ -377,14 +377,14 @@ class ReviewCounts(BaseModel):
     statuses: dict[Status, int] = Field(description="number of objects by status")
     reviewed: int = Field(description="number of objects that somebody decided about")
     unreviewed: int = Field(description="number of objects that nobody decided about")
-    reviewed_pictures: int = Field(description="number of pictures without such an object")
-    unreviewed_pictures: int = Field(description="number of pictures with one")
+    reviewed_pictures: int = Field(description="number of images without such an object")
+    unreviewed_pictures: int = Field(description="number of images with one")
 
 
 class StorePage(BaseModel):
-    """Pictures of a store."""
+    """Images of a store."""
 
-    total: int = Field(description="number of pictures that pass the filters")
+    total: int = Field(description="number of images that pass the filters")
     pictures: list[StoredPictureAnswer] = Field(description="at most 50")
     skipped: list[dict[str, str]] = Field(description="name and reason of files that could not be used")
     next: int | None = Field(description="cursor of the next page; null: this is the last one")
@@ -406,7 +406,7 @@ class StoredObjectAnswer(DetectedObject):
 
 
 class StoredObjectsAnswer(StoredPictureAnswer):
-    """A picture of a store with its objects."""
+    """An image of a store with its objects."""
 
     detections: list[StoredObjectAnswer] = Field(description="its objects")
     rejected: list[StoredObjectAnswer] = Field(description="those that somebody rejected, which are in no export")
@@ -416,8 +416,8 @@ class NextObject(BaseModel):
     """An object to look at."""
 
     object_id: str = Field(description="its id in the store, for edits")
-    picture: str = Field(description="id of its picture")
-    name: str = Field(description="name of its picture")
+    picture: str = Field(description="id of its image")
+    name: str = Field(description="name of its image")
     class_name: str = Field(alias="class", description="its class")
     score: float = Field(description="confidence, 0 to 1")
     box: list[float] = Field(description="[x1, y1, x2, y2] in pixels")
@@ -452,7 +452,7 @@ class EditsAnswer(BaseModel):
     batch: str | None = Field(description="for /undo; null if nothing was applied")
     applied: list[AppliedEdit] = Field(description="what was applied")
     refused: list[RefusedEdit] = Field(description="what was not, with `skip_invalid`")
-    pictures: list[StoredPictureAnswer] = Field(description="the pictures that have changed, as they are now")
+    pictures: list[StoredPictureAnswer] = Field(description="the images that have changed, as they are now")
     counts: ReviewCounts = Field(description="of the whole store")
 
 
@@ -498,9 +498,9 @@ class SweepTableAnswer(BaseModel):
 
 
 class ComparisonAnswer(BaseModel):
-    """What two jobs found in the same pictures."""
+    """What two jobs found in the same images."""
 
-    total: int = Field(description="number of pictures")
+    total: int = Field(description="number of images")
     matched: int = Field(description="number of objects that both have")
     only_a: int = Field(description="number of objects that only the first job has")
     only_b: int = Field(description="number of objects that only the second job has")

@@ -33,7 +33,7 @@ from grounded_sam.weights.loading import BUILTIN_DIR
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-#: Threads that read uploads and encode answers at the same time; each may hold a decoded picture.
+#: Threads that read uploads and encode answers at the same time; each may hold a decoded image.
 MAX_THREADS = 2
 #: Groups of the config whose choices are stages.
 STAGES = ("detector", "segmenter", "verify", "tracker")
@@ -51,9 +51,9 @@ class Server:
 
     Attributes:
         settings: The group `serve`.
-        max_pixels: Largest picture or frame.
+        max_pixels: Largest image or frame.
         roots: What requests may name.
-        uploads: Pictures and videos.
+        uploads: Images and videos.
         jobs: Videos that are tracked.
         frames: Single frames of videos.
         stores: Stores to browse.
@@ -121,7 +121,7 @@ class Server:
 
     @property
     def predictor(self) -> Predictor:
-        """Predictions of pictures.
+        """Predictions of images.
 
         Raises:
             RequestError: While the models are being loaded (503).

@@ -1,4 +1,4 @@
-"""Pictures that are encoded once, for any number of clicks."""
+"""Images that are encoded once, for any number of clicks."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from grounded_sam.structures.protocols import PromptableSegmenter
 
 @dataclass(eq=False)
 class OpenSession:
-    """A session and the picture that it is of.
+    """A session and the image that it is of.
 
     Attributes:
         session: The session, whose pixels are no longer in memory.
-        picture: Id of the picture.
+        image: Id of the image.
         size_hw: Its height and width in pixels.
         id: Id of the session.
     """
@@ -48,7 +48,7 @@ class OpenSessions:
     Args:
         pipeline: The models.
         max_bytes: Largest memory of all sessions.
-        max_pixels: Largest picture.
+        max_pixels: Largest image.
     """
 
     def __init__(self, pipeline: Pipeline, max_bytes: int, max_pixels: int) -> None:
@@ -66,11 +66,11 @@ class OpenSessions:
         return self._open.num_bytes
 
     def open(self, uploads: Sequence[Upload]) -> list[OpenSession]:
-        """Encode pictures; called on the thread of the worker.
+        """Encode images; called on the thread of the worker.
 
         Raises:
             ConfigError: If the segmenter takes no prompts.
-            ImageError: If a picture cannot be read.
+            ImageError: If an image cannot be read.
         """
         segmenter = self.pipeline.segmenter
         if not isinstance(segmenter, PromptableSegmenter):
@@ -109,7 +109,7 @@ class OpenSessions:
 
         Raises:
             ConfigError: If an entry is malformed.
-            ImageError: If a prompt lies outside the picture.
+            ImageError: If a prompt lies outside the image.
             RequestError: If a session was closed in the meantime (404).
         """
         segmented = []

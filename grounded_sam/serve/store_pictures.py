@@ -1,4 +1,4 @@
-"""What is known of the pictures of a store, which of them are listed, and how they are answered."""
+"""What is known of the images of a store, which of them are listed, and how they are answered."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from grounded_sam.formats.store_schema import STATUSES
 from grounded_sam.serve.objects import MaskForm, object_entries
 from grounded_sam.structures.vocabulary import Vocabulary
 
-#: Pictures of a page.
+#: Images of a page.
 PAGE = 50
-#: Why a picture is worth a look: no object, many objects, an uncertain object, similar to another one, unusable.
+#: Why an image is worth a look: no object, many objects, an uncertain object, similar to another one, unusable.
 Reason = Literal["empty", "crowded", "uncertain", "alike", "skipped"]
 #: What is known of an object, see `store_schema.STATUSES`.
 Status = Literal["predicted", "accepted", "rejected", "edited", "added"]
@@ -43,7 +43,7 @@ class StoredObject:
 
 @dataclass(frozen=True, eq=False)
 class StoredPicture:
-    """What is known of a picture without reading it.
+    """What is known of an image without reading it.
 
     Attributes:
         id: Id in the server: digits of the SHA-256 of its key and frame.
@@ -91,15 +91,15 @@ class StoredPicture:
 
 @dataclass(frozen=True, kw_only=True)
 class PictureFilter:
-    """Which pictures are listed, and in which order.
+    """Which images are listed, and in which order.
 
     Attributes:
-        class_name: Only pictures with an object of this class.
-        max_score: Only pictures with an object of at most this score.
-        status: Only pictures with an object of this status. All three must hold for the same object.
-        unreviewed: Only pictures with an object that nobody decided about; it must be the object of the three above.
+        class_name: Only images with an object of this class.
+        max_score: Only images with an object of at most this score.
+        status: Only images with an object of this status. All three must hold for the same object.
+        unreviewed: Only images with an object that nobody decided about; it must be the object of the three above.
         video: Only frames of this video.
-        reason: Only pictures that are worth a look for this reason, and those first that are it most.
+        reason: Only images that are worth a look for this reason, and those first that are it most.
         order: The order where `reason` gives none.
     """
 
@@ -127,10 +127,10 @@ class PictureFilter:
         return self.unreviewed or not (self.class_name is self.max_score is self.status is None)
 
     def apply(self, pictures: Sequence[StoredPicture], alike: set[str]) -> list[StoredPicture]:
-        """Return the pictures that match a filter, in the order asked for.
+        """Return the images that match a filter, in the order asked for.
 
         Args:
-            pictures: All pictures, in order of their names.
+            images: All images, in order of their names.
             alike: Names of near-duplicates.
         """
         chosen = [p for p in pictures if self.video in (None, p.video)]
@@ -154,7 +154,7 @@ class PictureFilter:
 
 
 def describe_picture(store: StoreRows, picture_id: str, key: str, number: int | None, index: RowIndex) -> StoredPicture:
-    """Read what a picture has.
+    """Read what an image has.
 
     Args:
         store: Rows of the store.
@@ -181,7 +181,7 @@ def describe_picture(store: StoreRows, picture_id: str, key: str, number: int | 
 
 
 def count_reviewed(pictures: Sequence[StoredPicture]) -> dict[str, Any]:
-    """Return the numbers of objects by status, and of objects and pictures that are reviewed or not."""
+    """Return the numbers of objects by status, and of objects and images that are reviewed or not."""
     statuses = Counter(item.status for picture in pictures for item in picture.objects)
     left = sum(bool(picture.unreviewed) for picture in pictures)
     return {
@@ -197,7 +197,7 @@ def describe_videos(pictures: Sequence[StoredPicture]) -> list[dict[str, Any]]:
     """Return the videos with their tracks: name, frames, size, and of each track where it is seen.
 
     Args:
-        pictures: All pictures, frames in their order.
+        images: All images, frames in their order.
     """
     frames: dict[str, list[StoredPicture]] = {}
     for picture in pictures:
@@ -252,11 +252,11 @@ def _tracks(frames: Sequence[StoredPicture]) -> list[dict[str, Any]]:
 def row_entries(
     rows: Sequence[Row], picture: StoredPicture, words: Vocabulary, masks: MaskForm
 ) -> list[dict[str, Any]]:
-    """Return object rows of a picture as entries of an answer.
+    """Return object rows of an image as entries of an answer.
 
     Args:
         rows: The rows.
-        picture: The picture.
+        image: The image.
         words: All classes of the store.
         masks: Form of the masks.
     """

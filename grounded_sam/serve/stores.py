@@ -1,4 +1,4 @@
-"""The stores of a server, and the pixels of their pictures."""
+"""The stores of a server, and the pixels of their images."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Stores:
 
     Args:
         folders: Their folders by name.
-        roots: What the server may read; pictures elsewhere are not shown.
-        max_pixels: Larger pictures are not read.
+        roots: What the server may read; images elsewhere are not shown.
+        max_pixels: Larger images are not read.
 
     Raises:
         ConfigError: If a folder is not in one of the roots.
@@ -63,15 +63,15 @@ class Stores:
         return store
 
     def picture(self, name: str, picture_id: str, max_side: int | None) -> bytes:
-        """Return a picture as JPEG.
+        """Return an image as JPEG.
 
         Args:
             name: Name of the store.
-            picture_id: Id of the picture.
+            picture_id: Id of the image.
             max_side: Longest side in pixels; None for no limit.
 
         Raises:
-            RequestError: If there is no such picture (404), its file is outside of the roots (403), or is not the one
+            RequestError: If there is no such image (404), its file is outside of the roots (403), or is not the one
                 that was processed (409).
             ImageError: If the file cannot be read.
         """
@@ -84,11 +84,11 @@ class Stores:
         return encoded
 
     def upload(self, name: str, picture_id: str, uploads: Uploads, check: Callable[[Upload], None]) -> Upload:
-        """Add a picture to those that clients have sent.
+        """Add an image to those that clients have sent.
 
         Args:
             name: Name of the store.
-            picture_id: Id of the picture.
+            picture_id: Id of the image.
             uploads: What clients have sent.
             check: See `Uploads.add`.
 
@@ -100,18 +100,18 @@ class Stores:
         if frame.video is None and frame.file is not None:
             try:
                 if isinstance(frame.file, Location):
-                    return uploads.add(io.BytesIO(frame.file.read_bytes()), frame.name, "picture", check)
+                    return uploads.add(io.BytesIO(frame.file.read_bytes()), frame.name, "image", check)
                 with frame.file.open("rb") as file:
-                    return uploads.add(file, frame.name, "picture", check)
+                    return uploads.add(file, frame.name, "image", check)
             except OSError as error:
                 raise RequestError(409, f"{frame.name}: {error.strerror or 'it cannot be read'}") from error
         content = io.BytesIO()  # a frame, of the size that it was stored with
         Image.fromarray(frame.image).save(content, format="PNG", compress_level=1)
         content.seek(0)
-        return uploads.add(content, f"{frame.name.replace('/', '-')}.png", "picture", check)
+        return uploads.add(content, f"{frame.name.replace('/', '-')}.png", "image", check)
 
     def _readable(self, name: str, picture_id: str) -> Frame:
-        """Return the frame of a picture whose file may be read, and is the one that was processed."""
+        """Return the frame of an image whose file may be read, and is the one that was processed."""
         store = self.get(name)
         frame = store.result(picture_id).frame
         if frame.file is not None and not self._roots.contains(frame.file):

@@ -1,4 +1,4 @@
-"""The pictures that the jobs of a sweep have processed."""
+"""The images that the jobs of a sweep have processed."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from grounded_sam.structures.frame import Frame
 
 
 def job_picture(folder: Path, name: str, roots: Roots, max_pixels: int, max_side: int | None) -> bytes:
-    """Return a picture of a job as JPEG.
+    """Return an image of a job as JPEG.
 
     Args:
         folder: Folder of the job, with a store, or with the config in `.hydra` that names its input.
-        name: Name of the picture, as in its results.
+        name: Name of the image, as in its results.
         roots: What may be read.
-        max_pixels: Larger pictures are refused.
+        max_pixels: Larger images are refused.
         max_side: Longest side in pixels; None for no limit.
 
     Raises:
-        RequestError: If there is no such picture (404), or it is outside of the roots (403).
+        RequestError: If there is no such image (404), or it is outside of the roots (403).
         ImageError: If it cannot be read.
     """
     if any((folder / "store").glob("_run-*.json")):
@@ -43,11 +43,11 @@ def job_picture(folder: Path, name: str, roots: Roots, max_pixels: int, max_side
             if not roots.contains(path) and not path.is_relative_to(find_files(EXAMPLES.rstrip("/")).root):
                 raise RequestError(403, f"{name} is outside of the folders that this server may read (serve.roots)")
             return jpeg(read_image(path, max_pixels), max_side)
-    raise RequestError(404, f"the input of the job has no picture {name[:80]!r} any more, or it is a frame of a video")
+    raise RequestError(404, f"the input of the job has no image {name[:80]!r} any more, or it is a frame of a video")
 
 
 def _stored_frame(folder: Path, name: str, max_pixels: int, roots: Roots) -> Frame | None:
-    """Return a picture of a job that has a store."""
+    """Return an image of a job that has a store."""
     reader = StoreReader(find_store(folder), max_pixels, roots=roots.addresses)
     for key in reader.keys():  # noqa: SIM118, the reader is no mapping
         if name == reader.name(key) or name.startswith(f"{reader.name(key)}/"):
@@ -58,7 +58,7 @@ def _stored_frame(folder: Path, name: str, max_pixels: int, roots: Roots) -> Fra
 
 
 def _input_file(folder: Path, name: str) -> Path | None:
-    """Return the file of a picture of a job, by the input that its config names."""
+    """Return the file of an image of a job, by the input that its config names."""
     try:
         config = read_yaml(folder / ".hydra" / "config.yaml")
         given = config.get("input") if isinstance(config, dict) else None

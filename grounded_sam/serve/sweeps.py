@@ -24,7 +24,7 @@ from grounded_sam.serve.sweep_pictures import job_picture
 
 @dataclass(frozen=True, eq=False)
 class ComparedPicture:
-    """The detections of two jobs in one picture.
+    """The detections of two jobs in one image.
 
     Attributes:
         name: Its name.
@@ -45,7 +45,7 @@ class Sweeps:
     Args:
         folders: Their folders by name.
         roots: What the server may read.
-        max_pixels: Larger pictures are refused.
+        max_pixels: Larger images are refused.
 
     Raises:
         ConfigError: If a folder is not in one of the roots.
@@ -103,7 +103,7 @@ class Sweeps:
         return table
 
     def compare(self, name: str, a: str, b: str, min_iou: float, masks: MaskForm, cursor: int) -> dict[str, Any]:
-        """Return a page of the pictures of two jobs, those first that differ most.
+        """Return a page of the images of two jobs, those first that differ most.
 
         Args:
             name: Name of the sweep.
@@ -111,7 +111,7 @@ class Sweeps:
             b: Name of another job.
             min_iou: Lowest IoU of two objects that are the same.
             masks: Form of the masks.
-            cursor: Number of pictures to pass over.
+            cursor: Number of images to pass over.
 
         Returns:
             `total`, `matched`, `only_a` and `only_b` (numbers of objects), `pictures` and `next`.
@@ -156,16 +156,16 @@ class Sweeps:
         }
 
     def picture(self, name: str, job: str, picture: str, max_side: int | None) -> bytes:
-        """Return a picture of a job as JPEG, see `sweep_pictures.job_picture`.
+        """Return an image of a job as JPEG, see `sweep_pictures.job_picture`.
 
         Args:
             name: Name of the sweep.
             job: Name of a job, as in the table.
-            picture: Name of the picture, as in a comparison.
+            image: Name of the image, as in a comparison.
             max_side: Longest side in pixels; None for no limit.
 
         Raises:
-            RequestError: If there is no such sweep, job or picture (404), or it is outside of the roots (403).
+            RequestError: If there is no such sweep, job or image (404), or it is outside of the roots (403).
         """
         return job_picture(self._job(name, job), picture, self._roots, self._max_pixels, max_side)
 

@@ -1,4 +1,4 @@
-"""Pictures and videos that clients have sent, in a temporary folder of limited size."""
+"""Images and videos that clients have sent, in a temporary folder of limited size."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ class Upload:
 
     Attributes:
         id: The first 32 digits of the SHA-256 of its content and kind.
-        kind: `picture` or `video`.
+        kind: `image` or `video`.
         name: Its name, without folders.
         path: Where it is.
         num_bytes: Its size in the temporary folder.
         width: Pixels.
         height: Pixels.
         notes: Sentences about what it holds and is not read.
-        num_frames: Largest number of frames of a video; None if unknown, and for a picture.
+        num_frames: Largest number of frames of a video; None if unknown, and for an image.
         users: How many requests and tracks are using it.
     """
 
@@ -82,7 +82,7 @@ class Uploads:
         Args:
             content: Its bytes.
             name: Its name; folders in it are ignored.
-            kind: `picture` or `video`.
+            kind: `image` or `video`.
             check: Fills in the size of the upload, or raises if it cannot be used; then nothing is kept.
 
         Raises:
@@ -151,7 +151,7 @@ class Uploads:
 
         Args:
             upload_id: Its id.
-            kind: `picture` or `video`.
+            kind: `image` or `video`.
 
         Raises:
             RequestError: If there is none (404).
@@ -203,8 +203,8 @@ def clean_name(name: str, kind: str) -> str:
         name: The name that a client gives.
         kind: Name where there is none.
 
-    >>> clean_name("../C:\\\\a\\n.png", "picture"), clean_name("..", "picture")
-    ('a.png', 'picture')
+    >>> clean_name("../C:\\\\a\\n.png", "image"), clean_name("..", "image")
+    ('a.png', 'image')
     """
     last = "".join(c for c in name.replace("\\", "/").rsplit("/", 1)[-1] if c.isprintable()).strip()
     return kind if last in ("", ".", "..") else last[-MAX_NAME:]

@@ -26,7 +26,7 @@ class ImageSource(ItemSource):
 
     A folder is searched recursively, also through links, for files with an image suffix and for images without a
     suffix; hidden files and the outputs of earlier runs are left out. Videos are listed in `skipped`, as are files that
-    cannot be read or of which only a part is, and pictures of formats that are not read.
+    cannot be read or of which only a part is, and images of formats that are not read.
 
     Under an address, images come in the order of their keys, while the listing goes on: their number is not known
     before its end, and objects without a suffix are taken for images. Which shard an image belongs to depends on its

@@ -81,7 +81,7 @@ def to_frame(picture: Any, index: int = 0) -> Frame:
     """Convert an image in any supported form to a frame.
 
     Args:
-        picture: A path, a PIL image, an array (RGB `(H, W, 3) uint8` or gray `(H, W) uint8`) or a `Frame`.
+        image: A path, a PIL image, an array (RGB `(H, W, 3) uint8` or gray `(H, W) uint8`) or a `Frame`.
         index: Position of the image in its list or video.
 
     Raises:

@@ -30,8 +30,8 @@ class ImageDetections(sv.Detections):
     """`supervision.Detections` of one image, with the image and the vocabulary.
 
     It can be used wherever `supervision.Detections` can. Selections of rows, such as `detections[:3]` and
-    `detections.with_nms()`, keep the image, and merging detections of one image does too. A notebook shows it as a
-    picture.
+    `detections.with_nms()`, keep the image, and merging detections of one image does too. A notebook shows it as an
+    image.
 
     Attributes:
         frame: The image; None where detections of several images were merged.

@@ -69,7 +69,7 @@ class Backend:
 
     Attributes:
         projects: The projects that have connected.
-        files: Their pictures and videos.
+        files: Their images and videos.
         annotations: Takes their annotations into the stores of the server.
 
     Raises:
@@ -144,7 +144,7 @@ class Backend:
         obj, url = _object_of(project.config, task)
         words = words_of_task(project.config, obj, task.data)
         targets = Targets.of(project.config, obj, words)
-        kind = "video" if obj.kind == "video" else "picture"
+        kind = "video" if obj.kind == "video" else "image"
         async with self._slots:
             upload = await in_thread(self._server, self.files.hold, project.client, url, kind)
             if kind == "picture":
@@ -159,7 +159,7 @@ class Backend:
             self.files.release(upload)
 
     async def _find(self, upload: Upload, targets: Targets) -> list[dict[str, Any]]:
-        """Return the regions of a picture."""
+        """Return the regions of an image."""
         server = self._server
         await self._until_ready()
         vocabulary, select = targets.vocabulary(server.pipeline), server.pipeline.select
@@ -244,7 +244,7 @@ class Backend:
         if obj.kind == "video":  # the page asks when somebody moves a box, and wants nothing then
             return prediction([], project.version)
         server = self._server
-        upload = await in_thread(server, self.files.hold, project.client, url, "picture")
+        upload = await in_thread(server, self.files.hold, project.client, url, "image")
         try:
             size_hw = upload.height, upload.width
             tool = read_context(context, project.config, obj, size_hw)
@@ -277,7 +277,7 @@ class Backend:
         return regions
 
     async def _session(self, request: Request, key: tuple[str, str], upload: Upload) -> OpenSession:
-        """Return the session of a project and a picture, opened at the first click."""
+        """Return the session of a project and an image, opened at the first click."""
         async with self._opening:
             try:
                 return self._server.sessions.get(self._sessions.get(key, ""))

@@ -73,12 +73,12 @@ class Projects:
 
 
 class Files:
-    """Pictures and videos of tasks; each is fetched once in a while.
+    """Images and videos of tasks; each is fetched once in a while.
 
     Args:
         uploads: Where they are kept.
-        max_picture_bytes: Largest picture.
-        max_pixels: Largest picture or frame.
+        max_picture_bytes: Largest image.
+        max_pixels: Largest image or frame.
     """
 
     def __init__(self, uploads: Uploads, max_picture_bytes: int, max_pixels: int) -> None:
@@ -91,7 +91,7 @@ class Files:
         Args:
             client: Whose file it is.
             given: Its URL, as the task has it.
-            kind: `picture` or `video`.
+            kind: `image` or `video`.
 
         Raises:
             LabelStudioError: If it is on another host, or cannot be had.
@@ -113,8 +113,8 @@ class Files:
 
     def _fetch(self, client: LabelStudioClient, url: str, kind: str) -> Upload:
         """Fetch a file."""
-        check = check_picture if kind == "picture" else check_video
-        limit = self._max_bytes if kind == "picture" else self._uploads.max_bytes
+        check = check_picture if kind == "image" else check_video
+        limit = self._max_bytes if kind == "image" else self._uploads.max_bytes
         with tempfile.TemporaryFile(dir=self._uploads.folder) as file:
             client.download(url, file, limit)
             file.seek(0)

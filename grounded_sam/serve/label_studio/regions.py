@@ -1,4 +1,4 @@
-"""What is found in a picture or video, as a prediction of Label Studio in the controls of its project."""
+"""What is found in an image or video, as a prediction of Label Studio in the controls of its project."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Targets:
         label: str | None = None,
         only_words: bool = False,
     ) -> Targets:
-        """Return the targets of a picture or video.
+        """Return the targets of an image or video.
 
         Args:
             config: The config of the project.

@@ -1,4 +1,4 @@
-"""Routes for pictures, and for what is found in them."""
+"""Routes for images, and for what is found in them."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ router = APIRouter(tags=["pictures"])
 
 @router.post(
     "/v1/pictures",
-    summary="Send a picture, or name one below the roots",
+    summary="Send an image, or name one below the roots",
     responses={200: {"model": PictureAnswer}, **ERRORS},
     openapi_extra=UPLOAD_CONTENT,
 )
 async def add_picture(request: Request, server: ServerOf) -> JSONResponse:
-    """Read a picture as the command does: upright 8-bit RGB, damaged and oversized ones refused in the same words."""
-    upload = await receive_upload(request, server, "picture", check_picture)
+    """Read an image as the command does: upright 8-bit RGB, damaged and oversized ones refused in the same words."""
+    upload = await receive_upload(request, server, "image", check_picture)
     return picture_answer(upload)
 
 
 def picture_answer(upload: Upload) -> JSONResponse:
-    """Return what a client may know of a picture."""
+    """Return what a client may know of an image."""
     keys = ("id", "name", "width", "height", "notes")
     return JSONResponse({key: value for key, value in vars(upload).items() if key in keys})
 
 
 def check_picture(upload: Upload, max_pixels: int) -> None:
-    """Read a picture once, and fill in its size.
+    """Read an image once, and fill in its size.
 
     Args:
-        upload: The picture.
+        upload: The image.
         max_pixels: Largest number of pixels.
 
     Raises:
@@ -54,16 +54,16 @@ def check_picture(upload: Upload, max_pixels: int) -> None:
     upload.height, upload.width = image.shape[:2]
 
 
-@router.get("/v1/pictures/{picture}", summary="A picture as JPEG", responses=ERRORS, response_class=Response)
+@router.get("/v1/pictures/{picture}", summary="An image as JPEG", responses=ERRORS, response_class=Response)
 async def show_picture(
     server: ServerOf,
     picture: Annotated[str, Path(max_length=64)],
     max_side: Annotated[int | None, Query(ge=16, le=65_500, description="longest side in pixels")] = None,
 ) -> Response:
-    """Return a picture that was sent, upright and without transparency."""
+    """Return an image that was sent, upright and without transparency."""
 
     def read() -> bytes:
-        with server.uploads.use(picture, "picture") as upload:
+        with server.uploads.use(picture, "image") as upload:
             return jpeg(read_image(upload.path, server.max_pixels), max_side)
 
     return Response(await in_thread(server, read), media_type="image/jpeg", headers=CACHED)
@@ -73,14 +73,14 @@ async def show_picture(
 CACHED = {"Cache-Control": "private, max-age=3600"}
 
 
-@router.post("/v1/predict", summary="Find objects in a picture", responses={200: {"model": PredictionAnswer}, **ERRORS})
+@router.post("/v1/predict", summary="Find objects in an image", responses={200: {"model": PredictionAnswer}, **ERRORS})
 async def predict(request: Request, server: ServerOf, body: PredictBody) -> JSONResponse:
     """Detect and segment as the command does; the same request again computes nothing."""
     predictor = server.predictor
     vocabulary = read_vocabulary(server.pipeline, body.text, body.negatives, body.prompt_template)
     select = override_selection(server.pipeline.select, body.select.given())
     _check_class_scores(select.class_score, vocabulary.classes)
-    with server.uploads.use(body.picture, "picture") as upload:
+    with server.uploads.use(body.picture, "image") as upload:
         question = predictor.question(upload, vocabulary, select, body.min_score)
         prediction = predictor.known(question.id)
         if prediction is None:
@@ -91,7 +91,7 @@ async def predict(request: Request, server: ServerOf, body: PredictBody) -> JSON
         floor = min(thresholds(prediction.kept, vocabulary).values())
         raise RequestError(
             422,
-            f"more than {len(prediction.candidates):,} candidates, all that a picture of this size may have; raise "
+            f"more than {len(prediction.candidates):,} candidates, all that an image of this size may have; raise "
             f"select.score to {floor:.3g} or more",
         )
     selected = await in_thread(server, predictor.select, prediction, select)

@@ -1,4 +1,4 @@
-"""Pictures and videos in requests: a form with a file, base64 in JSON, or a path below the roots."""
+"""Images and videos in requests: a form with a file, base64 in JSON, or a path below the roots."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def receive_upload(request: Request, server: Server, kind: str, check: Cal
     Args:
         request: The request.
         server: What the routes share.
-        kind: `picture` or `video`.
+        kind: `image` or `video`.
         check: Fills in the size of the upload, given the largest number of pixels, or raises.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Routes for clicks in one picture."""
+"""Routes for clicks in one image."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ router = APIRouter(tags=["sessions"])
 SessionId = Annotated[str, Path(max_length=64, description="id of a session")]
 
 
-@router.post("/v1/sessions", summary="Encode a picture for clicks", responses={200: {"model": SessionAnswer}, **ERRORS})
+@router.post("/v1/sessions", summary="Encode an image for clicks", responses={200: {"model": SessionAnswer}, **ERRORS})
 async def open_session(request: Request, server: ServerOf, body: SessionBody) -> JSONResponse:
-    """Encode a picture once; the sessions used least recently are closed when their memory is used up."""
-    with server.uploads.use(body.picture, "picture") as upload:
+    """Encode an image once; the sessions used least recently are closed when their memory is used up."""
+    with server.uploads.use(body.picture, "image") as upload:
         item = await ask(request, server, server.sessions.open, upload)
     height, width = item.size_hw
     answer = {"id": item.id, "picture": item.picture, "width": width, "height": height, "bytes": item.num_bytes}
@@ -46,7 +46,7 @@ def prompt_entry(prompt: ObjectPrompt, size_hw: tuple[int, int]) -> dict[str, An
 
     Args:
         prompt: The prompt.
-        size_hw: Height and width of the picture.
+        size_hw: Height and width of the image.
 
     Raises:
         RequestError: If there is neither a point, a box nor a mask, or the mask is damaged (422).

@@ -28,14 +28,14 @@ from grounded_sam.serve.store_pictures import Order, PictureFilter, Reason, Stat
 
 router = APIRouter(tags=["stores"])
 StoreName = Annotated[str, Path(max_length=200, description="name of a store in serve.stores")]
-PictureId = Annotated[str, Path(max_length=64, description="id of a picture of the store")]
-Cursor = Annotated[int, Query(ge=0, le=2**53, description="number of pictures to pass over: `next` of the last page")]
+PictureId = Annotated[str, Path(max_length=64, description="id of an image of the store")]
+Cursor = Annotated[int, Query(ge=0, le=2**53, description="number of images to pass over: `next` of the last page")]
 Masks = Annotated[MaskForm, Query(description="form of masks")]
 
 
 @router.get(
     "/v1/stores/{store}/pictures",
-    summary="Pictures of a store, 50 at a time",
+    summary="Images of a store, 50 at a time",
     responses={200: {"model": StorePage}, **ERRORS},
 )
 async def list_pictures(
@@ -50,7 +50,7 @@ async def list_pictures(
     order: Annotated[Order, Query(description="by name, or those with the least certain object first")] = "name",
     cursor: Cursor = 0,
 ) -> JSONResponse:
-    """List the pictures that pass all filters; class, score, status and `unreviewed` must hold for the same object."""
+    """List the images that pass all filters; class, score, status and `unreviewed` must hold for the same object."""
     wanted = PictureFilter(
         class_name=class_name,
         max_score=max_score,
@@ -65,19 +65,19 @@ async def list_pictures(
 
 @router.get(
     "/v1/stores/{store}/pictures/{picture}",
-    summary="A picture and its objects",
+    summary="An image and its objects",
     responses={200: {"model": StoredObjectsAnswer}, **ERRORS},
 )
 async def show_stored_picture(
     server: ServerOf, store: StoreName, picture: PictureId, masks: Masks = "rle"
 ) -> JSONResponse:
-    """Return what the store knows of a picture, with its objects as `detections`, and apart those `rejected`."""
+    """Return what the store knows of an image, with its objects as `detections`, and apart those `rejected`."""
     return JSONResponse(await in_thread(server, lambda: server.stores.get(store).objects(picture, masks)))
 
 
 @router.get(
     "/v1/stores/{store}/pictures/{picture}/image",
-    summary="A picture as JPEG",
+    summary="An image as JPEG",
     responses=ERRORS,
     response_class=Response,
 )
@@ -87,14 +87,14 @@ async def show_stored_image(
     picture: PictureId,
     max_side: Annotated[int | None, Query(ge=16, le=65_500, description="longest side in pixels; none: all")] = None,
 ) -> Response:
-    """Return a picture in full size; its file must be below the roots and as it was when it was processed."""
+    """Return an image in full size; its file must be below the roots and as it was when it was processed."""
     encoded = await in_thread(server, server.stores.picture, store, picture, max_side)
     return Response(encoded, media_type="image/jpeg", headers=CACHED)
 
 
 @router.get(
     "/v1/stores/{store}/pictures/{picture}/thumbnail",
-    summary="A picture as a small JPEG",
+    summary="An image as a small JPEG",
     responses=ERRORS,
     response_class=Response,
 )
@@ -104,17 +104,17 @@ async def show_thumbnail(
     picture: PictureId,
     max_side: Annotated[int, Query(ge=16, le=8192, description="longest side in pixels")] = 256,
 ) -> Response:
-    """Return a picture, scaled down."""
+    """Return an image, scaled down."""
     return await show_stored_image(server, store, picture, max_side)
 
 
 @router.post(
     "/v1/stores/{store}/pictures/{picture}/open",
-    summary="Use a picture of a store like one that was sent",
+    summary="Use an image of a store like one that was sent",
     responses={200: {"model": PictureAnswer}, **ERRORS},
 )
 async def open_stored_picture(server: ServerOf, store: StoreName, picture: PictureId) -> JSONResponse:
-    """Add a picture to those that clients send, for /v1/sessions and /v1/predict; masks of either fit the store."""
+    """Add an image to those that clients send, for /v1/sessions and /v1/predict; masks of either fit the store."""
 
     def add() -> JSONResponse:
         upload = server.stores.upload(
@@ -172,12 +172,12 @@ def to_edit(item: EditItem, store: OpenStore) -> Edit:
         store: The store.
 
     Raises:
-        RequestError: If the store has no such picture (404), or `file` is given too (422).
+        RequestError: If the store has no such image (404), or `file` is given too (422).
     """
     values = item.model_dump(by_alias=False, exclude={"picture"})
     if item.picture is not None:
         if item.file is not None:
-            raise RequestError(422, "an edit has either picture or file")
+            raise RequestError(422, "an edit has either image or file")
         picture = store.find(item.picture)
         values["file"] = picture.name if item.action == "add" else picture.video or picture.name
     return Edit(**values)

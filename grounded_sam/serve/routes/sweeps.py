@@ -28,7 +28,7 @@ async def show_sweep(server: ServerOf, sweep: SweepName) -> JSONResponse:
 
 @router.get(
     "/v1/sweeps/{sweep}/compare",
-    summary="Two jobs side by side, 50 pictures at a time",
+    summary="Two jobs side by side, 50 images at a time",
     responses={200: {"model": ComparisonAnswer}, **ERRORS},
 )
 async def compare_jobs(
@@ -40,19 +40,19 @@ async def compare_jobs(
     masks: Masks = "rle",
     cursor: Cursor = 0,
 ) -> JSONResponse:
-    """Match the objects of two jobs by class and IoU; pictures that differ most come first."""
+    """Match the objects of two jobs by class and IoU; images that differ most come first."""
     answer = await in_thread(server, server.sweeps.compare, sweep, a, b, min_iou, masks, cursor)
     return JSONResponse(answer)
 
 
-@router.get("/v1/sweeps/{sweep}/image", summary="A picture of a job as JPEG", responses=ERRORS, response_class=Response)
+@router.get("/v1/sweeps/{sweep}/image", summary="An image of a job as JPEG", responses=ERRORS, response_class=Response)
 async def show_job_picture(
     server: ServerOf,
     sweep: SweepName,
     job: Annotated[str, Query(max_length=500, description="a job, as in the table")],
-    name: Annotated[str, Query(max_length=4096, description="name of a picture, as in a comparison")],
+    name: Annotated[str, Query(max_length=4096, description="name of an image, as in a comparison")],
     max_side: Annotated[int | None, Query(ge=16, le=65_500, description="longest side in pixels; none: all")] = None,
 ) -> Response:
-    """Return a picture that a job has processed; its file must be below the roots, or an example of the package."""
+    """Return an image that a job has processed; its file must be below the roots, or an example of the package."""
     encoded = await in_thread(server, server.sweeps.picture, sweep, job, name, max_side)
     return Response(encoded, media_type="image/jpeg", headers=CACHED)

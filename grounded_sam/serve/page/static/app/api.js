@@ -53,7 +53,7 @@ function formOf(file) {
 const part = encodeURIComponent;
 
 export const about = () => get("/v1/about");
-/** Send a picture: a File, or the path of an example. */
+/** Send an image: a File, or the path of an example. */
 export const addPicture = (given) => post("/v1/pictures", typeof given === "string" ? { path: given } : formOf(given));
 export const pictureUrl = (id) => `/v1/pictures/${part(id)}`;
 export const predict = (body, signal) => post("/v1/predict", body, signal);

@@ -1,15 +1,16 @@
-// The view Browse: the pictures of a store in a grid, and verdicts about their objects by keyboard.
+// The view Browse: the images of a store in a grid, and verdicts about their objects by keyboard.
 
 import * as api from "./api.js";
-import { Viewer, drawLabel, loadImage } from "./canvas.js";
+import { Viewer, loadImage } from "./canvas.js";
 import { colorOf } from "./colors.js";
 import { button, el, guarded, isTyping, tell } from "./dom.js";
 import { Grid } from "./grid.js";
+import { drawLabels } from "./labels.js";
 import { withShape } from "./objects.js";
 import { Verdicts } from "./verdicts.js";
 
 const REASONS = [
-  ["", "all pictures"], ["uncertain", "least certain first"], ["empty", "without an object"],
+  ["", "all images"], ["uncertain", "least certain first"], ["empty", "without an object"],
   ["crowded", "most objects first"], ["alike", "look-alikes"],
 ];
 
@@ -85,14 +86,14 @@ export class BrowseView {
     if (generation !== this.generation) return;
     this.showClasses();
     this.grid.reset(first);
-    this.total.textContent = `${first.total.toLocaleString("en")} pictures`;
+    this.total.textContent = `${first.total.toLocaleString("en")} images`;
     if (first.total) await this.open(0);
     else this.nothing();
   }
 
   async loadPage(start) {
     const { unreviewed, ...filter } = this.filter;
-    // Pictures that were reviewed in the meantime no longer pass, so that later ones have moved up.
+    // Images that were reviewed in the meantime no longer pass, so that later ones have moved up.
     const read = unreviewed && start ? [...this.grid.read.values()].flat() : [];
     const cursor = start - read.filter((picture) => !picture.statuses.predicted).length;
     const page = await api.storedPictures(this.store, { ...filter, ...(unreviewed ? { unreviewed } : {}), cursor });
@@ -104,7 +105,7 @@ export class BrowseView {
 
   nothing() {
     this.picture = null;
-    this.find("object").textContent = "No picture passes these filters.";
+    this.find("object").textContent = "No image passes these filters.";
   }
 
   showClasses() {
@@ -128,7 +129,7 @@ export class BrowseView {
     this.find("counts").replaceChildren(el("div", { class: "counts" }, ...parts.map((text) => el("span", {}, text))));
   }
 
-  /** Read a picture with its objects, once. */
+  /** Read an image with its objects, once. */
   read(id) {
     if (!this.cache.has(id)) {
       if (this.cache.size > 60) this.cache.delete(this.cache.keys().next().value);
@@ -150,7 +151,7 @@ export class BrowseView {
     const { generation } = this;
     const isCurrent = () => index === this.index && generation === this.generation;
     this.index = index;
-    this.isOpening = true; // until then a verdict would be about the picture before
+    this.isOpening = true; // until then a verdict would be about the image before
     this.grid.setCurrent(index);
     const picture = await guarded(async () => {
       const entry = await this.grid.get(index);
@@ -209,8 +210,7 @@ export class BrowseView {
   decorate(context, unit) {
     const { current } = this;
     if (!current) return;
-    const [x1, y1] = current.box;
-    drawLabel(context, current.class, x1, Math.max(y1, 16 * unit), unit, this.color(current));
+    drawLabels(context, unit, [{ text: current.class, box: current.box, color: this.color(current) }]);
   }
 
   chooseAt([x, y]) {
@@ -233,7 +233,7 @@ export class BrowseView {
     return this.next();
   }
 
-  /** Decide about all objects of the picture that nobody has decided about. */
+  /** Decide about all objects of the image that nobody has decided about. */
   decideAll(action) {
     for (const object of (!this.isOpening && this.picture?.objects) || []) {
       if (object.status !== "predicted") continue;
@@ -269,7 +269,7 @@ export class BrowseView {
     const index = Math.min(Math.max(this.index + by, 0), this.grid.total - 1);
     if (index === this.index) {
       if (this.picture) this.draw();
-      if (by > 0) tell("This was the last picture.");
+      if (by > 0) tell("This was the last image.");
       return undefined;
     }
     return this.open(index);
@@ -300,7 +300,7 @@ export class BrowseView {
     }
   }
 
-  /** Take over what the server says about the pictures that have changed. */
+  /** Take over what the server says about the images that have changed. */
   saved(answer) {
     if (!this.verdicts.isBusy) this.counts = answer.counts;
     for (const picture of answer.pictures) this.grid.update(picture);

@@ -1,9 +1,9 @@
-// A canvas with a picture, masks on it, and a view that can be zoomed and moved, by pointer, wheel and keyboard.
+// A canvas with an image, masks on it, and a view that can be zoomed and moved, by pointer, wheel and keyboard.
 
 import { outline, paint } from "./rle.js";
 import { pixelOf } from "./colors.js";
 
-/** Largest number of pixels of the layer of masks; of larger pictures it shows every second, third... pixel. */
+/** Largest number of pixels of the layer of masks; of larger images it shows every second, third... pixel. */
 const MAX_LAYER = 16e6;
 const MAX_ZOOM = 8;
 const isDark = matchMedia("(prefers-color-scheme: dark)");
@@ -19,11 +19,11 @@ export class Viewer {
     this.layer = document.createElement("canvas");
     this.image = null;
     this.width = this.height = 0;
-    this.scale = 1; // CSS pixels for each pixel of the picture
-    this.offset = [0, 0]; // of the picture in the canvas, in CSS pixels
+    this.scale = 1; // CSS pixels for each pixel of the image
+    this.offset = [0, 0]; // of the image in the canvas, in CSS pixels
     this.isFitted = true;
-    this.tool = null; // { down, move, up, usesCursor } with points in pixels of the picture
-    this.cursor = null; // where the keyboard is, in pixels of the picture
+    this.tool = null; // { down, move, up, usesCursor } with points in pixels of the image
+    this.cursor = null; // where the keyboard is, in pixels of the image
     this.decorate = () => {};
     this.onview = onview;
     this.outlined = [];
@@ -33,7 +33,7 @@ export class Viewer {
     isDark.addEventListener("change", () => this.draw());
   }
 
-  /** Show a picture; its size decides the coordinates. */
+  /** Show an image; its size decides the coordinates. */
   setPicture(image, width, height, keepView = false) {
     const isSame = this.width === width && this.height === height;
     [this.image, this.width, this.height] = [image, width, height];
@@ -151,7 +151,7 @@ export class Viewer {
     else this.drawNow();
   }
 
-  /** Show the whole picture. */
+  /** Show the whole image. */
   fit() {
     const { clientWidth, clientHeight } = this.canvas.parentElement;
     if (this.width && clientWidth) {
@@ -184,7 +184,7 @@ export class Viewer {
     this.onview(this);
   }
 
-  /** Take over the view of another viewer, whose picture may be of another size. */
+  /** Take over the view of another viewer, whose image may be of another size. */
   follow(other) {
     [this.scale, this.offset, this.isFitted] = [other.scale, [...other.offset], other.isFitted];
     this.draw();
@@ -194,7 +194,7 @@ export class Viewer {
     return [x * this.scale + this.offset[0], y * this.scale + this.offset[1]];
   }
 
-  /** Return where an event is, in pixels of the picture. */
+  /** Return where an event is, in pixels of the image. */
   pointOf(event) {
     const bounds = this.canvas.getBoundingClientRect();
     const [x, y] = [event.clientX - bounds.left - this.offset[0], event.clientY - bounds.top - this.offset[1]];
@@ -295,27 +295,12 @@ export class Viewer {
   }
 }
 
-/** Load a picture of the server, or of a file. */
+/** Load an image of the server, or of a file. */
 export function loadImage(url) {
   return new Promise((done, fail) => {
     const image = new Image();
     image.onload = () => done(image);
-    image.onerror = () => fail(new Error("The picture cannot be shown; its file may be gone or have changed."));
+    image.onerror = () => fail(new Error("The image cannot be shown; its file may be gone or have changed."));
     image.src = url;
   });
-}
-
-/** Draw a small label in the picture, of the same size at any zoom. */
-export function drawLabel(context, text, x, y, unit, color) {
-  context.font = `${12 * unit}px system-ui, sans-serif`;
-  const width = context.measureText(text).width + 8 * unit;
-  context.fillStyle = color;
-  context.fillRect(x, y - 16 * unit, width, 16 * unit);
-  context.fillStyle = isLight(color) ? "#000" : "#fff";
-  context.fillText(text, x + 4 * unit, y - 4 * unit);
-}
-
-function isLight(color) {
-  const value = parseInt(color.slice(1), 16);
-  return 0.3 * (value >> 16) + 0.59 * ((value >> 8) & 255) + 0.11 * (value & 255) > 140;
 }

@@ -16,12 +16,16 @@ export function setColors(classes, colors) {
 /** Return the color of a class, `#rrggbb`. */
 export function colorOf(name, index = 0) {
   if (own.has(name)) return own.get(name);
-  for (const word of name.toLowerCase().split(/[^a-z]+/)) if (palette.named[word]) return palette.named[word];
-  return palette.default[index % palette.default.length];
+  return colorIn(name) || palette.default[index % palette.default.length];
 }
 
-/** Return a color of its own for each track. */
-export function colorOfTrack(id) {
+function colorIn(name) {
+  return name.toLowerCase().split(/[^a-z]+/).map((word) => palette.named[word]).find(Boolean);
+}
+
+/** Return the color of a track: the one in the name of its class if all classes have one, else one of its own. */
+export function colorOfTrack(id, name, classes) {
+  if ([name, ...classes].every(colorIn)) return colorIn(name);
   return palette.default[(Math.abs(id) * 8) % palette.default.length];
 }
 

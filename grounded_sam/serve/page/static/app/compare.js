@@ -1,9 +1,10 @@
-// The view Compare: two jobs of a sweep side by side, those pictures first that differ most.
+// The view Compare: two jobs of a sweep side by side, those images first that differ most.
 
 import * as api from "./api.js";
-import { Viewer, drawLabel, loadImage } from "./canvas.js";
+import { Viewer, loadImage } from "./canvas.js";
 import { colorOf } from "./colors.js";
 import { countOf, el, guarded, isTyping, tell } from "./dom.js";
+import { drawLabels } from "./labels.js";
 import { withShape } from "./objects.js";
 
 export class CompareView {
@@ -33,7 +34,7 @@ export class CompareView {
   start() {
     if (this.about.sweeps.length) return guarded(() => this.load());
     this.place.replaceChildren(el("div", { class: "nothing" }, el("h1", {}, "No sweep to compare"),
-      el("p", {}, "A sweep runs the same pictures with several settings. Make one, and start the server with it:"),
+      el("p", {}, "A sweep runs the same images with several settings. Make one, and start the server with it:"),
       el("pre", {}, "grounded-sam -m input=photos/ text=[car] output=sweep sink=coco select.score=0.2,0.4\n" +
         "grounded-sam-serve 'serve.roots=[.]' 'serve.sweeps={scores: sweep}'")));
     return undefined;
@@ -73,7 +74,7 @@ export class CompareView {
     const answer = await this.more(sweep, a, b);
     tell("");
     this.find("summary").textContent =
-      `${countOf(answer.total, "picture")}: ${countOf(answer.matched, "object")} in both, ` +
+      `${countOf(answer.total, "image")}: ${countOf(answer.matched, "object")} in both, ` +
       `${answer.only_a} only on the left, ${answer.only_b} only on the right.`;
     ["a", "b"].forEach((side, i) => (this.find(`title-${side}`).textContent = this.labels.get([a, b][i])));
     this.list.replaceChildren();
@@ -120,7 +121,7 @@ export class CompareView {
     try {
       image = await loadImage(url(a)).catch(() => loadImage(url(b)));
     } catch {
-      tell("The picture itself cannot be read by the server (see serve.roots): masks are shown without it.", "error");
+      tell("The image itself cannot be read by the server (see serve.roots): masks are shown without it.", "error");
     }
     if (index !== this.index) return;
     this.picture = picture;
@@ -150,12 +151,12 @@ export class CompareView {
   }
 
   decorate(context, unit, side) {
-    for (const [object, isMatched] of this.picture?.shapes?.[side] || []) {
-      if (isMatched) continue;
-      const [x1, y1] = object.box;
-      const color = colorOf(object.class, this.classes.indexOf(object.class));
-      drawLabel(context, `only here: ${object.class} ${object.score.toFixed(2)}`, x1, Math.max(y1, 16 * unit), unit, color);
-    }
+    const different = (this.picture?.shapes?.[side] || []).filter(([, isMatched]) => !isMatched);
+    drawLabels(context, unit, different.map(([object]) => ({
+      text: `only here: ${object.class} ${object.score.toFixed(2)}`,
+      box: object.box,
+      color: colorOf(object.class, this.classes.indexOf(object.class)),
+    })));
   }
 
   follow(viewer) {

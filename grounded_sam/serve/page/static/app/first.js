@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 
-/** Return the examples that are pictures. */
+/** Return the examples that are images. */
 export function examplePictures(about) {
   return about.examples.filter((path) => !/\.(mp4|webm|mov|avi|mkv)$/i.test(path));
 }

@@ -1,4 +1,4 @@
-// A grid of pictures of which only those in sight are in the document; pages are read when they are needed.
+// A grid of images of which only those in sight are in the document; pages are read when they are needed.
 
 import { el, guarded } from "./dom.js";
 
@@ -57,7 +57,7 @@ export class Grid {
     return -1;
   }
 
-  /** Replace what is known of a picture. */
+  /** Replace what is known of an image. */
   update(picture) {
     const index = this.indexOf(picture.id);
     if (index < 0) return;

@@ -18,7 +18,7 @@ export class Lanes {
     const marks = [...keyframes.map((frame) => ["mark", frame]), ...clicked.map((frame) => ["mark click", frame])];
     this.rows = tracks.map((entry) => {
       const { track } = entry;
-      const color = colorOfTrack(track);
+      const color = colorOfTrack(track, entry.class, tracks.map((other) => other.class));
       const bars = entry.spans.map(([from, to]) => el("div", {
         class: "bar", style: { left: this.scale(from), width: `${(100 * (to - from + 1)) / whole}%` },
       }));

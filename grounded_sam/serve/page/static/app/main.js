@@ -54,7 +54,7 @@ class Router {
     }
   }
 
-  /** Open a picture of a store in Try. */
+  /** Open an image of a store in Try. */
   async correct(store, id, from) {
     this.started.add("try");
     this.go("try");

@@ -1,4 +1,4 @@
-// The objects of a picture: candidates that a selection keeps, what a person has changed, and undo.
+// The objects of an image: candidates that a selection keeps, what a person has changed, and undo.
 
 import { contains, fromBox, fromRle } from "./rle.js";
 
@@ -32,7 +32,7 @@ export class Objects {
     this.clear(0, 0);
   }
 
-  /** Forget everything, for a picture of this size. */
+  /** Forget everything, for an image of this size. */
   clear(width, height) {
     [this.width, this.height] = [width, height];
     this.base = []; // candidates or stored objects, each with a key

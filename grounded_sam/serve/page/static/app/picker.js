@@ -1,4 +1,4 @@
-// Choose a picture or video: a file, something dropped or pasted, the camera, or an example.
+// Choose an image or video: a file, something dropped or pasted, the camera, or an example.
 
 import { button, el, guarded, tell } from "./dom.js";
 
@@ -10,9 +10,9 @@ import { button, el, guarded, tell } from "./dom.js";
  * @returns The buttons of the examples.
  */
 export function makePicker(place, { kind, examples, onchoose }) {
-  const word = kind === "image" ? "picture" : "video";
-  const input = el("input", {
-    type: "file", accept: `${kind}/*`, class: "visually-hidden", tabindex: -1, "aria-label": `File of a ${word}`,
+  const named = kind === "image" ? "an image" : "a video";
+    const input = el("input", {
+    type: "file", accept: `${kind}/*`, class: "visually-hidden", tabindex: -1, "aria-label": `File of ${named}`,
     onchange: () => {
       if (input.files[0]) onchoose(input.files[0]);
       input.value = "";
@@ -23,7 +23,7 @@ export function makePicker(place, { kind, examples, onchoose }) {
   );
   const isCamera = kind === "image" && navigator.mediaDevices?.getUserMedia;
   place.append(
-    button(`Open a ${word}`, () => input.click(), { class: "main" }),
+    button(`Open ${named}`, () => input.click(), { class: "main" }),
     input,
     isCamera ? button("Camera", () => guarded(() => takePicture(onchoose))) : "",
     ...shown,
@@ -49,7 +49,7 @@ export function takeDrops(kind, isActive, onchoose) {
     document.body.classList.remove("dropping");
     const file = find(event.dataTransfer);
     if (file) onchoose(file);
-    else tell(`That is no ${kind === "image" ? "picture" : "video"} file.`, "error");
+    else tell(`That is no ${kind} file.`, "error");
   });
   document.addEventListener("paste", (event) => {
     const file = isActive() ? find(event.clipboardData) : null;
@@ -57,7 +57,7 @@ export function takeDrops(kind, isActive, onchoose) {
   });
 }
 
-/** Show the camera in a dialog, and hand over the picture that is taken. */
+/** Show the camera in a dialog, and hand over the image that is taken. */
 async function takePicture(onchoose) {
   let stream;
   try {
@@ -71,7 +71,7 @@ async function takePicture(onchoose) {
     stream.getTracks().forEach((track) => track.stop());
     dialog.remove();
   } }, video, el("p", {},
-    button("Take the picture", () => {
+    button("Take the image", () => {
       const canvas = el("canvas", { width: video.videoWidth, height: video.videoHeight });
       canvas.getContext("2d").drawImage(video, 0, 0);
       canvas.toBlob((blob) => onchoose(new File([blob], "camera.png", { type: "image/png" })));

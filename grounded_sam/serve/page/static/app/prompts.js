@@ -1,4 +1,4 @@
-// Boxes and points of the picture in Try: they become masks by a session of the server.
+// Boxes and points of the image in Try: they become masks by a session of the server.
 
 import * as api from "./api.js";
 import { guarded, tell } from "./dom.js";
@@ -12,7 +12,7 @@ export class Prompts {
     this.queue = Promise.resolve();
   }
 
-  /** Forget the session of another picture. */
+  /** Forget the session of another image. */
   reset() {
     if (this.session) this.session.then((id) => api.closeSession(id)).catch(() => {});
     this.session = null;
@@ -45,7 +45,7 @@ export class Prompts {
     this.queue = this.queue.then(() => guarded(async () => {
       if (picture !== this.view.picture) return;
       if (!this.view.about.sessions) throw new Error("The segmenter of this server takes no boxes and points.");
-      tell(this.session ? "Segmenting …" : "Encoding the picture …", "busy");
+      tell(this.session ? "Segmenting …" : "Encoding the image …", "busy");
       const answer = await this.segment(prompt);
       if (picture !== this.view.picture) return;
       const entry = withShape(answer.objects[0], picture.width, picture.height);

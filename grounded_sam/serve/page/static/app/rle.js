@@ -79,7 +79,7 @@ export function emptyMask(width, height) {
   return { width, height, area: 0, box: [0, 0, 0, 0], spans: new Int32Array(0) };
 }
 
-/** Return the mask of bytes, row by row, of a whole picture. */
+/** Return the mask of bytes, row by row, of a whole image. */
 export function fromBytes(bytes, width, height) {
   return spansOf(bytes, width, height, 0, 0, width, height);
 }
@@ -118,7 +118,7 @@ function spansOf(bytes, boxWidth, boxHeight, left, top, width, height) {
   return { width, height, area, box: [x1, y1, x2, y2], spans: Int32Array.from(spans) };
 }
 
-/** Return a mask as bytes of 0 and 1, row by row, of the whole picture. */
+/** Return a mask as bytes of 0 and 1, row by row, of the whole image. */
 export function toBytes(mask) {
   const bytes = new Uint8Array(mask.width * mask.height);
   const { spans, width } = mask;
@@ -191,7 +191,7 @@ export function maskIou(a, b) {
   return union ? shared / union : 0;
 }
 
-/** Fill a mask into pixels (a Uint32Array, `stride` to a row) that show every `step`-th pixel of the picture. */
+/** Fill a mask into pixels (a Uint32Array, `stride` to a row) that show every `step`-th pixel of the image. */
 export function paint(pixels, stride, mask, color, step = 1) {
   const { spans } = mask;
   for (let i = 0; i < spans.length; i += 3) {
@@ -201,7 +201,7 @@ export function paint(pixels, stride, mask, color, step = 1) {
   }
 }
 
-/** Return the outline of a mask as a path in pixels of the picture; it is kept with the mask. */
+/** Return the outline of a mask as a path in pixels of the image; it is kept with the mask. */
 export function outline(mask) {
   if (mask.path) return mask.path;
   const path = new Path2D();

@@ -34,7 +34,7 @@ function canvasOf(width, height) {
   return canvas;
 }
 
-/** Return the picture with its masks as PNG, in full size. */
+/** Return the image with its masks as PNG, in full size. */
 export function drawnPng(viewer) {
   const canvas = canvasOf(viewer.width, viewer.height);
   const context = canvas.getContext("2d");

@@ -1,4 +1,4 @@
-// A picture of a store in Try: its objects are corrected there, and saved as decisions.
+// An image of a store in Try: its objects are corrected there, and saved as decisions.
 
 import * as api from "./api.js";
 import { button, countOf, el, guarded, tell } from "./dom.js";
@@ -15,7 +15,7 @@ export class StoredSource {
     place.hidden = true;
   }
 
-  /** Open a picture of a store. */
+  /** Open an image of a store. */
   async open(store, id, from) {
     tell("Opening …", "busy");
     const [stored, picture, page] = await Promise.all([

@@ -54,7 +54,7 @@ export class Toolbar {
       el("div", { class: "group" }, this.undoButton, this.redoButton),
       el("div", { class: "group", role: "group", "aria-label": "Zoom" },
         button("−", () => view.viewer.zoom(0.8), { "aria-label": "Zoom out", title: "Zoom out (−)" }),
-        button("Fit", () => view.viewer.fit(), { title: "Show the whole picture (0)" }),
+        button("Fit", () => view.viewer.fit(), { title: "Show the whole image (0)" }),
         button("+", () => view.viewer.zoom(1.25), { "aria-label": "Zoom in", title: "Zoom in (+), up to 800%" })),
       el("label", { class: "inline" }, this.labels, " labels"),
     );

@@ -11,11 +11,11 @@ function boxOf([x1, y1], [x2, y2], { width, height }) {
 
 const isEnter = (event) => event.key === "Enter" || event.key === " ";
 
-/** Choose an object; dragging moves the picture. */
+/** Choose an object; dragging moves the image. */
 export function moveTool(context) {
   return {
     name: "move",
-    hint: "Click an object to choose it, drag to move the picture, turn the wheel to zoom.",
+    hint: "Click an object to choose it, drag to move the image, turn the wheel to zoom.",
     down(point, event) {
       if (event.button === 0) context.choose(context.objects.at(point)?.key ?? null);
       return false;

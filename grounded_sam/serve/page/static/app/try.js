@@ -1,10 +1,11 @@
-// The view Try: a picture, words, what is found, and corrections.
+// The view Try: an image, words, what is found, and corrections.
 
 import * as api from "./api.js";
-import { Viewer, drawLabel, loadImage } from "./canvas.js";
+import { Viewer, loadImage } from "./canvas.js";
 import { colorOf, setColors } from "./colors.js";
 import { button, countOf, debounce, guarded, isTyping, save, tell } from "./dom.js";
 import { examplePictures, firstPicture } from "./first.js";
+import { drawLabels } from "./labels.js";
 import { ObjectList } from "./object_list.js";
 import { Objects } from "./objects.js";
 import { makePicker, takeDrops } from "./picker.js";
@@ -69,7 +70,7 @@ export class TryView {
         save(JSON.stringify(coco), `${name}.json`, "application/json");
       }), { title: "Boxes and masks as a COCO file" }),
       button("PNG", withObjects(async (shown, name) => save(await drawnPng(this.viewer), `${name}-masks.png`)), {
-        title: "The picture with its masks",
+        title: "The image with its masks",
       }),
       button("Cut-out", withObjects(async (shown, name) => {
         const chosen = shown.filter((object) => object.key === this.objects.active);
@@ -85,9 +86,9 @@ export class TryView {
     if (this.pictures.length) await guarded(() => this.open(this.pictures[0], firstPicture));
   }
 
-  /** Open a picture: a File, or the path of an example, which may have been `sent` already. */
+  /** Open an image: a File, or the path of an example, which may have been `sent` already. */
   async open(given, sent = null) {
-    tell("Reading the picture …", "busy");
+    tell("Reading the image …", "busy");
     const picture = (await sent) || (await api.addPicture(given));
     const notes = picture.notes.join("; ");
     await this.show({ ...picture, source: typeof given === "string" ? given : picture.name }, api.pictureUrl(picture.id));
@@ -108,13 +109,13 @@ export class TryView {
     this.changed();
   }
 
-  /** Ask the server what is in the picture. */
+  /** Ask the server what is in the image. */
   find() {
     return guarded(async () => {
       this.words.commit();
       this.recipe.update();
-      if (!this.picture) throw new Error("Open a picture first.");
-      if (this.stored.isOpen) throw new Error("This picture is from a store: draw, relabel and save, or open another.");
+      if (!this.picture) throw new Error("Open an image first.");
+      if (this.stored.isOpen) throw new Error("This image is from a store: draw, relabel and save, or open another.");
       if (this.words.isEmpty) {
         this.prediction = null;
         this.objects.setBase([], "c");
@@ -222,13 +223,13 @@ export class TryView {
   }
 
   decorate(context, unit) {
-    for (const object of this.objects.list()) {
-      if (object.isHidden || (!this.toolbar.hasLabels && object.key !== this.objects.active)) continue;
-      const color = this.colorOf(object.class);
-      const [x1, y1] = object.box;
-      const score = object.isAdded ? "" : ` ${object.score.toFixed(2)}`;
-      drawLabel(context, object.class + score, x1, Math.max(y1, 16 * unit), unit, color);
-    }
+    const named = this.objects.list()
+      .filter((object) => !object.isHidden && (this.toolbar.hasLabels || object.key === this.objects.active));
+    drawLabels(context, unit, named.map((object) => ({
+      text: object.isAdded ? object.class : `${object.class} ${object.score.toFixed(2)}`,
+      box: object.box,
+      color: this.colorOf(object.class),
+    })));
     this.prompts.draw(context, unit);
     this.viewer.tool?.draw?.(context, unit);
   }

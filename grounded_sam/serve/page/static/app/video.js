@@ -1,9 +1,10 @@
 // The view Video: frames with masks, a lane for each track, and corrections.
 
 import * as api from "./api.js";
-import { Viewer, drawLabel, loadImage } from "./canvas.js";
+import { Viewer, loadImage } from "./canvas.js";
 import { colorOfTrack } from "./colors.js";
 import { button, countOf, debounce, el, guarded, isTyping, save, tell } from "./dom.js";
+import { drawLabels } from "./labels.js";
 import { Lanes } from "./lanes.js";
 import { withShape } from "./objects.js";
 import { makePicker, takeDrops } from "./picker.js";
@@ -210,9 +211,11 @@ export class VideoView {
   }
 
   show(objects) {
-    this.shown = objects.map((object) => ({ ...object, key: object.track }));
+    const classes = this.source.tracks().map((entry) => entry.class);
+    this.shown = objects.map((object) => (
+      { ...object, key: object.track, color: colorOfTrack(object.track, object.class, classes) }));
     this.viewer.setShapes(this.shown.map((object) => {
-      const color = colorOfTrack(object.track);
+      const { color } = object;
       const isActive = object.track === this.active;
       return { mask: object.shape, color, opacity: isActive ? 0.7 : 0.5, line: isActive ? "#ffffff" : null };
     }));
@@ -302,10 +305,11 @@ export class VideoView {
   }
 
   decorate(context, unit) {
-    for (const object of this.shown) {
-      const [x1, y1] = object.shape.box;
-      drawLabel(context, `${object.track > 0 ? `#${object.track}` : "new"} ${object.class}`, x1, Math.max(y1, 16 * unit), unit, colorOfTrack(object.track));
-    }
+    drawLabels(context, unit, this.shown.map((object) => ({
+      text: `${object.track > 0 ? `#${object.track}` : "new"} ${object.class}`,
+      box: object.shape.box,
+      color: object.color,
+    })));
     this.viewer.tool?.draw?.(context, unit);
   }
 

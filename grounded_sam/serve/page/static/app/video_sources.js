@@ -51,7 +51,7 @@ export class JobVideo {
     return api.frameUrl(this.video.id, frame);
   }
 
-  /** Return a picture of the server with the pixels of a frame. */
+  /** Return an image of the server with the pixels of a frame. */
   async picture(frame) {
     const answer = await fetch(this.imageUrl(frame));
     return api.addPicture(new File([await answer.blob()], `frame-${frame}.jpg`, { type: "image/jpeg" }));

@@ -110,13 +110,27 @@ def test_max_objects_keeps_the_most_confident():
 
 def test_the_younger_of_two_tracks_on_one_object_is_hidden():
     tracks = TrackManager(TrackSettings())
-    masks = start(tracks, (square(5, 5), 0.8, 0), (square(30, 5), 0.9, 0), (square(30, 25), 0.9, 1))
+    masks = start(tracks, (square(6, 5), 0.8, 0), (square(5, 5), 0.9, 0), (square(30, 25), 0.9, 1))
     drifted = dict.fromkeys(masks, square(5, 5))
     assert [tracks.live[i].class_id for i in (1, 2, 3)] == [0, 1, 0]
     assert tracks.match(tracked(drifted), detected()).hidden == [3]
     update = tracks.update(tracked(drifted))
     visible_now = update.visible
     assert visible_now.tracker_id.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("x", [5, 30])
+def test_of_two_tracks_on_one_object_the_one_that_left_its_own_is_hidden(x):
+    """The older one is on the left; both masks are at `x`."""
+    tracks = TrackManager(TrackSettings())
+    start(tracks, (square(5, 5), 0.9, 0), (square(30, 5), 0.8, 0))
+    stray, other = (1, 2) if x == 30 else (2, 1)
+    objects = detected((square(5, 5), 0.9, 0), (square(30, 5), 0.8, 0))
+    match = tracks.match(tracked(dict.fromkeys((1, 2), square(x + 1, 5))), objects)
+    # It is recovered where it was last confirmed, by the detection of its object, and none starts.
+    assert match.corrected.tracker_id.tolist() == [stray] and not match.hidden and not len(match.new)
+    assert match.corrected.xyxy[0, 0] == 35 - x and other in tracks.live
+    assert tracks.match(tracked(dict.fromkeys((1, 2), square(x, 5))), detected()).hidden == [stray]
 
 
 def test_a_drifting_track_is_corrected_only_if_correct_is_set():
@@ -172,6 +186,29 @@ def test_a_track_that_jumps_is_hidden_until_it_is_confirmed():
     assert not len(tracks.update(tracked({1: square(41, 20)})).visible)
     match = tracks.match(visible_now, detected((square(8, 5), 0.7, 0)), tracked({1: square(41, 20)}))
     assert match.corrected.tracker_id.tolist() == [1] and not tracks.live[1].hidden
+
+
+def test_look_alikes_that_the_memory_confuses_keep_their_ids():
+    """Track 1 jumps to the other object, whose track is predicted where the first one is."""
+    tracks = TrackManager(TrackSettings(min_step_iou=0.5, max_center_distance=3))
+    a, b = square(5, 5), square(22, 5)
+    tracks.remember(tracked(start(tracks, (a, 0.9, 0), (b, 0.8, 0))))
+    for _ in range(20):
+        tracks.update(tracked({1: a}))  # the other object is behind something
+    visible = tracks.update(tracked({1: b})).visible
+    match = tracks.match(visible, detected((b, 0.9, 0), (a, 0.8, 0)), tracked({1: b, 2: a}))
+    assert dict(zip(match.corrected.tracker_id.tolist(), match.corrected.xyxy[:, 0], strict=True)) == {1: 5, 2: 22}
+
+
+def test_a_track_that_was_visible_at_the_last_keyframe_comes_before_one_that_is_predicted_in_its_place():
+    tracks = TrackManager(TrackSettings(max_center_distance=0))
+    a = square(5, 5)
+    start(tracks, (a, 0.9, 0), (square(40, 20), 0.8, 0))
+    for _ in range(20):
+        tracks.update(tracked({1: a}))
+    tracks.update(tracked({}))
+    match = tracks.match(tracked({}), detected((a, 0.9, 0)), tracked({1: square(40, 5), 2: square(6, 5)}))
+    assert match.corrected.tracker_id.tolist() == [1]
 
 
 def test_a_click_shows_a_hidden_track_again():

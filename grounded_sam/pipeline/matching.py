@@ -10,6 +10,7 @@ import supervision as sv
 from numpy.typing import NDArray
 
 from grounded_sam.pipeline.track_settings import TrackSettings
+from grounded_sam.structures.detections import select_rows
 from grounded_sam.structures.masks import mask_iou
 
 #: Stands for "no match" in a cost matrix; larger than any distance.
@@ -28,7 +29,9 @@ class Track:
         lost: Number of frames in a row in which the track was not visible.
         hidden: Whether the track jumped, drifted or duplicates another (see `tracks.TrackManager`), so that it is not
             shown until a detection or a click confirms it.
+        jumped: Whether it is hidden because it jumped, so that its box is from before that and its mask is not on it.
         box: Last visible box, `(4,) float32`.
+        confirmed_box: Box of the detection that last confirmed the track, `(4,) float32`.
         mask: Last visible mask, `(H, W) bool`, kept where `min_step_iou` is set.
         companions: Tracks of other classes that were on the same object when the track was last confirmed.
     """
@@ -39,7 +42,9 @@ class Track:
     class_id: int = -1
     lost: int = 0
     hidden: bool = False
+    jumped: bool = False
     box: NDArray[np.float32] | None = None
+    confirmed_box: NDArray[np.float32] | None = None
     mask: NDArray[np.bool_] | None = None
     companions: set[int] = field(default_factory=set)
 
@@ -103,6 +108,59 @@ def match_by_overlap(overlap: NDArray[np.float64], min_iou: float) -> list[tuple
     return [(int(row), int(column)) for row, column in pairs if overlap[row, column] >= min_iou]
 
 
+def recover_lost(
+    detections: sv.Detections,
+    rows: Sequence[int],
+    lost: Sequence[Track],
+    predicted: sv.Detections | None,
+    settings: TrackSettings,
+) -> dict[int, int]:
+    """Match detections with tracks that are not visible.
+
+    First come tracks that were visible since the previous keyframe, by overlap with their last box or with where they
+    are predicted; then others, by overlap with where they are predicted; then all, by distance from their last box.
+    Where a track that jumped is predicted counts last: a memory that confuses two objects of a class predicts the wrong
+    one.
+
+    Args:
+        detections: Detections of a keyframe.
+        rows: Which of them are free.
+        lost: Tracks that are not visible.
+        predicted: Where they are predicted, if the tracker can say.
+        settings: `match_iou`, `max_center_distance`, `redetect_every` and `class_agnostic`.
+
+    Returns:
+        The tracker id by row of `detections`.
+    """
+    columns = {track.tracker_id: column for column, track in enumerate(lost)}
+    by_prediction = np.zeros((len(detections), len(lost)))
+    if predicted is not None and len(predicted):
+        known = [n for n, tracker_id in enumerate(tracker_ids(predicted).tolist()) if tracker_id in columns]
+        predicted = select_rows(predicted, np.array(known, np.intp))
+        by_prediction[:, [columns[i] for i in tracker_ids(predicted).tolist()]] = overlaps(detections, predicted)
+    by_place = np.zeros_like(by_prediction)
+    for column, track in enumerate(lost):
+        if track.box is not None and len(detections):
+            by_place[:, column] = sv.box_iou_batch(detections.xyxy, track.box[None])[:, 0]
+    recent = np.array([track.lost <= settings.redetect_every for track in lost], bool)
+    trusted = np.where([track.jumped for track in lost], 0.0, by_prediction)
+    recovered: dict[int, int] = {}
+
+    def match(overlap: NDArray[np.float64]) -> None:
+        rest = [row for row in rows if row not in recovered]
+        left = [column for column, track in enumerate(lost) if track.tracker_id not in recovered.values()]
+        pairs = match_by_overlap(overlap[np.ix_(rest, left)], settings.match_iou)
+        recovered.update({rest[n]: lost[left[m]].tracker_id for n, m in pairs})
+
+    match(same_class_overlaps(np.where(recent, np.maximum(trusted, by_place), 0.0), detections, lost, settings))
+    match(same_class_overlaps(trusted, detections, lost, settings))
+    rest = [row for row in rows if row not in recovered]
+    left = [track for track in lost if track.tracker_id not in recovered.values()]
+    recovered |= dict(match_by_distance(detections, rest, left, settings))
+    match(same_class_overlaps(by_prediction, detections, lost, settings))
+    return recovered
+
+
 def match_by_distance(
     detections: sv.Detections, rows: Sequence[int], lost: Sequence[Track], settings: TrackSettings
 ) -> list[tuple[int, int]]:
@@ -136,7 +194,10 @@ def match_by_distance(
 
 
 def find_duplicates(visible: sv.Detections, live: Mapping[int, Track], settings: TrackSettings) -> list[int]:
-    """Return the younger id of every two tracks whose masks are the same object.
+    """Return the id to hide of every two tracks whose masks are the same object.
+
+    If two different objects confirmed them, it is that of the track that is no longer where it was confirmed: its mask
+    went over to the other object, as it may when two objects of a class cross. Otherwise it is the younger one.
 
     Args:
         visible: Tracked detections of a frame, with masks.
@@ -153,8 +214,20 @@ def find_duplicates(visible: sv.Detections, live: Mapping[int, Track], settings:
     for a, b in zip(*np.nonzero(np.triu(overlap >= settings.merge_iou, 1)), strict=True):
         same_class = live[ids[a]].class_id == live[ids[b]].class_id
         if (same_class or settings.class_agnostic) and not {ids[a], ids[b]} & set(duplicates):
-            duplicates.append(max(ids[a], ids[b], key=age.__getitem__))
+            stray = _find_stray(visible.xyxy[[a, b]], live[ids[a]], live[ids[b]], settings)
+            duplicates.append(max(ids[a], ids[b], key=age.__getitem__) if stray is None else stray)
     return duplicates
+
+
+def _find_stray(xyxy: NDArray[np.float32], a: Track, b: Track, settings: TrackSettings) -> int | None:
+    """Return which of two tracks on one object left its own; None if they were not on two objects."""
+    if a.confirmed_box is None or b.confirmed_box is None:
+        return None
+    confirmed = np.stack([a.confirmed_box, b.confirmed_box])
+    if sv.box_iou_batch(confirmed[:1], confirmed[1:])[0, 0] >= settings.merge_iou:
+        return None
+    stayed = np.diag(sv.box_iou_batch(xyxy, confirmed))
+    return (a, b)[int(stayed.argmin())].tracker_id
 
 
 def find_drifted(

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import supervision as sv
-from numpy.typing import NDArray
 
 from grounded_sam.pipeline.matching import (
     Track,
     find_drifted,
     find_duplicates,
-    match_by_distance,
     match_by_overlap,
     overlaps,
+    recover_lost,
     same_class_overlaps,
     tracker_ids,
 )
@@ -100,7 +99,7 @@ class TrackManager:
         track = self.live.setdefault(tracker_id, Track(tracker_id))
         self._used.add(tracker_id)
         track.vote(class_id, confidence)
-        track.hidden, track.lost = False, 0
+        track.hidden, track.jumped, track.lost = False, False, 0
 
     def forget(self, tracker_id: int) -> None:
         """Drop a track, because its object has another id."""
@@ -114,7 +113,7 @@ class TrackManager:
         """
         jumped = self._find_jumps(detections)
         for tracker_id in jumped:
-            self.live[tracker_id].hidden = True
+            self.live[tracker_id].hidden = self.live[tracker_id].jumped = True
         visible = select_rows(detections, [not self.live[i].hidden for i in tracker_ids(detections).tolist()])
         self.remember(visible)
         return FrameUpdate(visible, self._end_lost(visible), jumped)
@@ -177,6 +176,8 @@ class TrackManager:
         assert detections.class_id is not None and detections.confidence is not None
         duplicates = find_duplicates(visible, self.live, self.settings)
         visible = select_rows(visible, [i not in duplicates for i in tracker_ids(visible).tolist()])
+        for track in (self.live[tracker_id] for tracker_id in duplicates):
+            track.box = track.box if track.confirmed_box is None else track.confirmed_box
         tracks = [self.live[i] for i in tracker_ids(visible).tolist()]
         overlap = overlaps(detections, visible)
         same_class = same_class_overlaps(overlap, detections, tracks, self.settings)
@@ -190,19 +191,22 @@ class TrackManager:
         free = same_class.max(1, initial=0.0) < self.settings.match_iou
         clicked = [not self._can_be_confirmed(track) for track in tracks]  # under a name of the user's own
         free &= overlap[:, clicked].max(1, initial=0.0) < self.settings.merge_iou
-        recovered = self._recover(detections, free, owners, [t.tracker_id for t in tracks], predicted)
+        taken = {track.tracker_id for track in tracks}
+        lost = [track for tracker_id, track in self.live.items() if tracker_id not in taken]
+        rows = [row for row in range(len(detections)) if row not in owners and free[row]]
+        recovered = recover_lost(detections, rows, lost, predicted, self.settings)
         owners |= recovered
         corrected |= recovered
         for row, tracker_id in owners.items():
-            self.live[tracker_id].box = detections.xyxy[row]
+            self.live[tracker_id].box = self.live[tracker_id].confirmed_box = detections.xyxy[row]
             self.start_or_confirm(tracker_id, int(detections.class_id[row]), float(detections.confidence[row]))
             self._verify(tracker_id, detections, row)
         hidden = [i for i in duplicates if i not in owners.values()]
         drifted = find_drifted(overlap, detections, tracks, owners, self.settings)
         hidden += [tracker_id for tracker_id in drifted if self._can_be_confirmed(self.live[tracker_id])]
         new = self._start_tracks(detections, [row for row in range(len(detections)) if row not in owners and free[row]])
-        for tracker_id in hidden:
-            self.live[tracker_id].hidden = True
+        for track in (self.live[tracker_id] for tracker_id in hidden):
+            track.hidden = True
         return MatchResult(
             _with_ids(detections, list(new), list(new.values())),
             _with_ids(detections, list(corrected), list(corrected.values())),
@@ -212,28 +216,6 @@ class TrackManager:
     def _should_correct(self, iou: float, confidence: float, track: Track) -> bool:
         """Return whether to prompt a track again with a detection that matches it."""
         return self.settings.correct and iou < self.settings.correct_iou and confidence > track.confidence
-
-    def _recover(
-        self,
-        detections: sv.Detections,
-        free: NDArray[np.bool_],
-        owners: dict[int, int],
-        visible_ids: list[int],
-        predicted: sv.Detections | None,
-    ) -> dict[int, int]:
-        """Match free detections with lost and hidden tracks; return the id by row of a detection."""
-        recovered: dict[int, int] = {}
-        if predicted is not None and len(predicted):
-            rows = [row for row in range(len(detections)) if row not in owners and free[row]]
-            rest = select_rows(detections, np.array(rows, np.intp))
-            lost = [self.live[i] for i in tracker_ids(predicted).tolist()]
-            overlap = same_class_overlaps(overlaps(rest, predicted), rest, lost, self.settings)
-            for n, column in match_by_overlap(overlap, self.settings.match_iou):
-                recovered[rows[n]] = lost[column].tracker_id
-        taken = {*visible_ids, *owners.values(), *recovered.values()}
-        rows = [row for row in range(len(detections)) if row not in owners and row not in recovered and free[row]]
-        lost = [track for tracker_id, track in self.live.items() if tracker_id not in taken]
-        return recovered | dict(match_by_distance(detections, rows, lost, self.settings))
 
     def _start_tracks(self, detections: sv.Detections, rows: list[int]) -> dict[int, int]:
         """Start tracks for some detections, most confident first; return the new id by row."""
@@ -247,7 +229,7 @@ class TrackManager:
                 continue
             started[row] = self.new_id()
             self.start_or_confirm(started[row], int(detections.class_id[row]), float(detections.confidence[row]))
-            self.live[started[row]].box = detections.xyxy[row]
+            self.live[started[row]].box = self.live[started[row]].confirmed_box = detections.xyxy[row]
             self._verify(started[row], detections, row)
         return started
 

@@ -243,9 +243,10 @@ def driver(bench: Bench, times: int = 5) -> dict[str, object]:
         end = time.time() + 60
         while time.time() < end and any((Path("/proc") / str(pid)).exists() for pid in children):
             time.sleep(0.5)
+    code = process.wait()
     counts = bench.counts("driver")
     share = counts["computed_again"] / bench.images / max(killed, 1)
-    return {"killed": killed, "exit": process.wait(), "again_per_kill": share, **counts}
+    return {"killed": killed, "exit": code, "again_per_kill": share, **counts}
 
 
 def bucket(bench: Bench) -> dict[str, object]:

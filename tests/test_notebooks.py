@@ -10,8 +10,6 @@ import pytest
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
-#: Notebooks that are committed without outputs.
-WITHOUT_OUTPUTS = {"sweep.ipynb"}
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +38,6 @@ def test_notebooks_run_top_to_bottom_and_have_the_outputs_of_their_cells(path, e
     committed, executed = nbformat.read(path, as_version=4), execution.execute(path)
     assert any("image/jpeg" in o.get("data", {}) for cell in executed.cells for o in cell.get("outputs", []))
     assert not execution.problems(committed, path.stat().st_size)
-    if path.name in WITHOUT_OUTPUTS:
-        assert not any(cell.get("outputs") for cell in committed.cells)
-        return
     assert any("image/jpeg" in o.get("data", {}) for cell in committed.cells for o in cell.get("outputs", []))
     for old, new in zip(committed.cells, executed.cells, strict=True):
         assert sorted(outline(old)) == sorted(outline(new)), f"run `make notebooks`: {old.source}"

@@ -109,6 +109,7 @@ def test_every_job_of_a_sweep_equals_a_run_of_its_own(labeled, tmp_path):
     assert (tmp_path / "s" / "sweep.md").read_text().count("\n") == 10
     assert Image.open(tmp_path / "s" / "sweep.png").size[0] > 600
     assert "8 jobs, the best first" in out.stdout
+    assert "…" not in out.stdout  # no name of a setting is cut
     # The best job is a preset.
     best = yaml.safe_load((tmp_path / "s" / "preset" / "best.yaml").read_text())
     assert str(best["select"]["score"]) == rows[0]["select.score"] and best["defaults"] == ["shapes"]

@@ -109,7 +109,8 @@ def _to_console(table: SweepTable) -> str:
     order = "the best first" if table.metric is not None else "without ground truth: what they found"
     drawn = Table(title=f"{len(table.rows)} jobs, {order}", title_justify="left")
     for column in table.columns:
-        drawn.add_column(column, justify="left" if column == "error" else "right")
+        header = column.replace(".", ".\n", 1)  # a key that is too wide is cut, also where there is room below
+        drawn.add_column(header, justify="left" if column == "error" else "right")
     for cells in table.texts:
         drawn.add_row(*cells)
     out = io.StringIO()

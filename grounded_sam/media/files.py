@@ -180,10 +180,10 @@ def find_files(given: str) -> InputFiles:
     (4, 1)
     """
     if given.startswith("builtin:"):
-        name, _, file = given.partition("/")
+        name, _, wanted = given.partition("/")
         folder = builtin_folder("input", name)
-        found = _select_media(_walk(folder), folder)
-        return found if not file else find_files(str(_find_example(found, given, file)))
+        examples = _select_media(_walk(folder), folder)
+        return find_files(str(_find_example(examples, given, wanted))) if wanted else examples
     path = home_path(given)
     if path.is_dir():
         return _select_media(_walk(path), path)

@@ -130,7 +130,29 @@ def test_of_two_tracks_on_one_object_the_one_that_left_its_own_is_hidden(x):
     # It is recovered where it was last confirmed, by the detection of its object, and none starts.
     assert match.corrected.tracker_id.tolist() == [stray] and not match.hidden and not len(match.new)
     assert match.corrected.xyxy[0, 0] == 35 - x and other in tracks.live
-    assert tracks.match(tracked(dict.fromkeys((1, 2), square(x, 5))), detected()).hidden == [stray]
+    # If its object is not detected, it is hidden.
+    assert tracks.match(tracked(dict.fromkeys((1, 2), square(x, 5))), detected((square(x, 5), 0.9, 0))).hidden == [
+        stray
+    ]
+
+
+def test_a_track_whose_mask_goes_over_to_a_look_alike_is_hidden_until_its_object_is_detected():
+    """Half of the mask is still on its own object, so that the two tracks are not duplicates yet."""
+    tracks = TrackManager(TrackSettings())
+    masks = start(tracks, (square(5, 5), 0.9, 0), (square(30, 5), 0.8, 0))
+    slid = square(30, 5) | square(5, 5, 6)
+    match = tracks.match(tracked(masks | {1: slid}), detected((square(30, 5), 0.9, 0)))
+    assert match.hidden == [1] and not len(match.new)
+    visible = tracks.update(tracked(masks | {1: slid})).visible
+    assert visible.tracker_id.tolist() == [2]
+    match = tracks.match(visible, detected((square(30, 5), 0.9, 0), (square(6, 5), 0.9, 0)), tracked({1: slid}))
+    assert match.corrected.tracker_id.tolist() == [1] and not len(match.new)
+
+
+def test_a_track_that_no_detection_confirms_stays_where_it_overlaps_none():
+    tracks = TrackManager(TrackSettings())
+    masks = start(tracks, (square(5, 5), 0.9, 0), (square(30, 5), 0.8, 0))
+    assert not tracks.match(tracked(masks | {1: square(12, 5)}), detected((square(30, 5), 0.9, 0))).hidden
 
 
 def test_a_drifting_track_is_corrected_only_if_correct_is_set():

@@ -29,7 +29,7 @@ class Track:
         lost: Number of frames in a row in which the track was not visible.
         hidden: Whether the track jumped, drifted or duplicates another (see `tracks.TrackManager`), so that it is not
             shown until a detection or a click confirms it.
-        jumped: Whether it is hidden because it jumped, so that its box is from before that and its mask is not on it.
+        strayed: Whether its mask went over to another object; its box is from before that.
         box: Last visible box, `(4,) float32`.
         confirmed_box: Box of the detection that last confirmed the track, `(4,) float32`.
         mask: Last visible mask, `(H, W) bool`, kept where `min_step_iou` is set.
@@ -42,7 +42,7 @@ class Track:
     class_id: int = -1
     lost: int = 0
     hidden: bool = False
-    jumped: bool = False
+    strayed: bool = False
     box: NDArray[np.float32] | None = None
     confirmed_box: NDArray[np.float32] | None = None
     mask: NDArray[np.bool_] | None = None
@@ -119,8 +119,8 @@ def recover_lost(
 
     First come tracks that were visible since the previous keyframe, by overlap with their last box or with where they
     are predicted; then others, by overlap with where they are predicted; then all, by distance from their last box.
-    Where a track that jumped is predicted counts last: a memory that confuses two objects of a class predicts the wrong
-    one.
+    Where a track that strayed is predicted counts last: a memory that confuses two objects of a class predicts it on
+    the wrong one.
 
     Args:
         detections: Detections of a keyframe.
@@ -143,7 +143,7 @@ def recover_lost(
         if track.box is not None and len(detections):
             by_place[:, column] = sv.box_iou_batch(detections.xyxy, track.box[None])[:, 0]
     recent = np.array([track.lost <= settings.redetect_every for track in lost], bool)
-    trusted = np.where([track.jumped for track in lost], 0.0, by_prediction)
+    trusted = np.where([track.strayed for track in lost], 0.0, by_prediction)
     recovered: dict[int, int] = {}
 
     def match(overlap: NDArray[np.float64]) -> None:
@@ -193,41 +193,52 @@ def match_by_distance(
     return [(rows[n], lost[column].tracker_id) for n, column in pairs if distance[n, column] <= limit]
 
 
-def find_duplicates(visible: sv.Detections, live: Mapping[int, Track], settings: TrackSettings) -> list[int]:
+def find_duplicates(
+    visible: sv.Detections,
+    live: Mapping[int, Track],
+    settings: TrackSettings,
+    detections: sv.Detections | None = None,
+    overlap: NDArray[np.float64] | None = None,
+) -> list[int]:
     """Return the id to hide of every two tracks whose masks are the same object.
 
-    If two different objects confirmed them, it is that of the track that is no longer where it was confirmed: its mask
-    went over to the other object, as it may when two objects of a class cross. Otherwise it is the younger one.
+    If a detection shows that the object is that of one of the two, it is the other one, whose mask went over to the
+    object, as it may when two objects of a class cross. Otherwise it is the younger one.
 
     Args:
         visible: Tracked detections of a frame, with masks.
         live: All tracks by id, oldest first.
-        settings: `merge_iou` and `class_agnostic`.
+        settings: `merge_iou`, `match_iou` and `class_agnostic`.
+        detections: Detections of a keyframe; None for none.
+        overlap: IoU of `detections` and `visible`, `(n, m)`.
     """
     ids = tracker_ids(visible).tolist()
     if len(ids) < 2 or visible.mask is None:
         return []
     masks = np.asarray(visible.mask, bool)
-    overlap = mask_iou(masks, masks)
+    iou = mask_iou(masks, masks)
     age = {tracker_id: n for n, tracker_id in enumerate(live)}
     duplicates: list[int] = []
-    for a, b in zip(*np.nonzero(np.triu(overlap >= settings.merge_iou, 1)), strict=True):
+    for a, b in zip(*np.nonzero(np.triu(iou >= settings.merge_iou, 1)), strict=True):
         same_class = live[ids[a]].class_id == live[ids[b]].class_id
         if (same_class or settings.class_agnostic) and not {ids[a], ids[b]} & set(duplicates):
-            stray = _find_stray(visible.xyxy[[a, b]], live[ids[a]], live[ids[b]], settings)
-            duplicates.append(max(ids[a], ids[b], key=age.__getitem__) if stray is None else stray)
+            pair = live[ids[a]], live[ids[b]]
+            stayed = np.zeros(2)
+            if detections is not None and overlap is not None and len(detections):
+                on_both = overlap[:, [a, b]].min(1)
+                if on_both.max() >= settings.match_iou:
+                    stayed = np.array([_was_at(track, detections.xyxy[on_both.argmax()]) for track in pair])
+            stray = pair[int(stayed.argmin())].tracker_id
+            were_apart = stayed.max() >= settings.match_iou > stayed.min()
+            duplicates.append(stray if were_apart else max(ids[a], ids[b], key=age.__getitem__))
     return duplicates
 
 
-def _find_stray(xyxy: NDArray[np.float32], a: Track, b: Track, settings: TrackSettings) -> int | None:
-    """Return which of two tracks on one object left its own; None if they were not on two objects."""
-    if a.confirmed_box is None or b.confirmed_box is None:
-        return None
-    confirmed = np.stack([a.confirmed_box, b.confirmed_box])
-    if sv.box_iou_batch(confirmed[:1], confirmed[1:])[0, 0] >= settings.merge_iou:
-        return None
-    stayed = np.diag(sv.box_iou_batch(xyxy, confirmed))
-    return (a, b)[int(stayed.argmin())].tracker_id
+def _was_at(track: Track, box: NDArray[np.float32]) -> float:
+    """Return the IoU of a box with that of the detection that last confirmed a track; 0 if none did."""
+    if track.confirmed_box is None:
+        return 0.0
+    return float(sv.box_iou_batch(box[None], track.confirmed_box[None])[0, 0])
 
 
 def find_drifted(
@@ -237,10 +248,11 @@ def find_drifted(
     owners: Mapping[int, int],
     settings: TrackSettings,
 ) -> list[int]:
-    """Return tracks that no detection confirms, and that newly overlap a detection of another class.
+    """Return tracks that no detection confirms, and that newly overlap the detection of another object.
 
-    A track may share an object with a track of another class, such as a wheel with a car, if it did so when it was last
-    confirmed; confirmed tracks record such companions here.
+    That is a detection of another class, or one of its class that confirms another track and is away from where this
+    one was last confirmed. A track may share an object with a track of another class, such as a wheel with a car, if it
+    did so when it was last confirmed; confirmed tracks record such companions here.
 
     Args:
         overlap: IoU of detections and tracks, `(n, m)`.
@@ -256,6 +268,12 @@ def find_drifted(
         others = {owners.get(row, -1) for row in rows if int(detections.class_id[row]) != track.class_id}
         if track.tracker_id in confirmed:
             track.companions = others - {-1}
-        elif not settings.class_agnostic and others - track.companions:
+            continue
+        on_look_alike = track.confirmed_box is not None and any(
+            row in owners and int(detections.class_id[row]) == track.class_id
+            for row in rows
+            if _was_at(track, detections.xyxy[row]) < settings.match_iou
+        )
+        if on_look_alike or (not settings.class_agnostic and others - track.companions):
             drifted.append(track.tracker_id)
     return drifted

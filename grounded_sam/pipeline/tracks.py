@@ -66,8 +66,9 @@ class TrackManager:
       it, or near its last box, recovers it.
     - *hidden*: its mask is probably on another object, so it is left out until a detection or a click confirms the
       track. A track has *jumped* if the IoU of its mask with its last visible one is below `min_step_iou`. It has
-      *drifted* if, at a keyframe, no detection confirms it and it newly overlaps one of another class. It is a
-      *duplicate* if the IoU of its mask with that of an older track is `merge_iou` or more.
+      *drifted* if, at a keyframe, no detection confirms it and it newly overlaps that of another object
+      (`matching.find_drifted`). It is a *duplicate* if the IoU of its mask with that of another track is `merge_iou` or
+      more and the object is that of the other one (`matching.find_duplicates`).
 
     A hidden track ages like a lost one: `Track.lost` counts the frames of both, and `update` and `adopt` end the track
     after more than `max_lost_frames` in a row.
@@ -99,7 +100,7 @@ class TrackManager:
         track = self.live.setdefault(tracker_id, Track(tracker_id))
         self._used.add(tracker_id)
         track.vote(class_id, confidence)
-        track.hidden, track.jumped, track.lost = False, False, 0
+        track.hidden, track.strayed, track.lost = False, False, 0
 
     def forget(self, tracker_id: int) -> None:
         """Drop a track, because its object has another id."""
@@ -113,7 +114,7 @@ class TrackManager:
         """
         jumped = self._find_jumps(detections)
         for tracker_id in jumped:
-            self.live[tracker_id].hidden = self.live[tracker_id].jumped = True
+            self.live[tracker_id].hidden = self.live[tracker_id].strayed = True
         visible = select_rows(detections, [not self.live[i].hidden for i in tracker_ids(detections).tolist()])
         self.remember(visible)
         return FrameUpdate(visible, self._end_lost(visible), jumped)
@@ -161,10 +162,10 @@ class TrackManager:
     ) -> MatchResult:
         """Match the detections of a keyframe with the tracks.
 
-        1. Of two visible tracks on the same object the younger one is hidden.
+        1. Of two visible tracks on the same object one is hidden.
         2. Detections are matched with visible tracks by mask IoU.
-        3. Free detections are matched with lost and hidden tracks: first where the tracker predicts these, then near
-           their last boxes. Such tracks are recovered.
+        3. Free detections are matched with lost and hidden tracks, see `matching.recover_lost`. Such tracks are
+           recovered.
         4. A visible track that has drifted is hidden.
         5. A detection that is on no track of its class starts a track, if it is confident enough.
 
@@ -174,12 +175,12 @@ class TrackManager:
             predicted: Where lost and hidden tracks are predicted, if the tracker can say.
         """
         assert detections.class_id is not None and detections.confidence is not None
-        duplicates = find_duplicates(visible, self.live, self.settings)
-        visible = select_rows(visible, [i not in duplicates for i in tracker_ids(visible).tolist()])
-        for track in (self.live[tracker_id] for tracker_id in duplicates):
-            track.box = track.box if track.confirmed_box is None else track.confirmed_box
-        tracks = [self.live[i] for i in tracker_ids(visible).tolist()]
         overlap = overlaps(detections, visible)
+        duplicates = find_duplicates(visible, self.live, self.settings, detections, overlap)
+        kept = [i not in duplicates for i in tracker_ids(visible).tolist()]
+        visible, overlap = select_rows(visible, kept), overlap[:, np.array(kept, bool)]
+        tracks = [self.live[i] for i in tracker_ids(visible).tolist()]
+        self._distrust(duplicates)
         same_class = same_class_overlaps(overlap, detections, tracks, self.settings)
         owners: dict[int, int] = {}  # row of a detection to the id of its track
         corrected: dict[int, int] = {}
@@ -205,13 +206,19 @@ class TrackManager:
         drifted = find_drifted(overlap, detections, tracks, owners, self.settings)
         hidden += [tracker_id for tracker_id in drifted if self._can_be_confirmed(self.live[tracker_id])]
         new = self._start_tracks(detections, [row for row in range(len(detections)) if row not in owners and free[row]])
-        for track in (self.live[tracker_id] for tracker_id in hidden):
-            track.hidden = True
+        self._distrust(hidden)
+        for tracker_id in hidden:
+            self.live[tracker_id].hidden = True
         return MatchResult(
             _with_ids(detections, list(new), list(new.values())),
             _with_ids(detections, list(corrected), list(corrected.values())),
             hidden,
         )
+
+    def _distrust(self, ids: list[int]) -> None:
+        """Expect tracks whose masks are on other objects where detections last confirmed them."""
+        for track in (self.live[i] for i in ids):
+            track.strayed, track.box = True, track.box if track.confirmed_box is None else track.confirmed_box
 
     def _should_correct(self, iou: float, confidence: float, track: Track) -> bool:
         """Return whether to prompt a track again with a detection that matches it."""

@@ -155,6 +155,41 @@ def test_a_track_that_no_detection_confirms_stays_where_it_overlaps_none():
     assert not tracks.match(tracked(masks | {1: square(12, 5)}), detected((square(30, 5), 0.9, 0))).hidden
 
 
+def test_a_detection_of_a_part_of_a_confirmed_object_starts_no_track():
+    tracks = TrackManager(TrackSettings())
+    whole, corner = square(5, 5, 20), square(18, 5, 6)
+    masks = start(tracks, (whole, 0.9, 0))
+    assert not len(tracks.match(tracked(masks), detected((whole, 0.9, 0), (corner, 0.6, 0))).new)
+    # Another class, an object in front that the mask of the track leaves out, and one beside it are objects.
+    for found, mask in (
+        ((corner, 0.6, 1), whole),
+        ((corner, 0.6, 0), whole & ~corner),
+        ((square(26, 5, 6), 0.6, 0), whole),
+    ):
+        tracks = TrackManager(TrackSettings())
+        start(tracks, (mask, 0.9, 0))
+        assert len(tracks.match(tracked({1: mask}), detected((mask, 0.9, 0), found)).new) == 1
+    # So is a part without the whole: that may be hidden, with a mask that is too large.
+    tracks = TrackManager(TrackSettings())
+    start(tracks, (whole, 0.9, 0))
+    assert len(tracks.match(tracked({1: whole}), detected((corner, 0.6, 0))).new) == 1
+
+
+def test_a_detection_whose_box_is_that_of_a_track_and_whose_mask_is_not_starts_no_track():
+    """Where two objects cross, the box of one may get the mask of the other: neither track is hidden."""
+    tracks = TrackManager(TrackSettings())
+    left, right = square(5, 5), square(18, 5)
+    masks = start(tracks, (left, 0.9, 0), (right, 0.8, 1))
+    wrong = detected((right, 0.9, 0))
+    wrong.xyxy[0] = [4, 5, 20, 17]
+    match = tracks.match(tracked(masks), wrong)
+    assert not len(match.new) and not len(match.corrected) and not match.hidden
+    assert tracks.live[1].votes[0][0] == 2
+    # A track that another detection confirms has its object: this is a second one.
+    match = tracks.match(tracked(masks), detected((left, 0.9, 0), (square(5, 18), 0.8, 0)))
+    assert len(match.new) == 1
+
+
 def test_a_drifting_track_is_corrected_only_if_correct_is_set():
     for correct, score, want in ((False, 0.9, []), (True, 0.9, [1]), (True, 0.5, [])):
         tracks = TrackManager(TrackSettings(correct=correct))

@@ -108,6 +108,76 @@ def match_by_overlap(overlap: NDArray[np.float64], min_iou: float) -> list[tuple
     return [(int(row), int(column)) for row, column in pairs if overlap[row, column] >= min_iou]
 
 
+def match_by_box(
+    detections: sv.Detections,
+    free: NDArray[np.bool_],
+    visible: sv.Detections,
+    tracks: Sequence[Track],
+    owners: Mapping[int, int],
+    settings: TrackSettings,
+) -> dict[int, int]:
+    """Match free detections with visible tracks that no detection confirms, by the IoU of their boxes.
+
+    Where two objects cross, the box of one may get the mask of the other. Such a detection is no new object.
+
+    Args:
+        detections: Detections of a keyframe.
+        free: Which of them are on no track, `(n,)`.
+        visible: Visible tracks.
+        tracks: The same.
+        owners: Tracker id that each matched detection belongs to, by row.
+        settings: `match_iou` and `class_agnostic`.
+
+    Returns:
+        The tracker id by row of `detections`.
+    """
+    if not len(detections) or not len(visible):
+        return {}
+    iou = np.asarray(sv.box_iou_batch(detections.xyxy, visible.xyxy), np.float64)
+    iou = same_class_overlaps(iou, detections, tracks, settings)
+    iou[[row for row in range(len(detections)) if row in owners or not free[row]]] = 0.0
+    iou[:, [track.tracker_id in owners.values() for track in tracks]] = 0.0
+    # An IoU of 0 is no match, even where `match_iou` is 0.
+    pairs = [(row, column) for row, column in match_by_overlap(iou, settings.match_iou) if iou[row, column] > 0]
+    return {row: tracks[column].tracker_id for row, column in pairs}
+
+
+def find_parts(
+    detections: sv.Detections,
+    visible: sv.Detections,
+    tracks: Sequence[Track],
+    owners: Mapping[int, int],
+    settings: TrackSettings,
+) -> NDArray[np.bool_]:
+    """Return which detections are a part of an object that another detection has confirmed, `(n,) bool`.
+
+    Such as what is left of an object on one side of something in front of it. Of its box and of its mask, at least
+    `merge_iou` lies in the box of the other detection and in the mask of the track.
+
+    Args:
+        detections: Detections of a keyframe.
+        visible: Visible tracks.
+        tracks: The same.
+        owners: Tracker id that each matched detection belongs to, by row.
+        settings: `merge_iou` and `class_agnostic`.
+    """
+    parts = np.zeros(len(detections), bool)
+    if detections.mask is None or visible.mask is None or detections.class_id is None:
+        return parts
+    columns = {track.tracker_id: column for column, track in enumerate(tracks)}
+    for row in (row for row in range(len(detections)) if row not in owners):
+        mask, box = np.asarray(detections.mask[row], bool), detections.xyxy[row]
+        for owner, tracker_id in owners.items():
+            column = columns[tracker_id]
+            same_class = settings.class_agnostic or detections.class_id[row] == tracks[column].class_id
+            low, high = np.maximum(box[:2], detections.xyxy[owner, :2]), np.minimum(box[2:], detections.xyxy[owner, 2:])
+            inside = np.prod(np.maximum(high - low, 0)) >= settings.merge_iou * np.prod(box[2:] - box[:2])
+            if same_class and inside:
+                covered = np.count_nonzero(mask & np.asarray(visible.mask[column], bool))
+                parts[row] |= bool(covered >= settings.merge_iou * np.count_nonzero(mask) > 0)
+    return parts
+
+
 def recover_lost(
     detections: sv.Detections,
     rows: Sequence[int],

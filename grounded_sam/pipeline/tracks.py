@@ -12,6 +12,8 @@ from grounded_sam.pipeline.matching import (
     Track,
     find_drifted,
     find_duplicates,
+    find_parts,
+    match_by_box,
     match_by_overlap,
     overlaps,
     recover_lost,
@@ -163,11 +165,11 @@ class TrackManager:
         """Match the detections of a keyframe with the tracks.
 
         1. Of two visible tracks on the same object one is hidden.
-        2. Detections are matched with visible tracks by mask IoU.
+        2. Detections are matched with visible tracks by mask IoU, and what is left by box IoU.
         3. Free detections are matched with lost and hidden tracks, see `matching.recover_lost`. Such tracks are
            recovered.
         4. A visible track that has drifted is hidden.
-        5. A detection that is on no track of its class starts a track, if it is confident enough.
+        5. A detection that is on no track of its class, nor a part of one, starts a track, if it is confident enough.
 
         Args:
             visible: Visible tracks, with masks.
@@ -192,6 +194,9 @@ class TrackManager:
         free = same_class.max(1, initial=0.0) < self.settings.match_iou
         clicked = [not self._can_be_confirmed(track) for track in tracks]  # under a name of the user's own
         free &= overlap[:, clicked].max(1, initial=0.0) < self.settings.merge_iou
+        free &= ~find_parts(detections, visible, tracks, owners, self.settings)
+        by_box = match_by_box(detections, free, visible, tracks, owners, self.settings)
+        owners |= by_box
         taken = {track.tracker_id for track in tracks}
         lost = [track for tracker_id, track in self.live.items() if tracker_id not in taken]
         rows = [row for row in range(len(detections)) if row not in owners and free[row]]
@@ -203,6 +208,7 @@ class TrackManager:
             self.start_or_confirm(tracker_id, int(detections.class_id[row]), float(detections.confidence[row]))
             self._verify(tracker_id, detections, row)
         hidden = [i for i in duplicates if i not in owners.values()]
+        overlap[list(by_box)] = 0.0  # their masks say nothing about where objects are
         drifted = find_drifted(overlap, detections, tracks, owners, self.settings)
         hidden += [tracker_id for tracker_id in drifted if self._can_be_confirmed(self.live[tracker_id])]
         new = self._start_tracks(detections, [row for row in range(len(detections)) if row not in owners and free[row]])

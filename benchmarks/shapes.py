@@ -12,7 +12,7 @@ Parts:
 - `clicks`: mean IoU after a click in the middle of each object, and after each of three corrections, in the middle of
   the largest error.
 - `everything`: recall and precision of `detector=everything` at a mask IoU of 0.75.
-- `crowded`: recall and precision on scenes of 8 to 30 small objects with `tiles.size=128`, at a box IoU of 0.5.
+- `crowded`: recall and precision on scenes of 8 to 30 small objects with `tiles.size=112`, at a box IoU of 0.5.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ def everything_scores(scenes: LabeledScenes, segmenter: str) -> tuple[float, flo
     return matched / present, matched / max(detected, 1)
 
 
-def crowded_scores(scenes: LabeledScenes, overrides: Sequence[str] = ("tiles.size=128",)) -> tuple[float, float]:
+def crowded_scores(scenes: LabeledScenes, overrides: Sequence[str] = ("tiles.size=112",)) -> tuple[float, float]:
     """Compute recall and precision on crowded scenes, queried with the pairs in them, at a box IoU of 0.5."""
     model = load(*overrides, preset="shapes", segmenter="none")
     matched = detected = present = 0
@@ -312,7 +312,7 @@ def main() -> None:
         elif part == "crowded":
             rngs = (np.random.default_rng([args.seed, 1, i]) for i in range(max(args.scenes // 5, 1)))
             recall, exact = crowded_scores([signed_distance.crowded_scene(rng, photos) for rng in rngs])
-            print(f"crowded scenes with tiles.size=128: recall {recall:.3f}, precision {exact:.3f}", flush=True)
+            print(f"crowded scenes with tiles.size=112: recall {recall:.3f}, precision {exact:.3f}", flush=True)
         else:
             print_segmenters(scenes, part, args.precision)
 

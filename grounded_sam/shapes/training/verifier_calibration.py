@@ -63,6 +63,8 @@ from grounded_sam.verifiers.prototypes import WHITENING
 log = logging.getLogger(__name__)
 
 PAIRS = TRAIN_PAIRS * 4 + VALIDATION_PAIRS * 2
+#: Crops of other things per crop of the thing that examples show: about as many as the boxes that a detector proposes.
+OTHERS = 12
 
 
 @dataclass(frozen=True)
@@ -274,7 +276,7 @@ def _fit_examples(folder: Path, values: NDArray[np.float64], labels: NDArray[np.
     cosines, same = [], []
     for label in np.unique(labels):
         rows = rng.permutation(np.flatnonzero(labels == label))
-        others = rng.permutation(np.flatnonzero(labels != label))[: 3 * len(rows)]
+        others = rng.permutation(np.flatnonzero(labels != label))[: OTHERS * len(rows)]
         mean = whitened[rows[:3]].mean(0)
         mean /= np.linalg.norm(mean)
         for group, is_same in ((rows[3:], True), (others, False)):

@@ -110,7 +110,7 @@ def _to_console(table: SweepTable) -> str:
     drawn = Table(title=f"{len(table.rows)} jobs, {order}", title_justify="left")
     for column in table.columns:
         header = column.replace(".", ".\n", 1)  # a key that is too wide is cut, also where there is room below
-        drawn.add_column(header, justify="left" if column == "error" else "right")
+        drawn.add_column(header, overflow="fold", justify="left" if column == "error" else "right")
     for cells in table.texts:
         drawn.add_row(*cells)
     out = io.StringIO()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import glob
 import os
-import zlib
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,7 +13,7 @@ from grounded_sam.media.files import common_folder, match_files, natural_key, re
 from grounded_sam.media.listing import RemoteImages, names_addresses, with_state
 from grounded_sam.remote import Location, convert_remote_errors, open_filesystem
 from grounded_sam.sources.inputs import check_input
-from grounded_sam.sources.shards import check_shard
+from grounded_sam.sources.shards import check_shard, in_shard
 
 #: Bytes that are read at a time.
 BLOCK = 4 << 20
@@ -44,11 +43,7 @@ def find_containers(input: object, suffix: str, shard: int, num_shards: int) -> 
         found = [(relative_name(path, root), path) for path in paths]
     if not found:
         raise ConfigError(f"no {suffix} file in {given}")
-    return [
-        (name, place)
-        for name, place in found
-        if num_shards == 1 or zlib.crc32(name.encode("utf-8", "surrogatepass")) % num_shards == shard
-    ]
+    return [(name, place) for name, place in found if in_shard(name, shard, num_shards)]
 
 
 def _local_files(given: str, suffix: str) -> list[Path]:

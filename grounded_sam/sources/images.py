@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -16,7 +15,7 @@ from grounded_sam.media.listing import RemoteImages, names_addresses
 from grounded_sam.media.prefetch import FETCHERS, WORKERS, map_ahead
 from grounded_sam.sources.inputs import check_input
 from grounded_sam.sources.items import ItemSource, item_of, item_with_state
-from grounded_sam.sources.shards import check_shard, shard_of
+from grounded_sam.sources.shards import check_shard, in_shard, shard_of
 from grounded_sam.structures.items import SourceItem
 from grounded_sam.structures.results import Skipped
 
@@ -116,10 +115,7 @@ class ImageSource(ItemSource):
         """Yield the images under addresses that are of this shard, which is decided by their names alone."""
 
         def is_own(name: str) -> bool:
-            return (
-                self.num_shards == 1
-                or zlib.crc32(name.encode("utf-8", "surrogatepass")) % self.num_shards == self.shard
-            )
+            return in_shard(name, self.shard, self.num_shards)
 
         def note(name: str, reason: str) -> None:
             if is_own(name):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,14 +13,12 @@ from grounded_sam.media.images import MAX_PIXELS
 from grounded_sam.remote import Location, is_address, lance_reason, open_lance, redact_address
 from grounded_sam.sources.containers import reason_of
 from grounded_sam.sources.inputs import check_input
-from grounded_sam.sources.items import ItemSource, ReadItem
-from grounded_sam.sources.shards import check_shard
-from grounded_sam.sources.tables import BATCH_ROWS, NO_BYTES, image_column, read_cell
-from grounded_sam.structures.items import SourceItem
-from grounded_sam.structures.results import Skipped
+from grounded_sam.sources.items import ReadItem
+from grounded_sam.sources.shards import check_shard, in_shard
+from grounded_sam.sources.tables import BATCH_ROWS, TableSource, image_column, read_cell
 
 
-class LanceSource(ItemSource):
+class LanceSource(TableSource):
     """The images in a column of Lance tables, in the order of their rows.
 
     A table is read at its newest version, which is a part of the addresses of the images; a new version is labeled anew
@@ -50,51 +47,32 @@ class LanceSource(ItemSource):
         shard: int = 0,
         num_shards: int = 1,
     ) -> None:
-        super().__init__(max_pixels)
         check_shard(shard, num_shards)
-        self.column, self.num_shards = column, num_shards
-        self.tables = [
-            (name, address)
-            for name, address in _find_tables(check_input(input, "Lance tables, e.g. input=photos.lance"))
-            if num_shards == 1 or zlib.crc32(name.encode("utf-8", "surrogatepass")) % num_shards == shard
-        ]
-        for _, address in self.tables[:1]:
-            open_lance(address)
+        found = _find_tables(check_input(input, "Lance tables, e.g. input=photos.lance"))
+        tables = [(name, place) for name, place in found if in_shard(name, shard, num_shards)]
+        super().__init__(tables, column, max_pixels, num_shards)
+        for _, place in tables[:1]:
+            open_lance(place.address)
 
-    def __len__(self) -> int:
-        """Raise a TypeError: the number of images is known when all tables are read."""
-        raise TypeError("the number of images in tables is known when all are read")
+    def _cells(self, name: str, place: Path | Location) -> Iterator[ReadItem]:
+        assert isinstance(place, Location)
+        table = open_lance(place.address)
+        column = image_column(table.schema, self.column)
+        # Versions of a table that was made anew have the same numbers, but another time.
+        made = next(entry["timestamp"] for entry in table.versions() if entry["version"] == table.version)
+        known = Location(place.address, etag=f"{table.version}-{made.isoformat()}")
+        row = 0
+        for batch in table.to_batches(columns=[column], batch_size=BATCH_ROWS):
+            for cell in batch.column(0).to_pylist():
+                yield read_cell(name, known, f"lance://{column}/{table.version}/{row}", row, cell)
+                row += 1
 
-    def _items(self, with_states: bool) -> Iterator[SourceItem]:
-        return (read.item for read in self._read_items(with_states))
-
-    def _read_items(self, with_states: bool) -> Iterator[ReadItem]:
-        return (read for name, address in self.tables for read in self._rows(name, address))
-
-    def _rows(self, name: str, address: str) -> Iterator[ReadItem]:
-        """Yield the images of a table, with their content."""
-        count = 0
-        try:
-            table = open_lance(address)
-            column = image_column(table.schema, self.column)
-            # Versions of a table that was made anew have the same numbers, but another time.
-            made = next(entry["timestamp"] for entry in table.versions() if entry["version"] == table.version)
-            place = Location(address, etag=f"{table.version}-{made.isoformat()}")
-            for batch in table.to_batches(columns=[column], batch_size=BATCH_ROWS):
-                for cell in batch.column(0).to_pylist():
-                    read = read_cell(name, place, f"lance://{column}/{table.version}/{count}", count, cell)
-                    count += 1
-                    if read.data is None:
-                        self.skipped.append(Skipped(read.item.name, NO_BYTES))
-                    else:
-                        yield read
-        except (OSError, RemoteError, ValueError) as error:
-            reason = reason_of(error, Location(address)) if isinstance(error, RemoteError) else lance_reason(error)
-            self.skipped.append(Skipped(name, f"{reason}; its first {count:,} rows were read"))
+    def _reason(self, error: Exception, place: Path | Location) -> str:
+        return reason_of(error, place) if isinstance(error, RemoteError) else lance_reason(error)
 
 
-def _find_tables(given: str) -> list[tuple[str, str]]:
-    """Return names and addresses of the tables that an input names.
+def _find_tables(given: str) -> list[tuple[str, Location]]:
+    """Return names and places of the tables that an input names.
 
     Raises:
         ConfigError: If there is none.
@@ -106,7 +84,7 @@ def _find_tables(given: str) -> list[tuple[str, str]]:
             raise ConfigError(
                 f"source=lance needs the address of a table, which ends with .lance, got {redact_address(given)}"
             )
-        return [(name, address)]
+        return [(name, Location(address))]
     path = Path(os.path.abspath(home_path(given)))
     if not path.is_dir():
         raise ConfigError(f"no such folder: {given}; source=lance needs a folder that ends with .lance, or one of such")
@@ -115,4 +93,7 @@ def _find_tables(given: str) -> list[tuple[str, str]]:
     if not found:
         raise ConfigError(f"no Lance table (a folder that ends with .lance) in {given}")
     root = common_folder(found)
-    return [(relative_name(table, root), str(table)) for table in sorted(found, key=lambda one: natural_key(str(one)))]
+    return [
+        (relative_name(table, root), Location(str(table)))
+        for table in sorted(found, key=lambda one: natural_key(str(one)))
+    ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from typing import TypeVar
 
 from grounded_sam.checks import check_int
@@ -29,3 +30,12 @@ def shard_of(items: list[T], shard: int, num_shards: int) -> list[T]:
     [3, 4, 5]
     """
     return items[len(items) * shard // num_shards : len(items) * (shard + 1) // num_shards]
+
+
+def in_shard(name: str, shard: int, num_shards: int) -> bool:
+    """Return whether a file is in a shard, which its name decides where the number of files is not known.
+
+    >>> [in_shard("a.png", shard, 2) for shard in range(2)].count(True)
+    1
+    """
+    return num_shards == 1 or zlib.crc32(name.encode("utf-8", "surrogatepass")) % num_shards == shard

@@ -1,20 +1,70 @@
-"""What the sources of tables share: the column with the images, and the items of its cells."""
+"""What the sources of tables share: the loop over rows, the column with the images, and the items of its cells."""
 
 from __future__ import annotations
 
-from pathlib import PurePosixPath
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
 
+from grounded_sam.errors import RemoteError
 from grounded_sam.remote import Location
-from grounded_sam.sources.items import ReadItem
+from grounded_sam.sources.items import ItemSource, ReadItem
 from grounded_sam.structures.items import SourceItem
+from grounded_sam.structures.results import Skipped
 
 #: Rows that are held at a time.
 BATCH_ROWS = 16
-#: Reason of a row that has no image.
-NO_BYTES = "no bytes in this row, perhaps a path alone"
+
+
+class TableSource(ItemSource):
+    """A source of the images in a column of tables, in the order of their rows.
+
+    Args:
+        tables: Names and places of the tables.
+        column: Name of the column; None for the only one of bytes, or else the one named `image`.
+        max_pixels: Larger images are refused before they are decoded.
+        num_shards: Number of parts that the tables were divided into.
+    """
+
+    def __init__(
+        self, tables: Sequence[tuple[str, Path | Location]], column: str | None, max_pixels: int, num_shards: int
+    ) -> None:
+        super().__init__(max_pixels)
+        self.tables, self.column, self.num_shards = tables, column, num_shards
+
+    @abstractmethod
+    def _cells(self, name: str, place: Path | Location) -> Iterator[ReadItem]:
+        """Yield the images of a table, with their content; those without bytes as well."""
+
+    @abstractmethod
+    def _reason(self, error: Exception, place: Path | Location) -> str:
+        """Return why a table cannot be read, in one line."""
+
+    def __len__(self) -> int:
+        """Raise a TypeError: the number of images is known when all tables are read."""
+        raise TypeError("the number of images in tables is known when all are read")
+
+    def _items(self, with_states: bool) -> Iterator[SourceItem]:
+        return (read.item for read in self._read_items(with_states))
+
+    def _read_items(self, with_states: bool) -> Iterator[ReadItem]:
+        return (read for name, place in self.tables for read in self._rows(name, place))
+
+    def _rows(self, name: str, place: Path | Location) -> Iterator[ReadItem]:
+        """Yield the images of a table, and list in `skipped` what has none."""
+        count = 0
+        try:
+            for read in self._cells(name, place):
+                count += 1
+                if read.data is None:
+                    self.skipped.append(Skipped(read.item.name, "no bytes in this row, perhaps a path alone"))
+                else:
+                    yield read
+        except (OSError, RemoteError, pa.ArrowException, ValueError) as error:
+            self.skipped.append(Skipped(name, f"{self._reason(error, place)}; its first {count:,} rows were read"))
 
 
 def image_column(schema: pa.Schema, wanted: str | None) -> str:

@@ -505,6 +505,6 @@ class ComparisonAnswer(BaseModel):
     only_a: int = Field(description="number of objects that only the first job has")
     only_b: int = Field(description="number of objects that only the second job has")
     pictures: list[dict[str, Any]] = Field(
-        description="at most 50, those first that differ most: name, width, height, matched (a, b, iou), only_a, only_b"
+        description="at most 50, most different first: name, width, height, matched (a, b, iou), only_a, only_b"
     )
     next: int | None = Field(description="cursor of the next page; null: this is the last one")

@@ -103,7 +103,7 @@ class Sweeps:
         return table
 
     def compare(self, name: str, a: str, b: str, min_iou: float, masks: MaskForm, cursor: int) -> dict[str, Any]:
-        """Return a page of the images of two jobs, those first that differ most.
+        """Return a page of the images of two jobs, most different first.
 
         Args:
             name: Name of the sweep.

@@ -73,7 +73,7 @@ class Projects:
 
 
 class Files:
-    """Images and videos of tasks; each is fetched once in a while.
+    """Images and videos of tasks, kept for `MAX_AGE_S` seconds after they were fetched.
 
     Args:
         uploads: Where they are kept.

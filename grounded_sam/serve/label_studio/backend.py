@@ -147,7 +147,7 @@ class Backend:
         kind = "video" if obj.kind == "video" else "image"
         async with self._slots:
             upload = await in_thread(self._server, self.files.hold, project.client, url, kind)
-            if kind == "picture":
+            if kind == "image":
                 try:
                     regions = await self._find(upload, targets)
                 finally:

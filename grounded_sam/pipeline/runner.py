@@ -344,7 +344,7 @@ class Runner:
                 continue
             self._reported.add(skipped)
             for sink in self.sinks:
-                if isinstance(sink, RecordsSkipped) and not (sink is self.store and skipped in notes):
+                if isinstance(sink, RecordsSkipped) and not (isinstance(sink, ResultStore) and skipped in notes):
                     sink.skip(skipped)
 
     def _write_skipped(self) -> None:

@@ -124,7 +124,7 @@ class PictureFilter:
 
     @property
     def _asks_for_objects(self) -> bool:
-        return self.unreviewed or not (self.class_name is self.max_score is self.status is None)
+        return self.unreviewed or any(value is not None for value in (self.class_name, self.max_score, self.status))
 
     def apply(self, pictures: Sequence[StoredPicture], alike: set[str]) -> list[StoredPicture]:
         """Return the images that match a filter, in the order asked for.

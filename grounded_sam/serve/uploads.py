@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, Literal
 
 from grounded_sam.files import safe_filename
 from grounded_sam.serve.problems import RequestError
@@ -20,6 +20,8 @@ from grounded_sam.serve.problems import RequestError
 CHUNK = 1 << 20
 #: Longest name of a file, in characters.
 MAX_NAME = 200
+#: What an upload is.
+UploadKind = Literal["image", "video"]
 
 
 @dataclass(eq=False)
@@ -40,7 +42,7 @@ class Upload:
     """
 
     id: str
-    kind: str
+    kind: UploadKind
     name: str
     path: Path
     num_bytes: int
@@ -76,7 +78,7 @@ class Uploads:
     def __len__(self) -> int:
         return len(self._uploads)
 
-    def add(self, content: IO[bytes], name: str, kind: str, check: Callable[[Upload], None]) -> Upload:
+    def add(self, content: IO[bytes], name: str, kind: UploadKind, check: Callable[[Upload], None]) -> Upload:
         """Copy a file into the folder.
 
         Args:
@@ -102,7 +104,7 @@ class Uploads:
         finally:
             shutil.rmtree(part, ignore_errors=True)
 
-    def _copy(self, content: IO[bytes], path: Path, kind: str) -> tuple[str, int]:
+    def _copy(self, content: IO[bytes], path: Path, kind: UploadKind) -> tuple[str, int]:
         """Copy bytes to a file, and return their id and number."""
         digest, size = hashlib.sha256(kind.encode()), 0
         with path.open("xb") as file:
@@ -146,7 +148,7 @@ class Uploads:
                 503, "no room for the file: all others are in use; try again later", {"Retry-After": "5"}
             )
 
-    def get(self, upload_id: str, kind: str) -> Upload:
+    def get(self, upload_id: str, kind: UploadKind) -> Upload:
         """Return an upload.
 
         Args:
@@ -164,7 +166,7 @@ class Uploads:
         return upload
 
     @contextmanager
-    def use(self, upload_id: str, kind: str) -> Iterator[Upload]:
+    def use(self, upload_id: str, kind: UploadKind) -> Iterator[Upload]:
         """Keep an upload while a block of code uses it.
 
         Raises:
@@ -176,7 +178,7 @@ class Uploads:
         finally:
             self.release(upload)
 
-    def hold(self, upload_id: str, kind: str) -> Upload:
+    def hold(self, upload_id: str, kind: UploadKind) -> Upload:
         """Keep an upload until `release` is called.
 
         Raises:
@@ -196,7 +198,7 @@ class Uploads:
             upload.users -= 1
 
 
-def clean_name(name: str, kind: str) -> str:
+def clean_name(name: str, kind: UploadKind) -> str:
     """Return the name of a file without folders and control characters.
 
     Args:

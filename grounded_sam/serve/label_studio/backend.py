@@ -27,7 +27,7 @@ from grounded_sam.serve.problems import RequestError, public_message
 from grounded_sam.serve.server import Server
 from grounded_sam.serve.sessions import OpenSession
 from grounded_sam.serve.tracking import MAX_RUNNING, TrackJob, TrackRequest
-from grounded_sam.serve.uploads import Upload
+from grounded_sam.serve.uploads import Upload, UploadKind
 from grounded_sam.serve.worker import Work
 from grounded_sam.structures.request import Request as Wanted
 
@@ -144,7 +144,7 @@ class Backend:
         obj, url = _object_of(project.config, task)
         words = words_of_task(project.config, obj, task.data)
         targets = Targets.of(project.config, obj, words)
-        kind = "video" if obj.kind == "video" else "image"
+        kind: UploadKind = "video" if obj.kind == "video" else "image"
         async with self._slots:
             upload = await in_thread(self._server, self.files.hold, project.client, url, kind)
             if kind == "image":

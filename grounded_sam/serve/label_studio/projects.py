@@ -10,7 +10,7 @@ from collections import OrderedDict
 from grounded_sam.serve.label_studio.client import TOKEN_VARIABLE, LabelStudioClient, check_address
 from grounded_sam.serve.problems import RequestError
 from grounded_sam.serve.routes.pictures import check_picture
-from grounded_sam.serve.uploads import Upload, Uploads
+from grounded_sam.serve.uploads import Upload, UploadKind, Uploads
 from grounded_sam.serve.videos import check_video
 
 #: Projects, files and sessions that are remembered.
@@ -85,7 +85,7 @@ class Files:
         self._uploads, self._max_bytes, self._max_pixels = uploads, max_picture_bytes, max_pixels
         self._known: OrderedDict[tuple[str, str], tuple[str, float]] = OrderedDict()
 
-    def hold(self, client: LabelStudioClient, given: str, kind: str) -> Upload:
+    def hold(self, client: LabelStudioClient, given: str, kind: UploadKind) -> Upload:
         """Fetch a file unless it is there, and keep it until `release` is called.
 
         Args:
@@ -111,7 +111,7 @@ class Files:
             self._known.popitem(last=False)
         return self._uploads.hold(upload.id, kind)
 
-    def _fetch(self, client: LabelStudioClient, url: str, kind: str) -> Upload:
+    def _fetch(self, client: LabelStudioClient, url: str, kind: UploadKind) -> Upload:
         """Fetch a file."""
         check = check_picture if kind == "image" else check_video
         limit = self._max_bytes if kind == "image" else self._uploads.max_bytes

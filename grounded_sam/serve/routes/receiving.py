@@ -18,7 +18,7 @@ from grounded_sam.serve.answers import in_thread
 from grounded_sam.serve.problems import RequestError
 from grounded_sam.serve.schemas import FileBody
 from grounded_sam.serve.server import Server
-from grounded_sam.serve.uploads import Upload
+from grounded_sam.serve.uploads import Upload, UploadKind
 
 _FORM = {"type": "object", "properties": {"file": {"type": "string", "format": "binary"}}, "required": ["file"]}
 #: The two kinds of body, for the OpenAPI description.
@@ -33,7 +33,9 @@ UPLOAD_CONTENT: dict[str, Any] = {
 }
 
 
-async def receive_upload(request: Request, server: Server, kind: str, check: Callable[[Upload, int], None]) -> Upload:
+async def receive_upload(
+    request: Request, server: Server, kind: UploadKind, check: Callable[[Upload, int], None]
+) -> Upload:
     """Add the file of a request to the uploads.
 
     Args:
@@ -56,7 +58,9 @@ async def receive_upload(request: Request, server: Server, kind: str, check: Cal
     return await in_thread(server, _add_from_json, server, await request.body(), add)
 
 
-def _add(server: Server, kind: str, check: Callable[[Upload, int], None], content: IO[bytes], name: str) -> Upload:
+def _add(
+    server: Server, kind: UploadKind, check: Callable[[Upload, int], None], content: IO[bytes], name: str
+) -> Upload:
     """Add a file."""
     return server.uploads.add(content, name, kind, lambda upload: check(upload, server.max_pixels))
 

@@ -23,12 +23,21 @@ def execution():
 
 
 def outline(cell):
-    """Return what a cell printed, without numbers, spaces and lines of tables, and the kinds of its other outputs."""
+    """Return what a cell printed, without numbers, spaces and lines of tables, and the kinds of its other outputs.
+
+    Where a name in the header of a table is folded depends on how wide its numbers are, so characters are sorted.
+    """
     parts = []
     for output in cell.get("outputs", []):
         data = output.get("data", {})
         text = output.get("text", "" if "image/jpeg" in data else data.get("text/plain", ""))
-        parts.append((output.output_type, "image/jpeg" in data, re.sub(r"[\d.e+-]+|[\s─━┏┓┡┩┳╇┴│┃└┘]", "", text)))
+        parts.append(
+            (
+                output.output_type,
+                "image/jpeg" in data,
+                "".join(sorted(re.sub(r"[\d.e+-]+|[\s─━┏┓┡┩┳╇┴│┃└┘]", "", text))),
+            )
+        )
     return parts
 
 
